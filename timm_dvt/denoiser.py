@@ -1,0 +1,142 @@
+"""The denoiser of DVT's stage 2: a learned position embedding and transformer blocks behind a ViT's final norm."""
+
+from functools import partial
+
+import torch
+from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# Grids whose resampled embedding is kept. A stream of images has one or a few; a cap keeps odd sizes from piling up.
+MAX_CACHED_GRIDS = 8
+
+
+class Denoiser(nn.Module):
+    """Predicts clean patch tokens from raw ones: F = blocks(y + PE) (paper 4.3, Eq. 11).
+
+    Args:
+        dim: channels C of the tokens.
+        grid_size: rows and columns of the learned position embedding; other grids get it resampled as timm does.
+        depth: number of blocks; the paper uses one.
+        num_heads: attention heads of a block; default `C // 64`, or one head where that does not divide C.
+        pos_embed: False leaves the position embedding out (paper, Tab. 6 e).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        grid_size: tuple[int, int],
+        depth: int = 1,
+        num_heads: int | None = None,
+        pos_embed: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        num_heads = num_heads or default_num_heads(dim)
+        if depth < 1:
+            raise ValueError(f"depth is {depth}; a denoiser has at least one block")
+        if dim % num_heads:
+            raise ValueError(f"num_heads is {num_heads}, which does not divide the {dim} channels")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.grid_size = (int(grid_size[0]), int(grid_size[1]))
+        self.grad_checkpointing = False
+        # Where the backbone's final norm is pruned away, it lives on here: the denoiser was trained on normed tokens.
+        self.norm: nn.Module = nn.Identity()
+        self.pos_embed: nn.Parameter | None = None
+        if pos_embed:
+            self.pos_embed = nn.Parameter(torch.empty(1, self.grid_size[0] * self.grid_size[1], dim, **factory))
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.Sequential(
+            *[Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm_layer, **factory) for _ in range(depth)]
+        )
+        self._source: torch.Tensor | None = None
+        self._resampled: dict = {}
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise as timm initialises a ViT: truncated normals of deviation 0.02, zero biases."""
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """Denoise patch tokens (B, H*W, C) of a grid (H, W); returns (B, H*W, C).
+
+        Raises:
+            ValueError: the tokens do not fill the grid.
+        """
+        if x.shape[1] != grid_size[0] * grid_size[1]:
+            raise ValueError(
+                f"{x.shape[1]} patch tokens do not fill a grid of {grid_size[0]} x {grid_size[1]}; "
+                "the denoiser needs every patch (is patch dropout on?)"
+            )
+        x = self.norm(x)
+        if self.pos_embed is not None:
+            x = x + self.position(grid_size)
+        if torch.jit.is_scripting() or not self.grad_checkpointing:
+            return self.blocks(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+    def position(self, grid_size: tuple[int, int]) -> torch.Tensor:
+        """The position embedding (1, H*W, C) for a grid (H, W), resampled bicubically where it is not the own one."""
+        assert self.pos_embed is not None
+        if grid_size[0] == self.grid_size[0] and grid_size[1] == self.grid_size[1]:
+            return self.pos_embed
+        if torch.jit.is_scripting():
+            return self._resample(grid_size)
+        # In a graph that is being recorded the embedding must stay an input, and a gradient must find its way to it.
+        recording = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if recording or (torch.is_grad_enabled() and self.pos_embed.requires_grad):
+            return self._resample(grid_size)
+        return self._kept(grid_size)
+
+    def _resample(self, grid_size: tuple[int, int]) -> torch.Tensor:
+        assert self.pos_embed is not None
+        return resample_abs_pos_embed(
+            self.pos_embed,
+            new_size=[grid_size[0], grid_size[1]],
+            old_size=[self.grid_size[0], self.grid_size[1]],
+            num_prefix_tokens=0,
+        )
+
+    @torch.jit.unused
+    def _kept(self, grid_size: tuple[int, int]) -> torch.Tensor:
+        """The resampled embedding, computed once a grid and dropped as soon as the parameter is another one.
+
+        A copy of the parameter is compared on each use: no hook has to see a load, an optimiser step, a move or
+        a write through `.data`, so the result cannot be stale. It reads 4 MB for a ViT-B, 0.1% of its forward.
+        """
+        source, pos_embed = self._source, self.pos_embed
+        assert pos_embed is not None
+        same = source is not None and source.dtype == pos_embed.dtype and source.device == pos_embed.device
+        with torch.inference_mode(False), torch.no_grad():
+            if not same or not torch.equal(source, pos_embed):
+                self._source, self._resampled = pos_embed.detach().clone(), {}
+            kept = self._resampled.get(grid_size)
+            if kept is None:
+                if len(self._resampled) >= MAX_CACHED_GRIDS:
+                    self._resampled.pop(next(iter(self._resampled)))
+                kept = self._resampled[grid_size] = self._resample(grid_size)
+        return kept
+
+    def __getstate__(self) -> dict:
+        # What is kept for speed is neither saved nor copied.
+        return {**super().__getstate__(), "_source": None, "_resampled": {}}
+
+    def _apply(self, fn, recurse=True):
+        self._source, self._resampled = None, {}
+        return super()._apply(fn, recurse)
+
+
+def default_num_heads(dim: int) -> int:
+    """DVT's `C // 64` heads; for a C that this does not divide, the largest smaller count that does."""
+    return next(heads for heads in range(max(dim // 64, 1), 0, -1) if dim % heads == 0)
