@@ -190,28 +190,42 @@ def add_denoiser(
         TypeError: the model is not a timm VisionTransformer or Eva, or has a denoiser already.
         ValueError: the model drops patches in training, or a size does not fit.
     """
+    check_supported(model)
+    weight = model.patch_embed.proj.weight
+    grid = model.patch_embed.grid_size if grid_size is None else grid_size
+    grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
+    factory = {"device": weight.device, "dtype": weight.dtype}
+    return attach_denoiser(model, Denoiser(model.embed_dim, grid, depth, num_heads, pos_embed, **factory))
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise TypeError or ValueError for a model that cannot have a denoiser."""
     if isinstance(model, Denoised):
         raise TypeError(f"This {type(model).__name__} has a denoiser already.")
     if not isinstance(model, (VisionTransformer, Eva)):
         raise TypeError(
             f"A denoiser can be added to timm's VisionTransformer (ViT, DeiT, CLIP, DINO, DINOv2, SigLIP, ...) and "
-            f"Eva (EVA-02, DINOv3, ...), not to {type(model).__name__}. Models wrapped by features_only=True are not "
-            f"supported either: add the denoiser first, or create a *_dvt variant with features_only=True."
+            f"Eva (EVA-02, DINOv3, ...), not to {type(model).__name__}."
         )
     if getattr(model.patch_drop, "prob", 0):
         raise ValueError(
             f"patch_drop_rate={model.patch_drop.prob} leaves holes in the patch grid, and the denoiser needs the whole "
             f"grid. Create the model with patch_drop_rate=0."
         )
+
+
+def attach_denoiser(model: nn.Module, denoiser: Denoiser) -> nn.Module:
+    """Make a timm ViT a denoised one with this denoiser, in place, and return it. Raises as `add_denoiser`."""
+    check_supported(model)
     weight = model.patch_embed.proj.weight
-    grid = model.patch_embed.grid_size if grid_size is None else grid_size
-    grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
-    denoiser = Denoiser(model.embed_dim, grid, depth, num_heads, pos_embed, device=weight.device, dtype=weight.dtype)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
     model.__class__ = denoised_class(type(model))
-    model.denoiser = denoiser.train(model.training)
+    model.denoiser = denoiser.to(device=weight.device, dtype=weight.dtype).train(model.training)
     model.denoise = True
+    model.backbone_name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
     # With average pooling timm moves the final norm behind the pool; the denoiser sees normed tokens all the same.
     model.norm_after_pool = isinstance(model.norm, nn.Identity) and not isinstance(model.fc_norm, nn.Identity)
+    model.set_grad_checkpointing(model.grad_checkpointing)
     return model
 
 

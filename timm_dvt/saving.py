@@ -1,0 +1,97 @@
+"""Saving a denoised model as a folder that timm.create_model("local-dir:FOLDER") loads."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import safetensors.torch
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from timm_dvt.model import Denoised
+from timm_dvt.registry import saved_architecture
+from timm_dvt.version import __version__
+from timm_dvt.weights import WEIGHTS_NAME
+
+
+def save_pretrained(
+    model: nn.Module, folder: str | os.PathLike, denoiser_only: bool = False, model_args: dict | None = None
+) -> Path:
+    """Write `config.json` (timm's format) and `model.safetensors`, each whole or not at all; returns the folder.
+
+    Args:
+        model: a denoised model.
+        folder: made if it does not exist.
+        denoiser_only: leave the backbone's weights out (8% of the size for a ViT-B). The folder names the backbone,
+            whose own published weights are fetched when it is loaded: not for a backbone that was fine-tuned.
+        model_args: arguments the backbone was created with beyond its image size, channels, classes and pooling
+            (those are known), where timm has not recorded them itself.
+
+    Raises:
+        TypeError: the model has no denoiser (timm.models.save_for_hf saves a plain one).
+        ValueError: timm does not know the backbone by a name.
+    """
+    if not isinstance(model, Denoised) or model.denoiser is None:
+        raise TypeError(f"{type(model).__name__} has no denoiser to save; timm.models.save_for_hf saves plain models.")
+    if not model.backbone_name:
+        raise ValueError("The model's backbone has no timm name, so nothing could rebuild it; use timm.create_model.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict()
+    if denoiser_only:
+        state = {key: tensor for key, tensor in state.items() if key.startswith("denoiser.")}
+    metadata = {"format": "pt", "backbone": model.backbone_name, "timm_dvt": __version__}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    _replace(folder / WEIGHTS_NAME, lambda path: safetensors.torch.save_file(tensors, path, metadata))
+    _replace(folder / "config.json", lambda path: _write_config(model, path, model_args or {}))
+    return folder
+
+
+def _write_config(model: nn.Module, path: Path, model_args: dict) -> None:
+    denoiser = model.denoiser
+    arguments = {
+        **{key: value for key, value in getattr(model, "_model_args", {}).items() if not key.endswith("drop_rate")},
+        **model_args,
+        "img_size": list(model.patch_embed.img_size),
+        "in_chans": model.in_chans,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "dynamic_img_size": model.dynamic_img_size,
+        "backbone": model.backbone_name,
+        "denoiser": {
+            "grid_size": list(denoiser.grid_size),
+            "depth": len(denoiser.blocks),
+            "num_heads": denoiser.num_heads,
+            "pos_embed": denoiser.pos_embed is not None,
+        },
+    }
+    cfg = model.pretrained_cfg
+    architecture = saved_architecture(model.backbone_name.split(".")[0])
+    size = [model.in_chans, *model.patch_embed.img_size]
+    saved = {**cfg, "architecture": architecture, "input_size": size, "num_classes": model.num_classes}
+    try:
+        model.pretrained_cfg = saved
+        save_config_for_hf(model, str(path), model_args=arguments)
+    finally:
+        model.pretrained_cfg = cfg
+
+
+def _replace(path: Path, write) -> None:
+    """Have `write` fill a file beside the path, then put it in the path's place in one step."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,253 @@
+"""Weights: reading published checkpoints and our own, finding them on the Hub, loading all or nothing."""
+
+import os
+import pickle
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from timm.models import get_pretrained_cfg
+from timm.models._hub import _get_safe_alternatives, download_cached_file, hf_hub_download, hf_split
+from torch import nn
+
+from timm_dvt.denoiser import Denoiser
+from timm_dvt.variants import ROWS
+
+WEIGHTS_NAME = "model.safetensors"
+State = dict[str, torch.Tensor]
+
+
+class CheckpointError(RuntimeError):
+    """A file that cannot be loaded: damaged, not a checkpoint, or made for another model. Names the file."""
+
+
+class WeightsNotFoundError(RuntimeError):
+    """Weights that are not on this machine and could not be fetched. Says which files, and how to fetch them."""
+
+
+@dataclass
+class Checkpoint:
+    """What a file holds: a ViT's state dict, a denoiser's (keys as in `Denoiser`), or both."""
+
+    path: str
+    backbone: State = field(default_factory=dict)
+    denoiser: State = field(default_factory=dict)
+    made_for: str | None = None  # the backbone's name, where the file or its name says so
+
+
+def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Read a published `.pth` (denoiser of one or n blocks, without PE, distilled; old keys too) or our safetensors.
+
+    Nothing in the file is executed: pickles are read with `weights_only=True`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds something else.
+    """
+    path = str(path)
+    if os.path.isdir(path):
+        path = os.path.join(path, WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: no such file.")
+    try:
+        if path.endswith(".safetensors"):
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                state = {key: file.get_tensor(key) for key in file.keys()}
+        else:
+            metadata, state = {}, _unwrap(torch.load(path, map_location="cpu", weights_only=True), path)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as e:
+        raise CheckpointError(
+            f"{path}: refused. It is damaged, or a pickle that holds more than tensors; such a file could run code "
+            f"when read, so it is never opened any other way. ({_first_line(e)})"
+        ) from e
+    except Exception as e:  # a damaged archive can raise anything from zipfile, torch or safetensors
+        raise CheckpointError(f"{path}: damaged, incomplete or not a checkpoint. ({_first_line(e)})") from e
+    stem = Path(path).stem
+    named = stem if stem in {row.backbone for row in ROWS} else None
+    return Checkpoint(path, *_split(state), made_for=metadata.get("backbone") or named)
+
+
+def from_state_dict(state: State, path: str = "state_dict") -> Checkpoint:
+    """A checkpoint from a state dict in memory, in any of the layouts."""
+    return Checkpoint(path, *_split(_unwrap(state, path)))
+
+
+def _unwrap(content: object, path: str) -> State:
+    """The state dict inside a training checkpoint."""
+    for key in ("model", "denoiser"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict.")
+    strange = [str(k) for k, v in content.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
+    if strange:
+        raise CheckpointError(
+            f"{path}: no state dict under 'denoiser' or 'model', and these entries are no tensors: {_some(strange)}."
+        )
+    return content
+
+
+def _split(state: State) -> tuple[State, State]:
+    """Backbone and denoiser of a state dict, its keys as our models name them."""
+    state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    if all(key.startswith("model.") for key in state):  # distilled
+        return {key.removeprefix("model."): tensor for key, tensor in state.items()}, {}
+    ours = any(re.match(r"denoiser\.(blocks\.\d|pos_embed$)", key) for key in state)
+    published = not ours and any(key.startswith("denoiser.") for key in state)
+    backbone, denoiser = {}, {}
+    for key, tensor in state.items():
+        name = key.removeprefix("denoiser.")
+        if published and key == "pos_embed":
+            denoiser["pos_embed"] = tensor
+        elif name == key:
+            backbone[key] = tensor
+        elif ours:
+            denoiser[name] = tensor
+        else:  # denoiser.norm1 of the only block, denoiser.1.norm1 of the second of several
+            denoiser[f"blocks.{name}" if re.match(r"\d+\.", name) else f"blocks.0.{name}"] = tensor
+    return backbone, denoiser
+
+
+def denoiser_for(
+    checkpoint: Checkpoint, dim: int, grid_size: tuple[int, int], num_heads: int | None = None, backbone: str = ""
+) -> Denoiser:
+    """A denoiser with the checkpoint's weights, for a ViT of width `dim` and a position embedding of `grid_size`.
+
+    The number of blocks, and whether there is a position embedding, are the file's.
+
+    Raises:
+        CheckpointError: keys are missing or too many, shapes differ, or the file is for another backbone.
+    """
+    path, state = checkpoint.path, checkpoint.denoiser
+    if checkpoint.made_for and backbone and checkpoint.made_for != backbone:
+        raise CheckpointError(f"{path}: made for {checkpoint.made_for}, not for {backbone}.")
+    if not state:
+        raise CheckpointError(f"{path}: holds no denoiser (keys: {_some(checkpoint.backbone)}).")
+    depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", key) for key in state) if m), default=0)
+    if depth > 64:
+        raise CheckpointError(f"{path}: block {depth - 1} of a denoiser is beyond reason; the file is damaged.")
+    denoiser = Denoiser(dim, grid_size, depth, num_heads, pos_embed="pos_embed" in state, device="meta")
+    check_state(denoiser, state, path, prefix="denoiser.")
+    dtype = next(iter(state.values())).dtype
+    denoiser.to_empty(device="cpu").to(dtype).load_state_dict(state)
+    return denoiser
+
+
+def check_state(
+    model: nn.Module, state: State, path: str, prefix: str = "", optional: Iterable[str] = (), adapts: Iterable[str] = ()
+) -> None:
+    """Compare a state dict with a model before anything is loaded.
+
+    Args:
+        optional: keys that may be missing, or too many. adapts: keys that timm brings to another shape itself.
+
+    Raises:
+        CheckpointError: names the file and the keys that are missing, unexpected or of a wrong shape.
+    """
+    wanted = model.state_dict()
+    missing = [prefix + key for key in wanted if key not in state and key not in optional]
+    unexpected = [prefix + key for key in state if key not in wanted and key not in optional]
+    shapes = [
+        f"{prefix}{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and key not in adapts and key not in optional and state[key].shape != wanted[key].shape
+    ]
+    found = {"missing keys": missing, "unexpected keys": unexpected, "wrong shapes": shapes}
+    problems = [f"{what}: {_some(keys)}" for what, keys in found.items() if keys]
+    if problems:
+        raise CheckpointError(f"{path}: not weights for this model; nothing was loaded. {'; '.join(problems)}.")
+
+
+def load_denoiser(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Load a denoiser's weights into a denoised model, all or nothing, and return the model.
+
+    Args:
+        model: a `*_dvt` model, or one that went through `timm_dvt.add_denoiser`.
+        path: a published `.pth`, a safetensors file, or a folder of `timm_dvt.save_pretrained`. Its backbone weights,
+            if any, are left alone. The number of blocks becomes the file's.
+
+    Raises:
+        CheckpointError: names the file and what is wrong with it; the model is as it was.
+    """
+    old = getattr(model, "denoiser", None)
+    if old is None:
+        raise TypeError(f"{type(model).__name__} has no denoiser to load into; see timm_dvt.add_denoiser.")
+    new = denoiser_for(read_checkpoint(path), old.dim, old.grid_size, old.num_heads, model.backbone_name)
+    some = next(old.parameters())
+    new.grad_checkpointing, new.norm = old.grad_checkpointing, old.norm
+    new.requires_grad_(some.requires_grad).train(model.training)
+    model.denoiser = new.to(device=some.device, dtype=some.dtype)
+    return model
+
+
+# ---- where weights come from
+
+
+def locate(cfg: dict, backbone: str, whole: bool = False, cache_dir: str | os.PathLike | None = None) -> str:
+    """The path of the weights that a pretrained_cfg names, fetched from the Hub if need be.
+
+    Args:
+        backbone: the backbone's timm name. whole: whether the file holds its weights too.
+
+    Raises:
+        WeightsNotFoundError: there are none, or they cannot be fetched.
+    """
+    if cfg.get("source") != "hf-hub" and cfg.get("file"):
+        return str(cfg["file"])
+    if cfg.get("hf_hub_id"):
+        repo, revision = hf_split(cfg["hf_hub_id"])
+        filename = cfg.get("hf_hub_filename") or WEIGHTS_NAME
+        try:
+            return hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir)
+        except Exception as e:  # the client raises its own, the network library's and the system's errors
+            raise unavailable(cfg, backbone, whole, e) from e
+    if cfg.get("url"):
+        return download_cached_file(cfg["url"], check_hash=False, cache_dir=cache_dir)
+    raise WeightsNotFoundError(
+        f"No denoiser has been published for {backbone}. Create the model with pretrained=False and train one, or pass "
+        f"pretrained_cfg_overlay=dict(file='PATH') with a denoiser of your own."
+    )
+
+
+def is_fetch_error(error: BaseException) -> bool:
+    """Whether an error comes from fetching a file, rather than from what is in it."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return isinstance(error, (OSError, HfHubHTTPError)) or type(error).__module__.split(".")[0] in ("httpx", "requests")
+
+
+def unavailable(cfg: dict, backbone: str, whole: bool, error: Exception) -> WeightsNotFoundError:
+    """One error that names the files needed and the commands that fetch them."""
+    repo, _, revision = (cfg.get("hf_hub_id") or "").partition("@")
+    files = [(repo, cfg.get("hf_hub_filename") or WEIGHTS_NAME, revision)] if repo else []
+    base = None if whole else get_pretrained_cfg(backbone)
+    if base is not None and base.hf_hub_id:
+        files.append((base.hf_hub_id, backbone_file(base.hf_hub_filename), ""))
+    commands = [f"  hf download {r} {f}" + (f" --revision {v}" if v else "") for r, f, v in files]
+    return WeightsNotFoundError(
+        f"Could not fetch weights for {backbone} with DVT: {type(error).__name__}: {_first_line(error)}\n"
+        "They are read from the local cache if these commands were run where there is a network (huggingface_hub "
+        "below 1.0: huggingface-cli download):\n" + "\n".join(commands)
+    )
+
+
+def backbone_file(filename: str | None) -> str:
+    """The file timm fetches first for a hub repo: the safetensors twin of the recorded name."""
+    return next(iter(_get_safe_alternatives(filename or "pytorch_model.bin")), WEIGHTS_NAME)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _some(keys: Iterable[str], most: int = 8) -> str:
+    keys = [str(key) for key in keys]
+    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + rest
