@@ -49,10 +49,8 @@ class Denoiser(nn.Module):
         self.pos_embed: nn.Parameter | None = None
         if pos_embed:
             self.pos_embed = nn.Parameter(torch.empty(1, self.grid_size[0] * self.grid_size[1], dim, **factory))
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.Sequential(
-            *[Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm_layer, **factory) for _ in range(depth)]
-        )
+        block = partial(Block, dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        self.blocks = nn.Sequential(*[block(**factory) for _ in range(depth)])
         self._source: torch.Tensor | None = None
         self._resampled: dict = {}
         self.init_weights()

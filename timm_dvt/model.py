@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from timm.models._features import feature_take_indices
@@ -62,7 +62,7 @@ class Denoised:
         return tokens
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """timm's head. Where timm norms after pooling, denoised patch tokens are normed already: norm the rest only."""
+        """timm's head. Where timm norms after pooling, denoised tokens are normed already: norm the prefix only."""
         if self.denoise and self.norm_after_pool and self.attn_pool is None and self.global_pool != "token":
             x = torch.cat([self.fc_norm(x[:, : self.num_prefix_tokens]), x[:, self.num_prefix_tokens :]], dim=1)
             x = self.head_drop(self.pool(x))
@@ -85,7 +85,7 @@ class Denoised:
         intermediates_only: bool = False,
         **options,
     ) -> Intermediates:
-        """timm's method. The last block's map is denoised (and so normed) whatever `norm` says, earlier ones are timm's.
+        """timm's method. The last block's map is denoised, and so normed, whatever `norm` says; earlier ones are timm's.
 
         Maps are (B, C, H, W), or (B, H*W, C) with `output_fmt="NLC"`; further options are passed on to timm.
         """
@@ -239,7 +239,7 @@ def freeze_backbone(model: nn.Module) -> nn.Module:
 
 
 def _empty(backbone: type) -> nn.Module:
-    cls = denoised_class(backbone)
+    cls: Any = denoised_class(backbone)
     return cls.__new__(cls)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from timm.models import _registry as timm_registry
-from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
+from timm.models import create_model, get_pretrained_cfg, is_model, split_model_name_tag
 from timm.models._builder import build_model_with_cfg, load_pretrained, resolve_pretrained_cfg
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from timm.models.eva import Eva
@@ -15,7 +15,7 @@ from timm.models.eva import checkpoint_filter_fn as eva_filter
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import nn
 
-from timm_dvt.model import add_denoiser, attach_denoiser
+from timm_dvt.model import add_denoiser, attach_denoiser, check_supported
 from timm_dvt.variants import ROWS, Variant, published_variants, variant_name
 from timm_dvt.weights import (
     Checkpoint,
@@ -56,10 +56,12 @@ def register(
 
     Raises:
         ValueError: the backbone is not a name timm knows.
+        TypeError: it is not a VisionTransformer or Eva.
     """
     cfg = get_pretrained_cfg(backbone) if is_model(backbone) else None
     if cfg is None:
-        raise ValueError(f"backbone is {backbone!r}, which timm has no config of; timm.list_models('*vit*') lists ViTs.")
+        raise ValueError(f"backbone is {backbone!r}, which timm does not know; see timm.list_models('*vit*').")
+    check_supported(create_model(backbone, device="meta"))
     if "." not in backbone and cfg.tag:
         backbone = f"{backbone}.{cfg.tag}"
     variant = Variant(
@@ -96,13 +98,13 @@ def _register(variant: Variant) -> None:
     (pretrained.add if cfg.has_weights else pretrained.discard)(variant.name)
     if names[0] == variant.name:  # without a tag, the architecture stands for its first variant
         timm_registry._model_pretrained_cfgs[ours] = cfg
-        timm_registry._model_default_cfgs[ours] = DefaultCfg(deque([cfg.tag]), {cfg.tag: cfg}, bool(cfg.has_weights))
+        timm_registry._model_default_cfgs[ours] = DefaultCfg(deque([""]), {"": cfg}, bool(cfg.has_weights))
         (pretrained.add if cfg.has_weights else pretrained.discard)(ours)
 
 
 def _register_entrypoint(name: str, function: Callable[..., nn.Module]) -> list[str]:
     """Enter an architecture of ours; returns its list of full names, to be added to."""
-    function.__name__, function.__module__ = name, MODULE  # type: ignore[attr-defined]
+    function.__name__, function.__module__ = name, MODULE
     timm_registry._model_entrypoints[name] = function
     timm_registry._model_to_module[name] = MODULE
     timm_registry._module_to_models[MODULE].add(name)
@@ -111,7 +113,7 @@ def _register_entrypoint(name: str, function: Callable[..., nn.Module]) -> list[
 
 def _pretrained_cfg(variant: Variant) -> PretrainedCfg:
     """The backbone's config with the variant's resolution and source of weights."""
-    base = get_pretrained_cfg(variant.backbone)
+    base = get_pretrained_cfg(variant.backbone) or PretrainedCfg()
     channels = base.input_size[0]
     return replace(
         base,
@@ -147,7 +149,7 @@ def _route(arch: str) -> None:
             return timms(pretrained=pretrained, **kwargs)
         return create(variant, pretrained=pretrained, **kwargs)
 
-    entrypoint.routes_dvt = True  # type: ignore[attr-defined]
+    entrypoint.routes_dvt = True
     timm_registry._model_entrypoints[arch] = entrypoint
 
 
@@ -160,11 +162,13 @@ def _create_architecture(name: str, pretrained: bool = False, backbone: str | No
     return create(variant, pretrained=pretrained, **kwargs)
 
 
-def _create_generic(pretrained: bool = False, backbone: str = "vit_base_patch14_dinov2.lvd142m", **kwargs) -> nn.Module:
-    """Any timm ViT with a denoiser, as config.json names it where the backbone has no variant: `backbone` says which."""
+def _create_generic(
+    pretrained: bool = False, backbone: str = "vit_base_patch14_dinov2.lvd142m", **kwargs
+) -> nn.Module:
+    """Any timm ViT with a denoiser, as config.json names it where the backbone has no variant."""
     cfg = get_pretrained_cfg(_registered(backbone))
     variant = Variant(variant_name(backbone, "dvt"), backbone, cfg.input_size[-1] if cfg else 224)
-    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or (_pretrained_cfg(variant) if cfg else PretrainedCfg())
+    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or _pretrained_cfg(variant)
     return create(variant, pretrained=pretrained, **kwargs)
 
 

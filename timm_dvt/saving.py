@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from timm.models._hub import save_config_for_hf
@@ -47,7 +48,7 @@ def save_pretrained(
     return folder
 
 
-def _write_config(model: nn.Module, path: Path, model_args: dict) -> None:
+def _write_config(model: Any, path: Path, model_args: dict) -> None:
     denoiser = model.denoiser
     arguments = {
         **{key: value for key, value in getattr(model, "_model_args", {}).items() if not key.endswith("drop_rate")},

@@ -141,7 +141,12 @@ def denoiser_for(
 
 
 def check_state(
-    model: nn.Module, state: State, path: str, prefix: str = "", optional: Iterable[str] = (), adapts: Iterable[str] = ()
+    model: nn.Module,
+    state: State,
+    path: str,
+    prefix: str = "",
+    optional: Iterable[str] = (),
+    adapts: Iterable[str] = (),
 ) -> None:
     """Compare a state dict with a model before anything is loaded.
 

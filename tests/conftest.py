@@ -1,0 +1,28 @@
+"""Every test talks to a stand-in for the Hub on loopback, with an empty cache of its own; none reaches the network."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from tests.hub import Hub
+
+# huggingface_hub reads these when it is imported, so they are set before anything imports it.
+_FOLDER = Path(tempfile.mkdtemp(prefix="timm_dvt_tests_"))
+_HUB = Hub(_FOLDER / "hub")
+os.environ.update(HF_ENDPOINT=_HUB.url, HF_HOME=str(_FOLDER / "home"), HF_HUB_DISABLE_TELEMETRY="1")
+for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGINGFACE_HUB_CACHE", "HF_HUB_CACHE"):
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub() -> Hub:
+    """The stand-in hub: put files under `hub.folder / ORG / REPO`."""
+    return _HUB
