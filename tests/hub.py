@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on loopback: files of a folder ORG/REPO/PATH, as the real client asks for them."""
+"""A stand-in for the Hugging Face Hub on loopback: serves a folder ORG/REPO/PATH as the real client asks for it."""
 
 import hashlib
 import threading
@@ -27,8 +27,9 @@ class Hub:
 
             def answer(self, body: bool):
                 hub.requests.append(f"{self.command} {self.path}")
-                org, repo, resolve, _revision, *rest = (*self.path.split("?")[0].strip("/").split("/"), "", "", "", "")
-                path = hub.folder / org / repo / "/".join(part for part in rest if part)
+                parts = self.path.split("?")[0].strip("/").split("/")  # ORG/REPO/resolve/REVISION/PATH
+                org, repo, resolve = (*parts, "", "", "")[:3]
+                path = hub.folder.joinpath(org, repo, *parts[4:])
                 if resolve != "resolve" or not (hub.folder / org / repo).is_dir():
                     return self.refuse("RepoNotFound")
                 if not path.is_file():

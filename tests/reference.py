@@ -1,4 +1,4 @@
-"""DVT's denoiser written out in plain tensor arithmetic, from the paper and the checkpoint's keys: what ours must equal."""
+"""DVT's denoiser in plain tensor arithmetic, from the paper and the checkpoint's keys: what ours must equal."""
 
 import math
 import re

@@ -78,7 +78,11 @@ def test_the_kept_position_embedding_is_never_stale(denoiser, change):
     assert not torch.equal(after.float(), before)
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, lambda p, lr: torch.optim.AdamW(p, lr, fused=True)])
+def fused_adamw(parameters, lr):
+    return torch.optim.AdamW(parameters, lr, fused=True)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, fused_adamw])
 def test_an_optimiser_step_shows_in_the_next_forward(denoiser, make):
     optimiser = make(denoiser.parameters(), lr=0.1)
     with torch.no_grad():

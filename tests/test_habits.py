@@ -112,11 +112,14 @@ def test_autocast(name):
     assert torch.nn.functional.cosine_similarity(got, want, dim=-1).min() > 0.99
 
 
-@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize(
+    "backbone", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "deit_tiny_distilled_patch16_224"]
+)
 @torch.no_grad()
 def test_copies_and_pickles_are_whole_and_their_own(backbone):
     patch = 14 if "patch14" in backbone else 16
-    model = timm_dvt.add_denoiser(timm.create_model(backbone, depth=1, img_size=2 * patch, dynamic_img_size=True).eval())
+    plain = timm.create_model(backbone, depth=1, img_size=2 * patch, dynamic_img_size=True)
+    model = timm_dvt.add_denoiser(plain.eval())
     images = torch.randn(1, 3, 3 * patch, 5 * patch)
     want = model.forward_features(images)
     saved = io.BytesIO()
@@ -186,8 +189,9 @@ def test_onnx_export_with_dynamic_batch(name, own_grid, tmp_path):
         model, images = create(name, denoiser={"grid_size": (4, 4)})[0], torch.randn(2, 3, side, side)
     path = tmp_path / "model.onnx"
     batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = {"images": {0: batch}}
     torch.onnx.export(
-        Tokens(model).eval(), (images,), path, dynamo=True, dynamic_shapes={"images": {0: batch}}, input_names=["images"]
+        Tokens(model).eval(), (images,), path, dynamo=True, dynamic_shapes=shapes, input_names=["images"]
     )
     session = onnxruntime.InferenceSession(path)
     more = torch.randn(3, *images.shape[1:])

@@ -36,7 +36,8 @@ def digest(name, **kwargs):
         out = model(torch.randn(1, 3, *model.patch_embed.img_size))
     return [type(model).__name__, repr(model.pretrained_cfg), float(out.double().sum()), out.shape[-1]]
 tables = {}
-for table in ("_model_to_module", "_model_pretrained_cfgs", "_model_default_cfgs", "_model_with_tags", "_deprecated_models"):
+for table in ("_model_to_module", "_model_pretrained_cfgs", "_model_default_cfgs", "_model_with_tags",
+              "_deprecated_models"):
     tables[table] = {k: repr(v) for k, v in getattr(r, table).items() if not ours(k)}
 print(json.dumps({
     "opened": len(opened), "messages": [str(w.message) for w in log] + records,
@@ -47,7 +48,8 @@ print(json.dumps({
     "lists": [[n for n in timm.list_models(*a, **k) if not ours(n)] for a, k in [((), {}), (("vit*",), {}),
         (("*dinov2*",), dict(pretrained=True)), ((), dict(include_tags=True)), ((), dict(module="eva"))]],
     "cfgs": repr(timm.models.get_arch_pretrained_cfgs("vit_base_patch14_dinov2")),
-    "models": [digest("vit_small_patch14_dinov2", depth=1, img_size=56), digest("vit_small_patch14_dinov2.lvd142m", depth=1),
+    "models": [digest("vit_small_patch14_dinov2", depth=1, img_size=56),
+        digest("vit_small_patch14_dinov2.lvd142m", depth=1),
         digest("eva02_base_patch16_clip_224", depth=1), digest("vit_base_patch16_224.dino", depth=1),
         digest("deit3_base_patch16_224.fb_in22k_ft_in1k", depth=1)],
 }))

@@ -130,9 +130,10 @@ def test_denoising_restores_the_state_even_on_an_exception():
     model = timm.create_model("vit_small_patch14_dinov2.lvd142m_dvt", depth=1, device="meta")
     for state in (True, False):
         model.set_denoise(state)
-        with pytest.raises(KeyError), model.denoising(not state):
-            assert model.denoise is not state
-            raise KeyError
+        with pytest.raises(KeyError):
+            with model.denoising(not state):
+                assert model.denoise is not state
+                raise KeyError
         assert model.denoise is state
 
 
@@ -145,5 +146,7 @@ def test_a_persons_own_variant():
     assert type(timm.create_model("vit_tiny_patch16_224", depth=1)) is timm.models.VisionTransformer
     with pytest.raises(ValueError, match="backbone is 'vit_no'"):
         timm_dvt.register("vit_no")
+    with pytest.raises(ValueError, match="is a published variant; pass another suffix"):
+        timm_dvt.register("vit_base_patch14_dinov2")
     with pytest.raises(TypeError, match="not to ResNet"):
         timm_dvt.register("resnet18.a1_in1k")

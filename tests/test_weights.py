@@ -1,4 +1,4 @@
-"""Loading weights: the published layouts through the real Hub client, our own folders, and everything that can be wrong."""
+"""Loading weights: the published layouts through the real Hub client, our own folders, and all that can be wrong."""
 
 import json
 import os
@@ -191,7 +191,7 @@ def test_a_bad_file_is_named_with_its_keys_and_the_model_is_as_it_was(case, how,
 def test_a_file_of_another_backbone_is_refused_by_its_name(model, tmp_path):
     path = tmp_path / "vit_small_patch14_reg4_dinov2.lvd142m.pth"
     torch.save({"denoiser": published()}, path)
-    with pytest.raises(timm_dvt.CheckpointError, match=f"made for vit_small_patch14_reg4_dinov2.lvd142m, not for {BACKBONE}"):
+    with pytest.raises(timm_dvt.CheckpointError, match=f"made for vit_small_.*reg4_dinov2.lvd142m, not for {BACKBONE}"):
         timm_dvt.load_denoiser(model, path)
 
 
@@ -271,7 +271,9 @@ def test_a_malicious_pickle_raises_and_runs_nothing(how, protocol, model, tmp_pa
 # ---- folders
 
 
-@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_base_patch16_siglip_512.v2_webli"])
+@pytest.mark.parametrize(
+    "backbone", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_base_patch16_siglip_512.v2_webli"]
+)
 @torch.no_grad()
 def test_a_saved_model_loads_bit_equal(backbone, tmp_path):
     patch = 14 if "patch14" in backbone else 16
@@ -381,5 +383,6 @@ def test_an_overlay_with_a_whole_models_state_dict_or_file(tmp_path):
     safetensors.torch.save_file(model.state_dict(), tmp_path / "whole.safetensors")
     for overlay in ({"file": str(tmp_path / "whole.safetensors")}, {"state_dict": model.state_dict()}):
         again = timm.create_model(NAME, pretrained=True, depth=1, pretrained_cfg_overlay=overlay)
-        assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+        pairs = zip(again.state_dict().values(), model.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
         assert "state_dict" not in again.pretrained_cfg

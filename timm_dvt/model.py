@@ -85,7 +85,7 @@ class Denoised:
         intermediates_only: bool = False,
         **options,
     ) -> Intermediates:
-        """timm's method. The last block's map is denoised, and so normed, whatever `norm` says; earlier ones are timm's.
+        """timm's method. The last block's map is denoised, and so normed, whatever `norm` says; others are timm's.
 
         Maps are (B, C, H, W), or (B, H*W, C) with `output_fmt="NLC"`; further options are passed on to timm.
         """

@@ -10,7 +10,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from timm_dvt.model import Denoised
-from timm_dvt.registry import saved_architecture
+from timm_dvt.variants import saved_architecture
 from timm_dvt.version import __version__
 from timm_dvt.weights import WEIGHTS_NAME
 

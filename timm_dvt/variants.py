@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from timm.models import split_model_name_tag
 
 DVT_REPO = "jjiaweiyang/DVT"  # FOLDER/TIMM_ID.pth, the checkpoints of the paper's authors
-DVT_LICENSE = "mit"
+GENERIC = "denoised_vit"  # the architecture of a saved model whose backbone is not in the table
 
 # What is appended to a backbone's name for each published folder. The first is what a plain `_dvt` means.
 SUFFIXES = {
@@ -96,3 +96,11 @@ def published_variants() -> list[Variant]:
                 )
             )
     return variants
+
+
+def saved_architecture(arch: str) -> str:
+    """The architecture by which a saved config.json names a denoised model of a timm architecture.
+
+    It must be registered wherever timm_dvt is imported, so it is `ARCH_dvt` for the table's and the generic one else.
+    """
+    return f"{arch}_dvt" if arch in {split_model_name_tag(row.backbone)[0] for row in ROWS} else GENERIC
