@@ -114,11 +114,14 @@ def test_licences_are_those_timm_records():
 
 
 def test_listings_show_the_variants():
-    assert timm.list_models("*_dvt*") == sorted(ARCHITECTURES, key=timm.list_models("*_dvt*").index)
-    assert set(timm.list_models("*_dvt*", include_tags=True)) == set(NAMES)
-    assert set(timm.list_pretrained("*_dvt*")) == {name for name in NAMES if "giant" not in name}
-    assert set(timm.list_models("*_dvt*", pretrained=True)) == {name for name in NAMES if "giant" not in name}
-    assert set(timm.list_models(module="timm_dvt")) == {*ARCHITECTURES, "denoised_vit"}
+    def listed(*args, **kwargs) -> set:  # but for what other tests register at run time
+        return {name for name in timm.list_models(*args, **kwargs) if "vit_tiny" not in name}
+
+    weights = {name for name in NAMES if "giant" not in name}
+    assert listed("*_dvt*") == set(ARCHITECTURES)
+    assert listed("*_dvt*", include_tags=True) == set(NAMES)
+    assert listed("*_dvt*", pretrained=True) == weights == set(timm.list_pretrained("*_dvt*")) & set(NAMES)
+    assert listed(module="timm_dvt") == {*ARCHITECTURES, "denoised_vit"}
 
 
 def test_a_wrong_tag_is_timms_own_error():
