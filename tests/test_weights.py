@@ -304,7 +304,16 @@ def test_a_saved_variant_loads_bit_equal_with_its_class_count_and_size(tmp_path)
     assert again.backbone_name == "vit_base_patch16_224.mae" and torch.equal(again(images), model(images))
     other = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=3).eval()
     assert other(images).shape == (1, 3) and torch.equal(other.forward_features(images), model.forward_features(images))
-    assert timm.data.resolve_model_data_config(again)["input_size"] == (3, 48, 64)
+    assert tuple(timm.data.resolve_model_data_config(again)["input_size"]) == (3, 48, 64)
+
+
+@torch.no_grad()
+def test_a_saved_model_of_other_channels_loads_bit_equal(tmp_path):
+    model = timm.create_model(NAME, depth=1, in_chans=5, img_size=28).eval()
+    folder = timm_dvt.save_pretrained(model, tmp_path)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(1, 5, 28, 42)
+    assert torch.equal(again.forward_features(images), model.forward_features(images))
 
 
 @torch.no_grad()

@@ -71,6 +71,8 @@ def create(
         model.backbone_name = variant.backbone
         # What timm.models.save_for_hf writes must name an architecture that builds this model.
         cfg["architecture"] = saved_architecture(variant.architecture)
+    # What saving needs to know; newer timm versions record it themselves.
+    model._model_args = {key: value for key, value in kwargs.items() if key not in ("device", "dtype")}
     # timm's builder, handed the finished model, does for it what it does for its own: config, traits, features_only.
     return build_model_with_cfg(
         lambda **_: model,
@@ -127,6 +129,8 @@ def _load_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> None:
     )
     sources = ("source", "file", "url", "hf_hub_id", "hf_hub_filename")
     source = {key: value for key, value in cfg.items() if key not in sources} | {"state_dict": state}
+    if state["patch_embed.proj.weight"].shape[1] == model.in_chans:
+        source["first_conv"] = None  # nothing to adapt, though older timm versions would
     try:
         load_pretrained(
             model,

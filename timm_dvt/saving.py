@@ -72,7 +72,7 @@ def _write_config(model: Any, path: Path, model_args: dict) -> None:
     saved = {**cfg, "architecture": architecture, "input_size": size, "num_classes": model.num_classes}
     try:
         model.pretrained_cfg = saved
-        save_config_for_hf(model, path, model_args=arguments)  # type: ignore[arg-type]
+        save_config_for_hf(model, path, model_args=arguments)
     finally:
         model.pretrained_cfg = cfg
 
