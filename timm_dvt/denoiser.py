@@ -128,7 +128,7 @@ class Denoiser(nn.Module):
 
     def __getstate__(self) -> dict:
         # What is kept for speed is neither saved nor copied.
-        return {**super().__getstate__(), "_source": None, "_resampled": {}}
+        return {**self.__dict__, "_source": None, "_resampled": {}}
 
     def _apply(self, fn, recurse=True):
         self._source, self._resampled = None, {}

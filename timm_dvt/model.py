@@ -95,7 +95,8 @@ class Denoised:
         last = len(self.blocks) - 1
         taken, deepest = feature_take_indices(len(self.blocks), indices)
         reaches_features = not intermediates_only and not (stop_early and deepest < last)
-        if not self.denoise or not (last in taken or reaches_features):
+        ours = self.denoise and (last in taken or reaches_features) and output_fmt in ("NCHW", "NLC")
+        if not ours:
             return forward(x, output_fmt=output_fmt, **call)
 
         # Tokens, not maps, come out of timm here, so that nothing is copied to a map and back.
@@ -142,7 +143,7 @@ class Denoised:
 
     def __reduce__(self):
         # Also a class made for a subclass of timm's, which no module holds, can be pickled and copied.
-        return _empty, (self._backbone_class,), self.__getstate__()
+        return _empty, (self._backbone_class,), self.__dict__.copy()
 
 
 def _renamed(function: FunctionType, name: str) -> FunctionType:
