@@ -77,9 +77,9 @@ def fit_field(
     hidden width C/4. The first half of the steps trains F and G on L_distance; the second freezes G and
     trains F and h on L_recon. Adam, its learning rate falling linearly to zero over all steps. Where the
     published code differs, the paper is followed: Adam's usual betas and eps (0.9, 0.999, 1e-8; code: 0.9,
-    0.99, 1e-15), the 2-norm and 1-norm of a patch (code: means over its channels), no warm-up, 16 levels.
-    With the paper's norms h stays near zero but for channels that hold more than beta / alpha of a patch's
-    unexplained norm.
+    0.99, 1e-15), the 2-norm and 1-norm of a patch (code: means over its channels), no warm-up. With the
+    paper's norms h is sparse: zero but for channels that hold more than beta / alpha of a patch's
+    unexplained norm, such as those of outlier tokens.
 
     The same seed gives the same result on the same CPU and thread count. F and G are only determined up to a
     constant: G is given zero mean, F the rest. Raises ValueError for arguments that do not fit together and
@@ -93,17 +93,12 @@ def fit_field(
     with torch.random.fork_rng(devices=[]):  # the layers' own initialisation, seeded, on any device alike
         torch.manual_seed(seed)
         hash_grid = HashGrid(settings.grid).to(device)
-        mlp = nn.Sequential(
-            nn.Linear(settings.grid.width, channels // 2), nn.ReLU(), nn.Linear(channels // 2, channels)
-        ).to(device)
-        hidden = channels // 4
-        residual_mlp = nn.Sequential(
-            nn.Linear(channels, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, channels),
-        ).to(device)
+        mlp = _mlp(settings.grid.width, channels // 2, channels).to(device)
+        residual_mlp = _mlp(channels, channels // 4, channels // 4, channels).to(device)
+    # Delta starts at zero, its sparsest: from random values on, the pull of Eq. 8's 1-norm, the same in every
+    # channel, would switch all hidden units off in the first steps, for good.
+    for parameter in residual_mlp[-1].parameters():
+        nn.init.zeros_(parameter)
     artifacts = nn.Parameter(torch.zeros(rows * columns, channels, device=device))
     trainer = grid_trainer(settings.backend, hash_grid, settings.steps)
     # Parameters without a gradient are skipped: h in the first phase, G in the second.
@@ -149,6 +144,14 @@ def fit_field(
     constant = artifacts.detach().mean(dim=0)
     centred = (artifacts.detach() - constant).view(rows, columns, channels)
     return FieldResult(hash_grid, mlp, residual_mlp, constant, centred, losses, settings)
+
+
+def _mlp(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths with a ReLU after each but the last."""
+    layers: list[nn.Module] = []
+    for before, after in zip(widths, widths[1:]):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def _check(
