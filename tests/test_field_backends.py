@@ -15,7 +15,7 @@ GRID = HashGridSettings(levels=3, features=2, log2_hashmap_size=9, per_level_sca
 
 
 class FakeEncoding(torch.nn.Module):
-    """tinycudann.Encoding as far as the adapter knows it: constructor, flat `params`, differentiable forward."""
+    """tinycudann.Encoding as the adapter knows it: constructor, flat `params`, forward and backward."""
 
     def __init__(self, n_input_dims, encoding_config, seed=1337, dtype=None):
         super().__init__()

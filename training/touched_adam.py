@@ -37,13 +37,13 @@ class TouchedAdam:
     def gather(self, rows: Tensor) -> Tensor:
         """The values (U, F) that distinct rows (U,) have now, owed moves paid; `step` is for these rows."""
         debts = self.debts[: self.steps + 1].to(self.table.dtype)
-        last = self.touched_at.index_select(0, rows)
-        owed, floor, first_left, second_left = debts.index_select(0, last).split(1, dim=1)
+        debts = debts.index_select(0, self.touched_at.index_select(0, rows))
+        owed, floor, first_left, second_left = debts.split(1, dim=1)
         values = self.table.index_select(0, rows)
         first = self.first.index_select(0, rows)
         second = self.second.index_select(0, rows)
         scale = second.sqrt().add_(floor)
-        values.sub_(torch.div(first, scale, out=scale).mul_(owed))
+        values.addcmul_(torch.div(first, scale, out=scale), owed, value=-1)
         self.gathered = (rows, first.mul_(first_left), second.mul_(second_left))
         return values
 
@@ -56,6 +56,7 @@ class TouchedAdam:
         scale = second.sqrt().add_(floor)
         self.steps += 1
         self._put(rows, torch.addcdiv(values, first, scale, value=-rate), first, second)
+        # Every row owes one move more, with what is left of its moments.
         owed, _, first_left, second_left = self.debts[: self.steps].unbind(1)
         first_left.mul_(self.betas[0])
         second_left.mul_(self.betas[1])
