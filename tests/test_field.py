@@ -68,6 +68,13 @@ def test_reconstruction_is_equation_6():
     assert abs(reconstruction_loss(partial, residual, y, 0.3, 0.7).item() - expected) < 1e-12
 
 
+def test_no_gradient_reaches_what_the_residual_is_to_explain():
+    residual, unexplained = normal(5, 7).requires_grad_(), normal(5, 7, seed=1).requires_grad_()
+    residual_loss(residual, unexplained).backward()
+    assert unexplained.grad is None
+    assert residual.grad.any()
+
+
 def test_gradients_stop_where_the_paper_stops_them():
     partial, residual, y = (normal(5, 7, seed=seed).requires_grad_() for seed in range(3))
     reconstruction_loss(partial, residual, y, alpha=0.3, beta=0.7).backward()

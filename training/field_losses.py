@@ -12,7 +12,7 @@ def distance_loss(prediction: Tensor, target: Tensor) -> Tensor:
     prediction y_hat (B, C), target y (B, C). No gradient reaches the target: y is a constant (Eq. 9). The
     norm is the paper's 2-norm over a patch's channels; the published code has the mean squared error there.
     """
-    return _Distance.apply(prediction, target.detach())
+    return _Distance.apply(prediction, target)
 
 
 def residual_loss(residual: Tensor, unexplained: Tensor) -> Tensor:
@@ -38,8 +38,8 @@ def reconstruction_loss(
     8).
     """
     distance = distance_loss(semantics_and_artifacts + residual.detach(), target)
-    unexplained = target.detach() - semantics_and_artifacts.detach()
-    return distance + alpha * residual_loss(residual, unexplained) + beta * sparsity_loss(residual)
+    unexplained = residual_loss(residual, target - semantics_and_artifacts)
+    return distance + alpha * unexplained + beta * sparsity_loss(residual)
 
 
 class _Distance(torch.autograd.Function):

@@ -17,8 +17,8 @@ class TouchedAdam:
     which is m / sqrt(v) times a number that depends on s and t only, but for eps, which is held at its share
     of step s+1. So rows follow torch.optim.Adam to rounding wherever eps is small beside their gradients.
 
-    table: (E, F) float tensor; `settle` puts the result there, steps leave it alone. max_steps: how many steps
-    will be taken at most. Memory: three more tables (E, F) and E integers.
+    table: (E, F) float tensor; `settle` puts the result there, steps leave it alone. max_steps: how many
+    steps will be taken at most. Memory: three more tables (E, F) and E integers.
     """
 
     def __init__(
