@@ -62,13 +62,14 @@ def solve(sums: Sums, strengths: Strengths, with_artifacts: bool = True) -> Solu
     artifact_freedom = 0.0
     if with_artifacts:
         coupling = factor.forward(sums.fg)
-        schur = torch.diag(sums.gg + ridge) - coupling.T @ coupling
-        schur_factor = torch.linalg.cholesky(schur)
+        schur_factor = torch.linalg.cholesky(torch.diag(sums.gg + ridge) - _lower_gram(coupling))
         artifacts = torch.cholesky_solve(sums.gy - coupling.T @ solved, schur_factor)
         solved = solved - coupling @ artifacts
         through = torch.linalg.solve_triangular(schur_factor, coupling.T @ probed, upper=False)
         probe_energy += float(through.square().sum())
-        artifact_freedom = patches - ridge * float(torch.cholesky_inverse(schur_factor).trace())
+        eye = torch.eye(patches, dtype=schur_factor.dtype, device=device)
+        trace = float(torch.linalg.solve_triangular(schur_factor, eye, upper=False).square().sum())
+        artifact_freedom = patches - ridge * trace
     semantics = factor.backward(solved)
     semantic_freedom = len(semantics) - smooth * probe_energy / PROBES
 
@@ -90,6 +91,15 @@ def solve(sums: Sums, strengths: Strengths, with_artifacts: bool = True) -> Solu
     if not with_artifacts:
         wanted = Strengths(wanted.smoothness, ridge)
     return Solution(semantics, artifacts, noise, semantic_freedom, artifact_freedom, wanted)
+
+
+def _lower_gram(matrix: Tensor, parts: int = 4) -> Tensor:
+    """The lower triangle of matrix' matrix (a Cholesky factorisation reads no more), at 5/8 of the cost of it all."""
+    gram = matrix.new_zeros(matrix.shape[1], matrix.shape[1])
+    step = -(-matrix.shape[1] // parts)
+    for start in range(0, matrix.shape[1], step):
+        gram[start:, start:start + step] = matrix[:, start:].T @ matrix[:, start:start + step]
+    return gram
 
 
 def _clamp(value: float, low: float, high: float) -> float:
