@@ -26,7 +26,8 @@ class Solution:
     """F (M * M, C) and G (K * K, C), float64, for one pair of strengths; `strengths` are those to try next.
 
     `noise` is the noise variance a token and channel; `semantic_freedom` and `artifact_freedom` are the numbers
-    of parameters of F and G that the data determine, rather than the penalties.
+    of parameters of F and G that the data determine, rather than the penalties. `patch_factor` is the Cholesky
+    factor of the Schur complement on G, None without G.
     """
 
     semantics: Tensor
@@ -35,6 +36,7 @@ class Solution:
     semantic_freedom: float
     artifact_freedom: float
     strengths: Strengths
+    patch_factor: Tensor | None = None
 
 
 def solve(sums: Sums, strengths: Strengths, with_artifacts: bool = True) -> Solution:
@@ -60,6 +62,7 @@ def solve(sums: Sums, strengths: Strengths, with_artifacts: bool = True) -> Solu
     probe_energy = float(probed.square().sum())
     artifacts = torch.zeros_like(sums.gy)
     artifact_freedom = 0.0
+    schur_factor = None
     if with_artifacts:
         coupling = factor.forward(sums.fg)
         schur_factor = torch.linalg.cholesky(torch.diag(sums.gg + ridge) - _lower_gram(coupling))
@@ -90,7 +93,7 @@ def solve(sums: Sums, strengths: Strengths, with_artifacts: bool = True) -> Solu
     )
     if not with_artifacts:
         wanted = Strengths(wanted.smoothness, ridge)
-    return Solution(semantics, artifacts, noise, semantic_freedom, artifact_freedom, wanted)
+    return Solution(semantics, artifacts, noise, semantic_freedom, artifact_freedom, wanted, schur_factor)
 
 
 def _lower_gram(matrix: Tensor, parts: int = 4) -> Tensor:

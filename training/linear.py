@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.conditioning import IllConditioned, separation, warn_if_inseparable
 from training.evidence import Strengths, solve
 from training.sums import Sums, interpolate
 
 
 # Nodes a side that are enough to tell outliers from the rest.
 COARSE = 48
-
-
-class IllConditioned(RuntimeError):
-    """The views cannot tell F and G apart; the message says what to change."""
+# Steps of the strengths' fixed point at the end; they seldom move by the third.
+MAX_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -101,32 +100,49 @@ class LinearSolver:
         self._sums.add(xs, ys, features, weights)
 
     def solve(self) -> LinearFit:
-        """F and G from all views added so far."""
+        """F and G from all views added so far.
+
+        Raises:
+            IllConditioned: there are none, or the equations cannot be solved.
+        """
+        if not self.views:
+            raise IllConditioned("no views were added: add some before solving")
         if self._sums is None:
             self._start()
-        assert self._sums is not None
-        for _ in range(3):
+        for _ in range(MAX_STEPS):
             before = self._strengths
             self._renew()
             if _close(before, self._strengths):
                 break
-        solution = self._solution
+        assert self._sums is not None
+        solution, sums = self._solution, self._sums
         level = solution.artifacts.mean(0)
         semantics = solution.semantics + level + self._offset
         diagnostics = {
             "views": self.views,
             "noise": math.sqrt(solution.noise),
-            "smoothness": self._strengths.smoothness,
-            "artifact_penalty": self._strengths.artifacts,
+            "smoothness": before.smoothness,
+            "artifact_penalty": before.artifacts,
             "semantic_freedom": solution.semantic_freedom / len(solution.semantics),
             "artifact_freedom": solution.artifact_freedom / len(solution.artifacts),
             "outlier_share": self._lost / (self.views * self.grid ** 2),
+            "unseen": self._unseen(sums),
         }
+        if solution.patch_factor is not None:
+            per_patch = float(sums.gg.mean())
+            diagnostics["separation"] = separation(solution.patch_factor, before.artifacts, per_patch)
+            warn_if_inseparable(diagnostics["separation"], diagnostics["unseen"])
         return LinearFit(
             semantics.float().view(self.nodes, self.nodes, -1),
             (solution.artifacts - level).float().view(self.grid, self.grid, -1),
             diagnostics,
         )
+
+    def _unseen(self, sums: Sums) -> float:
+        """Share of the patches' places in the whole image that no view comes near."""
+        seen = (sums.ff[:, 12] > 0).double().view(1, 1, self.nodes, self.nodes)
+        near = torch.nn.functional.adaptive_max_pool2d(seen, min(self.grid, self.nodes))
+        return float(1 - near.mean())
 
     def _start(self) -> None:
         """The first estimate: iteratively re-weighted least squares over the buffered views, F on a coarser grid."""
@@ -159,7 +175,13 @@ class LinearSolver:
 
     def _renew(self) -> None:
         assert self._sums is not None
-        self._solution = solve(self._sums, self._strengths, self.settings.artifacts)
+        try:
+            self._solution = solve(self._sums, self._strengths, self.settings.artifacts)
+        except torch.linalg.LinAlgError as error:
+            raise IllConditioned(
+                f"the equations of {self.views} views cannot be solved ({error}); use more views, of different "
+                "places and sizes"
+            ) from error
         self._strengths = self._solution.strengths
         self._nodal = self._solution.semantics.float().view(self._sums.nodes, self._sums.nodes, -1)
         self._artifacts = self._solution.artifacts.float().view(self.grid, self.grid, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +83,21 @@ def _interval(length: np.ndarray, place: np.ndarray, pixels: int) -> tuple[np.nd
 def whole_view() -> Views:
     """The one view that is the whole image, not flipped."""
     return Views(torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64), torch.tensor([False]))
+
+
+def shrink_for_views(
+    image: Tensor, size: int, area: tuple[float, float], aspect: tuple[float, float]
+) -> Tensor:
+    """Shrink an image once if it has more pixels than the smallest view resized to `size` can show.
+
+    Views of a 50-megapixel photograph are then as quick to cut as those of a small one.
+    """
+    narrowest = (area[0] * min(aspect[0], 1 / aspect[1])) ** 0.5
+    limit = math.ceil(size / narrowest)
+    target = tuple(min(side, limit) for side in image.shape[-2:])
+    if target == tuple(image.shape[-2:]):
+        return image
+    return F.interpolate(image[None], size=target, mode="bilinear", align_corners=False, antialias=True)[0]
 
 
 def render_views(image: Tensor, views: Views, size: int) -> Tensor:
