@@ -78,6 +78,6 @@ def warn_if_inseparable(share: float, unseen: float) -> None:
         )
     if unseen > 0.25:
         warnings.warn(
-            f"no view shows {unseen:.0%} of the image: F is extrapolated there; use more views, or include the "
-            "whole image", stacklevel=3,
+            f"no view shows {unseen:.0%} of the image: F is extrapolated there; use more views, or include "
+            "the whole image", stacklevel=3,
         )

@@ -29,8 +29,8 @@ class Stage1Settings:
 
     Attributes:
         solver: "linear" (least squares, streamed) or "field" (the paper's neural fields).
-        views: forward passes an image: the whole image, then views - 1 random crops. The whole image takes part
-            in the fit, because random crops hardly ever reach the corners.
+        views: forward passes an image: the whole image, then views - 1 random crops. The whole image takes
+            part in the fit, because random crops hardly ever reach the corners.
         seed: of the crops, and of the field's initialisation.
         layers: blocks to decompose, all in one pass; None is the last block alone.
         input_size: side of the square input in pixels; None is the paper's (518 for patch 14, 512 for 16).
@@ -83,7 +83,7 @@ class Decomposition:
 def decompose(
     model: nn.Module,
     image: Tensor,
-    settings: Stage1Settings = Stage1Settings(),
+    settings: Stage1Settings | None = None,
     *,
     device: torch.device | str | None = None,
     progress: Callable[[int], Any] | None = None,
@@ -94,7 +94,7 @@ def decompose(
     Args:
         model: any timm VisionTransformer or Eva; a `*_dvt` model's denoiser is not used.
         image: (3, H, W) floating point in [0, 1], of any size and shape.
-        settings: see Stage1Settings.
+        settings: see Stage1Settings; None is its defaults.
         device: the model is moved there first; None leaves it where it is.
         progress: called with the number of views done since the last call (a tqdm's `update`, say).
 
@@ -108,10 +108,11 @@ def decompose(
 
     Raises:
         TypeError: the model is not one of timm's ViTs.
-        ValueError: an argument is out of its range; NonFiniteFeatures (a ValueError) if the backbone gives NaN
-            or infinity.
+        ValueError: an argument is out of its range; NonFiniteFeatures (a ValueError) if the backbone gives
+            NaN or infinity.
         IllConditioned: the views cannot tell F and G apart; where they hardly can, a UserWarning.
     """
+    settings = settings or Stage1Settings()
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
         raise ValueError(f"image must be (3, H, W) floating point, got {image.dtype} {tuple(image.shape)}")
     if settings.solver not in SOLVERS:
@@ -136,8 +137,8 @@ def decompose(
         for layer, maps in features.items():
             if not bool(maps.isfinite().all()):
                 raise NonFiniteFeatures(
-                    f"block {layer} gave NaN or infinite features in views {first} to {first + len(maps) - 1}; "
-                    "check the image and the model's weights, or use dtype='float32'"
+                    f"block {layer} gave NaN or infinite features in views {first} to "
+                    f"{first + len(maps) - 1}; check the image and the model's weights, or use dtype='float32'"
                 )
             raw.setdefault(layer, maps[0].clone())
             for view, view_features in enumerate(maps, start=first):
@@ -146,8 +147,10 @@ def decompose(
             progress(len(views[batch]))
     results = {}
     for layer, solver in solvers.items():
-        parts = [part.cpu() for part in (raw[layer], *solver.solve(raw[layer], fit_progress))]
-        results[layer] = Decomposition(*parts, layer, settings, solver.diagnostics)
+        semantics, artifacts, residual = (part.cpu() for part in solver.solve(raw[layer], fit_progress))
+        results[layer] = Decomposition(
+            raw[layer].cpu(), semantics, artifacts, residual, layer, settings, solver.diagnostics
+        )
     return results if settings.layers is not None else results[reader.layers[0]]
 
 

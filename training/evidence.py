@@ -15,7 +15,7 @@ PROBES = 32
 
 @dataclass(frozen=True)
 class Strengths:
-    """Penalties in units of the noise variance: smoothness * |second differences of F|^2 + artifacts * |G|^2."""
+    """Penalties in units of the noise variance: smoothness * |F's second differences|^2 + artifacts * |G|^2."""
 
     smoothness: float = 1.0
     artifacts: float = 1.0
@@ -25,9 +25,9 @@ class Strengths:
 class Solution:
     """F (M * M, C) and G (K * K, C), float64, for one pair of strengths; `strengths` are those to try next.
 
-    `noise` is the noise variance a token and channel; `semantic_freedom` and `artifact_freedom` are the numbers
-    of parameters of F and G that the data determine, rather than the penalties. `patch_factor` is the Cholesky
-    factor of the Schur complement on G, None without G.
+    `noise` is the noise variance a token and channel; `semantic_freedom` and `artifact_freedom` are the
+    numbers of parameters of F and G that the data determine, rather than the penalties. `patch_factor` is the
+    Cholesky factor of the Schur complement on G, None without G.
     """
 
     semantics: Tensor
@@ -45,9 +45,9 @@ def solve(sums: Sums, strengths: Strengths, with_artifacts: bool = True) -> Solu
     F's own matrix is banded, so it is F that is eliminated: a banded factor, then a Cholesky factor of the
     Schur complement on the K * K patches, serve all channels.
 
-    The strengths that come back are one step of MacKay's fixed point for the evidence of the Gaussian model in
-    which noise has variance s^2 and the penalised quantities s^2 / strength; to repeat the step is to maximise
-    the evidence. Parameters determined by the data are K * K - artifacts * tr(H^-1 on G), and for F the same
+    The strengths that come back are one step of MacKay's fixed point for the evidence of the Gaussian model
+    in which noise has variance s^2 and the penalised quantities s^2 / strength; to repeat the step is to
+    maximise the evidence. Parameters determined by the data are K * K - artifacts * tr(H^-1 on G), and for F the same
     with R, whose trace is estimated with fixed random probes.
 
     Raises:
@@ -97,7 +97,7 @@ def solve(sums: Sums, strengths: Strengths, with_artifacts: bool = True) -> Solu
 
 
 def _lower_gram(matrix: Tensor, parts: int = 4) -> Tensor:
-    """The lower triangle of matrix' matrix (a Cholesky factorisation reads no more), at 5/8 of the cost of it all."""
+    """The lower triangle of matrix' matrix, all that a Cholesky factor reads, at 5/8 of the cost."""
     gram = matrix.new_zeros(matrix.shape[1], matrix.shape[1])
     step = -(-matrix.shape[1] // parts)
     for start in range(0, matrix.shape[1], step):

@@ -27,7 +27,7 @@ class LinearSettings:
     Attributes:
         nodes: M, nodes of F's grid a side; None is max(2 K, 64), at most 5 K.
         first_views: views held in memory until the first estimate exists (constant memory).
-        outlier: tokens whose residual exceeds this many times the typical one lose weight; inf switches it off.
+        outlier: tokens whose residual exceeds this many times the typical one lose weight; inf for never.
         artifacts: False solves for F alone, the paper's view-average (Tab. 5, row b).
     """
 
@@ -59,23 +59,29 @@ class LinearFit:
 class LinearSolver:
     """Takes one view's features after another, keeps sums, and gives F and G at the end.
 
-    The first views wait in a buffer of fixed size until there is an estimate that tells outlier tokens from the
-    rest; from then on each view is weighed against the running estimate, added to the sums and forgotten. The
-    estimate is renewed each time the number of views has doubled. What comes out does not depend on how the
+    The first views wait in a buffer of fixed size until there is an estimate that tells outlier tokens from
+    the rest; from then on each view is weighed against the running estimate, added to the sums and forgotten.
+    The estimate is renewed each time the number of views has doubled. What comes out does not depend on how the
     views were batched.
     """
 
-    def __init__(self, grid: int, channels: int, settings: LinearSettings = LinearSettings(),
-                 device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        grid: int,
+        channels: int,
+        settings: LinearSettings | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """
         Args:
             grid: K.
             channels: C.
-            settings: see LinearSettings.
+            settings: see LinearSettings; None is its defaults.
             device: where sums are kept and solved; needs float64.
         """
-        self.settings, self.grid, self.channels, self.device = settings, grid, channels, device
-        self.nodes = min(max(2 * grid, 64), max(5 * grid, 4)) if settings.nodes is None else settings.nodes
+        self.settings = settings or LinearSettings()
+        self.grid, self.channels, self.device = grid, channels, device
+        self.nodes = self.settings.nodes or min(max(2 * grid, 64), max(5 * grid, 4))
         self.views = 0
         self._buffer: list[tuple[Tensor, Tensor, Tensor]] = []
         self._sums: Sums | None = None
@@ -145,7 +151,7 @@ class LinearSolver:
         return float(1 - near.mean())
 
     def _start(self) -> None:
-        """The first estimate: iteratively re-weighted least squares over the buffered views, F on a coarser grid."""
+        """The first estimate: iteratively re-weighted least squares over the buffered views, on a coarser grid."""
         tokens = torch.cat([features.flatten(0, 1) for _, _, features in self._buffer])
         self._offset = tokens[:: max(1, len(tokens) // 2048)].median(0).values
         self._buffer = [(xs, ys, features - self._offset) for xs, ys, features in self._buffer]
@@ -179,8 +185,8 @@ class LinearSolver:
             self._solution = solve(self._sums, self._strengths, self.settings.artifacts)
         except torch.linalg.LinAlgError as error:
             raise IllConditioned(
-                f"the equations of {self.views} views cannot be solved ({error}); use more views, of different "
-                "places and sizes"
+                f"the equations of {self.views} views cannot be solved ({error}); use more views, of "
+                "different places and sizes"
             ) from error
         self._strengths = self._solution.strengths
         self._nodal = self._solution.semantics.float().view(self._sums.nodes, self._sums.nodes, -1)

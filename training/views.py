@@ -124,14 +124,14 @@ def render_views(image: Tensor, views: Views, size: int) -> Tensor:
 def patch_centres(size: int, patch: int, stride: int) -> Tensor:
     """(K,) float64: centres of the patches along one side of a square input, as fractions of that side.
 
-    With K = (size - patch) // stride + 1 (paper A.1), patch i has its centre at (i * stride + patch / 2) / size.
+    With K = (size - patch) // stride + 1 (paper A.1), patch i's centre is (i * stride + patch / 2) / size.
     """
     count = (size - patch) // stride + 1
     return (torch.arange(count, dtype=torch.float64) * stride + patch / 2) / size
 
 
 def view_axes(views: Views, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the patch centres of each view lie in the whole image; crops are axis-aligned, so two axes say it all.
+    """Where each view's patch centres lie in the whole image; crops are axis-aligned, so two axes say it all.
 
     Args:
         views: V views.
