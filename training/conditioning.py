@@ -71,7 +71,7 @@ def separation(patch_factor: Tensor, ridge: float, weight: float) -> float:
 
 def warn_if_inseparable(share: float, unseen: float) -> None:
     """Warn about a solution whose `separation` or whose coverage of the image is poor."""
-    if share < 0.1:
+    if share < 0.05:
         warnings.warn(
             f"F and G are hardly told apart by these views (separation {share:.3f} of 1): use more views, of "
             "more different places and sizes", stacklevel=3,

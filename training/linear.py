@@ -197,6 +197,8 @@ class LinearSolver:
 
     def _weigh(self, squared: Tensor) -> Tensor:
         """Token weights (K, K): 1 up to the limit, then falling with the fourth power of the residual."""
+        if math.isinf(self.settings.outlier):
+            return torch.ones_like(squared)
         limit = self.settings.outlier ** 2 * self._typical + 0.02 * self._spread
         return (limit / squared.clamp(min=limit)).square()
 
