@@ -138,7 +138,7 @@ def decompose(
             if not bool(maps.isfinite().all()):
                 raise NonFiniteFeatures(
                     f"block {layer} gave NaN or infinite features in views {first} to "
-                    f"{first + len(maps) - 1}; check the image and the model's weights, or use dtype='float32'"
+                    f"{first + len(maps) - 1}; check the image and the weights, or use dtype='float32'"
                 )
             raw.setdefault(layer, maps[0].clone())
             for view, view_features in enumerate(maps, start=first):
