@@ -15,7 +15,7 @@ from training.views import patch_centres
 
 
 def patch_means(pos_scale: float = 0.0, pixels: int = 64) -> VisionTransformer:
-    """A ViT whose features are its patches' mean colours and zeros, plus a position embedding of that size."""
+    """A ViT whose features are its patches' mean colours and zeros, plus a position embedding."""
     torch.manual_seed(0)
     model = VisionTransformer(
         img_size=pixels, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=0, class_token=False,

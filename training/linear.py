@@ -25,7 +25,14 @@ MAX_STEPS = 4
 
 @dataclass(frozen=True)
 class LinearSettings:
-    """Settings of the linear solver; the defaults are meant for all images and models.
+    """Settings of the linear solver; there is one default for all images and models.
+
+    How it was chosen: errors of F and G over the regimes of `training.scenes` at 8, 64 and 256 views. M from
+    K to 5 K: no regime gets worse with a finer grid, because the evidence chooses the smoothness, and sharp
+    borders without noise gain tenfold up to M = 64; 2 K is what a solve in a second allows at K = 37. The
+    smoothness and G's penalty are not settings: they follow from the data (`training.evidence`). An outlier
+    limit of 3 leaves F's error with 5% of large outliers within 5% of that without, and weighs nothing down
+    where there are none.
 
     Attributes:
         nodes: M, nodes of F's grid a side; None is max(2 K, 64), at most 5 K.
@@ -212,6 +219,6 @@ class LinearSolver:
 
 
 def _close(one: Strengths, other: Strengths) -> bool:
-    """Whether both strengths agree within a factor of 1.5; the errors of F and G hardly notice a factor of 2."""
+    """Whether both strengths agree within a factor of 1.5; F and G hardly notice a factor of 2."""
     return (abs(math.log(one.smoothness / other.smoothness)) < 0.4
             and abs(math.log(one.artifacts / other.artifacts)) < 0.4)
