@@ -1,0 +1,226 @@
+"""Stage 1 as streaming linear least squares: F on a grid and G on the patches, from sums over views."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.conditioning import IllConditioned, separation, warn_if_inseparable
+from training.evidence import Strengths, solve
+from training.sums import Sums, interpolate
+
+
+# Nodes a side that are enough to tell outliers from the rest.
+COARSE = 40
+# Squared residuals below this share of the squared content are no outliers, however small the typical one is:
+# without noise the worst residuals are those of sharp borders.
+FLOOR = 0.02
+# Steps of the strengths' fixed point at the end; they seldom move by the third.
+MAX_STEPS = 4
+
+
+@dataclass(frozen=True)
+class LinearSettings:
+    """Settings of the linear solver; there is one default for all images and models.
+
+    How it was chosen: errors of F and G over the regimes of `training.scenes` at 8, 64 and 256 views. M from
+    K to 5 K: no regime gets worse with a finer grid, because the evidence chooses the smoothness, and sharp
+    borders without noise gain tenfold up to M = 64; 2 K is what a solve in a second allows at K = 37. The
+    smoothness and G's penalty are not settings: they follow from the data (`training.evidence`). An outlier
+    fence of 6 leaves F's error with 5% of outliers within 5% of that without, also where noise nearly hides
+    them, and weighs next to nothing down where there are none.
+
+    Attributes:
+        nodes: M, nodes of F's grid a side; None is max(2 K, 64), at most 5 K.
+        first_views: views held in memory until the first estimate exists (constant memory).
+        outlier: tokens whose squared residual lies this many interquartile ranges beyond the upper quartile
+            lose weight (Tukey's fence, a far one); inf for never.
+        artifacts: False solves for F alone, the paper's view-average (Tab. 5, row b).
+    """
+
+    nodes: int | None = None
+    first_views: int = 16
+    outlier: float = 6.0
+    artifacts: bool = True
+
+
+@dataclass
+class LinearFit:
+    """F and G of one image, both float32.
+
+    Attributes:
+        nodal: (M, M, C) F at the grid's nodes.
+        artifacts: (K, K, C) G, zero mean.
+        diagnostics: what was chosen and how well it is determined.
+    """
+
+    nodal: Tensor
+    artifacts: Tensor
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+
+    def semantics(self, xs: Tensor, ys: Tensor) -> Tensor:
+        """F at the patches of a view: (len(ys), len(xs), C)."""
+        return interpolate(self.nodal, xs, ys)
+
+
+class LinearSolver:
+    """Takes one view's features after another, keeps sums, and gives F and G at the end.
+
+    The first views wait in a buffer of fixed size until there is an estimate that tells outlier tokens from
+    the rest; from then on each view is weighed against the running estimate, added to the sums and forgotten.
+    The estimate is renewed each time the number of views has doubled. What comes out does not depend on how
+    the views were batched.
+    """
+
+    def __init__(
+        self,
+        grid: int,
+        channels: int,
+        settings: LinearSettings | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """
+        Args:
+            grid: K.
+            channels: C.
+            settings: see LinearSettings; None is its defaults.
+            device: where sums are kept and solved; needs float64.
+        """
+        self.settings = settings or LinearSettings()
+        self.grid, self.channels, self.device = grid, channels, device
+        self.nodes = self.settings.nodes or min(max(2 * grid, 64), max(5 * grid, 4))
+        self.views = 0
+        self._buffer: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._sums: Sums | None = None
+        self._strengths = Strengths()
+        self._lost = 0.0
+
+    def add(self, xs: Tensor, ys: Tensor, features: Tensor) -> None:
+        """Add one view: xs, ys (K,) image coordinates of its columns and rows, features (K, K, C) float32."""
+        xs, ys, features = xs.to(self.device), ys.to(self.device), features.to(self.device)
+        self.views += 1
+        if self._sums is None:
+            self._buffer.append((xs, ys, features.clone()))
+            if self.views == self.settings.first_views:
+                self._start()
+            return
+        if self.views > self._next:
+            self._renew()
+            self._next *= 2
+        features = features - self._offset
+        weights = self._weigh(self._squared_residual(xs, ys, features))
+        self._lost += float((1 - weights).sum())
+        self._sums.add(xs, ys, features, weights)
+
+    def solve(self) -> LinearFit:
+        """F and G from all views added so far.
+
+        Raises:
+            IllConditioned: there are none, or the equations cannot be solved.
+        """
+        if not self.views:
+            raise IllConditioned("no views were added: add some before solving")
+        if self._sums is None:
+            self._start()
+        for _ in range(MAX_STEPS):
+            before = self._strengths
+            self._renew()
+            if _close(before, self._strengths):
+                break
+        assert self._sums is not None
+        solution, sums = self._solution, self._sums
+        level = solution.artifacts.mean(0)
+        semantics = solution.semantics + level + self._offset
+        diagnostics = {
+            "views": self.views,
+            "noise": math.sqrt(solution.noise),
+            "smoothness": before.smoothness,
+            "artifact_penalty": before.artifacts,
+            "semantic_freedom": solution.semantic_freedom / len(solution.semantics),
+            "artifact_freedom": solution.artifact_freedom / len(solution.artifacts),
+            "outlier_share": self._lost / (self.views * self.grid ** 2),
+            "unseen": self._unseen(sums),
+        }
+        if solution.patch_factor is not None:
+            per_patch = float(sums.gg.mean())
+            diagnostics["separation"] = separation(solution.patch_factor, before.artifacts, per_patch)
+            variance = solution.noise / max(diagnostics["separation"] * per_patch, 1e-12)
+            content = sums.yy / (sums.weight * self.channels)
+            uncertainty = math.sqrt(variance / max(content, 1e-30))
+            warn_if_inseparable(diagnostics["separation"], uncertainty, diagnostics["unseen"])
+        return LinearFit(
+            semantics.float().view(self.nodes, self.nodes, -1),
+            (solution.artifacts - level).float().view(self.grid, self.grid, -1),
+            diagnostics,
+        )
+
+    def _unseen(self, sums: Sums) -> float:
+        """Share of the patches' places in the whole image that no view comes near."""
+        seen = (sums.ff[:, 12] > 0).double().view(1, 1, self.nodes, self.nodes)
+        near = torch.nn.functional.adaptive_max_pool2d(seen, min(self.grid, self.nodes))
+        return float(1 - near.mean())
+
+    def _start(self) -> None:
+        """The first estimate: iteratively re-weighted least squares over the buffer, F on a coarser grid."""
+        tokens = torch.cat([features.flatten(0, 1) for _, _, features in self._buffer])
+        self._offset = tokens[:: max(1, len(tokens) // 2048)].median(0).values
+        self._buffer = [(xs, ys, features - self._offset) for xs, ys, features in self._buffer]
+        residuals = torch.stack([features.square().sum(-1) for _, _, features in self._buffer])
+        self._spread = float(residuals.quantile(0.9))
+        # Nothing is fitted yet: only tokens far beyond the content's own variety are suspect.
+        self._limit = 4 * self._spread
+        for nodes in 3 * [min(self.nodes, COARSE)]:
+            self._sums = self._weighted_sums(nodes, residuals)
+            self._renew()
+            residuals = torch.stack([self._squared_residual(*view) for view in self._buffer])
+            lower, upper = residuals.quantile(0.25), residuals.quantile(0.75)
+            self._limit = float(upper + self.settings.outlier * (upper - lower)) + FLOOR * self._spread
+        self._sums = self._weighted_sums(self.nodes, residuals)
+        # The penalty is on differences between nodes; this keeps it the same on the field they sample.
+        finer = self.nodes / min(self.nodes, COARSE)
+        self._strengths = Strengths(self._strengths.smoothness * finer ** 2, self._strengths.artifacts)
+        self._buffer = []
+        self._next = 2 * self.settings.first_views
+
+    def _weighted_sums(self, nodes: int, residuals: Tensor) -> Sums:
+        """The buffered views' sums, each token weighed by its squared residual (views, K, K)."""
+        sums = Sums(nodes, self.grid, self.channels, self.device)
+        self._lost = 0.0
+        for view, residual in zip(self._buffer, residuals):
+            weights = self._weigh(residual)
+            self._lost += float((1 - weights).sum())
+            sums.add(*view, weights)
+        return sums
+
+    def _renew(self) -> None:
+        assert self._sums is not None
+        try:
+            self._solution = solve(self._sums, self._strengths, self.settings.artifacts)
+        except torch.linalg.LinAlgError as error:
+            raise IllConditioned(
+                f"the equations of {self.views} views cannot be solved ({error}); use more views, of "
+                "different places and sizes"
+            ) from error
+        self._strengths = self._solution.strengths
+        self._nodal = self._solution.semantics.float().view(self._sums.nodes, self._sums.nodes, -1)
+        self._artifacts = self._solution.artifacts.float().view(self.grid, self.grid, -1)
+
+    def _squared_residual(self, xs: Tensor, ys: Tensor, features: Tensor) -> Tensor:
+        return (features - interpolate(self._nodal, xs, ys) - self._artifacts).square().sum(-1)
+
+    def _weigh(self, squared: Tensor) -> Tensor:
+        """Token weights (K, K): 1 up to the limit, then falling with the fourth power of the residual."""
+        if math.isinf(self.settings.outlier):
+            return torch.ones_like(squared)
+        limit = max(self._limit, 1e-30)
+        return (limit / squared.clamp(min=limit)).square()
+
+
+def _close(one: Strengths, other: Strengths) -> bool:
+    """Whether both strengths agree within a factor of 1.5; F and G hardly notice a factor of 2."""
+    return (abs(math.log(one.smoothness / other.smoothness)) < 0.4
+            and abs(math.log(one.artifacts / other.artifacts)) < 0.4)
