@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from timm.models import split_model_name_tag
 
 DVT_REPO = "jjiaweiyang/DVT"  # FOLDER/TIMM_ID.pth, the checkpoints of the paper's authors
+DVT_LICENSE = "mit"
 GENERIC = "denoised_vit"  # the architecture of a saved model whose backbone is not in the table
 
 # What is appended to a backbone's name for each published folder. The first is what a plain `_dvt` means.
