@@ -1,0 +1,167 @@
+"""Stage 1 as streaming linear least squares: F on a grid and G on the patches, from sums over views."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.evidence import Strengths, roughness, solve
+from training.sums import Sums, interpolate
+
+
+class IllConditioned(RuntimeError):
+    """The views cannot tell F and G apart; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class LinearSettings:
+    """Settings of the linear solver; the defaults are meant for all images and models.
+
+    Attributes:
+        nodes: M, nodes of F's grid a side, as a multiple of K.
+        first_views: views held in memory until the first estimate exists (constant memory).
+        outlier: tokens whose residual exceeds this many times the typical one lose weight; inf switches it off.
+        artifacts: False solves for F alone, the paper's view-average (Tab. 5, row b).
+    """
+
+    nodes: float = 1.25
+    first_views: int = 16
+    outlier: float = 3.0
+    artifacts: bool = True
+
+
+@dataclass
+class LinearFit:
+    """F and G of one image, both float32.
+
+    Attributes:
+        nodal: (M, M, C) F at the grid's nodes.
+        artifacts: (K, K, C) G, zero mean.
+        diagnostics: what was chosen and how well it is determined.
+    """
+
+    nodal: Tensor
+    artifacts: Tensor
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+
+    def semantics(self, xs: Tensor, ys: Tensor) -> Tensor:
+        """F at the patches of a view: (len(ys), len(xs), C)."""
+        return interpolate(self.nodal, xs, ys)
+
+
+class LinearSolver:
+    """Takes one view's features after another, keeps sums, and gives F and G at the end.
+
+    The first views wait in a buffer of fixed size until there is an estimate that tells outlier tokens from the
+    rest; from then on each view is weighed against the running estimate, added to the sums and forgotten. The
+    estimate is renewed each time the number of views has doubled. What comes out does not depend on how the
+    views were batched.
+    """
+
+    def __init__(self, grid: int, channels: int, settings: LinearSettings = LinearSettings(),
+                 device: torch.device | str = "cpu") -> None:
+        """
+        Args:
+            grid: K.
+            channels: C.
+            settings: see LinearSettings.
+            device: where sums are kept and solved; needs float64.
+        """
+        self.settings, self.grid, self.channels, self.device = settings, grid, channels, device
+        self.nodes = max(4, round(settings.nodes * grid))
+        self.views = 0
+        self._buffer: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._sums: Sums | None = None
+        self._strengths = Strengths()
+        self._lost = 0.0
+
+    def add(self, xs: Tensor, ys: Tensor, features: Tensor) -> None:
+        """Add one view: xs, ys (K,) image coordinates of its columns and rows, features (K, K, C) float32."""
+        xs, ys, features = xs.to(self.device), ys.to(self.device), features.to(self.device)
+        self.views += 1
+        if self._sums is None:
+            self._buffer.append((xs, ys, features.clone()))
+            if self.views == self.settings.first_views:
+                self._start()
+            return
+        features = features - self._offset
+        weights = self._weigh(self._squared_residual(xs, ys, features))
+        self._lost += float((1 - weights).sum())
+        self._sums.add(xs, ys, features, weights)
+        if self.views == self._next:
+            self._renew()
+            self._next *= 2
+
+    def solve(self) -> LinearFit:
+        """F and G from all views added so far."""
+        if self._sums is None:
+            self._start()
+        assert self._sums is not None
+        for _ in range(3):
+            before = self._strengths
+            self._renew()
+            if _close(before, self._strengths):
+                break
+        solution = self._solution
+        level = solution.artifacts.mean(0)
+        semantics = solution.semantics + level + self._offset
+        diagnostics = {
+            "views": self.views,
+            "noise": math.sqrt(solution.noise),
+            "smoothness": self._strengths.smoothness,
+            "artifact_penalty": self._strengths.artifacts,
+            "semantic_freedom": solution.semantic_freedom / len(self._rough),
+            "artifact_freedom": solution.artifact_freedom / len(solution.artifacts),
+            "outlier_share": self._lost / (self.views * self.grid ** 2),
+        }
+        return LinearFit(
+            semantics.float().view(self.nodes, self.nodes, -1),
+            (solution.artifacts - level).float().view(self.grid, self.grid, -1),
+            diagnostics,
+        )
+
+    def _start(self) -> None:
+        """The first estimate: iteratively re-weighted least squares over the buffered views."""
+        tokens = torch.cat([features.flatten(0, 1) for _, _, features in self._buffer])
+        self._offset = tokens[:: max(1, len(tokens) // 2048)].median(0).values
+        self._buffer = [(xs, ys, features - self._offset) for xs, ys, features in self._buffer]
+        self._rough = roughness(self.nodes, self.device)
+        residuals = [features.square().sum(-1) for _, _, features in self._buffer]
+        self._spread = float(torch.stack(residuals).median())
+        for _ in range(4 if math.isfinite(self.settings.outlier) else 1):
+            self._typical = float(torch.stack(residuals).median())
+            self._sums = Sums(self.nodes, self.grid, self.channels, self.device)
+            self._lost = 0.0
+            for (xs, ys, features), residual in zip(self._buffer, residuals):
+                weights = self._weigh(residual)
+                self._lost += float((1 - weights).sum())
+                self._sums.add(xs, ys, features, weights)
+            self._renew()
+            residuals = [self._squared_residual(*view) for view in self._buffer]
+        self._typical = float(torch.stack(residuals).median())
+        self._buffer = []
+        self._next = 2 * self.settings.first_views
+
+    def _renew(self) -> None:
+        assert self._sums is not None
+        self._solution = solve(self._sums, self._rough, self._strengths, self.settings.artifacts)
+        self._strengths = self._solution.strengths
+        self._nodal = self._solution.semantics.float().view(self.nodes, self.nodes, -1)
+        self._artifacts = self._solution.artifacts.float().view(self.grid, self.grid, -1)
+
+    def _squared_residual(self, xs: Tensor, ys: Tensor, features: Tensor) -> Tensor:
+        return (features - interpolate(self._nodal, xs, ys) - self._artifacts).square().sum(-1)
+
+    def _weigh(self, squared: Tensor) -> Tensor:
+        """Token weights (K, K): 1 up to the limit, then falling with the fourth power of the residual."""
+        limit = self.settings.outlier ** 2 * self._typical + 0.02 * self._spread
+        return (limit / squared.clamp(min=limit)).square()
+
+
+def _close(one: Strengths, other: Strengths) -> bool:
+    return (abs(math.log(one.smoothness / other.smoothness)) < 0.1
+            and abs(math.log(one.artifacts / other.artifacts)) < 0.1)

@@ -1,0 +1,114 @@
+"""The sums of the linear stage 1: all that is kept of the views, whatever their number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Sums:
+    """Weighted normal equations of y = F(coords) + G(patch), summed view by view in float64.
+
+    F lives on an M x M grid over the image (bilinear, node a at (a + 1/2) / M, constant beyond the outer nodes),
+    G on the K x K patches. With W the bilinear weights of all tokens, S their one-hot patch indices and w the
+    tokens' weights, this holds W'wW, W'wS, S'wS, W'wy, S'wy, y'wy and the sum of w. A view's W is the Kronecker
+    product of one small matrix a side, because crops are axis-aligned.
+
+    Attributes:
+        ff: (M * M, 9) W'wW by its nine diagonals: node n against its neighbour at offset (dy, dx), dy-major.
+        fg: (M * M, K * K) W'wS.
+        gg: (K * K,) diagonal of S'wS.
+        fy, gy: (M * M, C), (K * K, C).
+        yy: sum of w * |y|^2 over tokens and channels.
+        weight: sum of w.
+    """
+
+    def __init__(self, nodes: int, grid: int, channels: int, device: torch.device | str = "cpu") -> None:
+        self.nodes, self.grid, self.channels = nodes, grid, channels
+        as_sum = {"dtype": torch.float64, "device": device}
+        self.ff = torch.zeros(nodes * nodes, 9, **as_sum)  # type: ignore[arg-type]
+        self.fg = torch.zeros(nodes * nodes, grid * grid, **as_sum)  # type: ignore[arg-type]
+        self.gg = torch.zeros(grid * grid, **as_sum)  # type: ignore[arg-type]
+        self.fy = torch.zeros(nodes * nodes, channels, **as_sum)  # type: ignore[arg-type]
+        self.gy = torch.zeros(grid * grid, channels, **as_sum)  # type: ignore[arg-type]
+        self.yy = 0.0
+        self.weight = 0.0
+
+    def add(self, xs: Tensor, ys: Tensor, features: Tensor, weights: Tensor) -> None:
+        """Add one view.
+
+        Args:
+            xs, ys: (K,) float64 image coordinates of the patch columns and rows.
+            features: (K, K, C) float32.
+            weights: (K, K) token weights.
+        """
+        grid, nodes = self.grid, self.nodes
+        weights = weights.double()
+        weighted = features * weights[..., None].to(features.dtype)
+        self.yy += float(torch.linalg.vecdot(weighted, features).sum(dtype=torch.float64))
+        self.weight += float(weights.sum())
+        self.gg += weights.flatten()
+        self.gy += weighted.flatten(0, 1)
+
+        left, right_share = cell_of(xs, nodes)
+        top, bottom_share = cell_of(ys, nodes)
+        rows = torch.stack([1 - bottom_share, bottom_share])  # (2, K)
+        columns = torch.stack([1 - right_share, right_share])
+        corner = rows[:, None, :, None] * columns[None, :, None, :]  # (2, 2, K, K)
+        base = top[:, None] * nodes + left
+        step = torch.tensor([[0, 1], [nodes, nodes + 1]], device=base.device)
+        node = base + step[..., None, None]  # (2, 2, K, K)
+        patch = torch.arange(grid * grid, device=base.device).view(grid, grid)
+        self.fg.view(-1).index_add_(0, (node * grid * grid + patch).flatten(), (corner * weights).flatten())
+        offset = torch.tensor([[0, 1], [3, 4]], device=base.device)
+        offset = 4 + offset - offset[..., None, None]  # (2, 2, 2, 2): from a corner to another
+        entry = node[:, :, None, None] * 9 + offset[..., None, None]
+        product = corner[:, :, None, None] * corner * weights
+        self.ff.view(-1).index_add_(0, entry.flatten(), product.flatten())
+
+        # Only the nodes a view touches: about half of each side.
+        x_from, x_to = int(left.min()), int(left.max()) + 2
+        y_from, y_to = int(top.min()), int(top.max()) + 2
+        to_rows = axis_matrix(ys, nodes)[:, y_from:y_to].T.to(features.dtype)
+        to_columns = axis_matrix(xs, nodes)[:, x_from:x_to].T.to(features.dtype)
+        by_row = (to_rows @ weighted.flatten(1)).view(-1, grid, self.channels)
+        window = self.fy.view(nodes, nodes, -1)[y_from:y_to, x_from:x_to]
+        window += to_columns @ by_row
+
+    def ff_dense(self) -> Tensor:
+        """W'wW as a dense (M * M, M * M) float64 matrix."""
+        size, nodes = len(self.ff), self.nodes
+        dense = torch.zeros(size, size, dtype=torch.float64, device=self.ff.device)
+        for index in range(9):
+            shift = (index // 3 - 1) * nodes + index % 3 - 1
+            diagonal = dense.diagonal(shift)
+            diagonal += self.ff[max(0, -shift):size - max(0, shift), index]
+        return dense
+
+
+def cell_of(coords: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+    """The cell between nodes that each coordinate lies in, and the share of the cell's far node."""
+    place = (coords * nodes - 0.5).clamp(0, nodes - 1)
+    cell = place.floor().clamp(max=nodes - 2)
+    return cell.long(), place - cell
+
+
+def axis_matrix(coords: Tensor, nodes: int) -> Tensor:
+    """(len(coords), M) float64: linear interpolation from M nodes along one axis."""
+    cell, share = cell_of(coords, nodes)
+    matrix = torch.zeros(len(coords), nodes, dtype=torch.float64, device=coords.device)
+    matrix.scatter_(1, cell[:, None], 1 - share[:, None])
+    matrix.scatter_(1, cell[:, None] + 1, share[:, None])
+    return matrix
+
+
+def interpolate(nodal: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    """Values of a nodal field (M, M, C) at the patches of a view: (len(ys), len(xs), C), in the field's dtype."""
+    nodes = len(nodal)
+    (x_from, x_to), (y_from, y_to) = ((int(c.min()), int(c.max()) + 2) for c in
+                                      (cell_of(xs, nodes)[0], cell_of(ys, nodes)[0]))
+    window = nodal[y_from:y_to, x_from:x_to]
+    rows = axis_matrix(ys, nodes)[:, y_from:y_to].to(nodal.dtype)
+    columns = axis_matrix(xs, nodes)[:, x_from:x_to].to(nodal.dtype)
+    by_column = columns @ window  # (y nodes, K, C)
+    return (rows @ by_column.flatten(1)).view(len(ys), len(xs), -1)
