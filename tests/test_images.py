@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.images import ImageError, content_hash, decode_image, list_images, load_image
+from training.images import ImageError, decode_image, list_images, load_image, read_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -169,8 +169,12 @@ def test_random_damage_never_escapes_as_another_error(rgb):
             assert image.shape[0] == 3 and 0 <= image.min() and image.max() <= 1
 
 
-def test_the_hash_is_that_of_the_file():
-    assert content_hash(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+def test_a_file_is_known_again_by_its_bytes_and_time(tmp_path):
+    (tmp_path / "abc.png").write_bytes(b"abc")
+    os.utime(tmp_path / "abc.png", ns=(5, 7))
+    data, fingerprint = read_file(tmp_path / "abc.png")
+    assert data == b"abc" and (fingerprint.bytes, fingerprint.mtime_ns) == (3, 7)
+    assert fingerprint.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_folders_are_listed_with_their_subfolders_in_sorted_order(tmp_path):

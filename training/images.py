@@ -36,10 +36,19 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """One image of a list: its path, and its name in every index (relative to the list, `/` between folders)."""
+    """One image of a list: its path, and the name it goes by in an index (relative, `/` between folders)."""
 
     name: str
     path: Path
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """By what an image file is known again: sha256 of its bytes, their number, and the file's time."""
+
+    sha256: str
+    bytes: int
+    mtime_ns: int
 
 
 def list_images(where: str | Path, limit: int | None = None) -> list[Source]:
@@ -70,35 +79,42 @@ def list_images(where: str | Path, limit: int | None = None) -> list[Source]:
     elif where.is_file():
         sources = [Source(where.name, where)]
     else:
-        raise ValueError(f"images must be a folder, an image or a .txt list, got {where}, which does not exist")
+        raise ValueError(f"images must be a folder, an image or a .txt list; {where} does not exist")
     return sources[:limit]
 
 
 def load_image(path: str | Path) -> Tensor:
-    """Read one image file: (3, H, W) float32 in [0, 1]. Raises ImageError with the reason if it cannot be used."""
-    return decode_image(read_bytes(path))
+    """Read one image file: (3, H, W) float32 in [0, 1]. Raises ImageError with the reason if it cannot."""
+    return decode_image(read_file(path)[0])
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The bytes of an image file. Raises ImageError if it is missing, unreadable, empty, or no plain file."""
+def read_file(path: str | Path) -> tuple[bytes, Fingerprint]:
+    """An image file's bytes, and by what to know it again.
+
+    Raises:
+        ImageError: there is no such file, it cannot be read, it is empty, or it is something else than a file.
+    """
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
             raise ImageError("not a file")
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            data = file.read()
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
     if not data:
         raise ImageError("the file is empty (0 bytes)")
-    return data
+    return data, Fingerprint(hashlib.sha256(data).hexdigest(), status.st_size, status.st_mtime_ns)
 
 
 def decode_image(data: bytes) -> Tensor:
     """Decode an image file's bytes: (3, H, W) float32 in [0, 1], by the rules at the head of this module.
 
     Raises:
-        ImageError: not an image, truncated or damaged, larger than Pillow's limit against decompression bombs,
-            or of a kind whose scale is not known.
+        ImageError: not an image, truncated or damaged, larger than Pillow's limit against decompression
+        bombs,
+            or of a kind whose scale is unknown.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -108,21 +124,16 @@ def decode_image(data: bytes) -> Tensor:
         raise
     except Image.UnidentifiedImageError as error:
         raise ImageError("not an image, or of a format that Pillow does not know") from error
-    except Exception as error:  # on damaged files Pillow raises nearly anything: OSError, SyntaxError, IndexError
+    except Exception as error:  # on damaged files Pillow raises nearly anything, IndexError included
         raise ImageError(f"cannot be decoded: {error or type(error).__name__}") from error
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-
-def content_hash(data: bytes) -> str:
-    """The sha256 of an image file's bytes, as 64 hexadecimal digits."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def _names_below(root: Path) -> Iterator[str]:
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above, or a second one to the same folder
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was, or is being, walked
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -135,7 +146,7 @@ def _names_below(root: Path) -> Iterator[str]:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # the pixels are loaded, so this can only be the EXIF block: no reason to lose the image
+    except Exception:  # the pixels are loaded, so this can only be the EXIF block: the image is still good
         return image
 
 
