@@ -92,7 +92,7 @@ def read_file(path: str | Path) -> tuple[bytes, Fingerprint]:
     """An image file's bytes, and by what to know it again.
 
     Raises:
-        ImageError: there is no such file, it cannot be read, it is empty, or it is something else than a file.
+        ImageError: there is no such file, it cannot be read, it is empty, or it is no plain file.
     """
     path = Path(path)
     try:

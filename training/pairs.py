@@ -158,8 +158,7 @@ class PairFolder:
     def failure(self, source: Source, content: str | None) -> str | None:
         """Why this very file (`content`: its sha256) failed before, with this version of the package; else None."""
         record = self._failures().get(source.name)
-        if content is None or record is None or (record["sha256"], record["version"]) != (content,
-        __version__):
+        if content is None or record is None or (record["sha256"], record["version"]) != (content, __version__):
             return None
         return record["reason"]
 
@@ -221,8 +220,7 @@ def encode_pair(maps: Mapping[int, Mapping[str, Tensor]], header: Mapping[str, A
                     "use precision='full' (--precision full)"
                 )
             tensors[f"{layer}.{part}"] = stored
-    # One entry and not one a field: safetensors writes entries in random order, and equal pairs must be equal
-    # files.
+    # One entry, not one a field: safetensors writes entries in random order, and the bytes must be the same.
     return save(tensors, {"pair": json.dumps(header, sort_keys=True)})
 
 
