@@ -1,29 +1,31 @@
-"""Pairs of raw and clean feature maps: one safetensors file an image, one index, one folder that many processes fill.
+"""Pairs of raw and clean feature maps on disk: one safetensors file an image, and one index.
 
-    OUT/settings.json       what made the pairs: model, weights, layers, grid K, channels C, solver, ... (same
-    for all) OUT/index.jsonl         one line a finished image: which image, which file OUT/failures.jsonl
-    one line an image that gave no pair, with the reason OUT/3f/cat-3f09….safetensors    the maps of one
-    image, and where they come from, in the header OUT/.locks              see training/shared_folder.py
+    OUT/settings.json     what made the pairs: model, weights, layers, grid K, channels C, solver, ...
+    OUT/index.jsonl       one line a finished image: which image, which file
+    OUT/failures.jsonl    one line an image that gave no pair, with the reason
+    OUT/3f/cat-3f09...safetensors    the maps of one image; in the header, where they come from
+    OUT/.locks            see training/shared_folder.py
 
-A training run reads settings.json and index.jsonl and opens a pair only to use it (`read_index`,
-`read_pair`). A pair's file is there whole before its line is, so a line never lies; a process killed between
-the two leaves a file without a line, and the next run adds the line instead of doing the image again. A pair
-is named after its image's name and content: equal names in different folders do not collide, and an image
-that was changed is a new one.
+A training run reads settings.json and index.jsonl, and opens a pair only to use it (`read_index`,
+`read_pair`). A pair's file is there, whole, before its line is, so a line never lies. A process killed
+between the two leaves a file without a line; the next run adds the line instead of doing the image again. A
+pair is named after its image's name and content: equal names in two folders do not collide, and a changed
+image is a new one.
 
 A million images, for ViT-B at 518 px (K = 37, C = 768; a pair is three maps of 2.1 MB in half precision):
 
-- Disk: 6.3 MB a pair, 6.3 TB; the paper's 10,000 images are 63 GB. `--precision full` doubles it; ViT-S
+- Disk: 6.3 MB a pair, 6.3 TB in all; the paper's 10,000 images are 63 GB. Full precision doubles it, ViT-S
   halves it.
-- Folders: 256 of them, from the first two hexadecimal digits, with 3,900 files each: no listing is ever long.
-- Index: 0.25 KB a line, 250 MB, read in seconds; a process keeps about 0.3 GB to know what is done, and
-  starting again costs one `stat` an image instead of reading it.
-- Time: images are independent, so N processes take 1/N of the time, on any number of machines that see the
-  folder: the same command on each, no coordinator, one lock and one line an image. Where no file system is
-  shared, give each machine a part of the list (`split -n l/8 list.txt`) and an OUT of its own: settings.json
-  is equal, so the folders can be merged by copying the pairs together and appending the indexes.
-- Read back: files of megabytes read at a disk's full speed in any order. An object store that dislikes many
-  objects can take each of the 256 folders as one tar.
+- Folders: 256, named by two hexadecimal digits, of 3,900 files each, so no listing is ever long.
+- Index: 0.3 KB a line, 0.3 GB in all, read in seconds. A process keeps about as much in memory to know what
+  is done; continuing costs one `stat` an image, and no image is read again.
+- Time: images are independent. N processes need 1/N of the time, on any number of machines that see the
+  folder: the same command on each, no coordinator, one lock and one line an image. Where machines share no
+  file system, give each a part of the list (`split -n l/8 list.txt`) and an OUT of its own; the pairs can
+  then be copied together and the indexes appended to one another, for a pair's name depends on its image
+  alone.
+- Reading back: whole files of megabytes, in any order. A store that dislikes many small objects can hold each
+  of the 256 folders as one tar.
 """
 
 import json
@@ -41,12 +43,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from timm_dvt.version import __version__
-from training.images import Source
+from training.images import Fingerprint, Source
 from training.shared_folder import SharedFolder, read_lines, write_atomically
 
 PARTS = ("raw", "clean", "artifacts")
 PRECISIONS = {"half": torch.float16, "full": torch.float32}
 INDEX, FAILURES = "index.jsonl", "failures.jsonl"
+Maps = Mapping[int, Mapping[str, Tensor]]  # {layer: {part: (K, K, C)}}
 
 
 class ValueTooLarge(ValueError):
@@ -61,9 +64,8 @@ class IndexEntry:
         image: the source image's name in its list.
         file: the pair, relative to the folder.
         sha256: of the source image's file.
-        bytes, mtime_ns: size and time of the source file, by which a later run sees that it has not changed.
-        The
-            time is None in an index made by `rebuild_index`.
+        bytes, mtime_ns: size and time of the source image's file, by which a later run sees that it is still
+            the same; the time is None after `rebuild_index`.
     """
 
     image: str
@@ -90,13 +92,13 @@ class PairFolder:
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
-        self.path, self.settings, self.precision = Path(path), dict(settings), precision
+        self.path, self.precision = Path(path), precision
+        self.settings = {**settings, "precision": precision}
         self._shared = SharedFolder(path)
-        self._shared.settle({**settings, "precision": precision})
+        self._shared.settle(self.settings)
         self._done: set[tuple[str, int, int | None]] = set()
-        self._read = 0
-        present = set(_pair_files(self.path))
-        self._refresh(present)
+        self._read_to = 0
+        self._refresh(present=set(_pair_files(self.path)))
 
     def __enter__(self) -> "PairFolder":
         return self
@@ -117,94 +119,103 @@ class PairFolder:
         return (source.name, status.st_size, status.st_mtime_ns) in self._done
 
     def is_done_by_now(self, source: Source) -> bool:
-        """As is_done, after a look at what other processes finished meanwhile. Ask it when the claim is held."""
+        """As `is_done`, after a look at what others finished meanwhile. Ask when it is claimed."""
         self._refresh()
         return self.is_done(source)
 
-    def adopt(self, source: Source, content: str) -> bool:
-        """Enter an existing pair of exactly this image (`content`: its sha256) in the index, if there is one.
+    def adopt(self, source: Source, content: Fingerprint) -> bool:
+        """Enter an existing pair of exactly this image in the index; False if there is none.
 
-        There is one without a line if its process was killed right after writing it, if the index was lost,
-        or if only the image's time has changed.
+        A pair has no line if its process was killed right after writing it, if the index was lost, or if the
+        image's time, and only that, has changed.
         """
-        file = pair_file(source.name, content)
+        file = pair_file(source.name, content.sha256)
         if not (self.path / file).exists():
             return False
         self._enter(source, content, file)
         return True
 
-    def save(self, source: Source, content: str, maps: Mapping[int, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
+    def save(self, source: Source, content: Fingerprint, maps: Maps, facts: Mapping[str, Any]) -> None:
         """Write an image's pair, then its line in the index. The image must be claimed.
 
         Args:
             source: the image.
-            content: sha256 of its file.
+            content: of its file.
             maps: for each layer the `PARTS`, (K, K, C) each.
             facts: what else the header should tell of this image; anything JSON can hold.
 
         Raises:
             ValueTooLarge: half precision cannot hold a value (its largest is 65504).
-            OutputError: no room, say; there is no half file then.
+            OutputError: no room, say; no half file is left.
         """
-        file = pair_file(source.name, content)
-        header = {"format": 1, "version": __version__, "image": source.name, "sha256": content, **facts}
-        header["settings"] = self.settings
+        file = pair_file(source.name, content.sha256)
+        header = {
+            "format": 1,
+            "version": __version__,
+            "image": source.name,
+            "sha256": content.sha256,
+            "bytes": content.bytes,
+            "settings": self.settings,
+            **facts,
+        }
         data = encode_pair(maps, header, self.precision)
         target = self.path / file
-        target.parent.mkdir(exist_ok=True)
         write_atomically(target, data)
         self._enter(source, content, file)
 
-    def failure(self, source: Source, content: str | None) -> str | None:
-        """Why this very file (`content`: its sha256) failed before, with this version of the package; else None."""
+    def failure(self, source: Source, content: Fingerprint) -> str | None:
+        """Why this very file failed before, with this version of the package; None if it did not."""
         record = self._failures().get(source.name)
-        if content is None or record is None or (record["sha256"], record["version"]) != (content, __version__):
+        if record is None or (record["sha256"], record["version"]) != (content.sha256, __version__):
             return None
         return record["reason"]
 
-    def fail(self, source: Source, content: str | None, reason: str) -> None:
-        """Note in failures.jsonl why an image gives no pair; replaces what was noted of it before."""
-        self._note({"image": source.name, "sha256": content, "reason": reason, "version": __version__})
+    def fail(self, source: Source, content: Fingerprint | None, reason: str) -> None:
+        """Note in failures.jsonl why an image gives no pair, in place of what was noted of it before.
 
-    def _note(self, failure: Mapping[str, Any] | None, settled: str | None = None) -> None:
-        # The file is small and rewritten whole, sorted, so that it never holds what is no longer true and
-        # does not depend on which process came first.
+        An image whose `content` is known is not tried again until its file or the package's version changes;
+        delete failures.jsonl to have all tried again.
+        """
+        known = None if content is None else content.sha256
+        self._note(source, {"image": source.name, "sha256": known, "reason": reason, "version": __version__})
+
+    def _note(self, source: Source, failure: dict[str, Any] | None) -> None:
+        # The file is small. Rewritten whole and sorted, it never holds what is no longer true, and it does
+        # not depend on which process came first.
         with self._shared.alone():
             failures = self._failures()
-            if settled is not None:
-                failures.pop(settled, None)
+            failures.pop(source.name, None)
             if failure is not None:
-                failures[failure["image"]] = dict(failure)
+                failures[source.name] = failure
             lines = [json.dumps(failures[name]) + "\n" for name in sorted(failures)]
             write_atomically(self.path / FAILURES, "".join(lines).encode())
 
     def _failures(self) -> dict[str, dict[str, Any]]:
         return {record["image"]: record for record in read_lines(self.path / FAILURES)[0]}
 
-    def _enter(self, source: Source, content: str, file: str) -> None:
-        status = source.path.stat()
-        entry = IndexEntry(source.name, file, content, status.st_size, status.st_mtime_ns)
+    def _enter(self, source: Source, content: Fingerprint, file: str) -> None:
+        entry = IndexEntry(source.name, file, content.sha256, content.bytes, content.mtime_ns)
         self._shared.append(INDEX, asdict(entry))
         self._refresh()
         if source.name in self._failures():
-            self._note(None, settled=source.name)
+            self._note(source, None)
 
     def _refresh(self, present: set[str] | None = None) -> None:
-        records, self._read = read_lines(self.path / INDEX, self._read)
+        records, self._read_to = read_lines(self.path / INDEX, self._read_to)
         for record in records:
             if present is None or record["file"] in present:
                 self._done.add((record["image"], record["bytes"], record["mtime_ns"]))
 
 
-def pair_file(name: str, content: str) -> str:
-    """The file of the pair of an image called `name` whose file has the sha256 `content`, relative to the folder."""
-    key = sha256(f"{content} {name}".encode(errors="surrogateescape")).hexdigest()[:20]
+def pair_file(name: str, digest: str) -> str:
+    """The pair's file, within its folder, of an image called `name` whose file has the sha256 `digest`."""
+    key = sha256(f"{digest} {name}".encode(errors="surrogateescape")).hexdigest()[:20]
     readable = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in Path(name).stem)[:40]
     return f"{key[:2]}/{readable}-{key}.safetensors"
 
 
-def encode_pair(maps: Mapping[int, Mapping[str, Tensor]], header: Mapping[str, Any], precision: str) -> bytes:
-    """The bytes of a pair's file: tensors `LAYER.raw`, `LAYER.clean`, `LAYER.artifacts`, and the header as JSON.
+def encode_pair(maps: Maps, header: Mapping[str, Any], precision: str) -> bytes:
+    """A pair's file: tensors `LAYER.raw`, `LAYER.clean`, `LAYER.artifacts`, and the header as JSON.
 
     Raises:
         ValueTooLarge: half precision cannot hold a value.
@@ -216,16 +227,18 @@ def encode_pair(maps: Mapping[int, Mapping[str, Tensor]], header: Mapping[str, A
             if not bool(stored.isfinite().all()):
                 largest = parts[part].abs().max().item()
                 raise ValueTooLarge(
-                    f"block {layer}: {part} holds {largest:.3g}, too large for {precision} precision on disk; "
-                    "use precision='full' (--precision full)"
+                    f"block {layer}: {part} holds {largest:.3g}, too large for {precision} precision on "
+                    "disk; use full precision (--precision full)"
                 )
             tensors[f"{layer}.{part}"] = stored
-    # One entry, not one a field: safetensors writes entries in random order, and the bytes must be the same.
+    # One entry, not one a field: safetensors orders entries at random, and equal pairs must be equal files.
     return save(tensors, {"pair": json.dumps(header, sort_keys=True)})
 
 
-def read_pair(path: str | Path, layer: int | None = None, parts: Iterable[str] = ("raw", "clean")) -> dict[str, Tensor]:
-    """Maps of one pair: {part: (K, K, C)} in the precision of the file, for any of `PARTS`.
+def read_pair(
+    path: str | Path, layer: int | None = None, parts: Iterable[str] = ("raw", "clean")
+) -> dict[str, Tensor]:
+    """Maps of one pair: {part: (K, K, C)} in the file's precision, for any of `PARTS`.
 
     Args:
         path: a pair's file.
@@ -245,7 +258,7 @@ def read_pair(path: str | Path, layer: int | None = None, parts: Iterable[str] =
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """What a pair's file says of itself: model, settings, seed, source image, hash, version. Reads no maps."""
+    """What a pair says of itself: model, settings, seed, source image, hash, version. Reads no maps."""
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["pair"])
 
@@ -256,19 +269,20 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def read_index(folder: str | Path) -> list[IndexEntry]:
-    """The finished pairs of a folder, each once, in the order they were finished; also while it is being filled."""
+    """The finished pairs of a folder, each once, in order of finishing; also while it is being filled."""
     records, _ = read_lines(Path(folder) / INDEX)
     return list({record["file"]: IndexEntry(**record) for record in records}.values())
 
 
 def rebuild_index(folder: str | Path) -> list[IndexEntry]:
-    """Write the index anew from the headers of the files, for pairs that lost theirs. Nothing else may be running."""
+    """Write the index anew from the pairs' headers. No other process may be at work in the folder."""
     folder = Path(folder)
     entries = []
     for file in sorted(_pair_files(folder)):
         header = read_header(folder / file)
         entries.append(IndexEntry(header["image"], file, header["sha256"], header["bytes"], None))
-    write_atomically(folder / INDEX, "".join(json.dumps(asdict(entry)) + "\n" for entry in entries).encode())
+    lines = [json.dumps(asdict(entry)) + "\n" for entry in entries]
+    write_atomically(folder / INDEX, "".join(lines).encode())
     return entries
 
 

@@ -45,8 +45,9 @@ class OutputError(OSError):
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all, through a power cut too.
 
-    The temporary file `.NAME.tmp` lies beside the target and always has the same name, so the next try
-    overwrites what a killed process left of it. The caller holds the lock that makes it the only writer.
+    Missing folders are made. The temporary file `.NAME.tmp` lies beside the target and always has the same
+    name, so the next try overwrites what a killed process left of it. The caller holds the lock that makes it
+    the only writer.
 
     Raises:
         OutputError: no room, a quota, a file size limit, or any other failure to write. The file that was
@@ -54,6 +55,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             _write_all(descriptor, data)
