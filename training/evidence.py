@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from training.banded import BandedFactor, roughness_diagonals, roughness_probes
 from training.sums import Sums
+
+PROBES = 32
 
 
 @dataclass(frozen=True)
 class Strengths:
-    """Penalties, in units of the noise variance: smoothness * |second differences of F|^2 + artifacts * |G|^2."""
+    """Penalties in units of the noise variance: smoothness * |second differences of F|^2 + artifacts * |G|^2."""
 
     smoothness: float = 1.0
     artifacts: float = 1.0
@@ -20,10 +23,10 @@ class Strengths:
 
 @dataclass
 class Solution:
-    """F (M * M, C) and G (K * K, C) in float64 for one pair of strengths, and the strengths the data ask for.
+    """F (M * M, C) and G (K * K, C), float64, for one pair of strengths; `strengths` are those to try next.
 
     `noise` is the noise variance a token and channel; `semantic_freedom` and `artifact_freedom` are the numbers
-    of parameters of F and G that the data, not the penalties, determine.
+    of parameters of F and G that the data determine, rather than the penalties.
     """
 
     semantics: Tensor
@@ -34,51 +37,60 @@ class Solution:
     strengths: Strengths
 
 
-def roughness(nodes: int, device: torch.device | str = "cpu") -> Tensor:
-    """(M * M, M * M) float64: f'Rf is the sum of squared second differences (f_xx^2 + 2 f_xy^2 + f_yy^2)."""
-    eye = torch.eye(nodes, dtype=torch.float64, device=device)
-    first, second = eye.diff(dim=0), eye.diff(n=2, dim=0)
-    first, second = first.T @ first, second.T @ second
-    return torch.kron(second, eye) + torch.kron(eye, second) + 2 * torch.kron(first, first)
+def solve(sums: Sums, strengths: Strengths, with_artifacts: bool = True) -> Solution:
+    """Minimise sum w |y - F - G|^2 + smoothness * f'Rf + artifacts * |G|^2, and re-estimate the strengths.
 
+    F's own matrix is banded, so it is F that is eliminated: a banded factor, then a Cholesky factor of the
+    Schur complement on the K * K patches, serve all channels.
 
-def solve(sums: Sums, rough: Tensor, strengths: Strengths, with_artifacts: bool = True) -> Solution:
-    """Minimise sum w |y - F - G|^2 + smoothness f'Rf + artifacts |G|^2, and re-estimate the strengths.
+    The strengths that come back are one step of MacKay's fixed point for the evidence of the Gaussian model in
+    which noise has variance s^2 and the penalised quantities s^2 / strength; to repeat the step is to maximise
+    the evidence. Parameters determined by the data are K * K - artifacts * tr(H^-1 on G), and for F the same
+    with R, whose trace is estimated with fixed random probes.
 
-    G is eliminated: S'wS is diagonal, so what is left is the Schur complement on F's nodes, one Cholesky
-    factor for all channels. The strengths that come back are one step of MacKay's fixed point for the evidence
-    of a Gaussian model (noise variance s^2, prior variances s^2 / strength): repeating it maximises the
-    evidence without a grid search.
+    Raises:
+        torch.linalg.LinAlgError: the system is not positive definite to working precision.
     """
     smooth, ridge = strengths.smoothness, strengths.artifacts
-    diagonal = sums.gg + ridge
-    system = sums.ff_dense() + smooth * rough
-    right = sums.fy
+    device, channels, patches = sums.ff.device, sums.channels, len(sums.gg)
+    rough = roughness_diagonals(sums.nodes).to(device)
+    factor = BandedFactor(sums.ff + smooth * rough, sums.nodes)
+    right = torch.cat([sums.fy, roughness_probes(sums.nodes, PROBES).to(device)], 1)
+    solved, probed = factor.forward(right).split([channels, PROBES], 1)
+    probe_energy = float(probed.square().sum())
+    artifacts = torch.zeros_like(sums.gy)
+    artifact_freedom = 0.0
     if with_artifacts:
-        scaled = sums.fg / diagonal.sqrt()
-        system -= scaled @ scaled.T
-        right = right - sums.fg @ (sums.gy / diagonal[:, None])
-    factor = torch.linalg.cholesky(system)
-    semantics = torch.cholesky_solve(right, factor)
-    channels = sums.channels
-    kept = len(rough) - smooth * float((torch.cholesky_inverse(factor) * rough).sum())
-    penalty = float((semantics * (rough @ semantics)).sum())
-    explained = float((semantics * sums.fy).sum())
-    new_ridge, freedom, size = ridge, 0.0, 0.0
-    if with_artifacts:
-        artifacts = (sums.gy - sums.fg.T @ semantics) / diagonal[:, None]
-        explained += float((artifacts * sums.gy).sum())
-        size = float(artifacts.square().sum())
-        spread = torch.linalg.solve_triangular(factor, scaled / diagonal.sqrt(), upper=False)
-        freedom = len(diagonal) - ridge * float(diagonal.reciprocal().sum() + spread.square().sum())
-    else:
-        artifacts = torch.zeros_like(sums.gy)
-    misfit = max(sums.yy - explained - smooth * penalty - ridge * size, 1e-12 * sums.yy, 1e-30)
-    noise = misfit / (channels * max(sums.weight - kept - freedom, 0.05 * sums.weight))
-    new_smooth = noise * channels * max(kept - 3, 1e-3) / max(penalty, 1e-30)
-    if with_artifacts:
-        new_ridge = noise * channels * max(freedom, 1e-3) / max(size, 1e-30)
-    typical = sums.weight / len(rough)
-    ceiling = 1e6 * sums.weight / len(diagonal)
-    wanted = Strengths(min(max(new_smooth, 1e-6 * typical), 1e6 * typical), min(max(new_ridge, 1e-6), ceiling))
-    return Solution(semantics, artifacts, noise, kept, freedom, wanted)
+        coupling = factor.forward(sums.fg)
+        schur = torch.diag(sums.gg + ridge) - coupling.T @ coupling
+        schur_factor = torch.linalg.cholesky(schur)
+        artifacts = torch.cholesky_solve(sums.gy - coupling.T @ solved, schur_factor)
+        solved = solved - coupling @ artifacts
+        through = torch.linalg.solve_triangular(schur_factor, coupling.T @ probed, upper=False)
+        probe_energy += float(through.square().sum())
+        artifact_freedom = patches - ridge * float(torch.cholesky_inverse(schur_factor).trace())
+    semantics = factor.backward(solved)
+    semantic_freedom = len(semantics) - smooth * probe_energy / PROBES
+
+    # At the minimum, misfit + penalties = y'wy - f.W'wy - g.S'wy.
+    explained = float((semantics * sums.fy).sum() + (artifacts * sums.gy).sum())
+    bending = float((semantics * factor.multiply(rough, semantics)).sum())
+    size = float(artifacts.square().sum())
+    misfit = max(sums.yy - explained - smooth * bending - ridge * size, 1e-12 * sums.yy, 1e-30)
+    left = max(sums.weight - semantic_freedom - artifact_freedom, 0.05 * sums.weight)
+    noise = misfit / (channels * left)
+    # R does not see constants and ramps: three parameters that need no prior.
+    semantic_variance = bending / max(semantic_freedom - 3, 1.0)
+    artifact_variance = size / max(artifact_freedom, 1e-3)
+    per_node, per_patch = sums.weight / len(semantics), sums.weight / patches
+    wanted = Strengths(
+        _clamp(noise * channels / max(semantic_variance, 1e-30), 1e-6 * per_node, 1e6 * per_node),
+        _clamp(noise * channels / max(artifact_variance, 1e-30), 1e-7 * per_patch, 1e6 * per_patch),
+    )
+    if not with_artifacts:
+        wanted = Strengths(wanted.smoothness, ridge)
+    return Solution(semantics, artifacts, noise, semantic_freedom, artifact_freedom, wanted)
+
+
+def _clamp(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.evidence import Strengths, roughness, solve
+from training.evidence import Strengths, solve
 from training.sums import Sums, interpolate
 
 
@@ -28,7 +28,7 @@ class LinearSettings:
         artifacts: False solves for F alone, the paper's view-average (Tab. 5, row b).
     """
 
-    nodes: float = 1.25
+    nodes: float = 2.0
     first_views: int = 16
     outlier: float = 3.0
     artifacts: bool = True
@@ -114,7 +114,7 @@ class LinearSolver:
             "noise": math.sqrt(solution.noise),
             "smoothness": self._strengths.smoothness,
             "artifact_penalty": self._strengths.artifacts,
-            "semantic_freedom": solution.semantic_freedom / len(self._rough),
+            "semantic_freedom": solution.semantic_freedom / len(solution.semantics),
             "artifact_freedom": solution.artifact_freedom / len(solution.artifacts),
             "outlier_share": self._lost / (self.views * self.grid ** 2),
         }
@@ -129,7 +129,6 @@ class LinearSolver:
         tokens = torch.cat([features.flatten(0, 1) for _, _, features in self._buffer])
         self._offset = tokens[:: max(1, len(tokens) // 2048)].median(0).values
         self._buffer = [(xs, ys, features - self._offset) for xs, ys, features in self._buffer]
-        self._rough = roughness(self.nodes, self.device)
         residuals = [features.square().sum(-1) for _, _, features in self._buffer]
         self._spread = float(torch.stack(residuals).median())
         for _ in range(4 if math.isfinite(self.settings.outlier) else 1):
@@ -148,7 +147,7 @@ class LinearSolver:
 
     def _renew(self) -> None:
         assert self._sums is not None
-        self._solution = solve(self._sums, self._rough, self._strengths, self.settings.artifacts)
+        self._solution = solve(self._sums, self._strengths, self.settings.artifacts)
         self._strengths = self._solution.strengths
         self._nodal = self._solution.semantics.float().view(self.nodes, self.nodes, -1)
         self._artifacts = self._solution.artifacts.float().view(self.grid, self.grid, -1)

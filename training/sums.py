@@ -15,7 +15,7 @@ class Sums:
     product of one small matrix a side, because crops are axis-aligned.
 
     Attributes:
-        ff: (M * M, 9) W'wW by its nine diagonals: node n against its neighbour at offset (dy, dx), dy-major.
+        ff: (M * M, 25) W'wW by its diagonals, as in training.banded.
         fg: (M * M, K * K) W'wS.
         gg: (K * K,) diagonal of S'wS.
         fy, gy: (M * M, C), (K * K, C).
@@ -26,7 +26,7 @@ class Sums:
     def __init__(self, nodes: int, grid: int, channels: int, device: torch.device | str = "cpu") -> None:
         self.nodes, self.grid, self.channels = nodes, grid, channels
         as_sum = {"dtype": torch.float64, "device": device}
-        self.ff = torch.zeros(nodes * nodes, 9, **as_sum)  # type: ignore[arg-type]
+        self.ff = torch.zeros(nodes * nodes, 25, **as_sum)  # type: ignore[arg-type]
         self.fg = torch.zeros(nodes * nodes, grid * grid, **as_sum)  # type: ignore[arg-type]
         self.gg = torch.zeros(grid * grid, **as_sum)  # type: ignore[arg-type]
         self.fy = torch.zeros(nodes * nodes, channels, **as_sum)  # type: ignore[arg-type]
@@ -60,9 +60,9 @@ class Sums:
         node = base + step[..., None, None]  # (2, 2, K, K)
         patch = torch.arange(grid * grid, device=base.device).view(grid, grid)
         self.fg.view(-1).index_add_(0, (node * grid * grid + patch).flatten(), (corner * weights).flatten())
-        offset = torch.tensor([[0, 1], [3, 4]], device=base.device)
-        offset = 4 + offset - offset[..., None, None]  # (2, 2, 2, 2): from a corner to another
-        entry = node[:, :, None, None] * 9 + offset[..., None, None]
+        offset = torch.tensor([[0, 1], [5, 6]], device=base.device)
+        offset = 12 + offset - offset[..., None, None]  # (2, 2, 2, 2): from a corner to another
+        entry = node[:, :, None, None] * 25 + offset[..., None, None]
         product = corner[:, :, None, None] * corner * weights
         self.ff.view(-1).index_add_(0, entry.flatten(), product.flatten())
 
@@ -74,16 +74,6 @@ class Sums:
         by_row = (to_rows @ weighted.flatten(1)).view(-1, grid, self.channels)
         window = self.fy.view(nodes, nodes, -1)[y_from:y_to, x_from:x_to]
         window += to_columns @ by_row
-
-    def ff_dense(self) -> Tensor:
-        """W'wW as a dense (M * M, M * M) float64 matrix."""
-        size, nodes = len(self.ff), self.nodes
-        dense = torch.zeros(size, size, dtype=torch.float64, device=self.ff.device)
-        for index in range(9):
-            shift = (index // 3 - 1) * nodes + index % 3 - 1
-            diagonal = dense.diagonal(shift)
-            diagonal += self.ff[max(0, -shift):size - max(0, shift), index]
-        return dense
 
 
 def cell_of(coords: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
