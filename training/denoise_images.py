@@ -13,7 +13,6 @@ not fit what OUT was begun with; 3 OUT cannot be written (disk full).
 
 import argparse
 import hashlib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -23,12 +22,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from training.backbone import DTYPES, FeatureReader
+from training.backbone import FeatureReader
 from training.decompose import SOLVERS, Decomposition, NonFiniteFeatures, Stage1Settings, decompose
 from training.images import Fingerprint, ImageError, Source, decode_image, list_images, read_file
 from training.linear import IllConditioned
-from training.models import add_model_arguments, load_model, pick_device, weights_digest
+from training.models import load_model, pick_device, weights_digest
+from training.options import add_model_arguments, add_stage1_arguments, stage1_settings
 from training.pairs import FAILURES, PRECISIONS, PairFolder, ValueTooLarge
+from training.progress import Progress
 from training.shared_folder import OutputError
 
 # What costs one image its pair, while the others go on.
@@ -76,66 +77,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--precision", choices=PRECISIONS, default="half", help="of the maps on disk (default: %(default)s)"
     )
     return parser
-
-
-def add_stage1_arguments(parser: argparse.ArgumentParser, views: int = Stage1Settings.views) -> None:
-    """Give a command line the settings of stage 1; `stage1_settings` reads them."""
-    group = parser.add_argument_group("stage 1")
-    group.add_argument(
-        "--solver",
-        choices=SOLVERS,
-        default="linear",
-        help="linear: least squares, seconds an image (default); field: the paper's neural fields",
-    )
-    group.add_argument(
-        "--views", type=int, default=views, help="forward passes an image (default: %(default)s)"
-    )
-    group.add_argument(
-        "--layers",
-        nargs="+",
-        metavar="N",
-        help="blocks counted from 0, or from the end with a minus, or 'all' (default: the last)",
-    )
-    group.add_argument(
-        "--input-size", type=int, metavar="PX", help="(default: the paper's, 518 for patch 14, 512 for 16)"
-    )
-    group.add_argument(
-        "--stride", type=int, metavar="PX", help="between patches; below the patch size for denser maps"
-    )
-    group.add_argument(
-        "--batch-size",
-        type=int,
-        default=Stage1Settings.batch_size,
-        help="views in one forward pass (default: %(default)s)",
-    )
-    group.add_argument(
-        "--dtype", choices=list(DTYPES), default="float32", help="of forward passes (default: %(default)s)"
-    )
-
-
-def stage1_settings(args: argparse.Namespace, model: nn.Module) -> Stage1Settings:
-    """Stage 1's settings from a command line, with layers, input size and stride filled in for this model.
-
-    Raises:
-        ValueError: a value that cannot be.
-        TypeError: the model is none of timm's ViTs.
-    """
-    if args.views < 2 or args.batch_size < 1:
-        raise ValueError(
-            f"views must be 2 or more and batch size 1 or more, got {args.views} and {args.batch_size}"
-        )
-    layers = _parse_layers(args.layers, model)
-    reader = FeatureReader(model, layers, input_size=args.input_size, stride=args.stride, dtype=args.dtype)
-    return Stage1Settings(
-        solver=args.solver,
-        views=args.views,
-        seed=args.seed,
-        layers=reader.layers,
-        input_size=reader.input_size,
-        stride=reader.stride,
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-    )
 
 
 def describe(args: argparse.Namespace, model: nn.Module, settings: Stage1Settings) -> dict[str, Any]:
@@ -198,7 +139,7 @@ def denoise_images(
 
 
 def _denoise_one(
-    model: nn.Module, source: Source, folder: PairFolder, settings: Stage1Settings, bar: "Progress"
+    model: nn.Module, source: Source, folder: PairFolder, settings: Stage1Settings, bar: Progress
 ) -> str | None:
     """Give one claimed image its pair, unless it has one by now. Returns why it cannot have one, or None."""
     if folder.is_done_by_now(source):
@@ -235,42 +176,6 @@ def image_seed(seed: int, digest: str) -> int:
 def pair_maps(parts: Decomposition) -> dict[str, torch.Tensor]:
     """The maps that a pair keeps; not the residual: with the linear solver it is raw - clean - artifacts."""
     return {"raw": parts.raw, "clean": parts.semantics, "artifacts": parts.artifacts}
-
-
-class Progress(tqdm):
-    """A bar that counts images, moves within them, and says images/s also where one takes minutes."""
-
-    def __init__(self, total: int, initial: int) -> None:
-        super().__init__(
-            total=total,
-            initial=initial,
-            disable=int(os.environ.get("RANK", 0)) > 0,  # one bar for all of torchrun's processes
-            bar_format="{percentage:3.0f}%|{bar}| {n:.1f}/{total} images "
-            "[{elapsed}<{remaining}, {images_per_second}{postfix}]",
-        )
-
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        values = super().format_dict
-        rate = values["rate"] or (values["n"] - values["initial"]) / max(values["elapsed"], 1e-9)
-        return {**values, "images_per_second": f"{rate:.3g} images/s"}
-
-    def settle(self, done: int, failed: int) -> None:
-        """Count `done` images, wherever the bar stood within the last one."""
-        if failed:
-            self.set_postfix_str(f"{failed} failed", refresh=False)
-        self.update(done - self.n)
-
-
-def _parse_layers(words: Sequence[str] | None, model: nn.Module) -> list[int] | None:
-    if words is None:
-        return None
-    if list(words) == ["all"]:
-        return list(range(len(getattr(model, "blocks", ()))))
-    try:
-        return [int(number) for word in words for number in word.split(",") if number]
-    except ValueError:
-        raise ValueError(f"layers must be block numbers or 'all', got {' '.join(words)}") from None
 
 
 def _complain(code: int, error: Exception | str) -> int:

@@ -1,6 +1,5 @@
 """Backbones by name, for the command lines: timm's, from a folder or the hub, or with random weights."""
 
-import argparse
 import hashlib
 import os
 
@@ -9,26 +8,6 @@ import torch
 from torch import nn
 
 import timm_dvt  # noqa: F401  registers the *_dvt names
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a command line --model, --pretrained / --no-pretrained, --seed and --device."""
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="NAME",
-        help="any timm VisionTransformer or Eva: a timm name, hf-hub:OWNER/REPO or local-dir:FOLDER",
-    )
-    parser.add_argument(
-        "--pretrained",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="pretrained weights, or, with --no-pretrained, random ones drawn from --seed (needs no network)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps or auto: a GPU if there is one (default)"
-    )
 
 
 def load_model(name: str, *, pretrained: bool = True, seed: int = 0) -> nn.Module:

@@ -1,0 +1,31 @@
+"""A progress bar in images, for work that takes from milliseconds to minutes an image."""
+
+import os
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress(tqdm):
+    """A bar that counts images, moves within them, and says images/s also where one takes minutes."""
+
+    def __init__(self, total: int, initial: int = 0) -> None:
+        super().__init__(
+            total=total,
+            initial=initial,
+            disable=int(os.environ.get("RANK", 0)) > 0,  # one bar for all of torchrun's processes
+            bar_format="{percentage:3.0f}%|{bar}| {n:.1f}/{total} images "
+            "[{elapsed}<{remaining}, {images_per_second}{postfix}]",
+        )
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        values = super().format_dict
+        rate = values["rate"] or (values["n"] - values["initial"]) / max(values["elapsed"], 1e-9)
+        return {**values, "images_per_second": f"{rate:.3g} images/s"}
+
+    def settle(self, done: int, failed: int) -> None:
+        """Count `done` images, wherever the bar stood within the last one."""
+        if failed:
+            self.set_postfix_str(f"{failed} failed", refresh=False)
+        self.update(done - self.n)
