@@ -77,7 +77,7 @@ def test_images_that_cannot_be_drawn_are_named_and_the_rest_is_drawn(frames, tmp
 
 def test_positional_maps_are_those_of_a_zero_tensor_and_the_mean(frames):
     model = load_model("test_vit", pretrained=False)
-    settings = Stage1Settings(layers=(5,), input_size=160)  # the model's own: no position embedding is resampled
+    settings = Stage1Settings(layers=(5,), input_size=160)  # the model's own size: nothing is resampled
     (zero, mean, first), count = positional_maps(model, list_images(frames), settings)
     with torch.no_grad():
         tokens = model.forward_features(torch.zeros(1, 3, 160, 160))[0, model.num_prefix_tokens :]

@@ -8,7 +8,7 @@ run. Processes that are started by hand on the same OUT, here or on other machin
 lies in OUT, and how this goes to a million images, is described in training/pairs.py.
 
 Exit code: 0 every image has its pair; 1 some have not, see OUT/failures.jsonl; 2 the command is wrong or does
-not fit what OUT was begun with; 3 OUT cannot be written (disk full).
+not fit what OUT was begun with; 3 OUT cannot be written (disk full); 130 stopped by Ctrl-C.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from training.linear import IllConditioned
 from training.models import load_model, pick_device, weights_digest
 from training.options import add_model_arguments, add_stage1_arguments, stage1_settings
 from training.pairs import FAILURES, PRECISIONS, PairFolder, ValueTooLarge
-from training.progress import Progress
+from training.progress import Progress, is_first_process
 from training.shared_folder import OutputError
 
 # What costs one image its pair, while the others go on.
@@ -54,8 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             failed = denoise_images(model.to(device), sources, folder, settings)
         except OutputError as error:
-            return _complain(3, f"{error}\nMake room, or whatever it takes, and run the same command again.")
-    if failed:
+            return _complain(3, f"{error}\nOnce that is settled, run the same command again to continue.")
+        except KeyboardInterrupt:
+            return _complain(130, "stopped; run the same command again to continue.")
+    if failed and is_first_process():
         print(f"{failed} of {len(sources)} images failed: see {folder.path / FAILURES}", file=sys.stderr)
     return 1 if failed else 0
 
@@ -132,6 +134,7 @@ def denoise_images(
                 done += 1
                 if reason is not None:
                     failed += 1
+                if reason is not None and is_first_process():
                     tqdm.write(f"{source.name}: {reason}", file=sys.stderr)
                 bar.settle(done, failed)
             waiting = busy
@@ -152,7 +155,7 @@ def _denoise_one(
         reason = folder.failure(source, content)
         if reason is not None:
             return reason
-        image = decode_image(data)
+        image = decode_image(data).to(next(model.parameters()).device)
         own = replace(settings, seed=image_seed(settings.seed, content.sha256))
         parts = decompose(model, image, own, progress=lambda views: bar.update(views / settings.views))
         assert isinstance(parts, dict)  # settings.layers is filled in

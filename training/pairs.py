@@ -95,7 +95,11 @@ class PairFolder:
         self.path, self.precision = Path(path), precision
         self.settings = {**settings, "precision": precision}
         self._shared = SharedFolder(path)
-        self._shared.settle(self.settings)
+        try:
+            self._shared.settle(self.settings)
+        except BaseException:
+            self._shared.close()
+            raise
         self._done: set[tuple[str, int, int | None]] = set()
         self._read_to = 0
         self._refresh(present=set(_pair_files(self.path)))
@@ -104,7 +108,7 @@ class PairFolder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._shared.__exit__(*error)
+        self._shared.close()
 
     def claim(self, source: Source, wait: bool = False) -> AbstractContextManager[bool]:
         """Be the only process at work on an image: see SharedFolder.claim."""

@@ -107,7 +107,7 @@ def draw_positional(layers: Sequence[int], images: int, zero: Maps, mean: Maps, 
 
 
 def _alike(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Colours of two maps of the same patches by their own components, the second's matched to the first's."""
+    """Colours of two maps of the same patches by their own components, the second matched to the first."""
     reference, own = fit_projection(first), fit_projection(second)
     return reference.colors(first), own.matched_to(reference, second, first).colors(second)
 

@@ -6,6 +6,11 @@ from typing import Any
 from tqdm import tqdm
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for all that torchrun started; a process started by hand does."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 class Progress(tqdm):
     """A bar that counts images, moves within them, and says images/s also where one takes minutes."""
 
@@ -13,7 +18,7 @@ class Progress(tqdm):
         super().__init__(
             total=total,
             initial=initial,
-            disable=int(os.environ.get("RANK", 0)) > 0,  # one bar for all of torchrun's processes
+            disable=not is_first_process(),
             bar_format="{percentage:3.0f}%|{bar}| {n:.1f}/{total} images "
             "[{elapsed}<{remaining}, {images_per_second}{postfix}]",
         )

@@ -86,6 +86,10 @@ class SharedFolder:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up all locks."""
         os.close(self._locks)
 
     @contextmanager

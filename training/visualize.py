@@ -6,7 +6,7 @@
     python -m training.visualize clip.mp4 --model NAME --video out.mp4    Fig. 3c: frame, raw, denoised
 
 NAME is any timm VisionTransformer or Eva. A video is denoised by the denoiser of a `*_dvt` model; with any
-other model each frame goes through stage 1, which takes --views forward passes. Pictures are always stage 1's.
+other model each frame goes through stage 1, which takes --views forward passes. Pictures are of stage 1.
 
 Exit code: 0 drawn; 1 drawn, but some images are left out; 2 the command is wrong.
 """
