@@ -29,6 +29,10 @@ class Progress(tqdm):
         rate = values["rate"] or (values["n"] - values["initial"]) / max(values["elapsed"], 1e-9)
         return {**values, "images_per_second": f"{rate:.3g} images/s"}
 
+    def update(self, n: float | None = 1) -> bool | None:
+        """Move on by n images, or by a part of one, but never beyond the end: parts do not add up exactly."""
+        return super().update(min(n or 0, self.total - self.n))
+
     def settle(self, done: int, failed: int) -> None:
         """Count `done` images, wherever the bar stood within the last one."""
         if failed:
