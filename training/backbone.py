@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
@@ -123,14 +124,14 @@ class FeatureReader:
         return {layer: x.float().unflatten(1, (self.grid, self.grid)) for layer, x in features.items()}
 
     def _final_norm(self) -> nn.Module:
-        # timm moves the final norm behind the pooling of average-pooled classifiers, where it is called fc_norm.
+        # In average-pooled classifiers timm moves the final norm behind the pooling and calls it fc_norm.
         if isinstance(self._model.norm, nn.Identity):
             return self._model.fc_norm
         return self._model.norm
 
 
 def default_input_size(patch: int) -> int:
-    """The multiple of the patch size nearest to 518 px with at most 37 patches a side (paper A.1: 518, 512)."""
+    """The multiple of the patch size nearest to 518 with at most 37 patches a side (paper A.1: 518, 512)."""
     return max(1, min(37, round(518 / patch))) * patch
 
 
@@ -141,10 +142,10 @@ def _resolve_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]
     return tuple(sorted({layer % depth for layer in wanted}))
 
 
-def _copy_for_grid(model: nn.Module, grid: int, stride: int) -> nn.Module:
+def _copy_for_grid(model: nn.Module, grid: int, stride: int) -> Any:
     """A copy in eval mode that shares the weights and takes inputs of grid x grid patches, `stride` apart."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    twin = copy.deepcopy(model, dict(shared)).eval()
+    twin: Any = copy.deepcopy(model, dict(shared)).eval()
     if hasattr(twin, "set_denoise"):
         twin.set_denoise(False)
     embed = twin.patch_embed

@@ -1,4 +1,4 @@
-"""Symmetric matrices on an M x M grid that couple nodes at most two apart: their factor, and the roughness penalty."""
+"""Symmetric matrices that couple an M x M grid's near neighbours: their factor, and the roughness penalty."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# Such a matrix is kept by its 25 diagonals: (M * M, 25), entry (n, 5 * (dy + 2) + dx + 2) couples node n, in row
-# n // M, with the node dy rows and dx columns on; couplings that would leave the grid are zero.
+# Such a matrix is kept by its 25 diagonals: (M * M, 25), entry (n, 5 * (dy + 2) + dx + 2) couples node n, in
+# row n // M, with the node dy rows and dx columns further on; couplings that would leave the grid are zero.
 
 
 class BandedFactor:
-    """Cholesky factor of a positive definite matrix of that kind, as block tridiagonal with two grid rows a block."""
+    """Cholesky factor of such a matrix, taken as block tridiagonal with two grid rows a block."""
 
     def __init__(self, diagonals: Tensor, nodes: int) -> None:
         """
@@ -84,15 +84,16 @@ class BandedFactor:
 
 @lru_cache(maxsize=4)
 def roughness_diagonals(nodes: int) -> Tensor:
-    """R by its diagonals, (M * M, 25) float64: f'Rf = sum of f_xx^2 + 2 f_xy^2 + f_yy^2 in differences of nodes."""
+    """(M * M, 25) float64: f'Rf is the sum of f_xx^2 + 2 f_xy^2 + f_yy^2, all differences of nodes."""
     first, second = _differences(nodes)
     straight, mixed = second.T @ second, first.T @ first
     bands = {}
-    for name, matrix in (("eye", torch.eye(nodes, dtype=torch.float64)), ("straight", straight), ("mixed", mixed)):
+    eye = torch.eye(nodes, dtype=torch.float64)
+    for name, matrix in (("eye", eye), ("straight", straight), ("mixed", mixed)):
         padded = torch.nn.functional.pad(matrix, (2, 2))
         bands[name] = torch.stack([padded.diagonal(offset) for offset in range(5)], 1)  # (M, 5)
     product = torch.zeros(nodes, nodes, 5, 5, dtype=torch.float64)
-    for weight, vertical, horizontal in ((1, "straight", "eye"), (1, "eye", "straight"), (2, "mixed", "mixed")):
+    for weight, vertical, horizontal in (1, "straight", "eye"), (1, "eye", "straight"), (2, "mixed", "mixed"):
         product += weight * torch.einsum("yi,xj->yxij", bands[vertical], bands[horizontal])
     return product.reshape(nodes * nodes, 25)
 

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.conditioning import IllConditioned, separation, warn_if_inseparable
 from training.evidence import Strengths, solve
 from training.sums import Sums, interpolate
 
 
-class IllConditioned(RuntimeError):
-    """The views cannot tell F and G apart; the message says what to change."""
+# Nodes a side that are enough to tell outliers from the rest.
+COARSE = 48
+# Steps of the strengths' fixed point at the end; they seldom move by the third.
+MAX_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,13 @@ class LinearSettings:
     """Settings of the linear solver; the defaults are meant for all images and models.
 
     Attributes:
-        nodes: M, nodes of F's grid a side, as a multiple of K.
+        nodes: M, nodes of F's grid a side; None is max(2 K, 64), at most 5 K.
         first_views: views held in memory until the first estimate exists (constant memory).
-        outlier: tokens whose residual exceeds this many times the typical one lose weight; inf switches it off.
+        outlier: tokens whose residual exceeds this many times the typical one lose weight; inf for never.
         artifacts: False solves for F alone, the paper's view-average (Tab. 5, row b).
     """
 
-    nodes: float = 2.0
+    nodes: int | None = None
     first_views: int = 16
     outlier: float = 3.0
     artifacts: bool = True
@@ -56,23 +59,29 @@ class LinearFit:
 class LinearSolver:
     """Takes one view's features after another, keeps sums, and gives F and G at the end.
 
-    The first views wait in a buffer of fixed size until there is an estimate that tells outlier tokens from the
-    rest; from then on each view is weighed against the running estimate, added to the sums and forgotten. The
-    estimate is renewed each time the number of views has doubled. What comes out does not depend on how the
+    The first views wait in a buffer of fixed size until there is an estimate that tells outlier tokens from
+    the rest; from then on each view is weighed against the running estimate, added to the sums and forgotten.
+    The estimate is renewed each time the number of views has doubled. What comes out does not depend on how the
     views were batched.
     """
 
-    def __init__(self, grid: int, channels: int, settings: LinearSettings = LinearSettings(),
-                 device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        grid: int,
+        channels: int,
+        settings: LinearSettings | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """
         Args:
             grid: K.
             channels: C.
-            settings: see LinearSettings.
+            settings: see LinearSettings; None is its defaults.
             device: where sums are kept and solved; needs float64.
         """
-        self.settings, self.grid, self.channels, self.device = settings, grid, channels, device
-        self.nodes = max(4, round(settings.nodes * grid))
+        self.settings = settings or LinearSettings()
+        self.grid, self.channels, self.device = grid, channels, device
+        self.nodes = self.settings.nodes or min(max(2 * grid, 64), max(5 * grid, 4))
         self.views = 0
         self._buffer: list[tuple[Tensor, Tensor, Tensor]] = []
         self._sums: Sums | None = None
@@ -88,68 +97,99 @@ class LinearSolver:
             if self.views == self.settings.first_views:
                 self._start()
             return
+        if self.views > self._next:
+            self._renew()
+            self._next *= 2
         features = features - self._offset
         weights = self._weigh(self._squared_residual(xs, ys, features))
         self._lost += float((1 - weights).sum())
         self._sums.add(xs, ys, features, weights)
-        if self.views == self._next:
-            self._renew()
-            self._next *= 2
 
     def solve(self) -> LinearFit:
-        """F and G from all views added so far."""
+        """F and G from all views added so far.
+
+        Raises:
+            IllConditioned: there are none, or the equations cannot be solved.
+        """
+        if not self.views:
+            raise IllConditioned("no views were added: add some before solving")
         if self._sums is None:
             self._start()
-        assert self._sums is not None
-        for _ in range(3):
+        for _ in range(MAX_STEPS):
             before = self._strengths
             self._renew()
             if _close(before, self._strengths):
                 break
-        solution = self._solution
+        assert self._sums is not None
+        solution, sums = self._solution, self._sums
         level = solution.artifacts.mean(0)
         semantics = solution.semantics + level + self._offset
         diagnostics = {
             "views": self.views,
             "noise": math.sqrt(solution.noise),
-            "smoothness": self._strengths.smoothness,
-            "artifact_penalty": self._strengths.artifacts,
+            "smoothness": before.smoothness,
+            "artifact_penalty": before.artifacts,
             "semantic_freedom": solution.semantic_freedom / len(solution.semantics),
             "artifact_freedom": solution.artifact_freedom / len(solution.artifacts),
             "outlier_share": self._lost / (self.views * self.grid ** 2),
+            "unseen": self._unseen(sums),
         }
+        if solution.patch_factor is not None:
+            per_patch = float(sums.gg.mean())
+            diagnostics["separation"] = separation(solution.patch_factor, before.artifacts, per_patch)
+            warn_if_inseparable(diagnostics["separation"], diagnostics["unseen"])
         return LinearFit(
             semantics.float().view(self.nodes, self.nodes, -1),
             (solution.artifacts - level).float().view(self.grid, self.grid, -1),
             diagnostics,
         )
 
+    def _unseen(self, sums: Sums) -> float:
+        """Share of the patches' places in the whole image that no view comes near."""
+        seen = (sums.ff[:, 12] > 0).double().view(1, 1, self.nodes, self.nodes)
+        near = torch.nn.functional.adaptive_max_pool2d(seen, min(self.grid, self.nodes))
+        return float(1 - near.mean())
+
     def _start(self) -> None:
-        """The first estimate: iteratively re-weighted least squares over the buffered views."""
+        """The first estimate: iteratively re-weighted least squares over the buffered views, on a coarser grid."""
         tokens = torch.cat([features.flatten(0, 1) for _, _, features in self._buffer])
         self._offset = tokens[:: max(1, len(tokens) // 2048)].median(0).values
         self._buffer = [(xs, ys, features - self._offset) for xs, ys, features in self._buffer]
-        residuals = [features.square().sum(-1) for _, _, features in self._buffer]
-        self._spread = float(torch.stack(residuals).median())
-        for _ in range(4 if math.isfinite(self.settings.outlier) else 1):
-            self._typical = float(torch.stack(residuals).median())
-            self._sums = Sums(self.nodes, self.grid, self.channels, self.device)
-            self._lost = 0.0
-            for (xs, ys, features), residual in zip(self._buffer, residuals):
-                weights = self._weigh(residual)
-                self._lost += float((1 - weights).sum())
-                self._sums.add(xs, ys, features, weights)
+        residuals = torch.stack([features.square().sum(-1) for _, _, features in self._buffer])
+        self._spread = float(residuals.median())
+        for nodes in 3 * [min(self.nodes, COARSE)]:
+            self._sums = self._weighted_sums(nodes, residuals)
             self._renew()
-            residuals = [self._squared_residual(*view) for view in self._buffer]
-        self._typical = float(torch.stack(residuals).median())
+            residuals = torch.stack([self._squared_residual(*view) for view in self._buffer])
+        self._sums = self._weighted_sums(self.nodes, residuals)
+        # The penalty is on differences between nodes; this keeps it the same on the field they sample.
+        finer = self.nodes / min(self.nodes, COARSE)
+        self._strengths = Strengths(self._strengths.smoothness * finer ** 2, self._strengths.artifacts)
         self._buffer = []
         self._next = 2 * self.settings.first_views
 
+    def _weighted_sums(self, nodes: int, residuals: Tensor) -> Sums:
+        """The buffered views' sums, each token weighed by its squared residual (views, K, K)."""
+        sums = Sums(nodes, self.grid, self.channels, self.device)
+        self._typical = float(residuals.median())
+        self._lost = 0.0
+        for view, residual in zip(self._buffer, residuals):
+            weights = self._weigh(residual)
+            self._lost += float((1 - weights).sum())
+            sums.add(*view, weights)
+        return sums
+
     def _renew(self) -> None:
         assert self._sums is not None
-        self._solution = solve(self._sums, self._strengths, self.settings.artifacts)
+        try:
+            self._solution = solve(self._sums, self._strengths, self.settings.artifacts)
+        except torch.linalg.LinAlgError as error:
+            raise IllConditioned(
+                f"the equations of {self.views} views cannot be solved ({error}); use more views, of "
+                "different places and sizes"
+            ) from error
         self._strengths = self._solution.strengths
-        self._nodal = self._solution.semantics.float().view(self.nodes, self.nodes, -1)
+        self._nodal = self._solution.semantics.float().view(self._sums.nodes, self._sums.nodes, -1)
         self._artifacts = self._solution.artifacts.float().view(self.grid, self.grid, -1)
 
     def _squared_residual(self, xs: Tensor, ys: Tensor, features: Tensor) -> Tensor:
@@ -157,10 +197,12 @@ class LinearSolver:
 
     def _weigh(self, squared: Tensor) -> Tensor:
         """Token weights (K, K): 1 up to the limit, then falling with the fourth power of the residual."""
+        if math.isinf(self.settings.outlier):
+            return torch.ones_like(squared)
         limit = self.settings.outlier ** 2 * self._typical + 0.02 * self._spread
         return (limit / squared.clamp(min=limit)).square()
 
 
 def _close(one: Strengths, other: Strengths) -> bool:
-    return (abs(math.log(one.smoothness / other.smoothness)) < 0.1
-            and abs(math.log(one.artifacts / other.artifacts)) < 0.1)
+    return (abs(math.log(one.smoothness / other.smoothness)) < 0.2
+            and abs(math.log(one.artifacts / other.artifacts)) < 0.2)

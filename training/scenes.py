@@ -21,7 +21,7 @@ class Regime:
             "border" (the outermost patches stand out, as in many real ViTs).
         artifact_size: of G.
         residual: of the part that depends on content and position together (paper Eq. 5, h).
-        outliers: share of tokens replaced by a large vector of one common direction, views and places at random.
+        outliers: share of tokens replaced by a large vector of one common direction, at random places.
         outlier_size: of such a token.
         noise: standard deviation of white noise, a token and channel.
         grid: K.

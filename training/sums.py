@@ -9,10 +9,10 @@ from torch import Tensor
 class Sums:
     """Weighted normal equations of y = F(coords) + G(patch), summed view by view in float64.
 
-    F lives on an M x M grid over the image (bilinear, node a at (a + 1/2) / M, constant beyond the outer nodes),
-    G on the K x K patches. With W the bilinear weights of all tokens, S their one-hot patch indices and w the
-    tokens' weights, this holds W'wW, W'wS, S'wS, W'wy, S'wy, y'wy and the sum of w. A view's W is the Kronecker
-    product of one small matrix a side, because crops are axis-aligned.
+    F lives on an M x M grid over the image (bilinear, node a at (a + 1/2) / M, constant beyond the outer
+    nodes), G on the K x K patches. With W the bilinear weights of all tokens, S their one-hot patch indices
+    and w the tokens' weights, this holds W'wW, W'wS, S'wS, W'wy, S'wy, y'wy and the sum of w. A view's W is
+    the Kronecker product of one small matrix a side, because crops are axis-aligned.
 
     Attributes:
         ff: (M * M, 25) W'wW by its diagonals, as in training.banded.
@@ -25,12 +25,15 @@ class Sums:
 
     def __init__(self, nodes: int, grid: int, channels: int, device: torch.device | str = "cpu") -> None:
         self.nodes, self.grid, self.channels = nodes, grid, channels
-        as_sum = {"dtype": torch.float64, "device": device}
-        self.ff = torch.zeros(nodes * nodes, 25, **as_sum)  # type: ignore[arg-type]
-        self.fg = torch.zeros(nodes * nodes, grid * grid, **as_sum)  # type: ignore[arg-type]
-        self.gg = torch.zeros(grid * grid, **as_sum)  # type: ignore[arg-type]
-        self.fy = torch.zeros(nodes * nodes, channels, **as_sum)  # type: ignore[arg-type]
-        self.gy = torch.zeros(grid * grid, channels, **as_sum)  # type: ignore[arg-type]
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.ff = zeros(nodes ** 2, 25)
+        self.fg = zeros(nodes ** 2, grid ** 2)
+        self.gg = zeros(grid ** 2)
+        self.fy = zeros(nodes ** 2, channels)
+        self.gy = zeros(grid ** 2, channels)
         self.yy = 0.0
         self.weight = 0.0
 
@@ -93,7 +96,7 @@ def axis_matrix(coords: Tensor, nodes: int) -> Tensor:
 
 
 def interpolate(nodal: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-    """Values of a nodal field (M, M, C) at the patches of a view: (len(ys), len(xs), C), in the field's dtype."""
+    """A nodal field (M, M, C) at the patches of a view: (len(ys), len(xs), C), in the field's dtype."""
     nodes = len(nodal)
     (x_from, x_to), (y_from, y_to) = ((int(c.min()), int(c.max()) + 2) for c in
                                       (cell_of(xs, nodes)[0], cell_of(ys, nodes)[0]))

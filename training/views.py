@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +85,21 @@ def whole_view() -> Views:
     return Views(torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64), torch.tensor([False]))
 
 
+def shrink_for_views(
+    image: Tensor, size: int, area: tuple[float, float], aspect: tuple[float, float]
+) -> Tensor:
+    """Shrink an image once if it has more pixels than the smallest view resized to `size` can show.
+
+    Views of a 50-megapixel photograph are then as quick to cut as those of a small one.
+    """
+    narrowest = (area[0] * min(aspect[0], 1 / aspect[1])) ** 0.5
+    limit = math.ceil(size / narrowest)
+    target = tuple(min(side, limit) for side in image.shape[-2:])
+    if target == tuple(image.shape[-2:]):
+        return image
+    return F.interpolate(image[None], size=target, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
 def render_views(image: Tensor, views: Views, size: int) -> Tensor:
     """Cut views out of an image and resize each to a square (antialiased bilinear).
 
@@ -108,14 +124,14 @@ def render_views(image: Tensor, views: Views, size: int) -> Tensor:
 def patch_centres(size: int, patch: int, stride: int) -> Tensor:
     """(K,) float64: centres of the patches along one side of a square input, as fractions of that side.
 
-    With K = (size - patch) // stride + 1 (paper A.1), patch i has its centre at (i * stride + patch / 2) / size.
+    With K = (size - patch) // stride + 1 (paper A.1), patch i's centre is (i * stride + patch / 2) / size.
     """
     count = (size - patch) // stride + 1
     return (torch.arange(count, dtype=torch.float64) * stride + patch / 2) / size
 
 
 def view_axes(views: Views, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the patch centres of each view lie in the whole image; crops are axis-aligned, so two axes say it all.
+    """Where each view's patch centres lie in the whole image; crops are axis-aligned, so two axes say it all.
 
     Args:
         views: V views.

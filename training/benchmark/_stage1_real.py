@@ -1,0 +1,127 @@
+"""Stage 1 with a real backbone: what it costs beside the bare forward passes, and how stable its F is."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from training.backbone import FeatureReader
+from training.decompose import Stage1Settings, decompose, image_views
+from training.views import patch_centres, render_views
+
+
+def photographs() -> dict[str, Tensor]:
+    """scikit-image's photographs that come with its package, as (3, H, W) in [0, 1]."""
+    from skimage import data
+
+    images = {name: getattr(data, name)() for name in ("astronaut", "coffee", "chelsea", "rocket")}
+    return {name: torch.from_numpy(np.array(x)).permute(2, 0, 1) / 255 for name, x in images.items()}
+
+
+def create(name: str, pretrained: bool) -> nn.Module:
+    """The model; with random weights drawn from a fixed seed unless pretrained."""
+    torch.manual_seed(0)
+    return timm.create_model(name, pretrained=pretrained).eval()
+
+
+def end_to_end(name: str, pretrained: bool, input_size: int | None) -> int:
+    """Print seconds of stage 1 over seconds of the bare forward passes, and peak memory at 32 and 256 views."""
+    measured = {views: _child(name, pretrained, input_size, views) for views in (32, 256)}
+    missed = 0
+    for views, result in measured.items():
+        ratio = result["stage1"] / result["forward"]
+        missed += ratio > 1.10
+        print(f"{name}, {views} views: bare forward passes {result['forward']:.1f} s, stage 1 "
+              f"{result['stage1']:.1f} s, ratio {ratio:.3f} (bar 1.10); peak memory {result['peak']:.0f} MB")
+    growth = measured[256]["peak"] / measured[32]["peak"] - 1
+    print(f"peak memory grows by {growth:.1%} from 32 to 256 views (bar 5%)")
+    return 1 if missed or growth >= 0.05 else 0
+
+
+def _child(name: str, pretrained: bool, input_size: int | None, views: int) -> dict[str, float]:
+    arguments = json.dumps([name, pretrained, input_size, views])
+    command = [sys.executable, "-m", "training.benchmark._stage1_real", arguments]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def time_once(name: str, pretrained: bool, input_size: int | None, views: int) -> dict[str, float]:
+    """Forward passes and stage 1 in turns, batch by batch, so that a machine that slows down slows both alike."""
+    model = create(name, pretrained)
+    image = photographs()["astronaut"]
+    settings = Stage1Settings(views=views, input_size=input_size)
+    reader = FeatureReader(model, input_size=input_size)
+    rendered = render_views(image, image_views(settings, (512, 512))[:settings.batch_size], reader.input_size)
+    reader.patch_features(rendered[:2])
+    forward = 0.0
+
+    def bare(count: int) -> None:
+        nonlocal forward
+        start = time.perf_counter()
+        reader.patch_features(rendered[:count])
+        forward += time.perf_counter() - start
+
+    start = time.perf_counter()
+    decompose(model, image, settings, progress=bare)
+    stage1 = time.perf_counter() - start - forward
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"forward": forward, "stage1": stage1, "peak": peak}
+
+
+def stability(name: str, pretrained: bool, input_size: int | None, views: int = 64) -> int:
+    """Print, over photographs, how far F moves with the seed and how much of it position explains.
+
+    Position's share is that of the variance of patch features that a mean over images (per patch) explains,
+    in excess of what it would by chance; 64 views.
+    """
+    model = create(name, pretrained)
+    maps: dict[str, list[Tensor]] = {"raw": [], "F": []}
+    for image_name, image in photographs().items():
+        first, second = (
+            decompose(model, image, Stage1Settings(views=views, seed=seed, input_size=input_size))
+            for seed in (0, 1)
+        )
+        assert not isinstance(first, dict) and not isinstance(second, dict)
+        spread = (first.semantics - first.semantics.mean((0, 1))).norm()
+        moved = float((first.semantics - second.semantics).norm() / spread)
+        cosine = float(torch.cosine_similarity(first.semantics, second.semantics, dim=-1).mean())
+        print(f"{image_name:10s} F of two seeds: differ by {moved:.3f} of F's spread, cosine {cosine:.4f}")
+        maps["raw"].append(first.raw)
+        maps["F"].append(first.semantics)
+    ramp = {kind: float(np.mean([linear_share(x) for x in xs])) for kind, xs in maps.items()}
+    shares = {kind: position_share(torch.stack(xs)) for kind, xs in maps.items()}
+    for kind in maps:
+        print(f"{kind:3s}: position explains {shares[kind]:.1%} of the variance across images, "
+              f"a ramp {ramp[kind]:.1%} of it within an image")
+    return 0 if shares["F"] < shares["raw"] else 1
+
+
+def position_share(maps: Tensor) -> float:
+    """Share of the variance of (images, K, K, C) that the place explains, beyond the 1 / images of chance."""
+    centred = maps.flatten(1, 2) - maps.flatten(0, 2).mean(0)
+    centred = centred - centred.mean(1, keepdim=True)
+    count = len(maps)
+    explained = float(centred.mean(0).square().sum() * count / centred.square().sum())
+    return (explained - 1 / count) / (1 - 1 / count)
+
+
+def linear_share(features: Tensor) -> float:
+    """Share of the variance within one image's (K, K, C) that a plane in x and y explains."""
+    grid = len(features)
+    centres = patch_centres(grid, 1, 1).float() - 0.5
+    place = torch.stack(torch.meshgrid(centres, centres, indexing="ij"), -1).view(-1, 2)
+    centred = (features - features.mean((0, 1))).flatten(0, 1)
+    fitted = place @ torch.linalg.lstsq(place, centred).solution
+    return float(fitted.square().sum() / centred.square().sum())
+
+
+if __name__ == "__main__":
+    print(json.dumps(time_once(*json.loads(sys.argv[1]))))

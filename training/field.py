@@ -1,0 +1,174 @@
+"""Stage 1 as the paper has it: one image's semantics field F, artifact field G and residual h, trained."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from training.field_backends import grid_trainer
+from training.field_losses import distance_loss, reconstruction_loss
+from training.hashgrid import HashGrid, HashGridSettings
+
+
+@dataclass(frozen=True)
+class FieldSettings:
+    """Settings of the neural-field solver; the defaults are the paper's (A.1).
+
+    steps: half of them train F and G, the other half F and h. batch: patches a step. lr: Adam's first
+    learning rate. alpha, beta: weights of Eq. 6. backend: "auto", "torch" or "tinycudann".
+    """
+
+    steps: int = 20_000
+    batch: int = 2048
+    lr: float = 0.01
+    alpha: float = 0.1
+    beta: float = 0.02
+    grid: HashGridSettings = field(default_factory=HashGridSettings)
+    backend: str = "auto"
+
+
+@dataclass
+class FieldResult:
+    """A trained decomposition of one image: y = F(coords) + G(patch) + h(y) (Eq. 5), G with zero mean.
+
+    artifacts: G (Kh, Kw, C). losses: the loss of each step (steps,).
+    """
+
+    grid: HashGrid
+    mlp: nn.Sequential
+    residual_mlp: nn.Sequential
+    constant: Tensor
+    artifacts: Tensor
+    losses: Tensor
+    settings: FieldSettings
+
+    @torch.no_grad()
+    def semantics(self, coords: Tensor) -> Tensor:
+        """F at coords (..., 2), x and y in [0, 1] of the whole image: (..., C)."""
+        flat = coords.reshape(-1, 2).to(self.constant.device)
+        parts = [self.mlp(self.grid(part)) + self.constant for part in flat.split(1 << 14)]
+        return torch.cat(parts).view(*coords.shape[:-1], -1)
+
+    @torch.no_grad()
+    def residual(self, features: Tensor) -> Tensor:
+        """h of raw features y (..., C): (..., C)."""
+        return self.residual_mlp(features.to(self.constant))
+
+
+def fit_field(
+    coords: Tensor,
+    patches: Tensor,
+    features: Tensor,
+    grid: int | tuple[int, int],
+    settings: FieldSettings | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], object] | None = None,
+) -> FieldResult:
+    """Trains F, G and h on the patch features of one image's views (paper 4.2, Eqs. 5 to 10).
+
+    coords: (P, 2), a patch's centre as x and y in [0, 1] of the whole image. patches: (P,) int64, its place
+    in the view's patch grid, row by row. features: (P, C) raw features y; they may stay on another device
+    than `device` and in half precision. grid: K or (Kh, Kw) patches. progress: called with the number of
+    steps done since the last call (tqdm's `update` fits).
+
+    F is a hash grid and Linear(C/2)-ReLU-Linear(C), G a learnable map that starts at zero, h a 3-layer MLP of
+    hidden width C/4. The first half of the steps trains F and G on L_distance; the second freezes G and
+    trains F and h on L_recon. Adam, its learning rate falling linearly to zero over all steps. Where the
+    published code differs, the paper is followed: Adam's usual betas and eps (0.9, 0.999, 1e-8; code: 0.9,
+    0.99, 1e-15), the 2-norm and 1-norm of a patch (code: means over its channels), no warm-up, 16 levels.
+    With the paper's norms h stays near zero but for channels that hold more than beta / alpha of a patch's
+    unexplained norm.
+
+    The same seed gives the same result on the same CPU and thread count. F and G are only determined up to a
+    constant: G is given zero mean, F the rest. Raises ValueError for arguments that do not fit together and
+    FloatingPointError when the loss is no longer finite.
+    """
+    settings = settings or FieldSettings()
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    _check(coords, patches, features, rows * columns, settings)
+    count, channels = features.shape
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[]):  # the layers' own initialisation, seeded, on any device alike
+        torch.manual_seed(seed)
+        hash_grid = HashGrid(settings.grid).to(device)
+        mlp = nn.Sequential(
+            nn.Linear(settings.grid.width, channels // 2), nn.ReLU(), nn.Linear(channels // 2, channels)
+        ).to(device)
+        hidden = channels // 4
+        residual_mlp = nn.Sequential(
+            nn.Linear(channels, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, channels),
+        ).to(device)
+    artifacts = nn.Parameter(torch.zeros(rows * columns, channels, device=device))
+    trainer = grid_trainer(settings.backend, hash_grid, settings.steps)
+    # Parameters without a gradient are skipped: h in the first phase, G in the second.
+    optimizer = torch.optim.Adam(
+        [*mlp.parameters(), artifacts, *residual_mlp.parameters()], fused=device.type in ("cpu", "cuda")
+    )
+    coords, patches = coords.to(device), patches.to(device)
+    generator = torch.Generator(features.device).manual_seed(seed)
+    losses = torch.zeros(settings.steps, device=device)
+    reported = 0
+
+    for step in range(settings.steps):
+        batch = torch.randint(count, (settings.batch,), generator=generator, device=features.device)
+        y = features.index_select(0, batch).to(device, torch.float32)
+        batch = batch.to(device)
+        if step == settings.steps // 2:
+            artifacts.requires_grad_(False)
+        partial = mlp(trainer.encode(coords[batch])) + artifacts.index_select(0, patches[batch])  # Eq. 10
+        if step < settings.steps // 2:
+            loss = distance_loss(partial, y)
+        else:
+            loss = reconstruction_loss(partial, residual_mlp(y), y, settings.alpha, settings.beta)
+        optimizer.zero_grad()
+        loss.backward()
+        learning_rate = settings.lr * (1 - step / settings.steps)
+        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.step()
+        trainer.step(learning_rate)
+        losses[step] = loss.detach()
+        if (step + 1) % 50 == 0 or step + 1 == settings.steps:
+            if not torch.isfinite(losses[reported : step + 1]).all():
+                raise FloatingPointError(
+                    f"the field's loss is not finite at step {step + 1} or before: are the features finite? "
+                    f"If they are, lower lr ({settings.lr})"
+                )
+            if progress is not None:
+                progress(step + 1 - reported)
+            reported = step + 1
+
+    hash_grid = trainer.finish()
+    for module in (hash_grid, mlp, residual_mlp):
+        module.requires_grad_(False)
+    constant = artifacts.detach().mean(dim=0)
+    centred = (artifacts.detach() - constant).view(rows, columns, channels)
+    return FieldResult(hash_grid, mlp, residual_mlp, constant, centred, losses, settings)
+
+
+def _check(
+    coords: Tensor, patches: Tensor, features: Tensor, positions: int, settings: FieldSettings
+) -> None:
+    if features.ndim != 2 or features.shape[0] < 1 or features.shape[1] < 4:
+        raise ValueError(f"features must be (P, C) with P >= 1 and C >= 4, got {tuple(features.shape)}")
+    count = len(features)
+    if coords.shape != (count, 2) or not coords.is_floating_point():
+        given = f"{tuple(coords.shape)} {coords.dtype}"
+        raise ValueError(f"coords must be ({count}, 2) floats, one a feature, got {given}")
+    if not bool(((coords >= 0) & (coords <= 1)).all()):
+        raise ValueError("coords must lie in [0, 1] of the whole image")
+    if patches.shape != (count,) or patches.dtype != torch.int64:
+        raise ValueError(f"patches must be ({count},) int64, got {tuple(patches.shape)} {patches.dtype}")
+    if int(patches.min()) < 0 or int(patches.max()) >= positions:
+        given = f"{int(patches.min())} to {int(patches.max())}"
+        raise ValueError(f"patches must lie in 0 to {positions - 1} for this grid, got {given}")
+    for name, least in (("steps", 2), ("batch", 1), ("lr", 0), ("alpha", 0), ("beta", 0)):
+        if not getattr(settings, name) >= least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(settings, name)}")
+    if settings.grid.dims != 2:
+        raise ValueError(f"an image needs a grid of 2 dims, got {settings.grid.dims}")

@@ -1,0 +1,135 @@
+"""Who trains the hash grid of the semantics field: pure PyTorch, or tinycudann where it imports."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from training.hashgrid import HashGrid, HashGridSettings
+from training.touched_adam import TouchedAdam
+
+BACKENDS = ("auto", "torch", "tinycudann")
+
+
+class GridTrainer(Protocol):
+    """Trains a HashGrid: encode a batch, call backward on what depends on it, step; at the end, finish."""
+
+    def encode(self, coords: Tensor) -> Tensor:
+        """Encodes the batch's coords (B, dims) as (B, levels * features), differentiable in the grid."""
+
+    def step(self, learning_rate: float) -> None:
+        """One Adam step of the grid, with the gradient that backward left."""
+
+    def finish(self) -> HashGrid:
+        """The trained grid, as the pure PyTorch module."""
+
+
+class TorchTrainer:
+    """Pure PyTorch on any device; a step pays for the table entries that its batch touches, no others."""
+
+    def __init__(self, grid: HashGrid, max_steps: int) -> None:
+        self.grid = grid
+        self.adam = TouchedAdam(grid.table.detach(), max_steps)
+
+    def encode(self, coords: Tensor) -> Tensor:
+        touched = self.grid.touch(coords)
+        self.entries = self.adam.gather(touched.rows).requires_grad_()
+        return touched.encode(self.entries)
+
+    def step(self, learning_rate: float) -> None:
+        if self.entries.grad is None:
+            raise RuntimeError("step() needs a backward pass through what encode() returned")
+        self.adam.step(self.entries.detach(), self.entries.grad, learning_rate)
+
+    def finish(self) -> HashGrid:
+        self.adam.settle()
+        return self.grid
+
+
+class TinyCudaTrainer:
+    """tinycudann's HashGrid, torch's Adam over all of its table. Unproven: no CUDA machine has run it yet.
+
+    It starts from the PyTorch grid's parameters and hands the trained ones back to it: the layout is the
+    same. That the two agree is checked on a few coordinates before training, so that a tinycudann with other
+    formulas is an error and not a wrong field.
+    """
+
+    def __init__(self, grid: HashGrid, max_steps: int) -> None:
+        settings, device = grid.settings, grid.params.device
+        self.grid = grid
+        self.encoding = _tinycudann().Encoding(
+            n_input_dims=settings.dims, encoding_config=tinycudann_config(settings), dtype=torch.float32
+        ).to(device)
+        if self.encoding.params.shape != grid.params.shape:
+            raise RuntimeError(
+                f"this tinycudann lays the grid out in {self.encoding.params.numel()} parameters, "
+                f'{grid.params.numel()} were expected; use backend="torch"'
+            )
+        with torch.no_grad():
+            self.encoding.params.copy_(grid.params)
+            probe = torch.rand(256, settings.dims, generator=torch.Generator().manual_seed(0)).to(device)
+            apart = (self.encoding(probe).float() - grid(probe)).abs().max().item()
+            # tinycudann places a coordinate in float32, to 1e-4 of a cell; entries are at most 2e-4 apart.
+            if not apart < 1e-6:
+                raise RuntimeError(f'this tinycudann encodes otherwise, by {apart:.1e}; use backend="torch"')
+        on_cuda = device.type == "cuda"
+        self.adam = torch.optim.Adam(self.encoding.parameters(), fused=on_cuda)
+
+    def encode(self, coords: Tensor) -> Tensor:
+        return self.encoding(coords.float()).float()
+
+    def step(self, learning_rate: float) -> None:
+        self.adam.param_groups[0]["lr"] = learning_rate
+        self.adam.step()
+        self.adam.zero_grad()
+
+    def finish(self) -> HashGrid:
+        with torch.no_grad():
+            self.grid.params.copy_(self.encoding.params)
+        return self.grid
+
+
+def tinycudann_config(settings: HashGridSettings) -> dict[str, Any]:
+    """The `encoding_config` under which tinycudann.Encoding is the grid of these settings."""
+    return {
+        "otype": "HashGrid",
+        "n_levels": settings.levels,
+        "n_features_per_level": settings.features,
+        "log2_hashmap_size": settings.log2_hashmap_size,
+        "base_resolution": settings.base_resolution,
+        "per_level_scale": settings.per_level_scale,
+        "interpolation": "Linear",
+    }
+
+
+def grid_trainer(backend: str, grid: HashGrid, max_steps: int) -> GridTrainer:
+    """The trainer of that name; "auto" is tinycudann for a grid on a CUDA device if it imports, else torch.
+
+    Raises ValueError for another name, ImportError where tinycudann is asked for and does not import.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "tinycudann" or (backend == "auto" and grid.params.is_cuda and tinycudann_imports()):
+        return TinyCudaTrainer(grid, max_steps)
+    return TorchTrainer(grid, max_steps)
+
+
+def tinycudann_imports() -> bool:
+    """Whether tinycudann is there and usable."""
+    try:
+        _tinycudann()
+    except ImportError:
+        return False
+    return True
+
+
+def _tinycudann() -> Any:
+    try:
+        import tinycudann
+    except (ImportError, OSError) as error:  # without a usable GPU it raises OSError (EnvironmentError)
+        raise ImportError(
+            f'backend="tinycudann" needs tinycudann and a CUDA GPU, and it does not import: {error}. '
+            "It installs from https://github.com/NVlabs/tiny-cuda-nn (bindings/torch); "
+            'backend="torch" gives the same field without it.'
+        ) from error
+    return tinycudann
