@@ -174,19 +174,20 @@ def test_broken_images_are_reported_with_the_reason_and_the_rest_goes_on(images,
     Image.fromarray(np.arange(3000, dtype=np.uint16).reshape(50, 60) * 20).save(images / "gray16.png")
     assert run(images, tmp_path / "out") == 1
     failures = read_lines(tmp_path / "out" / "failures.jsonl")
-    assert [failure["image"] for failure in failures] == ["b/truncated.png", "empty.png", "text.jpg"]
-    assert "truncated" in failures[0]["reason"] or "cannot be decoded" in failures[0]["reason"]
-    assert "empty" in failures[1]["reason"] and "not an image" in failures[2]["reason"]
-    assert len(read_index(tmp_path / "out")) == 9
+    names = ["b/truncated.png", "empty.png", "one_pixel.png", "text.jpg"]
+    assert [failure["image"] for failure in failures] == names
+    for failure, word in zip(failures, ("truncated", "empty", "different crop", "not an image")):
+        assert word in failure["reason"]
+    assert len(read_index(tmp_path / "out")) == 8  # CMYK and 16-bit gray among them
     said = capsys.readouterr().err
-    assert "3 of 12 images failed" in said and "text.jpg: not an image" in said
+    assert "4 of 12 images failed" in said and "text.jpg: not an image" in said
 
     (images / "text.jpg").write_bytes(whole)
-    (images / "empty.png").unlink()
-    (images / "b" / "truncated.png").unlink()
+    for name in names[:3]:
+        (images / name).unlink()
     assert run(images, tmp_path / "out") == 0
     failures = read_lines(tmp_path / "out" / "failures.jsonl")
-    assert [failure["image"] for failure in failures] == ["b/truncated.png", "empty.png"]
+    assert [failure["image"] for failure in failures] == names[:3]  # repaired, text.jpg is none any more
 
 
 def test_an_image_that_failed_is_not_computed_again_until_it_changes(images, tmp_path, monkeypatch):
@@ -213,6 +214,29 @@ def test_a_backbone_that_gives_nan_is_reported_for_the_image(images, tmp_path, m
     failures = read_lines(tmp_path / "out" / "failures.jsonl")
     assert [failure["image"] for failure in failures] == ["a/0.png", "a/1.png"]
     assert all("NaN" in failure["reason"] for failure in failures)
+
+
+def test_what_the_solver_warns_of_is_said_and_kept_in_the_header(images, tmp_path, capsys):
+    assert run(images, tmp_path / "out", "--views", "5", "--limit", "2") == 0
+    assert "a/0.png: warning: only 5 different crops" in capsys.readouterr().err
+    for entry in read_index(tmp_path / "out"):
+        assert "only 5 different crops" in read_header(tmp_path / "out" / entry.file)["warnings"][0]
+
+
+def test_views_that_tell_nothing_fail_the_image_with_the_remedy(images, tmp_path):
+    assert run(images, tmp_path / "out", "--views", "2", "--limit", "1") == 1
+    (failure,) = read_lines(tmp_path / "out" / "failures.jsonl")
+    assert "use more views" in failure["reason"]
+
+
+def test_the_field_solver_is_run_with_its_steps(images, tmp_path):
+    options = ["--solver", "field", "--field-steps", "20", "--limit", "1"]
+    assert run(images, tmp_path / "out", *options) == 0
+    settings = read_settings(tmp_path / "out")
+    assert settings["field"]["steps"] == 20 and "linear" not in settings
+    (entry,) = read_index(tmp_path / "out")
+    assert read_pair(tmp_path / "out" / entry.file)["clean"].shape == (4, 4, 64)
+    assert run(images, tmp_path / "out", *options[:3], "21", "--limit", "1") == 2
 
 
 def test_another_setting_or_model_is_refused_and_named(images, tmp_path, capsys):
@@ -263,7 +287,8 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_half_file(images, tmp_path
         (["--layers", "last"], "layers must be block numbers or 'all', got last"),
         (["--input-size", "65"], "input_size must be a multiple of the patch size 16, got 65"),
         (["--stride", "17"], "stride must be from 1 to the patch size 16, got 17"),
-        (["--views", "1"], "views must be 2 or more"),
+        (["--views", "1"], "views must be 2 or more, got 1"),
+        (["--batch-size", "0"], "batch_size must be 1 or more, got 0"),
         (["--device", "cuda:99"], "device must be one that torch has here, got 'cuda:99'"),
         (["--limit", "0"], "limit must be 1 or more"),
     ],

@@ -14,6 +14,7 @@ not fit what OUT was begun with; 3 OUT cannot be written (disk full); 130 stoppe
 import argparse
 import hashlib
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -23,9 +24,9 @@ from torch import nn
 from tqdm import tqdm
 
 from training.backbone import FeatureReader
+from training.conditioning import IllConditioned
 from training.decompose import SOLVERS, Decomposition, NonFiniteFeatures, Stage1Settings, decompose
 from training.images import Fingerprint, ImageError, Source, decode_image, list_images, read_file
-from training.linear import IllConditioned
 from training.models import load_model, pick_device, weights_digest
 from training.options import add_model_arguments, add_stage1_arguments, stage1_settings
 from training.pairs import FAILURES, PRECISIONS, PairFolder, ValueTooLarge
@@ -34,6 +35,7 @@ from training.shared_folder import OutputError
 
 # What costs one image its pair, while the others go on.
 IMAGE_ERRORS = (ImageError, NonFiniteFeatures, IllConditioned, ValueTooLarge)
+_WARNED: set[tuple[str, int]] = set()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,13 +159,21 @@ def _denoise_one(
             return reason
         image = decode_image(data).to(next(model.parameters()).device)
         own = replace(settings, seed=image_seed(settings.seed, content.sha256))
-        parts = decompose(model, image, own, progress=lambda views: bar.update(views / settings.views))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            parts = decompose(model, image, own, **bar.parts(own))
         assert isinstance(parts, dict)  # settings.layers is filled in
         facts = {
             "seed": own.seed,
             "image_size": list(image.shape[1:]),
             "diagnostics": {layer: part.diagnostics for layer, part in parts.items()},
+            "warnings": [str(warning.message) for warning in caught],
         }
+        for warning in caught:
+            place = (warning.filename, warning.lineno)
+            if place not in _WARNED:  # each kind is said once; the headers have them all
+                _WARNED.add(place)
+                tqdm.write(f"{source.name}: warning: {warning.message}", file=sys.stderr)
         folder.save(source, content, {layer: pair_maps(part) for layer, part in parts.items()}, facts)
     except IMAGE_ERRORS as error:
         folder.fail(source, content, str(error))

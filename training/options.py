@@ -7,6 +7,7 @@ from torch import nn
 
 from training.backbone import DTYPES, FeatureReader
 from training.decompose import SOLVERS, Stage1Settings
+from training.field import FieldSettings
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,13 @@ def add_stage1_arguments(parser: argparse.ArgumentParser, views: int = Stage1Set
         "--views", type=int, default=views, help="forward passes an image (default: %(default)s)"
     )
     group.add_argument(
+        "--field-steps",
+        type=int,
+        metavar="N",
+        default=FieldSettings.steps,
+        help="steps of the field (default: the paper's %(default)s)",
+    )
+    group.add_argument(
         "--layers",
         nargs="+",
         metavar="N",
@@ -71,10 +79,9 @@ def stage1_settings(args: argparse.Namespace, model: nn.Module) -> Stage1Setting
         ValueError: a value that cannot be.
         TypeError: the model is none of timm's ViTs.
     """
-    if args.views < 2 or args.batch_size < 1:
-        raise ValueError(
-            f"views must be 2 or more and batch size 1 or more, got {args.views} and {args.batch_size}"
-        )
+    for name, least in (("views", 2), ("batch_size", 1), ("field_steps", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"{name} must be {least} or more, got {getattr(args, name)}")
     layers = _parse_layers(args.layers, model)
     reader = FeatureReader(model, layers, input_size=args.input_size, stride=args.stride, dtype=args.dtype)
     return Stage1Settings(
@@ -86,6 +93,7 @@ def stage1_settings(args: argparse.Namespace, model: nn.Module) -> Stage1Setting
         stride=reader.stride,
         batch_size=args.batch_size,
         dtype=args.dtype,
+        field=FieldSettings(steps=args.field_steps),
     )
 
 

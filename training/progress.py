@@ -5,6 +5,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from training.decompose import Stage1Settings
+
 
 def is_first_process() -> bool:
     """Whether this process speaks for all that torchrun started; a process started by hand does."""
@@ -32,6 +34,18 @@ class Progress(tqdm):
     def update(self, n: float | None = 1) -> bool | None:
         """Move on by n images, or by a part of one, but never beyond the end: parts do not add up exactly."""
         return super().update(min(n or 0, self.total - self.n))
+
+    def parts(self, settings: Stage1Settings) -> dict[str, Any]:
+        """The progress arguments of `decompose`, which move the bar on by one image in all.
+
+        Views are a fifth of the way with the field, whose fit takes most of the time (paper A.1).
+        """
+        layers = len(settings.layers or (0,))
+        seen = 0.2 if settings.solver == "field" else 1.0
+        return {
+            "progress": lambda views: self.update(seen * views / settings.views),
+            "fit_progress": lambda steps: self.update((1 - seen) * steps / settings.field.steps / layers),
+        }
 
     def settle(self, done: int, failed: int) -> None:
         """Count `done` images, wherever the bar stood within the last one."""

@@ -91,8 +91,7 @@ def stage1_rows(
     data, content = read_file(source.path)
     image = decode_image(data)
     own = replace(settings, seed=image_seed(settings.seed, content.sha256))
-    step = None if progress is None else (lambda views: progress.update(views / own.views))
-    parts = decompose(model, image, own, progress=step)
+    parts = decompose(model, image, own, **({} if progress is None else progress.parts(own)))
     square = _square(image, own.input_size or 0)[0].permute(1, 2, 0).numpy().clip(0, 1)
     name = Path(source.name).name
     rows = []
