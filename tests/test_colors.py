@@ -37,13 +37,12 @@ def test_signs_do_not_depend_on_the_order_of_the_patches(features):
     np.testing.assert_allclose(mirrored[:, ::-1], principal_colors(features), atol=1e-9)
 
 
-def test_an_outlier_token_does_not_take_the_contrast_from_the_rest(features):
-    colors = fit_projection(features).colors(features)
-    spiked = features.copy()
-    spiked[4, 4] = features.mean(axis=(0, 1)) + (features[4, 4] - features.mean(axis=(0, 1))) * 1e-9
-    spiked[0, 0] += 1000 * fit_projection(features).axes[:, 0]  # far out along a component that exists
+def test_an_outlier_token_does_not_take_the_contrast_from_the_rest():
+    features = np.random.default_rng(0).normal(size=(16, 16, 20))
+    features[3, 5] += 1000
+    colors = principal_colors(features)
     assert colors.min() == 0 and colors.max() == 1
-    assert principal_colors(spiked)[1:].std() > 0.5 * colors[1:].std()
+    assert (colors.reshape(-1, 3).std(axis=0) > 0.15).all()  # evenly spread values would have 0.29
 
 
 def test_one_projection_gives_equal_features_equal_colours(features):

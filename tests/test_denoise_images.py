@@ -147,6 +147,23 @@ def test_processes_started_by_hand_share_a_folder_and_do_each_image_once(uninter
     assert contents(out) == wanted_contents
 
 
+def test_an_image_whose_process_died_is_taken_over(images, tmp_path):
+    out = tmp_path / "out"
+    script = """
+import os, sys, time
+from training.shared_folder import SharedFolder
+with SharedFolder(sys.argv[1]) as folder, folder.claim("a/0.png"):
+    print("claimed", flush=True)
+    time.sleep(2)
+    os.kill(os.getpid(), 9)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", script, str(out)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "claimed\n"
+    assert run(images, out) == 0
+    assert owner.wait() == -signal.SIGKILL
+    assert [entry.image for entry in read_index(out)][-1] == "a/0.png" and len(read_index(out)) == 6
+
+
 def test_torchrun_does_the_same_with_one_progress_bar(uninterrupted, tmp_path):
     options, wanted_contents = uninterrupted
     out = tmp_path / "shared"
