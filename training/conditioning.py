@@ -69,9 +69,15 @@ def separation(patch_factor: Tensor, ridge: float, weight: float) -> float:
     return max(0.0, (1 / float(largest) - ridge) / weight)
 
 
-def warn_if_inseparable(share: float, unseen: float) -> None:
-    """Warn about a solution whose `separation` or whose coverage of the image is poor."""
-    if share < 0.05:
+def warn_if_inseparable(share: float, uncertainty: float, unseen: float) -> None:
+    """Warn about a poor solution.
+
+    Args:
+        share: its `separation`. A low one alone is harmless where there is next to no noise.
+        uncertainty: standard deviation of G's worst-determined pattern, as a share of the features' spread.
+        unseen: share of the image that no view shows.
+    """
+    if share < 0.05 and uncertainty > 0.05:
         warnings.warn(
             f"F and G are hardly told apart by these views (separation {share:.3f} of 1): use more views, of "
             "more different places and sizes", stacklevel=3,

@@ -138,7 +138,7 @@ def decompose(
             if not bool(maps.isfinite().all()):
                 raise NonFiniteFeatures(
                     f"block {layer} gave NaN or infinite features in views {first} to "
-                    f"{first + len(maps) - 1}; check the image and the model's weights, or use dtype='float32'"
+                    f"{first + len(maps) - 1}; check the image and the weights, or use dtype='float32'"
                 )
             raw.setdefault(layer, maps[0].clone())
             for view, view_features in enumerate(maps, start=first):
@@ -168,8 +168,10 @@ class _StreamingLinear:
     """One layer's linear solver: view by view in; F, G and residual of the whole image out."""
 
     def __init__(self, reader: FeatureReader, xs: Tensor, ys: Tensor, settings: Stage1Settings) -> None:
-        self.xs, self.ys, self.centres = (x.to(reader.device) for x in (xs, ys, reader.centres))
-        self.solver = LinearSolver(reader.grid, reader.channels, settings.linear, reader.device)
+        # The sums need float64, which Apple's GPUs lack.
+        self.device = torch.device("cpu") if reader.device.type == "mps" else reader.device
+        self.xs, self.ys, self.centres = (x.to(self.device) for x in (xs, ys, reader.centres))
+        self.solver = LinearSolver(reader.grid, reader.channels, settings.linear, self.device)
         self.diagnostics: dict[str, Any] = {}
 
     def add(self, view: int, features: Tensor) -> None:
@@ -179,7 +181,7 @@ class _StreamingLinear:
         fit = self.solver.solve()
         self.diagnostics = fit.diagnostics
         semantics = fit.semantics(self.centres, self.centres)
-        return semantics, fit.artifacts, raw - semantics - fit.artifacts
+        return semantics, fit.artifacts, raw.to(self.device) - semantics - fit.artifacts
 
 
 class _CollectingField:

@@ -15,7 +15,7 @@ PROBES = 32
 
 @dataclass(frozen=True)
 class Strengths:
-    """Penalties in units of the noise variance: smoothness * |F's second differences|^2 + artifacts * |G|^2."""
+    """Penalties, in noise variances: smoothness * |F's second differences|^2 + artifacts * |G|^2."""
 
     smoothness: float = 1.0
     artifacts: float = 1.0
@@ -47,8 +47,8 @@ def solve(sums: Sums, strengths: Strengths, with_artifacts: bool = True) -> Solu
 
     The strengths that come back are one step of MacKay's fixed point for the evidence of the Gaussian model
     in which noise has variance s^2 and the penalised quantities s^2 / strength; to repeat the step is to
-    maximise the evidence. Parameters determined by the data are K * K - artifacts * tr(H^-1 on G), and for F the same
-    with R, whose trace is estimated with fixed random probes.
+    maximise the evidence. Of G's parameters the data determine K * K - artifacts * tr(H^-1 on G), of F's
+    M * M - smoothness * tr(H^-1 R), whose trace is estimated with fixed random probes.
 
     Raises:
         torch.linalg.LinAlgError: the system is not positive definite to working precision.

@@ -33,7 +33,7 @@ def create(name: str, pretrained: bool) -> nn.Module:
 
 
 def end_to_end(name: str, pretrained: bool, input_size: int | None) -> int:
-    """Print seconds of stage 1 over seconds of the bare forward passes, and peak memory at 32 and 256 views."""
+    """Print seconds of stage 1 over those of the bare forward passes, and peak memory at 32 and 256 views."""
     measured = {views: _child(name, pretrained, input_size, views) for views in (32, 256)}
     missed = 0
     for views, result in measured.items():
@@ -54,7 +54,7 @@ def _child(name: str, pretrained: bool, input_size: int | None, views: int) -> d
 
 
 def time_once(name: str, pretrained: bool, input_size: int | None, views: int) -> dict[str, float]:
-    """Forward passes and stage 1 in turns, batch by batch, so that a machine that slows down slows both alike."""
+    """Forward passes and stage 1 in turns, batch by batch: a machine that slows down slows both alike."""
     model = create(name, pretrained)
     image = photographs()["astronaut"]
     settings = Stage1Settings(views=views, input_size=input_size)
