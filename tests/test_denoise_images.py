@@ -233,11 +233,21 @@ def test_a_backbone_that_gives_nan_is_reported_for_the_image(images, tmp_path, m
     assert all("NaN" in failure["reason"] for failure in failures)
 
 
-def test_what_the_solver_warns_of_is_said_and_kept_in_the_header(images, tmp_path, capsys):
-    assert run(images, tmp_path / "out", "--views", "5", "--limit", "2") == 0
-    assert "a/0.png: warning: only 5 different crops" in capsys.readouterr().err
-    for entry in read_index(tmp_path / "out"):
-        assert "only 5 different crops" in read_header(tmp_path / "out" / entry.file)["warnings"][0]
+def test_what_the_solver_warns_of_is_said_once_with_the_image(images, tmp_path, capsys):
+    assert run(images, tmp_path / "out", "--views", "5", "--limit", "3") == 0
+    said = capsys.readouterr().err
+    assert said.count("only 5 different crops") == 1 and "a/0.png: warning: only 5" in said
+
+
+def test_an_unforeseen_error_stops_the_run_and_names_the_image(images, tmp_path, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise RuntimeError("the graphics card has gone")
+
+    monkeypatch.setattr(denoise_images, "decompose", fail)
+    with pytest.raises(RuntimeError, match="graphics card"):
+        run(images, tmp_path / "out")
+    assert "a/0.png: stopped at this image" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "failures.jsonl").exists()  # it is not the image's fault
 
 
 def test_views_that_tell_nothing_fail_the_image_with_the_remedy(images, tmp_path):

@@ -30,7 +30,7 @@ def sources(tmp_path):
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(f"image {name}".encode())
-        result.append(Source(name, path))
+        result.append(Source(name, tmp_path / "images"))
     return result
 
 

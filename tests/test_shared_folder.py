@@ -59,8 +59,8 @@ with SharedFolder(sys.argv[1]) as folder:
 """
     writers = [run(script, tmp_path, name) for name in "abc"]
     assert [writer.wait() for writer in writers] == [0, 0, 0]
-    records, end = read_lines(tmp_path / "log.jsonl")
-    assert end == (tmp_path / "log.jsonl").stat().st_size
+    records, ends = zip(*read_lines(tmp_path / "log.jsonl"))
+    assert ends[-1] == (tmp_path / "log.jsonl").stat().st_size
     assert sorted((r["process"], r["i"]) for r in records) == [(name, i) for name in "abc" for i in range(40)]
     assert all(len(r["text"]) == r["i"] * 997 % 5000 for r in records)
 
@@ -72,10 +72,10 @@ def test_a_torn_line_is_not_read_and_is_cut_off_by_the_next_one(tmp_path):
         whole = log.read_bytes()
         for torn in (b'{"i": 1, "te', b'{"i": 1}', b"x" * 10_000):
             log.write_bytes(whole + torn)
-            assert read_lines(log) == ([{"i": 0}], len(whole))
+            assert list(read_lines(log)) == [({"i": 0}, len(whole))]
             folder.append("log.jsonl", {"i": 2})
             assert log.read_bytes() == whole + b'{"i": 2}\n'
-            assert read_lines(log, len(whole)) == ([{"i": 2}], len(whole) + 9)
+            assert list(read_lines(log, len(whole))) == [({"i": 2}, len(whole) + 9)]
     log.write_bytes(b"torn and nothing else")
     with SharedFolder(tmp_path) as folder:
         folder.append("log.jsonl", {"i": 3})
@@ -85,7 +85,7 @@ def test_a_torn_line_is_not_read_and_is_cut_off_by_the_next_one(tmp_path):
 def test_a_damaged_line_is_left_out_with_a_warning(tmp_path):
     (tmp_path / "log.jsonl").write_bytes(b'{"i": 0}\n\0\0\0\n{"i": 1}\n')
     with pytest.warns(UserWarning, match="damaged line of .*log.jsonl"):
-        assert read_lines(tmp_path / "log.jsonl")[0] == [{"i": 0}, {"i": 1}]
+        assert [record for record, _ in read_lines(tmp_path / "log.jsonl")] == [{"i": 0}, {"i": 1}]
 
 
 def test_no_room_is_one_clear_error_and_leaves_what_was_there(tmp_path, monkeypatch):

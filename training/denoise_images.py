@@ -35,7 +35,6 @@ from training.shared_folder import OutputError
 
 # What costs one image its pair, while the others go on.
 IMAGE_ERRORS = (ImageError, NonFiniteFeatures, IllConditioned, ValueTooLarge)
-_WARNED: set[tuple[str, int]] = set()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,6 +121,7 @@ def denoise_images(
         OutputError: a full disk, say.
     """
     failed = 0
+    warned: set[tuple[str, int]] = set()
     waiting = [source for source in sources if not folder.is_done(source)]
     done = len(sources) - len(waiting)
     with Progress(total=len(sources), initial=done) as bar:
@@ -132,21 +132,29 @@ def denoise_images(
                     if not mine:
                         busy.append(source)
                         continue
-                    reason = _denoise_one(model, source, folder, settings, bar)
+                    reason = _denoise_one(model, source, folder, settings, bar, warned)
                 done += 1
                 if reason is not None:
                     failed += 1
-                if reason is not None and is_first_process():
-                    tqdm.write(f"{source.name}: {reason}", file=sys.stderr)
+                    if is_first_process():
+                        _say(source, reason)
                 bar.settle(done, failed)
             waiting = busy
     return failed
 
 
 def _denoise_one(
-    model: nn.Module, source: Source, folder: PairFolder, settings: Stage1Settings, bar: Progress
+    model: nn.Module,
+    source: Source,
+    folder: PairFolder,
+    settings: Stage1Settings,
+    bar: Progress,
+    warned: set[tuple[str, int]],
 ) -> str | None:
-    """Give one claimed image its pair, unless it has one by now. Returns why it cannot have one, or None."""
+    """Give one claimed image its pair, unless it has one by now. Returns why it cannot have one, or None.
+
+    `warned` holds the places in the code that have warned before in this run.
+    """
     if folder.is_done_by_now(source):
         return None
     content: Fingerprint | None = None
@@ -167,17 +175,18 @@ def _denoise_one(
             "seed": own.seed,
             "image_size": list(image.shape[1:]),
             "diagnostics": {layer: part.diagnostics for layer, part in parts.items()},
-            "warnings": [str(warning.message) for warning in caught],
         }
         for warning in caught:
-            place = (warning.filename, warning.lineno)
-            if place not in _WARNED:  # each kind is said once; the headers have them all
-                _WARNED.add(place)
-                tqdm.write(f"{source.name}: warning: {warning.message}", file=sys.stderr)
+            if (warning.filename, warning.lineno) not in warned:
+                warned.add((warning.filename, warning.lineno))
+                _say(source, f"warning: {warning.message} (said once)")
         folder.save(source, content, {layer: pair_maps(part) for layer, part in parts.items()}, facts)
     except IMAGE_ERRORS as error:
         folder.fail(source, content, str(error))
         return str(error)
+    except Exception:
+        _say(source, "stopped at this image")  # the traceback alone would not name it
+        raise
     return None
 
 
@@ -189,6 +198,10 @@ def image_seed(seed: int, digest: str) -> int:
 def pair_maps(parts: Decomposition) -> dict[str, torch.Tensor]:
     """The maps that a pair keeps; not the residual: with the linear solver it is raw - clean - artifacts."""
     return {"raw": parts.raw, "clean": parts.semantics, "artifacts": parts.artifacts}
+
+
+def _say(source: Source, message: str) -> None:
+    tqdm.write(f"{source.name}: {message}", file=sys.stderr)
 
 
 def _complain(code: int, error: Exception | str) -> int:

@@ -34,12 +34,22 @@ class ImageError(ValueError):
     """An image that cannot be used; the message is the reason, without the image's name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
-    """One image of a list: its path, and the name it goes by in an index (relative, `/` between folders)."""
+    """One image of a list. Kept small: there may be millions.
+
+    Attributes:
+        name: by which it goes in an index: its path from `root`, with `/` between folders.
+        root: the folder that the list's names start from.
+    """
 
     name: str
-    path: Path
+    root: Path
+
+    @property
+    def path(self) -> Path:
+        """Where the image is."""
+        return self.root / self.name
 
 
 @dataclass(frozen=True)
@@ -67,17 +77,17 @@ def list_images(where: str | Path, limit: int | None = None) -> list[Source]:
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be 1 or more, got {limit}")
     if where.is_dir():
-        sources = [Source(name, where / name) for name in sorted(_names_below(where))]
+        sources = [Source(name, where) for name in sorted(_names_below(where))]
         if not sources:
             raise ValueError(f"no images below the folder {where}: looked for {' '.join(sorted(SUFFIXES))}")
     elif where.suffix.lower() == ".txt" and where.is_file():
         lines = where.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
         names = dict.fromkeys(line.strip() for line in lines if line.strip())
-        sources = [Source(name, where.parent / name) for name in names]
+        sources = [Source(name, where.parent) for name in names]
         if not sources:
             raise ValueError(f"the list {where} names no images: it should hold one path a line")
     elif where.is_file():
-        sources = [Source(where.name, where)]
+        sources = [Source(where.name, where.parent)]
     else:
         raise ValueError(f"images must be a folder, an image or a .txt list; {where} does not exist")
     return sources[:limit]

@@ -185,26 +185,28 @@ class SharedFolder:
         fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, offset)
 
 
-def read_lines(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Read a file of JSON lines from byte `start` on: the records, and the byte where the next call starts.
+def read_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """Read a file of JSON lines from byte `start` on: each record, and the byte where the next one starts.
 
     A last line without its end is being written, or a killed process tore it: it is left for later. Any other
     line that is no JSON is left out, with a warning. A missing file has no lines.
     """
     try:
-        with open(path, "rb") as file:
-            file.seek(start)
-            data = file.read()
+        file = open(path, "rb")
     except FileNotFoundError:
-        return [], start
-    *lines, unfinished = data.split(b"\n")
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            warnings.warn(f"left out a damaged line of {path}: {line[:80]!r}", stacklevel=2)
-    return records, start + len(data) - len(unfinished)
+        return
+    with file:
+        file.seek(start)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            start += len(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                warnings.warn(f"left out a damaged line of {path}: {line[:80]!r}", stacklevel=2)
+                continue
+            yield record, start
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
