@@ -180,7 +180,8 @@ def run_adams(eps, scale, rows=40, steps=400, seed=0):
         values = ours.gather(picked)
         assert torch.allclose(values, dense.detach()[picked], rtol=0, atol=1e-3)
         # The gradient depends on the values, so that a difference would feed back.
-        gradient = scale * (values - 0.3 + 0.1 * torch.randn(values.shape, generator=generator, dtype=values.dtype))
+        noise = torch.randn(values.shape, generator=generator, dtype=values.dtype)
+        gradient = scale * (values - 0.3 + 0.1 * noise)
         ours.step(values, gradient, rate)
         dense.grad = torch.zeros_like(dense)
         dense.grad[picked] = gradient

@@ -56,6 +56,95 @@ class FieldResult:
         return self.residual_mlp(features.to(self.constant))
 
 
+class FieldTraining:
+    """F, G and h of one image in training: the networks of Eq. 10, their optimisers, one step after another.
+
+    channels: C. positions: patches of a view, Kh * Kw. The arguments are those of `fit_field`, unchecked.
+    """
+
+    def __init__(
+        self, channels: int, positions: int, settings: FieldSettings, seed: int, device: torch.device
+    ) -> None:
+        self.settings = settings
+        with torch.random.fork_rng(devices=[]):  # on the CPU: the same start on every device
+            torch.manual_seed(seed)
+            self.grid = HashGrid(settings.grid).to(device)
+            self.mlp = _mlp(settings.grid.width, channels // 2, channels).to(device)
+            self.residual_mlp = _mlp(channels, channels // 4, channels // 4, channels).to(device)
+        # Delta starts at zero, its sparsest: from random values on, the pull of Eq. 8's 1-norm, the same in
+        # every channel, would switch all hidden units off in the first steps, for good.
+        for parameter in self.residual_mlp[-1].parameters():
+            nn.init.zeros_(parameter)
+        self.artifacts = nn.Parameter(torch.zeros(positions, channels, device=device))
+        self.grid_trainer = grid_trainer(settings.backend, self.grid, settings.steps)
+        # Adam skips what has no gradient: h in the first phase, G in the second.
+        parameters = [*self.mlp.parameters(), self.artifacts, *self.residual_mlp.parameters()]
+        self.optimizer = torch.optim.Adam(parameters, fused=device.type in ("cpu", "cuda"))
+        self.done = 0
+
+    def step(self, coords: Tensor, patches: Tensor, y: Tensor) -> Tensor:
+        """One step on patches at coords (B, 2), of grid places (B,) and features y (B, C): its loss."""
+        settings = self.settings
+        second_phase = self.done >= settings.steps // 2
+        self.artifacts.requires_grad_(not second_phase)
+        semantics = self.mlp(self.grid_trainer.encode(coords))
+        partial = semantics + self.artifacts.index_select(0, patches)  # y_hat' of Eq. 10
+        if second_phase:
+            loss = reconstruction_loss(partial, self.residual_mlp(y), y, settings.alpha, settings.beta)
+        else:
+            loss = distance_loss(partial, y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        learning_rate = settings.lr * (1 - self.done / settings.steps)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.step()
+        self.grid_trainer.step(learning_rate)
+        self.done += 1
+        return loss.detach()
+
+    def fit(
+        self,
+        coords: Tensor,
+        patches: Tensor,
+        features: Tensor,
+        seed: int,
+        progress: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """All steps, each on a batch drawn at random: their losses (steps,)."""
+        settings, device = self.settings, self.artifacts.device
+        coords, patches = coords.to(device), patches.to(device)
+        generator = torch.Generator(features.device).manual_seed(seed)
+        losses = torch.zeros(settings.steps, device=device)
+        reported = 0
+        for step in range(settings.steps):
+            batch = torch.randint(
+                len(features), (settings.batch,), generator=generator, device=features.device
+            )
+            y = features.index_select(0, batch).to(device, torch.float32)
+            batch = batch.to(device)
+            losses[step] = self.step(coords[batch], patches[batch], y)
+            if (step + 1) % 50 == 0 or step + 1 == settings.steps:
+                if not torch.isfinite(losses[reported : step + 1]).all():
+                    raise FloatingPointError(
+                        f"the field's loss is not finite by step {step + 1}: are the features finite? "
+                        f"If they are, lower lr ({settings.lr})"
+                    )
+                if progress is not None:
+                    progress(step + 1 - reported)
+                reported = step + 1
+        return losses
+
+    def result(self, shape: tuple[int, int], losses: Tensor) -> FieldResult:
+        """What has been trained, G as (Kh, Kw, C) with its mean moved into F."""
+        grid = self.grid_trainer.finish()
+        for module in (grid, self.mlp, self.residual_mlp):
+            module.requires_grad_(False)
+        artifacts = self.artifacts.detach()
+        constant = artifacts.mean(dim=0)
+        centred = (artifacts - constant).view(*shape, -1)
+        return FieldResult(grid, self.mlp, self.residual_mlp, constant, centred, losses, self.settings)
+
+
 def fit_field(
     coords: Tensor,
     patches: Tensor,
@@ -75,80 +164,30 @@ def fit_field(
 
     F is a hash grid and Linear(C/2)-ReLU-Linear(C), G a learnable map that starts at zero, h a 3-layer MLP of
     hidden width C/4. The first half of the steps trains F and G on L_distance; the second freezes G and
-    trains F and h on L_recon. Adam, its learning rate falling linearly to zero over all steps. Where the
-    published code differs, the paper is followed: Adam's usual betas and eps (0.9, 0.999, 1e-8; code: 0.9,
-    0.99, 1e-15), the 2-norm and 1-norm of a patch (code: means over its channels), no warm-up, 16 levels.
-    With the paper's norms h stays near zero but for channels that hold more than beta / alpha of a patch's
-    unexplained norm.
+    trains F and h on L_recon. Each takes a batch of patches at random. Adam, its learning rate falling
+    linearly to zero over all steps. Where the published code differs, the paper is followed: Adam's usual
+    betas and eps (0.9, 0.999, 1e-8; code: 0.9, 0.99, 1e-15), the 2-norm and 1-norm of a patch (code: means
+    over its channels), no warm-up. With the paper's norms h is sparse: zero but for channels that hold more
+    than beta / alpha of a patch's unexplained norm, such as those of outlier tokens.
 
     The same seed gives the same result on the same CPU and thread count. F and G are only determined up to a
     constant: G is given zero mean, F the rest. Raises ValueError for arguments that do not fit together and
     FloatingPointError when the loss is no longer finite.
     """
     settings = settings or FieldSettings()
-    rows, columns = (grid, grid) if isinstance(grid, int) else grid
-    _check(coords, patches, features, rows * columns, settings)
-    count, channels = features.shape
-    device = torch.device(device)
-    with torch.random.fork_rng(devices=[]):  # the layers' own initialisation, seeded, on any device alike
-        torch.manual_seed(seed)
-        hash_grid = HashGrid(settings.grid).to(device)
-        mlp = nn.Sequential(
-            nn.Linear(settings.grid.width, channels // 2), nn.ReLU(), nn.Linear(channels // 2, channels)
-        ).to(device)
-        hidden = channels // 4
-        residual_mlp = nn.Sequential(
-            nn.Linear(channels, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, channels),
-        ).to(device)
-    artifacts = nn.Parameter(torch.zeros(rows * columns, channels, device=device))
-    trainer = grid_trainer(settings.backend, hash_grid, settings.steps)
-    # Parameters without a gradient are skipped: h in the first phase, G in the second.
-    optimizer = torch.optim.Adam(
-        [*mlp.parameters(), artifacts, *residual_mlp.parameters()], fused=device.type in ("cpu", "cuda")
-    )
-    coords, patches = coords.to(device), patches.to(device)
-    generator = torch.Generator(features.device).manual_seed(seed)
-    losses = torch.zeros(settings.steps, device=device)
-    reported = 0
+    shape = (grid, grid) if isinstance(grid, int) else grid
+    _check(coords, patches, features, shape[0] * shape[1], settings)
+    training = FieldTraining(features.shape[1], shape[0] * shape[1], settings, seed, torch.device(device))
+    losses = training.fit(coords, patches, features, seed, progress)
+    return training.result(shape, losses)
 
-    for step in range(settings.steps):
-        batch = torch.randint(count, (settings.batch,), generator=generator, device=features.device)
-        y = features.index_select(0, batch).to(device, torch.float32)
-        batch = batch.to(device)
-        if step == settings.steps // 2:
-            artifacts.requires_grad_(False)
-        partial = mlp(trainer.encode(coords[batch])) + artifacts.index_select(0, patches[batch])  # Eq. 10
-        if step < settings.steps // 2:
-            loss = distance_loss(partial, y)
-        else:
-            loss = reconstruction_loss(partial, residual_mlp(y), y, settings.alpha, settings.beta)
-        optimizer.zero_grad()
-        loss.backward()
-        learning_rate = settings.lr * (1 - step / settings.steps)
-        optimizer.param_groups[0]["lr"] = learning_rate
-        optimizer.step()
-        trainer.step(learning_rate)
-        losses[step] = loss.detach()
-        if (step + 1) % 50 == 0 or step + 1 == settings.steps:
-            if not torch.isfinite(losses[reported : step + 1]).all():
-                raise FloatingPointError(
-                    f"the field's loss is not finite at step {step + 1} or before: are the features finite? "
-                    f"If they are, lower lr ({settings.lr})"
-                )
-            if progress is not None:
-                progress(step + 1 - reported)
-            reported = step + 1
 
-    hash_grid = trainer.finish()
-    for module in (hash_grid, mlp, residual_mlp):
-        module.requires_grad_(False)
-    constant = artifacts.detach().mean(dim=0)
-    centred = (artifacts.detach() - constant).view(rows, columns, channels)
-    return FieldResult(hash_grid, mlp, residual_mlp, constant, centred, losses, settings)
+def _mlp(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths with a ReLU after each but the last."""
+    layers: list[nn.Module] = []
+    for before, after in zip(widths, widths[1:]):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def _check(

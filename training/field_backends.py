@@ -12,7 +12,7 @@ BACKENDS = ("auto", "torch", "tinycudann")
 
 
 class GridTrainer(Protocol):
-    """Trains a HashGrid: encode a batch, call backward on what depends on it, step; at the end, finish."""
+    """Trains a HashGrid: encode a batch, backward through what depends on it, step; finish at the end."""
 
     def encode(self, coords: Tensor) -> Tensor:
         """Encodes the batch's coords (B, dims) as (B, levels * features), differentiable in the grid."""

@@ -25,7 +25,7 @@ def residual_loss(residual: Tensor, unexplained: Tensor) -> Tensor:
 
 def sparsity_loss(residual: Tensor) -> Tensor:
     """L_sparsity (Eq. 8): ||Delta||_1, summed over channels and averaged over patches. (B, C); scalar."""
-    return residual.abs().sum(dim=-1).mean()
+    return torch.linalg.vector_norm(residual, ord=1, dim=-1).mean()
 
 
 def reconstruction_loss(

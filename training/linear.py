@@ -31,19 +31,20 @@ class LinearSettings:
     K to 5 K: no regime gets worse with a finer grid, because the evidence chooses the smoothness, and sharp
     borders without noise gain tenfold up to M = 64; 2 K is what a solve in a second allows at K = 37. The
     smoothness and G's penalty are not settings: they follow from the data (`training.evidence`). An outlier
-    limit of 3 leaves F's error with 5% of large outliers within 5% of that without, and weighs nothing down
-    where there are none.
+    fence of 6 leaves F's error with 5% of outliers within 5% of that without, also where noise nearly hides
+    them, and weighs next to nothing down where there are none.
 
     Attributes:
         nodes: M, nodes of F's grid a side; None is max(2 K, 64), at most 5 K.
         first_views: views held in memory until the first estimate exists (constant memory).
-        outlier: tokens whose residual exceeds this many times the typical one lose weight; inf for never.
+        outlier: tokens whose squared residual lies this many interquartile ranges beyond the upper quartile
+            lose weight (Tukey's fence, a far one); inf for never.
         artifacts: False solves for F alone, the paper's view-average (Tab. 5, row b).
     """
 
     nodes: int | None = None
     first_views: int = 16
-    outlier: float = 3.0
+    outlier: float = 6.0
     artifacts: bool = True
 
 
@@ -176,7 +177,8 @@ class LinearSolver:
             self._sums = self._weighted_sums(nodes, residuals)
             self._renew()
             residuals = torch.stack([self._squared_residual(*view) for view in self._buffer])
-            self._limit = self.settings.outlier ** 2 * float(residuals.quantile(0.75)) + FLOOR * self._spread
+            lower, upper = residuals.quantile(0.25), residuals.quantile(0.75)
+            self._limit = float(upper + self.settings.outlier * (upper - lower)) + FLOOR * self._spread
         self._sums = self._weighted_sums(self.nodes, residuals)
         # The penalty is on differences between nodes; this keeps it the same on the field they sample.
         finer = self.nodes / min(self.nodes, COARSE)

@@ -17,16 +17,18 @@ class TouchedAdam:
     which is m / sqrt(v) times a number that depends on s and t only, but for eps, which is held at its share
     of step s+1. So rows follow torch.optim.Adam to rounding wherever eps is small beside their gradients.
 
-    table: (E, F) float tensor, changed in place. max_steps: how many steps will be taken at most.
-    Memory: two more tables (E, F) and E integers.
+    table: (E, F) float tensor; `settle` puts the result there, steps leave it alone. max_steps: how many steps
+    will be taken at most. Memory: three more tables (E, F) and E integers.
     """
 
     def __init__(
         self, table: Tensor, max_steps: int, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
     ) -> None:
         self.table, self.betas, self.eps = table, betas, eps
-        self.first = torch.zeros_like(table)
-        self.second = torch.zeros_like(table)
+        # A row's values and both its moments lie side by side, for fetching rows from all over memory is what
+        # a step costs most beside its arithmetic.
+        self.state = torch.zeros(len(table), 3, table.shape[1], dtype=table.dtype, device=table.device)
+        self.state[:, 0] = table
         self.touched_at = torch.zeros(len(table), dtype=torch.int32, device=table.device)
         self.steps = 0
         # By the step s a row was last touched at: what it owes by now in units of m / (sqrt(v) + floor), that
@@ -37,13 +39,11 @@ class TouchedAdam:
     def gather(self, rows: Tensor) -> Tensor:
         """The values (U, F) that distinct rows (U,) have now, owed moves paid; `step` is for these rows."""
         debts = self.debts[: self.steps + 1].to(self.table.dtype)
-        last = self.touched_at.index_select(0, rows)
-        owed, floor, first_left, second_left = debts.index_select(0, last).split(1, dim=1)
-        values = self.table.index_select(0, rows)
-        first = self.first.index_select(0, rows)
-        second = self.second.index_select(0, rows)
+        debts = debts.index_select(0, self.touched_at.index_select(0, rows))
+        owed, floor, first_left, second_left = debts.split(1, dim=1)
+        values, first, second = map(Tensor.contiguous, self.state.index_select(0, rows).unbind(1))
         scale = second.sqrt().add_(floor)
-        values.sub_(torch.div(first, scale, out=scale).mul_(owed))
+        values.addcmul_(torch.div(first, scale, out=scale), owed, value=-1)
         self.gathered = (rows, first.mul_(first_left), second.mul_(second_left))
         return values
 
@@ -56,6 +56,7 @@ class TouchedAdam:
         scale = second.sqrt().add_(floor)
         self.steps += 1
         self._put(rows, torch.addcdiv(values, first, scale, value=-rate), first, second)
+        # Every row owes one move more, with what is left of its moments.
         owed, _, first_left, second_left = self.debts[: self.steps].unbind(1)
         first_left.mul_(self.betas[0])
         second_left.mul_(self.betas[1])
@@ -67,6 +68,7 @@ class TouchedAdam:
         for rows in torch.arange(len(self.table), device=self.table.device).split(chunk):
             values = self.gather(rows)
             self._put(rows, values, *self.gathered[1:])
+            self.table[rows] = values
 
     def _corrected(self, step: int, learning_rate: float) -> tuple[float, float]:
         """(rate, floor) for Adam's update as rate * m / (sqrt(v) + floor): bias corrections folded in."""
@@ -78,7 +80,5 @@ class TouchedAdam:
         self.debts[self.steps] = torch.tensor([0.0, floor, 1.0, 1.0])
 
     def _put(self, rows: Tensor, values: Tensor, first: Tensor, second: Tensor) -> None:
-        self.table.index_copy_(0, rows, values)
-        self.first.index_copy_(0, rows, first)
-        self.second.index_copy_(0, rows, second)
+        self.state.index_copy_(0, rows, torch.stack((values, first, second), dim=1))
         self.touched_at.index_fill_(0, rows, self.steps)

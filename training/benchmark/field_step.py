@@ -1,0 +1,125 @@
+"""What a step of the neural field costs beside the same step with dense Adam over all tables, at what error.
+
+    python -m training.benchmark field_step
+
+Times are at the paper's settings (A.1). The variants take turns and each one's fastest step counts, so that a
+busy machine does little harm.
+"touched" is the solver's own step. "dense Adam" is the same step with autograd's dense gradient of the tables
+and torch.optim.Adam as it comes; "dense Adam, fused" has its fused=True kernel, the fastest PyTorch has.
+"""
+
+import argparse
+import time
+
+import torch
+from torch import Tensor
+
+from training.field import FieldSettings, FieldTraining
+from training.hashgrid import HashGrid
+
+
+class DenseTrainer:
+    """The grid's trainer as PyTorch has it: a dense gradient, and Adam over every entry of every table."""
+
+    def __init__(self, grid: HashGrid, fused: bool) -> None:
+        self.grid = grid
+        self.adam = torch.optim.Adam([grid.params], fused=fused)
+
+    def encode(self, coords: Tensor) -> Tensor:
+        return self.grid(coords)
+
+    def step(self, learning_rate: float) -> None:
+        self.adam.param_groups[0]["lr"] = learning_rate
+        self.adam.step()
+        self.adam.zero_grad()
+
+    def finish(self) -> HashGrid:
+        return self.grid
+
+
+VARIANTS = ("touched", "dense Adam", "dense Adam, fused")
+
+
+def training_of(variant: str, channels: int, grid: int, settings: FieldSettings) -> FieldTraining:
+    """A training with that variant of the table's Adam; all start from the same parameters."""
+    training = FieldTraining(channels, grid**2, settings, seed=0, device=torch.device("cpu"))
+    if variant != "touched":
+        training.grid_trainer = DenseTrainer(training.grid, fused=variant.endswith("fused"))
+    return training
+
+
+def measure_steps(channels: int, grid: int, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds a step takes in the first and in the second phase, by variant: the least of the rounds."""
+    settings = FieldSettings()
+    trainings = {variant: training_of(variant, channels, grid, settings) for variant in VARIANTS}
+    generator = torch.Generator().manual_seed(0)
+    least: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for first_step in (0, settings.steps // 2):
+        taken: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        for training in trainings.values():
+            training.done = first_step
+        for _ in range(rounds):
+            coords = torch.rand(settings.batch, 2, generator=generator)
+            patches = torch.randint(grid**2, (settings.batch,), generator=generator)
+            y = torch.randn(settings.batch, channels, generator=generator)
+            for variant, training in trainings.items():
+                start = time.perf_counter()
+                training.step(coords, patches, y)
+                taken[variant].append(1000 * (time.perf_counter() - start))
+        for variant in VARIANTS:
+            least[variant].append(min(taken[variant]))
+    return least
+
+
+def final_errors(channels: int, grid: int, steps: int, batch: int) -> dict[str, tuple[float, float, float]]:
+    """Last loss and relative errors of F and G (up to their constant), by variant, at equal steps."""
+    generator = torch.Generator().manual_seed(0)
+    count = 100 * grid**2
+    coords = torch.rand(count, 2, generator=generator)
+    patches = torch.randint(grid**2, (count,), generator=generator)
+    waves = torch.randn(2, 12, generator=generator) * 6
+    mixing = torch.randn(12, channels, generator=generator) / 12**0.5
+    semantics = torch.sin(coords @ waves) @ mixing
+    artifacts = torch.randn(grid**2, channels, generator=generator) / 2
+    features = semantics + artifacts[patches] + 0.1 * torch.randn(count, channels, generator=generator)
+    settings = FieldSettings(steps=steps, batch=batch)
+    errors = {}
+    for variant in ("touched", "dense Adam, fused"):
+        training = training_of(variant, channels, grid, settings)
+        result = training.result((grid, grid), training.fit(coords, patches, features, seed=0))
+        errors[variant] = (
+            result.losses[-20:].mean().item(),
+            relative_error(result.semantics(coords), semantics),
+            relative_error(result.artifacts.flatten(0, 1), artifacts),
+        )
+    return errors
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """Norm of the difference of (N, C) over that of the truth, both less their mean over N."""
+    found, truth = found - found.mean(dim=0), truth - truth.mean(dim=0)
+    return ((found - truth).norm() / truth.norm()).item()
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.benchmark field_step", description=__doc__)
+    parser.add_argument("--channels", type=int, default=768)
+    parser.add_argument("--grid", type=int, default=37)
+    parser.add_argument("--rounds", type=int, default=15, help="steps a variant and phase")
+    parser.add_argument("--scene-steps", type=int, default=400)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+
+    print(f"ms a step: C={options.channels}, K={options.grid}, batch 2048, {options.threads} threads")
+    print(f"{'table optimiser':20}{'phase 1':>9}{'phase 2':>9}{'both':>9}{'ratio':>8}")
+    least = measure_steps(options.channels, options.grid, options.rounds)
+    for variant, (first, second) in least.items():
+        ratio = (first + second) / sum(least["touched"])
+        print(f"{variant:20}{first:9.1f}{second:9.1f}{(first + second) / 2:9.1f}{ratio:7.1f}x")
+
+    print(f"one scene (C=96, K=16), {options.scene_steps} steps of 1024 patches")
+    print(f"{'table optimiser':20}{'loss':>9}{'error F':>9}{'error G':>9}")
+    for variant, values in final_errors(96, 16, options.scene_steps, 1024).items():
+        print(f"{variant:20}" + "".join(f"{value:9.4f}" for value in values))
+    return 0
