@@ -127,6 +127,28 @@ def test_killed_at_any_moment_and_run_again_equals_an_uninterrupted_run(uninterr
     assert all(path.stat().st_mtime_ns == time for path, time in done.items())  # none was done again
 
 
+@pytest.mark.slow
+def test_two_processes_killed_again_and_again_lose_nothing_and_do_nothing_twice(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(60):
+        Image.fromarray(generator.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(images / f"{i}.png")
+    options = [*SLOW, "--images", str(images)]
+    assert denoise_images.main([*options, "--out", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "killed"
+    for wanted in range(5, 50, 5):
+        processes = [start(*options, "--out", str(out)) for _ in range(2)]
+        while len(list(out.rglob("*.safetensors"))) < wanted:
+            time.sleep(0.002)
+        for process in processes:
+            time.sleep(generator.uniform(0, 0.3))
+            process.kill()
+            process.communicate()
+    assert denoise_images.main([*options, "--out", str(out)]) == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_killed_between_a_pair_and_its_line_the_pair_is_kept(images, tmp_path):
     assert run(images, tmp_path / "out") == 0
     before = contents(tmp_path / "out")
