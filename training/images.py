@@ -1,0 +1,185 @@
+"""Images from disk as (3, H, W) tensors in [0, 1], whatever their kind, and lists of images.
+
+One rule for each kind of image, so that the same file always gives the same numbers:
+
+- grayscale and bilevel: the one channel is repeated; palettes are looked up; CMYK is converted by Pillow
+- alpha, of whatever kind: composited over white, as a page would show it, because the colours under
+  transparent pixels are arbitrary
+- 16 bits a channel: scaled by 1/65535, never clipped at 255
+- float pixels: taken as they are when they lie in [0, 1], refused otherwise: their scale is not in the file
+- animations and multi-page files: the first frame
+- EXIF orientation: applied; a damaged EXIF block is ignored
+- colour profiles: not applied, as in timm and torchvision
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+SUFFIXES = frozenset(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+)
+_ALPHA_MODES = frozenset(["LA", "La", "PA", "RGBA", "RGBa"])
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message is the reason, without the image's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One image of a list. Kept small: there may be millions.
+
+    Attributes:
+        name: by which it goes in an index: its path from `root`, with `/` between folders.
+        root: the folder that the list's names start from.
+    """
+
+    name: str
+    root: Path
+
+    @property
+    def path(self) -> Path:
+        """Where the image is."""
+        return self.root / self.name
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """By what an image file is known again: sha256 of its bytes, their number, and the file's time."""
+
+    sha256: str
+    bytes: int
+    mtime_ns: int
+
+
+def list_images(where: str | Path, limit: int | None = None) -> list[Source]:
+    """The images that `where` stands for, in an order that does not depend on the file system.
+
+    - a folder: every file below it whose suffix is in `SUFFIXES` (capitals too), sorted by name; names that
+      start with a dot are left out; links to folders are followed, each real folder once
+    - a `.txt` file: one path a line, relative to the text file's folder, in the order of the file; blank and
+      repeated lines are left out; nothing is checked here: a missing image is reported when it is read
+    - any other file: that one image
+
+    Raises:
+        ValueError: there is no such file or folder, there is no image in it, or `limit` is below 1.
+    """
+    where = Path(where)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be 1 or more, got {limit}")
+    if where.is_dir():
+        sources = [Source(name, where) for name in sorted(_names_below(where))]
+        if not sources:
+            raise ValueError(f"no images below the folder {where}: looked for {' '.join(sorted(SUFFIXES))}")
+    elif where.suffix.lower() == ".txt" and where.is_file():
+        lines = where.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+        names = dict.fromkeys(line.strip() for line in lines if line.strip())
+        sources = [Source(name, where.parent) for name in names]
+        if not sources:
+            raise ValueError(f"the list {where} names no images: it should hold one path a line")
+    elif where.is_file():
+        sources = [Source(where.name, where.parent)]
+    else:
+        raise ValueError(f"images must be a folder, an image or a .txt list; {where} does not exist")
+    return sources[:limit]
+
+
+def load_image(path: str | Path) -> Tensor:
+    """Read one image file: (3, H, W) float32 in [0, 1]. Raises ImageError with the reason if it cannot."""
+    return decode_image(read_file(path)[0])
+
+
+def read_file(path: str | Path) -> tuple[bytes, Fingerprint]:
+    """An image file's bytes, and by what to know it again.
+
+    Raises:
+        ImageError: there is no such file, it cannot be read, it is empty, or it is no plain file.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
+            raise ImageError("not a file")
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            data = file.read()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+    if not data:
+        raise ImageError("the file is empty (0 bytes)")
+    return data, Fingerprint(hashlib.sha256(data).hexdigest(), status.st_size, status.st_mtime_ns)
+
+
+def decode_image(data: bytes) -> Tensor:
+    """Decode an image file's bytes: (3, H, W) float32 in [0, 1], by the rules at the head of this module.
+
+    Raises:
+        ImageError: not an image, truncated or damaged, larger than Pillow's limit against decompression
+        bombs,
+            or of a kind whose scale is unknown.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            pixels = _to_array(_upright(image))
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageError("not an image, or of a format that Pillow does not know") from error
+    except Exception as error:  # on damaged files Pillow raises nearly anything, IndexError included
+        raise ImageError(f"cannot be decoded: {error or type(error).__name__}") from error
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _names_below(root: Path) -> Iterator[str]:
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was, or is being, walked
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in files:
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
+                yield Path(folder, name).relative_to(root).as_posix()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the pixels are loaded, so this can only be the EXIF block: the image is still good
+        return image
+
+
+def _to_array(image: Image.Image) -> np.ndarray:
+    """A loaded Pillow image of any mode as (H, W, 3) float32 in [0, 1]."""
+    if min(image.size) < 1:
+        raise ImageError(f"has no pixels ({image.width} x {image.height})")
+    if image.mode.startswith("I") or image.mode == "F":
+        return np.repeat(_wide_gray(image)[..., None], 3, axis=2)
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer)
+    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+
+
+def _wide_gray(image: Image.Image) -> np.ndarray:
+    """A one-channel image of more than 8 bits as (H, W) float32 in [0, 1]."""
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 1):  # written so that NaN is refused too
+            raise ImageError(f"float pixels must lie in [0, 1], these lie in [{low:g}, {high:g}]")
+        return values.astype(np.float32)
+    if low < 0 or high > 65535:  # mode I holds 32 bits, which Pillow also uses for some 16-bit files
+        raise ImageError(f"integer pixels must lie in [0, 65535], these lie in [{low}, {high}]")
+    return values.astype(np.float32) / 65535

@@ -1,0 +1,236 @@
+"""Pictures of features, raw and denoised.
+
+    python -m training.visualize cat.jpg dog.jpg --model NAME             the paper's Figs. S4 to S10
+    python -m training.visualize cat.jpg --model NAME --layers all        Fig. 5: one row a block
+    python -m training.visualize photos --model NAME --positional         Figs. 3a and S1: what position does
+    python -m training.visualize clip.mp4 --model NAME --video out.mp4    Fig. 3c: frame, raw, denoised
+
+NAME is any timm VisionTransformer or Eva. A video is denoised by the denoiser of a `*_dvt` model; with any
+other model each frame goes through stage 1, which takes --views forward passes. Pictures are of stage 1.
+
+Exit code: 0 drawn; 1 drawn, but some images are left out; 2 the command is wrong.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.backbone import FeatureReader
+from training.decompose import Stage1Settings, decompose
+from training.denoise_images import IMAGE_ERRORS, image_seed
+from training.images import ImageError, Source, decode_image, list_images, read_file
+from training.models import load_model, pick_device
+from training.options import add_model_arguments, add_stage1_arguments, stage1_settings
+from training.panels import Row, draw_positional, draw_stage1, save_figure
+from training.progress import Progress
+from training.video import Maps, count_frames, draw_video
+from training.views import render_views, whole_view
+
+MOST_ROWS = 100  # a taller picture opens nowhere
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    try:
+        device = pick_device(args.device)
+        model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
+        settings = stage1_settings(args, model)
+        if args.video:
+            return _video(args, model, settings)
+        sources = [source for where in args.images for source in list_images(where)][: args.limit]
+        if args.positional:
+            return _positional(args, model, settings, sources)
+        return _stage1(args, model, settings, sources)
+    except (ValueError, TypeError, OSError, *IMAGE_ERRORS) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of this command."""
+    head, rest = (__doc__ or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        prog="python -m training.visualize",
+        description=head,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", nargs="+", help="images, folders, .txt lists of paths, or a video")
+    parser.add_argument("--out", help="picture to write (default: stage1.png or positional.png)")
+    parser.add_argument("--positional", action="store_true", help="draw what position does to features")
+    parser.add_argument("--video", metavar="OUT", help=".mp4 or .gif to write, from a video or frames")
+    parser.add_argument("--fps", type=float, help="of the video (default: the source's, or 10)")
+    parser.add_argument("--clusters", type=int, default=6, help="of k-means (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="only the first so many images or frames")
+    add_model_arguments(parser)
+    add_stage1_arguments(parser)
+    return parser
+
+
+def stage1_rows(
+    model: nn.Module, source: Source, settings: Stage1Settings, progress: Progress | None = None
+) -> list[Row]:
+    """Stage 1 of an image, as rows for `draw_stage1`: one for each of `settings.layers`.
+
+    Its seed is the one that training.denoise_images gives the image.
+
+    Raises:
+        IMAGE_ERRORS: the image cannot be read or decomposed.
+    """
+    data, content = read_file(source.path)
+    image = decode_image(data)
+    own = replace(settings, seed=image_seed(settings.seed, content.sha256))
+    parts = decompose(model, image, own, **({} if progress is None else progress.parts(own)))
+    square = _square(image, own.input_size or 0)[0].permute(1, 2, 0).numpy().clip(0, 1)
+    name = Path(source.name).name
+    rows = []
+    for layer, part in (parts if isinstance(parts, dict) else {parts.layer: parts}).items():
+        label = name if len(own.layers or ()) < 2 else f"{name}, block {layer}"
+        arrays = [x.numpy() for x in (part.raw, part.semantics, part.artifacts, part.residual)]
+        rows.append(Row(label, square, *arrays))
+    return rows
+
+
+def positional_maps(
+    model: nn.Module, sources: Sequence[Source], settings: Stage1Settings, progress: Progress | None = None
+) -> tuple[list[dict[int, np.ndarray]], int]:
+    """What `draw_positional` shows: {layer: (K, K, C)} of a zero tensor, of the images' mean, and of one.
+
+    Images that cannot be read are named and left out.
+
+    Returns:
+        The three maps, and how many images there were.
+
+    Raises:
+        ValueError: not one image could be read.
+    """
+    reader = _reader(model, settings)
+    gray = torch.tensor(resolve_model_data_config(model)["mean"]).view(1, 3, 1, 1)  # zero, once normalised
+    zero = reader.patch_features(gray.expand(1, 3, reader.input_size, reader.input_size))
+    total: dict[int, Tensor] = {}
+    first: dict[int, Tensor] = {}
+    count = 0
+    for source in sources:
+        try:
+            pixels = _square(decode_image(read_file(source.path)[0]), reader.input_size)
+        except ImageError as error:
+            _leave_out(source, error)
+            continue
+        features = reader.patch_features(pixels)
+        first = first or features
+        total = {layer: total.get(layer, 0) + one.double() for layer, one in features.items()}
+        count += 1
+        if progress is not None:
+            progress.update(1)
+    if count == 0:
+        raise ValueError("none of the images could be read")
+    mean = {layer: one / count for layer, one in total.items()}
+    return [{layer: m[0].cpu().numpy() for layer, m in maps.items()} for maps in (zero, mean, first)], count
+
+
+def video_maps(model: Any, settings: Stage1Settings) -> Maps:
+    """How a frame gets its raw and denoised maps: by the model's own denoiser, or else by stage 1."""
+    reader = _reader(model, settings)
+    last = reader.layers[-1]
+    if not hasattr(model, "denoising"):
+
+        def by_stage1(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            parts = decompose(model, _to_image(frame), settings)
+            part = parts[last] if isinstance(parts, dict) else parts
+            return part.raw.numpy(), part.semantics.numpy()
+
+        return by_stage1
+    if reader.stride != reader.patch or last != reader.depth - 1:
+        raise ValueError("a model's own denoiser is for the last block, with a stride of one patch")
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[key], device=reader.device).view(1, -1, 1, 1) for key in ("mean", "std"))
+
+    @torch.no_grad()
+    def by_denoiser(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pixels = _square(_to_image(frame), reader.input_size).to(reader.device)
+        raw = reader.patch_features(pixels)[last][0]
+        with model.denoising(True):
+            maps = model.forward_intermediates((pixels - mean) / std, indices=1, intermediates_only=True)
+        return raw.cpu().numpy(), maps[0][0].permute(1, 2, 0).float().cpu().numpy()
+
+    return by_denoiser
+
+
+def _stage1(
+    args: argparse.Namespace, model: nn.Module, settings: Stage1Settings, sources: list[Source]
+) -> int:
+    if len(sources) * len(settings.layers or ()) > MOST_ROWS:
+        raise ValueError(f"a picture has at most {MOST_ROWS} rows (images times layers); use --limit")
+    rows: list[Row] = []
+    failed = 0
+    with Progress(len(sources)) as bar:
+        for done, source in enumerate(sources, start=1):
+            try:
+                rows += stage1_rows(model, source, settings, bar)
+            except IMAGE_ERRORS as error:
+                _leave_out(source, error)
+                failed += 1
+            bar.settle(done, failed)
+    if not rows:
+        raise ValueError("none of the images could be drawn")
+    return _save(draw_stage1(rows, args.clusters, args.seed), args.out or "stage1.png", failed)
+
+
+def _positional(
+    args: argparse.Namespace, model: nn.Module, settings: Stage1Settings, sources: list[Source]
+) -> int:
+    with Progress(len(sources)) as bar:
+        maps, count = positional_maps(model, sources, settings, bar)
+    figure = draw_positional(settings.layers or (), count, *maps)
+    return _save(figure, args.out or "positional.png", len(sources) - count)
+
+
+def _video(args: argparse.Namespace, model: nn.Module, settings: Stage1Settings) -> int:
+    if len(args.images) != 1:
+        raise ValueError(f"--video takes one folder of frames or one video file, got {len(args.images)}")
+    source = args.images[0]
+    maps = video_maps(model, settings)
+    with Progress(count_frames(source, args.limit)) as bar:
+        draw_video(source, args.video, maps, fps=args.fps, limit=args.limit, progress=bar.update)
+    print(args.video)
+    return 0
+
+
+def _save(figure: Figure, out: str, failed: int) -> int:
+    save_figure(figure, out)
+    print(out)
+    return 1 if failed else 0
+
+
+def _reader(model: nn.Module, settings: Stage1Settings) -> FeatureReader:
+    return FeatureReader(
+        model, settings.layers, input_size=settings.input_size, stride=settings.stride, dtype=settings.dtype
+    )
+
+
+def _square(image: Tensor, size: int) -> Tensor:
+    """The whole image as the model sees it: (3, H, W) -> (1, 3, size, size)."""
+    return render_views(image, whole_view(), size)
+
+
+def _to_image(frame: np.ndarray) -> Tensor:
+    return torch.tensor(frame).permute(2, 0, 1).float() / 255
+
+
+def _leave_out(source: Source, error: Exception) -> None:
+    tqdm.write(f"{source.name}: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
