@@ -1,0 +1,232 @@
+"""A first look: a model's features with the denoiser off and on, timed and drawn side by side."""
+
+import io
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image, ImageOps
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from timm_dvt.model import Denoised
+from timm_dvt.panel import Row, draw
+from timm_dvt.saving import _replace
+from timm_dvt.weights import CheckpointError, WeightsNotFoundError
+
+DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m_dvt"
+MAX_ASPECT = 3.0  # longer images are cropped around their middle
+PROBE_SECONDS = 5.0
+NO_NETWORK = "random weights: no network, no learned denoiser; the picture shows the mechanics only"
+NOT_ASKED = "random weights, as asked for: no learned denoiser; the picture shows the mechanics only"
+
+
+class DemoError(Exception):
+    """Something the person at the command line can put right; the message says what."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Patch tokens (H, W, C), float32 on the CPU, and the median milliseconds of a forward."""
+
+    features: torch.Tensor
+    milliseconds: float
+
+
+def run(
+    image: str | None = None,
+    model: str | None = None,
+    out: str = "dvt_demo.png",
+    pretrained: bool = True,
+    size: int | None = None,
+    rounds: int = 5,
+) -> Path:
+    """Draw a model's features of an image with its denoiser off and on; prints what it did, returns the file written.
+
+    Args:
+        image: a path; default the photograph that ships with the package.
+        model: a name for timm.create_model; default `DEFAULT_MODEL`, with random weights if its own cannot be had.
+        out: the picture to write; its suffix says the format.
+        pretrained: False for random weights.
+        size: the image is resized to about size x size pixels in area; default the model's own resolution.
+        rounds: forwards of each state, of which the median time is given.
+
+    Raises:
+        DemoError: the image, the model or the output cannot be used.
+    """
+    path, kind = check_output(out)
+    photograph = read_image(image)
+    network, note = load_model(model, pretrained)
+    if note:
+        print(f"note: {note}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = network.to(device).eval()
+    resized, pixels = prepare(network, photograph, size)
+    off, on = measure(network, pixels.to(device), rounds)
+
+    name = model or DEFAULT_MODEL
+    rows, columns, channels = on.features.shape
+    facts = f"{resized.width} x {resized.height} pixels, {rows} x {columns} patch tokens of {channels} channels"
+    sheet = draw(
+        resized,
+        [
+            Row("denoiser off", f"{off.milliseconds:.0f} ms", off.features),
+            Row("denoiser on", f"{on.milliseconds:.0f} ms", on.features),
+        ],
+        title=name,
+        subtitle=facts,
+        note=note,
+    )
+    picture = io.BytesIO()
+    sheet.save(picture, format=kind)
+    try:
+        _replace(path, lambda temporary: temporary.write_bytes(picture.getvalue()))
+    except OSError as e:
+        raise DemoError(f"cannot write {out}: {e.strerror or e}") from e
+    print(f"model:  {name}\nimage:  {image or 'the photograph of the package'}, resized to {facts}")
+    print(f"tokens: {tuple(pixels.shape)} -> {(1, rows * columns, channels)} in both states")
+    print(f"time:   denoiser off {off.milliseconds:.1f} ms, on {on.milliseconds:.1f} ms (median of {rounds}, {device})")
+    print(f"wrote {path}")
+    return path
+
+
+# ---- what the command line names
+
+
+def check_output(out: str) -> tuple[Path, str]:
+    """The path and Pillow's name of the format, before anything slow is done. Raises DemoError."""
+    path = Path(out)
+    Image.init()
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise DemoError(f"cannot write {out}: {path.suffix or 'no suffix'!r} is not an image format; use .png")
+    if not path.parent.is_dir():
+        raise DemoError(f"cannot write {out}: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise DemoError(f"cannot write {out}: {'it is a folder' if path.is_dir() else 'the folder is read-only'}")
+    return path, kind
+
+
+def read_image(path: str | None) -> Image.Image:
+    """The image as RGB, upright, what is transparent on white. Raises DemoError."""
+    source = resources.files("timm_dvt") / "assets" / "cat.jpg" if path is None else Path(path)
+    try:
+        with source.open("rb") as file, Image.open(file) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):  # 16 bits and more: bring the values there are to 0..255
+                low, high = image.getextrema()
+                scale = 255 / max(high - low, 1e-9)
+                image = image.convert("F").point(lambda value: value * scale - low * scale)
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return image.convert("RGB")
+    except Image.UnidentifiedImageError as e:
+        raise DemoError(f"{path}: not an image that Pillow can read") from e
+    except OSError as e:
+        raise DemoError(f"{path}: {e.strerror or e}") from e
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's words for damaged and huge files
+        raise DemoError(f"{path}: not an image that can be read ({e})") from e
+
+
+def load_model(name: str | None, pretrained: bool = True) -> tuple[nn.Module, str]:
+    """The model, and a note that says so where its weights are random. Raises DemoError."""
+    torch.manual_seed(0)
+    if not pretrained:
+        return create(name or DEFAULT_MODEL, pretrained=False), NOT_ASKED
+    with without_dead_network():
+        try:
+            return create(name or DEFAULT_MODEL, pretrained=True), ""
+        except WeightsNotFoundError as e:
+            if name:
+                raise DemoError(str(e)) from e
+    return create(DEFAULT_MODEL, pretrained=False), NO_NETWORK
+
+
+def create(name: str, pretrained: bool) -> nn.Module:
+    """timm's model of that name, checked to be one the demo can show."""
+    scheme = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    if not scheme and not timm.is_model(name):
+        raise DemoError(f"{name!r} is not a model; python -m timm_dvt list prints the names there are")
+    try:
+        model = timm.create_model(name, pretrained=pretrained)
+    except WeightsNotFoundError:
+        raise
+    except CheckpointError as e:
+        raise DemoError(str(e)) from e
+    except Exception as e:  # a folder, a hub repo or a tag that does not exist: timm's, the client's or json's errors
+        reason = next(iter(str(e).strip().splitlines()), "")
+        raise DemoError(f"cannot create {name!r}: {type(e).__name__}: {reason}") from e
+    if not isinstance(model, Denoised) or model.denoiser is None:
+        raise DemoError(f"{name!r} has no denoiser to switch; python -m timm_dvt list prints those that have")
+    if model.in_chans != 3:
+        raise DemoError(f"{name!r} takes images of {model.in_chans} channels; the demo has 3")
+    return model
+
+
+@contextmanager
+def without_dead_network() -> Iterator[None]:
+    """Where the Hub does not answer, use the cache alone: its client would try for 23 seconds, file by file, aloud."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    before = constants.HF_HUB_OFFLINE
+    if not before:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+        except Exception:  # the network library's own; any answer at all is a living network
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+# ---- features
+
+
+def prepare(model: nn.Module, image: Image.Image, size: int | None = None) -> tuple[Image.Image, torch.Tensor]:
+    """The image resized to whole patches, its aspect ratio kept, and as the model's input (1, 3, h, w)."""
+    config = resolve_model_data_config(model)
+    side = size or config["input_size"][-1]
+    aspect = min(max(image.width / image.height, 1 / MAX_ASPECT), MAX_ASPECT) ** 0.5
+    patch_height, patch_width = model.patch_embed.patch_size
+    width = max(round(side * aspect / patch_width), 2) * patch_width
+    height = max(round(side / aspect / patch_height), 2) * patch_height
+    if not model.dynamic_img_size:
+        model.set_input_size(img_size=(height, width))
+    resized = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return resized, ((pixels.permute(2, 0, 1) / 255 - mean) / std).unsqueeze(0)
+
+
+@torch.inference_mode()
+def measure(model: nn.Module, pixels: torch.Tensor, rounds: int) -> tuple[Measured, Measured]:
+    """The patch tokens of an input (1, 3, h, w) with the denoiser off and on, and how long each takes."""
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    features = {}
+    for i in range(rounds + 1):
+        for state in (False, True):
+            with model.denoising(state):
+                start = time.perf_counter()
+                features[state] = patch_tokens(model, pixels)
+                if i:  # the first forward warms up
+                    seconds[state].append(time.perf_counter() - start)
+    off, on = (Measured(features[state], statistics.median(seconds[state]) * 1e3) for state in (False, True))
+    return off, on
+
+
+def patch_tokens(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Final-normed patch tokens (H, W, C) on the CPU; copying them there also waits for an accelerator."""
+    tokens = model.forward_features(pixels)[0, model.num_prefix_tokens :]
+    if model.norm_after_pool and not model.denoise:
+        tokens = model.fc_norm(tokens)
+    return tokens.float().cpu().unflatten(0, model.patch_embed.dynamic_feat_size(tuple(pixels.shape[-2:])))

@@ -1,0 +1,212 @@
+"""What the denoiser costs at inference, as ratios within one run: python -m training.benchmark inference."""
+
+import argparse
+import functools
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import Block
+from torch import nn
+
+import timm_dvt
+from timm_dvt.registry import VARIANTS
+
+MODELS = ("vit_small_patch14_dinov2.lvd142m_dvt", "vit_base_patch14_dinov2.lvd142m_dvt")
+# One block in twelve is 1.083, the floor of the second line.
+BARS = {"off / plain": 1.01, "on / plain": 1.10, "on (map) / published (map)": 1.00}
+IMPORT_BAR = 1.10
+# Processor time is what other work on a shared machine disturbs least; it adds up the threads.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+WARM_UP = 1  # forwards of each arrangement before its times count
+
+
+class Published(nn.Module):
+    """The arrangement of the published code, as a reference: maps between the parts, PE resampled at every forward.
+
+    Args:
+        backbone: a plain timm ViT.
+        model: the denoised one whose denoiser's weights are copied.
+    """
+
+    def __init__(self, backbone: nn.Module, model: nn.Module) -> None:
+        super().__init__()
+        ours = model.denoiser
+        if len(ours.blocks) != 1 or ours.pos_embed is None:
+            raise ValueError("the published arrangement has one block and a position embedding")
+        self.backbone = backbone
+        self.grid_size = ours.grid_size
+        self.pos_embed = nn.Parameter(ours.pos_embed.detach().clone())
+        norm_layer = functools.partial(nn.LayerNorm, eps=1e-6)
+        self.block = Block(ours.dim, ours.num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm_layer)
+        self.block.load_state_dict(ours.blocks[0].state_dict())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, h, w) to a denoised map (B, C, H, W)."""
+        (raw,) = self.backbone.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+        batch, channels, rows, columns = raw.shape
+        tokens = raw.permute(0, 2, 3, 1).reshape(batch, rows * columns, channels)
+        position = resample_abs_pos_embed(
+            self.pos_embed, new_size=[rows, columns], old_size=list(self.grid_size), num_prefix_tokens=0
+        )
+        tokens = self.block(tokens + position)
+        return tokens.reshape(batch, rows, columns, channels).permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Paired ratios of two arrangements, one a round."""
+
+    name: str
+    ratios: tuple[float, ...]
+    bar: float
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.ratios)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Quartiles of the ratios: how far the machine's other work moved them."""
+        if len(self.ratios) < 2:
+            return self.ratios[0], self.ratios[0]
+        low, _, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
+        return low, high
+
+    def line(self) -> str:
+        low, high = self.spread
+        verdict = "pass" if self.median <= self.bar else "miss"
+        bar = f"<= {self.bar:.2f}"
+        return f"  {self.name:28} {self.median:7.3f}   [{low:.3f}, {high:.3f}]   {bar:>8}   {verdict}"
+
+
+HEAD = f"  {'ratio':28} {'median':>7}   {'quartiles':14}   {'bar':>8}"
+
+
+def interleaved(
+    calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round. The order moves on by one a round, so that no call has a fixed neighbour."""
+    for _ in range(WARM_UP):
+        for call in calls.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = clock()
+            calls[name]()
+            seconds[name].append(clock() - start)
+    return seconds
+
+
+def paired(seconds: dict[str, list[float]]) -> list[Comparison]:
+    """The ratios that have a bar, each round's times divided by each other."""
+    comparisons = []
+    for name, bar in BARS.items():
+        above, below = name.split(" / ")
+        ratios = tuple(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+        comparisons.append(Comparison(name, ratios, bar))
+    return comparisons
+
+
+def arrangements(name: str) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """The five ways to run one variant, with the same random weights, each from images to tokens or to a map."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0).eval()
+    arguments = {"img_size": model.patch_embed.img_size, "dynamic_img_size": True, "num_classes": 0}
+    plain = timm.create_model(VARIANTS[name].backbone, **arguments).eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("denoiser.")})
+    published = Published(plain, model).eval()
+
+    def off(images: torch.Tensor) -> torch.Tensor:
+        with model.denoising(False):
+            return model.forward_features(images)
+
+    def on_map(images: torch.Tensor) -> torch.Tensor:
+        return model.forward_intermediates(images, indices=1, intermediates_only=True)[0]
+
+    return {
+        "plain": plain.forward_features,
+        "off": off,
+        "on": model.forward_features,
+        "on (map)": on_map,
+        "published (map)": published,
+    }
+
+
+def check_agreement(calls: dict[str, Callable[[torch.Tensor], torch.Tensor]], images: torch.Tensor) -> None:
+    """Raise RuntimeError unless the arrangements compute the same thing; otherwise their times compare nothing."""
+    if not torch.equal(calls["plain"](images), calls["off"](images)):
+        raise RuntimeError("the model with its denoiser off does not equal the plain one")
+    ours, published = calls["on (map)"](images), calls["published (map)"](images)
+    if not torch.allclose(ours, published, rtol=1e-4, atol=1e-4):
+        raise RuntimeError(f"denoised maps differ by up to {(ours - published).abs().max():.2g}")
+
+
+def measure_import(rounds: int) -> Comparison:
+    """`import timm_dvt` against `import timm`, both stamped in the same new process, so that each ratio is paired."""
+    code = (
+        "import time; a = time.perf_counter(); import timm; b = time.perf_counter(); import timm_dvt; "
+        "c = time.perf_counter(); print((c - a) / (b - a))"
+    )
+    ratios = []
+    for i in range(rounds + 1):
+        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        if i:  # the first fills the file cache
+            ratios.append(float(answer.stdout))
+    return Comparison("import timm_dvt / timm", tuple(ratios), IMPORT_BAR)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print a table with each bar, and return 0; 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m training.benchmark inference", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="variants with a denoiser")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], metavar="B")
+    parser.add_argument(
+        "--size", nargs="+", type=int, metavar="PIXELS", help="sides of the input (default: the variant's own)"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="forwards of each arrangement (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: %(default)s)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what is timed (default: %(default)s)")
+    parser.add_argument("--skip-import", action="store_true", help="do not time `import timm_dvt`")
+    args = parser.parse_args(argv)
+    for name in args.models:
+        if name not in VARIANTS or VARIANTS[name].distilled:
+            parser.error(f"--models: {name!r} is not a variant with a denoiser; python -m timm_dvt list prints them")
+    if min(args.rounds, args.threads, *args.batch_sizes, *(args.size or [1])) < 1:
+        parser.error("--rounds, --threads, --batch-sizes and --size take numbers from 1 on")
+
+    torch.set_num_threads(args.threads)
+    print(
+        f"torch {torch.__version__}, timm {timm.__version__}, timm_dvt {timm_dvt.__version__}, CPU, {args.threads} "
+        f"threads, float32, random weights; {args.clock} time, {args.rounds} interleaved rounds, paired ratios' medians"
+    )
+    comparisons = []
+    if not args.skip_import:
+        comparisons.append(measure_import(max(args.rounds, 5)))
+        print("\nimport\n" + HEAD, comparisons[-1].line(), sep="\n", flush=True)
+    for name in args.models:
+        calls = arrangements(name)
+        for size in args.size or [VARIANTS[name].resolution]:
+            with torch.inference_mode():
+                check_agreement(calls, torch.randn(1, 3, size, size))
+                for batch in args.batch_sizes:
+                    images = torch.randn(batch, 3, size, size)
+                    bound = {key: functools.partial(call, images) for key, call in calls.items()}
+                    seconds = interleaved(bound, args.rounds, CLOCKS[args.clock])
+                    print(f"\n{name}, {size} px, batch {batch}")
+                    times = (f"{key} {statistics.median(s) * 1e3:.0f}" for key, s in seconds.items())
+                    print(f"  milliseconds ({args.clock} time): " + ", ".join(times))
+                    found = paired(seconds)
+                    print(HEAD, *(c.line() for c in found), sep="\n", flush=True)
+                    comparisons += found
+    missed = sum(c.median > c.bar for c in comparisons)
+    print(f"\n{len(comparisons) - missed} of {len(comparisons)} bars passed")
+    return 1 if missed else 0
