@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training.benchmark import stage1
-from training.benchmark._stage1_real import linear_share, position_share
+from training.benchmark._stage1_real import position_share
 from training.scenes import REGIMES, Regime, Scene, relative_error
 from training.views import view_axes
 
@@ -62,9 +62,3 @@ def test_position_share_is_one_for_maps_of_position_alone_and_zero_for_noise():
     position = torch.randn(1, 6, 6, 4).expand(5, -1, -1, -1)
     assert position_share(position) == pytest.approx(1)
     assert abs(position_share(torch.randn(8, 12, 12, 16))) < 0.03
-
-
-def test_a_ramp_is_all_linear_and_noise_is_not():
-    ramp = torch.arange(8.0)[:, None, None] * torch.randn(3) + torch.arange(8.0)[:, None] * torch.randn(3)
-    assert linear_share(ramp) == pytest.approx(1, abs=1e-5)
-    assert linear_share(torch.randn(20, 20, 8)) < 0.03

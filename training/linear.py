@@ -15,7 +15,7 @@ from training.sums import Sums, interpolate
 
 
 # Nodes a side that are enough to tell outliers from the rest.
-COARSE = 40
+COARSE = 32
 # Squared residuals below this share of the squared content are no outliers, however small the typical one is:
 # without noise the worst residuals are those of sharp borders.
 FLOOR = 0.02
@@ -221,6 +221,6 @@ class LinearSolver:
 
 
 def _close(one: Strengths, other: Strengths) -> bool:
-    """Whether both strengths agree within a factor of 1.5; F and G hardly notice a factor of 2."""
-    return (abs(math.log(one.smoothness / other.smoothness)) < 0.4
+    """Whether another step is not worth its cost: factors of 2 and 1.5 change F and G little."""
+    return (abs(math.log(one.smoothness / other.smoothness)) < 0.7
             and abs(math.log(one.artifacts / other.artifacts)) < 0.4)
