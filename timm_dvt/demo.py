@@ -103,14 +103,16 @@ def run(
 def check_output(out: str) -> tuple[Path, str]:
     """The path and Pillow's name of the format, before anything slow is done. Raises DemoError."""
     path = Path(out)
+    if path.is_dir():
+        raise DemoError(f"cannot write {out}: it is a folder")
     Image.init()
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
-        raise DemoError(f"cannot write {out}: {path.suffix or 'no suffix'!r} is not an image format; use .png")
+        raise DemoError(f"cannot write {out}: {path.suffix!r} is no suffix of an image format; use .png")
     if not path.parent.is_dir():
         raise DemoError(f"cannot write {out}: there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise DemoError(f"cannot write {out}: {'it is a folder' if path.is_dir() else 'the folder is read-only'}")
+    if not os.access(path.parent, os.W_OK):
+        raise DemoError(f"cannot write {out}: the folder {path.parent} is read-only")
     return path, kind
 
 
