@@ -157,6 +157,7 @@ def change(state: dict, **changes) -> dict:
 BAD = {
     "missing key": (lambda: change(published(), **{"denoiser.attn.qkv.bias": None}), "denoiser.blocks.0.attn.qkv.bias"),
     "unexpected key": (lambda: change(published(), **{"denoiser.extra": torch.ones(1)}), "denoiser.blocks.0.extra"),
+    "stray key": (lambda: change(published(), extra=torch.ones(1)), "unexpected keys: denoiser.extra"),
     "wrong shape": (
         lambda: change(published(), **{"denoiser.norm1.weight": torch.ones(5)}),
         r"norm1.weight \(5,\) instead of \(384,\)",

@@ -106,8 +106,8 @@ def _split(state: State) -> tuple[State, State]:
         name = key.removeprefix("denoiser.")
         if published and key == "pos_embed":
             denoiser["pos_embed"] = tensor
-        elif name == key:
-            backbone[key] = tensor
+        elif name == key:  # a published denoiser comes alone: what is beside it is unexpected
+            (denoiser if published else backbone)[key] = tensor
         elif ours:
             denoiser[name] = tensor
         else:  # denoiser.norm1 of the only block, denoiser.1.norm1 of the second of several
