@@ -1,6 +1,7 @@
 """How a variant is put together: timm's backbone and its weights, the denoiser and its weights."""
 
 import os
+from collections.abc import Callable
 
 from timm.models import get_pretrained_cfg, model_entrypoint, split_model_name_tag
 from timm.models._builder import build_model_with_cfg, load_pretrained, resolve_pretrained_cfg
@@ -60,14 +61,18 @@ def create(
 
     checkpoint = _read_source(cfg, variant, cache_dir) if pretrained else None
     cfg.pop("state_dict", None)
+    loaded = None
+    if checkpoint is not None and not variant.distilled:  # a bad file is found out before the backbone is fetched
+        sketch = _timms(variant)(pretrained=False, pretrained_cfg=cfg, **{**kwargs, "device": "meta"})
+        options = {"grid_size": _denoiser_grid(variant, sketch)} | (denoiser or {})
+        grid, heads = tuple(options["grid_size"]), options.get("num_heads")
+        loaded = denoiser_for(checkpoint, sketch.embed_dim, grid, heads, variant.backbone)
     model = _backbone(variant, cfg, checkpoint, cache_dir, kwargs)
     if not variant.distilled:
-        options = {"grid_size": _denoiser_grid(variant, model)} | (denoiser or {})
-        if checkpoint is None:
-            add_denoiser(model, **options)
+        if loaded is None:
+            add_denoiser(model, **{"grid_size": _denoiser_grid(variant, model)} | (denoiser or {}))
         else:
-            grid, heads = tuple(options["grid_size"]), options.get("num_heads")
-            attach_denoiser(model, denoiser_for(checkpoint, model.embed_dim, grid, heads, variant.backbone))
+            attach_denoiser(model, loaded)
         model.backbone_name = variant.backbone
         # What timm.models.save_for_hf writes must name an architecture that builds this model.
         cfg["architecture"] = saved_architecture(variant.architecture)
@@ -96,8 +101,7 @@ def _read_source(cfg: dict, variant: Variant, cache_dir: str | os.PathLike | Non
 
 def _backbone(variant: Variant, cfg: dict, checkpoint: Checkpoint | None, cache_dir, kwargs: dict) -> nn.Module:
     """timm's model: with random weights, with those of the checkpoint, or with the backbone's own from its hub repo."""
-    build = model_entrypoint(variant.architecture)
-    build = getattr(build, "timms_entrypoint", build)
+    build = _timms(variant)
     if checkpoint is None:
         return build(pretrained=False, pretrained_cfg=cfg, **kwargs)
     if checkpoint.backbone or variant.distilled:
@@ -143,6 +147,12 @@ def _load_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> None:
         raise CheckpointError(f"{checkpoint.path}: timm cannot adapt these weights to this model. {e}") from e
 
 
-def _denoiser_grid(variant: Variant, model: nn.Module) -> tuple[int, int]:
-    rows, columns = model.patch_embed.patch_size
+def _timms(variant: Variant) -> Callable[..., nn.Module]:
+    """timm's own entrypoint of the backbone's architecture."""
+    build = model_entrypoint(variant.architecture)
+    return getattr(build, "timms_entrypoint", build)
+
+
+def _denoiser_grid(variant: Variant, sketch: nn.Module) -> tuple[int, int]:
+    rows, columns = sketch.patch_embed.patch_size
     return variant.resolution // rows, variant.resolution // columns

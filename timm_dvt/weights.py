@@ -101,7 +101,8 @@ def _split(state: State) -> tuple[State, State]:
         return {key.removeprefix("model."): tensor for key, tensor in state.items()}, {}
     ours = any(re.match(r"denoiser\.(blocks\.\d|pos_embed$)", key) for key in state)
     published = not ours and any(key.startswith("denoiser.") for key in state)
-    backbone, denoiser = {}, {}
+    backbone: State = {}
+    denoiser: State = {}
     for key, tensor in state.items():
         name = key.removeprefix("denoiser.")
         if published and key == "pos_embed":
