@@ -176,19 +176,23 @@ def create(name: str, pretrained: bool) -> nn.Module:
 @contextmanager
 def without_dead_network() -> Iterator[None]:
     """Where the Hub does not answer, use the cache alone: its client would try for 23 seconds, file by file, aloud."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, utils
 
     before = constants.HF_HUB_OFFLINE
+    # Below huggingface_hub 1.0 a session decides when it is made whether it may use the network.
+    renew = getattr(utils, "reset_sessions", lambda: None)
     if not before:
         try:
-            get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+            utils.get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
         except Exception:  # the network library's own; any answer at all is a living network
             constants.HF_HUB_OFFLINE = True
+            renew()
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        if constants.HF_HUB_OFFLINE != before:
+            constants.HF_HUB_OFFLINE = before
+            renew()
 
 
 # ---- features
