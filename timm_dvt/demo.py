@@ -18,7 +18,7 @@ from torch import nn
 
 from timm_dvt.model import Denoised
 from timm_dvt.panel import Row, draw
-from timm_dvt.saving import _replace
+from timm_dvt.saving import write_whole
 from timm_dvt.weights import CheckpointError, WeightsNotFoundError
 
 DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m_dvt"
@@ -87,7 +87,7 @@ def run(
     picture = io.BytesIO()
     sheet.save(picture, format=kind)
     try:
-        _replace(path, lambda temporary: temporary.write_bytes(picture.getvalue()))
+        write_whole(path, lambda temporary: temporary.write_bytes(picture.getvalue()))
     except OSError as e:
         raise DemoError(f"cannot write {out}: {e.strerror or e}") from e
     print(f"model:  {name}\nimage:  {image or 'the photograph of the package'}, resized to {facts}")

@@ -43,8 +43,8 @@ def save_pretrained(
         state = {key: tensor for key, tensor in state.items() if key.startswith("denoiser.")}
     metadata = {"format": "pt", "backbone": model.backbone_name, "timm_dvt": __version__}
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    _replace(folder / WEIGHTS_NAME, lambda path: safetensors.torch.save_file(tensors, path, metadata))
-    _replace(folder / "config.json", lambda path: _write_config(model, path, model_args or {}))
+    write_whole(folder / WEIGHTS_NAME, lambda path: safetensors.torch.save_file(tensors, path, metadata))
+    write_whole(folder / "config.json", lambda path: _write_config(model, path, model_args or {}))
     return folder
 
 
@@ -77,7 +77,7 @@ def _write_config(model: Any, path: Path, model_args: dict) -> None:
         model.pretrained_cfg = cfg
 
 
-def _replace(path: Path, write) -> None:
+def write_whole(path: Path, write) -> None:
     """Have `write` fill a file beside the path, then put it in the path's place in one step."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
