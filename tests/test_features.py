@@ -236,6 +236,8 @@ def test_padded_and_fixed_rectangular_inputs_are_treated_as_timm_does(arguments)
 def test_patch_dropout_is_refused():
     with pytest.raises(ValueError, match="patch_drop_rate=0.5 leaves holes"):
         timm.create_model("vit_small_patch14_dinov2.lvd142m_dvt", depth=1, patch_drop_rate=0.5)
+    # A distilled variant is a plain ViT: what timm allows, it allows.
+    timm.create_model("vit_base_patch16_224.mae_dvt_distilled", depth=1, patch_drop_rate=0.5)
     for name in ("vit_tiny_patch16_224", "eva02_tiny_patch14_224"):
         with pytest.raises(ValueError, match="patch_drop_rate=0.25 leaves holes"):
             timm_dvt.add_denoiser(timm.create_model(name, depth=1, patch_drop_rate=0.25))

@@ -11,7 +11,7 @@ from timm.models.eva import checkpoint_filter_fn as eva_filter
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import nn
 
-from timm_dvt.model import add_denoiser, attach_denoiser
+from timm_dvt.model import add_denoiser, attach_denoiser, check_supported
 from timm_dvt.variants import Variant, saved_architecture
 from timm_dvt.weights import (
     Checkpoint,
@@ -43,11 +43,6 @@ def create(
         denoiser: arguments of `add_denoiser`: grid_size, depth, num_heads, pos_embed.
         kwargs: arguments of timm's model, as for the backbone.
     """
-    if kwargs.get("patch_drop_rate"):
-        raise ValueError(
-            f"patch_drop_rate={kwargs['patch_drop_rate']} leaves holes in the patch grid, and the denoiser needs the "
-            f"whole grid. Leave it at 0."
-        )
     if pretrained_cfg is None or isinstance(pretrained_cfg, str):
         pretrained_cfg = get_pretrained_cfg(variant.name)
     cfg = resolve_pretrained_cfg(f"{variant.architecture}_dvt", pretrained_cfg, pretrained_cfg_overlay).to_dict()
@@ -64,6 +59,7 @@ def create(
     loaded = None
     if checkpoint is not None and not variant.distilled:  # a bad file is found out before the backbone is fetched
         sketch = _timms(variant)(pretrained=False, pretrained_cfg=cfg, **{**kwargs, "device": "meta"})
+        check_supported(sketch)
         options = {"grid_size": _denoiser_grid(variant, sketch)} | (denoiser or {})
         grid, heads = tuple(options["grid_size"]), options.get("num_heads")
         loaded = denoiser_for(checkpoint, sketch.embed_dim, grid, heads, variant.backbone)
