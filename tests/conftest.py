@@ -1,6 +1,7 @@
 """Every test talks to a stand-in for the Hub on loopback, with an empty cache of its own; none reaches the network."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def seeded():
 
 
 @pytest.fixture
-def hub() -> Hub:
-    """The stand-in hub: put files under `hub.folder / ORG / REPO`."""
-    return _HUB
+def hub():
+    """The stand-in hub, empty before and after: put files under `hub.folder / ORG / REPO`."""
+    yield _HUB
+    shutil.rmtree(_HUB.folder, ignore_errors=True)
