@@ -60,13 +60,13 @@ def create(
     if checkpoint is not None and not variant.distilled:  # a bad file is found out before the backbone is fetched
         sketch = _timms(variant)(pretrained=False, pretrained_cfg=cfg, **{**kwargs, "device": "meta"})
         check_supported(sketch)
-        options = {"grid_size": _denoiser_grid(variant, sketch)} | (denoiser or {})
+        options = _denoiser_options(variant, sketch, denoiser)
         grid, heads = tuple(options["grid_size"]), options.get("num_heads")
         loaded = denoiser_for(checkpoint, sketch.embed_dim, grid, heads, variant.backbone)
     model = _backbone(variant, cfg, checkpoint, cache_dir, kwargs)
     if not variant.distilled:
         if loaded is None:
-            add_denoiser(model, **{"grid_size": _denoiser_grid(variant, model)} | (denoiser or {}))
+            add_denoiser(model, **_denoiser_options(variant, model, denoiser))
         else:
             attach_denoiser(model, loaded)
         model.backbone_name = variant.backbone
@@ -149,6 +149,7 @@ def _timms(variant: Variant) -> Callable[..., nn.Module]:
     return getattr(build, "timms_entrypoint", build)
 
 
-def _denoiser_grid(variant: Variant, sketch: nn.Module) -> tuple[int, int]:
-    rows, columns = sketch.patch_embed.patch_size
-    return variant.resolution // rows, variant.resolution // columns
+def _denoiser_options(variant: Variant, backbone: nn.Module, given: dict | None) -> dict:
+    """Arguments of `add_denoiser`: the grid of the variant's resolution, and what the caller says."""
+    rows, columns = backbone.patch_embed.patch_size
+    return {"grid_size": (variant.resolution // rows, variant.resolution // columns)} | (given or {})

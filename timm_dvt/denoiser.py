@@ -19,7 +19,7 @@ class Denoiser(nn.Module):
         dim: channels C of the tokens.
         grid_size: rows and columns of the learned position embedding; other grids get it resampled as timm does.
         depth: number of blocks; the paper uses one.
-        num_heads: attention heads of a block; default `C // 64`, or one head where that does not divide C.
+        num_heads: attention heads of a block; default `C // 64`, or the largest smaller count that divides C.
         pos_embed: False leaves the position embedding out (paper, Tab. 6 e).
     """
 
@@ -129,10 +129,6 @@ class Denoiser(nn.Module):
     def __getstate__(self) -> dict:
         # What is kept for speed is neither saved nor copied.
         return {**self.__dict__, "_source": None, "_resampled": {}}
-
-    def _apply(self, fn, recurse=True):
-        self._source, self._resampled = None, {}
-        return super()._apply(fn, recurse)
 
 
 def default_num_heads(dim: int) -> int:
