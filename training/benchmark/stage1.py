@@ -162,7 +162,7 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), metavar="REGIME",
-                        help=f"some of: {'; '.join(REGIMES)}")
+                        help=f"some of: {'; '.join(REGIMES)}".replace("%", "%%"))
     parser.add_argument("--views", type=int, default=256, help="views a scene in the table (256)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="six regimes, 64 views, no field, no curve")
