@@ -1,12 +1,14 @@
 """The neural-field solver against float64 formulas and a scene with a known answer."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import training.field as field_module
 from training.field import FieldSettings, fit_field
-from training.field_losses import distance_loss, reconstruction_loss, residual_loss, sparsity_loss
+from training.field_losses import distance_loss, reconstruction_loss
 from training.hashgrid import HashGridSettings
 
 GRID = HashGridSettings(levels=4, log2_hashmap_size=12)
@@ -62,17 +64,16 @@ def test_reconstruction_is_equation_6():
     a, d, t = partial.numpy(), residual.numpy(), y.numpy()
     unexplained = np.mean([np.sqrt(((t[i] - a[i] - d[i]) ** 2).sum()) for i in range(5)])
     sparsity = np.mean([sum(abs(value) for value in row) for row in d])
-    assert abs(residual_loss(residual, y - partial).item() - unexplained) < 1e-12
-    assert abs(sparsity_loss(residual).item() - sparsity) < 1e-12
     expected = numpy_distance(a + d, t) + 0.3 * unexplained + 0.7 * sparsity
     assert abs(reconstruction_loss(partial, residual, y, 0.3, 0.7).item() - expected) < 1e-12
 
 
-def test_no_gradient_reaches_what_the_residual_is_to_explain():
-    residual, unexplained = normal(5, 7).requires_grad_(), normal(5, 7, seed=1).requires_grad_()
-    residual_loss(residual, unexplained).backward()
-    assert unexplained.grad is None
-    assert residual.grad.any()
+def test_reconstruction_where_delta_explains_all_has_finite_gradients():
+    partial, residual, y = torch.ones(2, 4).requires_grad_(), torch.zeros(2, 4).requires_grad_(), torch.ones(2, 4)
+    loss = reconstruction_loss(partial, residual, y)
+    loss.backward()
+    assert abs(loss.item()) < 1e-6
+    assert torch.isfinite(partial.grad).all() and not residual.grad.any()
 
 
 def test_gradients_stop_where_the_paper_stops_them():
@@ -215,6 +216,20 @@ def test_first_phase_uses_the_distance_alone_and_half_of_the_steps(scene, monkey
     assert calls == ["distance_loss"] * 3 + ["reconstruction_loss"] * 4
 
 
+def test_bfloat16_products_end_at_the_error_of_float32(scene):
+    """Over three seeds: a seed alone moves the error of F by a tenth."""
+    errors = {"float32": [], "bfloat16": []}
+    for precision, found in errors.items():
+        for seed in range(3):
+            result = scene.fit(replace(SETTINGS, precision=precision), seed=seed)
+            semantics = result.semantics(scene.image_coords)
+            assert semantics.dtype == result.artifacts.dtype == torch.float32
+            of_f = relative_error(semantics, scene.semantics(scene.image_coords))
+            found.append((of_f, relative_error(result.artifacts, scene.artifacts)))
+    assert errors["bfloat16"] != errors["float32"]
+    np.testing.assert_allclose(*(np.mean(found, axis=0) for found in errors.values()), rtol=0.1)
+
+
 def test_networks_have_the_papers_widths(scene):
     result = scene.fit(FieldSettings(steps=2, batch=8))
     shapes = {name: tuple(value.shape) for name, value in result.mlp.named_parameters()}
@@ -255,6 +270,7 @@ def test_arguments_that_do_not_fit_are_named(scene):
         ((coords, patches, features, 7), "patches must lie in 0 to 48"),
         ((coords, patches, features[None], 8), "features"),
         ((coords, patches, features, 8, FieldSettings(steps=1)), "steps must be at least 2, got 1"),
+        ((coords, patches, features, 8, FieldSettings(precision="half")), "precision must be one of auto, float32"),
         ((coords, patches, features, 8, FieldSettings(backend="cuda")), "backend must be one of"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -80,5 +80,11 @@ class TouchedAdam:
         self.debts[self.steps] = torch.tensor([0.0, floor, 1.0, 1.0])
 
     def _put(self, rows: Tensor, values: Tensor, first: Tensor, second: Tensor) -> None:
-        self.state.index_copy_(0, rows, torch.stack((values, first, second), dim=1))
+        _wide(self.state).index_copy_(0, rows, _wide(torch.stack((values, first, second), dim=1)))
         self.touched_at.index_fill_(0, rows, self.steps)
+
+
+def _wide(state: Tensor) -> Tensor:
+    """The same memory (E, 3 * F) as few wide elements: PyTorch copies scattered rows element by element."""
+    flat = state.flatten(1)
+    return flat.view(torch.complex128) if flat.shape[1] * flat.element_size() % 16 == 0 else flat
