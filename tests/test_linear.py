@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from training.banded import BandedFactor, roughness_diagonals, roughness_probes
+from training.banded import BandedFactor, roughness, roughness_diagonals, roughness_probes
 from training.conditioning import IllConditioned, check_views
-from training.evidence import Strengths, solve
+from training.evidence import Strengths, factorise, solve
 from training.linear import LinearSettings, LinearSolver
 from training.scenes import Regime, Scene, relative_error
 from training.sums import Sums, interpolate
@@ -21,6 +21,15 @@ def weights_along(x: float, nodes: int) -> np.ndarray:
     """Linear interpolation between nodes at (a + 1/2) / nodes, written as hat functions."""
     place = min(max(x * nodes - 0.5, 0.0), nodes - 1.0)
     return np.maximum(0, 1 - np.abs(place - np.arange(nodes)))
+
+
+def dense_of(diagonals: torch.Tensor, nodes: int) -> np.ndarray:
+    """The matrix whose entry (n, 5 * (dy + 2) + dx + 2) of `diagonals` couples n with n + dy * nodes + dx."""
+    dense = np.zeros((nodes ** 2, nodes ** 2))
+    for (n, index), value in np.ndenumerate(diagonals.numpy()):
+        if value:
+            dense[n, n + (index // 5 - 2) * nodes + index % 5 - 2] = value
+    return dense
 
 
 def rough_rows(nodes: int) -> np.ndarray:
@@ -70,9 +79,7 @@ def test_sums_are_those_of_the_explicit_matrix(problem):
     sums, design, target = problem
     nodes = NODES * NODES
     gram, right = design.T @ design, design.T @ target
-    eye = torch.eye(nodes, dtype=torch.float64)
-    factor = BandedFactor(sums.ff + roughness_diagonals(NODES), NODES)
-    np.testing.assert_allclose(factor.multiply(sums.ff, eye), gram[:nodes, :nodes], atol=1e-12)
+    np.testing.assert_allclose(dense_of(sums.ff, NODES), gram[:nodes, :nodes], atol=1e-12)
     np.testing.assert_allclose(sums.fg, gram[:nodes, nodes:], atol=1e-12)
     np.testing.assert_allclose(torch.diag(sums.gg), gram[nodes:, nodes:], atol=1e-12)
     np.testing.assert_allclose(sums.fy, right[:nodes], atol=2e-6)  # products in float32
@@ -90,7 +97,7 @@ def test_the_solution_is_that_of_dense_least_squares(problem, smooth, ridge):
     stacked = np.vstack([design, *penalties])
     zeros = np.zeros((len(stacked) - len(design), CHANNELS))
     expected = np.linalg.lstsq(stacked, np.vstack([target, zeros]), rcond=None)[0]
-    solution = solve(sums, Strengths(smooth, ridge))
+    solution = solve(sums, factorise(sums, Strengths(smooth, ridge)))
     np.testing.assert_allclose(solution.semantics, expected[:NODES * NODES], atol=1e-4)
     np.testing.assert_allclose(solution.artifacts, expected[NODES * NODES:], atol=1e-4)
 
@@ -104,12 +111,12 @@ def test_freedoms_and_noise_are_those_of_dense_algebra(problem):
     penalty[nodes:, nodes:] = ridge * np.eye(GRID * GRID)
     inverse = np.linalg.inv(design.T @ design + penalty)
     determined = np.eye(len(inverse)) - inverse @ penalty
-    solution = solve(sums, Strengths(smooth, ridge))
-    assert solution.artifact_freedom == pytest.approx(np.trace(determined[nodes:, nodes:]), rel=1e-6)
-    assert solution.semantic_freedom == pytest.approx(np.trace(determined[:nodes, :nodes]), rel=0.1)
+    solution = solve(sums, factorise(sums, Strengths(smooth, ridge)))
+    assert solution.factors.artifact_freedom == pytest.approx(np.trace(determined[nodes:, nodes:]), rel=1e-6)
+    assert solution.factors.semantic_freedom == pytest.approx(np.trace(determined[:nodes, :nodes]), rel=0.1)
     fitted = np.vstack([solution.semantics, solution.artifacts])
     misfit = ((target - design @ fitted) ** 2).sum()
-    left = sums.weight - solution.semantic_freedom - solution.artifact_freedom
+    left = sums.weight - solution.factors.semantic_freedom - solution.factors.artifact_freedom
     assert solution.noise == pytest.approx(misfit / left / CHANNELS, rel=1e-5)
 
 
@@ -129,7 +136,7 @@ def test_the_chosen_strengths_maximise_the_evidence():
     design, target = np.array(rows), np.array(targets)
     strengths = Strengths()
     for _ in range(60):
-        strengths = solve(sums, strengths).strengths
+        strengths = solve(sums, factorise(sums, strengths)).strengths
     rough = rough_rows(NODES).T @ rough_rows(NODES)
 
     def evidence(smooth, ridge):
@@ -157,7 +164,9 @@ def test_the_banded_factor_is_a_cholesky_factor(nodes):
     dense = rough_rows(nodes).T @ rough_rows(nodes) + 0.5 * np.eye(nodes ** 2)
     right = torch.randn(nodes ** 2, 3, dtype=torch.float64)
     factor = BandedFactor(diagonals, nodes)
-    np.testing.assert_allclose(factor.multiply(diagonals, right), dense @ right.numpy(), atol=1e-10)
+    np.testing.assert_allclose(dense_of(diagonals, nodes), dense, atol=1e-12)
+    rough = np.linalg.norm(rough_rows(nodes) @ right.numpy()) ** 2
+    assert roughness(right, nodes) == pytest.approx(rough, rel=1e-12)
     np.testing.assert_allclose(factor.forward(right), np.linalg.solve(np.linalg.cholesky(dense), right))
     np.testing.assert_allclose(factor.backward(factor.forward(right)), np.linalg.solve(dense, right))
 
@@ -212,6 +221,36 @@ def test_f_is_five_times_better_than_raw(semantics, artifacts, noise):
 def test_without_artifacts_f_is_as_good_as_the_view_average(count, noise):
     regime = Regime("blobby", "none", noise=noise, residual=0.0, grid=8, channels=32)
     assert run(regime, count)[1] < 1.02 * run(regime, count, artifacts=False)[1] + 1e-3
+
+
+def test_sums_of_a_sketch_are_those_of_the_sketched_features():
+    views = sample_views(5, (400, 300), seed=5)
+    xs, ys = view_axes(views, patch_centres(64, 16, 16))
+    draw = torch.Generator().manual_seed(0)
+    mixing = torch.randn(CHANNELS, 2, generator=draw)
+    whole, expected = Sums(NODES, GRID, CHANNELS), Sums(NODES, GRID, 2)
+    for v in range(len(views)):
+        features = torch.randn(GRID, GRID, CHANNELS, generator=draw)
+        weights = torch.rand(GRID, GRID, generator=draw)
+        whole.add(xs[v], ys[v], features, weights, features @ mixing)
+        expected.add(xs[v], ys[v], features @ mixing, weights)
+    sketched = whole.sketched(mixing)
+    for name in ("ff", "fg", "gg", "fy", "gy"):
+        torch.testing.assert_close(getattr(sketched, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
+    assert sketched.yy == pytest.approx(expected.yy, rel=1e-6) and sketched.weight == whole.weight
+    assert sketched.channels == 2 and whole.channels == CHANNELS
+
+
+@pytest.mark.parametrize("outlier_size", [6.0, 50.0])
+def test_a_sketch_of_the_channels_costs_no_accuracy(monkeypatch, outlier_size):
+    regime = Regime("blobby", "high", grid=8, channels=256, outliers=0.05, outlier_size=outlier_size)
+    monkeypatch.setattr("training.linear.SKETCH", 256)
+    _, error, artifact_error, fit = run(regime, 40)
+    monkeypatch.setattr("training.linear.SKETCH", 96)
+    _, sketched_error, sketched_artifact_error, sketched = run(regime, 40)
+    assert not torch.equal(fit.nodal, sketched.nodal)
+    assert sketched_error < 1.02 * error and sketched_artifact_error < 1.02 * artifact_error
+    assert abs(sketched.diagnostics["outlier_share"] - fit.diagnostics["outlier_share"]) < 0.005
 
 
 def test_large_outliers_cost_little():

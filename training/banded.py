@@ -60,16 +60,6 @@ class BandedFactor:
             out[rows] = torch.linalg.solve_triangular(self._lower[index].T, part, upper=True)
         return out
 
-    def multiply(self, diagonals: Tensor, right: Tensor) -> Tensor:
-        """The product of another matrix of this kind with right (M * M, any)."""
-        size = len(right)
-        out = torch.zeros_like(right)
-        for index in range(25):
-            shift = self._shift(index)
-            rows = slice(max(0, -shift), size - max(0, shift))
-            out[rows] += diagonals[rows, index, None] * right[rows.start + shift:rows.stop + shift]
-        return out
-
     def _strip(self, rows: Tensor) -> Tensor:
         """Dense (rows, ...): first the block below the diagonal, from column 0, then the diagonal block."""
         strip = rows.new_zeros(len(rows), 4 * self.block)
@@ -96,6 +86,15 @@ def roughness_diagonals(nodes: int) -> Tensor:
     for weight, vertical, horizontal in (1, "straight", "eye"), (1, "eye", "straight"), (2, "mixed", "mixed"):
         product += weight * torch.einsum("yi,xj->yxij", bands[vertical], bands[horizontal])
     return product.reshape(nodes * nodes, 25)
+
+
+def roughness(field: Tensor, nodes: int) -> float:
+    """f'Rf of a field (M * M, C), summed over channels."""
+    field = field.view(nodes, nodes, -1)
+    across = field[:, 1:] - field[:, :-1]
+    # One first difference serves the second differences along x and the mixed ones.
+    energy = (across[:, 1:] - across[:, :-1]).norm() ** 2 + 2 * (across[1:] - across[:-1]).norm() ** 2
+    return float(energy + (field[2:] + field[:-2]).sub_(field[1:-1], alpha=2).norm() ** 2)
 
 
 @lru_cache(maxsize=4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ class Sums:
         fy, gy: (M * M, C), (K * K, C).
         yy: sum of w * |y|^2 over tokens and channels.
         weight: sum of w.
+        sketch_yy: as yy, of the features' sketch.
     """
 
     def __init__(self, nodes: int, grid: int, channels: int, device: torch.device | str = "cpu") -> None:
@@ -34,22 +37,27 @@ class Sums:
         self.gg = zeros(grid ** 2)
         self.fy = zeros(nodes ** 2, channels)
         self.gy = zeros(grid ** 2, channels)
-        self.yy = 0.0
+        self.yy = self.sketch_yy = 0.0
         self.weight = 0.0
 
-    def add(self, xs: Tensor, ys: Tensor, features: Tensor, weights: Tensor) -> None:
+    def add(
+        self, xs: Tensor, ys: Tensor, features: Tensor, weights: Tensor, sketch: Tensor | None = None
+    ) -> None:
         """Add one view.
 
         Args:
             xs, ys: (K,) float64 image coordinates of the patch columns and rows.
             features: (K, K, C) float32.
             weights: (K, K) token weights.
+            sketch: (K, K, c), the features times the matrix that `sketched` will be called with.
         """
         grid, nodes = self.grid, self.nodes
         weights = weights.double()
         weighted = features * weights[..., None].to(features.dtype)
         self.yy += float(torch.linalg.vecdot(weighted, features).sum(dtype=torch.float64))
         self.weight += float(weights.sum())
+        if sketch is not None:
+            self.sketch_yy += float((sketch.square().sum(-1) * weights).sum())
         self.gg += weights.flatten()
         self.gy += weighted.flatten(0, 1)
 
@@ -77,6 +85,13 @@ class Sums:
         by_row = (to_rows @ weighted.flatten(1)).view(-1, grid, self.channels)
         window = self.fy.view(nodes, nodes, -1)[y_from:y_to, x_from:x_to]
         window += to_columns @ by_row
+
+    def sketched(self, mixing: Tensor) -> Sums:
+        """The sums of features @ mixing, for mixing (C, c): what is of the geometry alone is shared, not copied."""
+        sums = copy.copy(self)
+        sums.channels, sums.yy = mixing.shape[1], self.sketch_yy
+        sums.fy, sums.gy = self.fy @ mixing.double(), self.gy @ mixing.double()
+        return sums
 
 
 def cell_of(coords: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
