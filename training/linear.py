@@ -21,7 +21,7 @@ COARSE = 32
 FLOOR = 0.02
 # Random directions of the features that outliers and strengths are judged by where there are more channels: both
 # ask for energies only, and those of as many directions are known to a tenth, at a fraction of the cost.
-SKETCH = 192
+SKETCH = 96
 # Steps of the strengths' fixed point at the end; they seldom move by the third.
 MAX_STEPS = 4
 
@@ -183,7 +183,7 @@ class LinearSolver:
         self._spread = float(residuals.quantile(0.9))
         # Nothing is fitted yet: only tokens far beyond the content's own variety are suspect.
         self._limit = 4 * self._spread
-        for nodes in 3 * [min(self.nodes, COARSE)]:
+        for nodes in 2 * [min(self.nodes, COARSE)]:
             coarse = Sums(nodes, self.grid, sketches[0][2].shape[-1], self.device)
             for view, residual in zip(sketches, residuals):
                 coarse.add(*view, self._weigh(residual))

@@ -2,7 +2,7 @@
 
     python -m training.benchmark stage1 --quick              six regimes, no field: about a minute
     python -m training.benchmark stage1 --no-field           all regimes: about five minutes on two cores
-    python -m training.benchmark stage1                      with the field at 2,000 steps: hours
+    python -m training.benchmark stage1                      with the field at 2,000 steps: shows its progress
     python -m training.benchmark stage1 --end-to-end vit_base_patch14_dinov2     time and memory of decompose
     python -m training.benchmark stage1 --real NAME          seed and position dependence on real photographs
 """
@@ -18,6 +18,7 @@ import time
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from training.benchmark import _stage1_real as real
 from training.field import FieldSettings, fit_field
@@ -95,10 +96,11 @@ def _run_field(scene: Scene, count: int, seed: int, steps: int) -> tuple[Tensor,
         features[index] = scene.view(views, index).flatten(0, 1)
     coords = torch.stack([xs[:, None].expand(-1, grid, -1), ys[..., None].expand(-1, -1, grid)], -1)
     start = time.perf_counter()
-    fit = fit_field(
-        coords.reshape(-1, 2).float(), torch.arange(grid * grid).repeat(count), features.flatten(0, 1), grid,
-        FieldSettings(steps=steps), seed=seed,
-    )
+    with tqdm(total=steps, desc="field", unit="step", leave=False) as bar:
+        fit = fit_field(
+            coords.reshape(-1, 2).float(), torch.arange(grid * grid).repeat(count), features.flatten(0, 1), grid,
+            FieldSettings(steps=steps), seed=seed, progress=bar.update,
+        )
     centres = scene.centres.float()
     at = torch.stack(torch.meshgrid(centres, centres, indexing="ij"), -1).flip(-1)
     return fit.semantics(at), fit.artifacts, time.perf_counter() - start
