@@ -50,7 +50,7 @@ def register(
     if "." not in backbone and cfg.tag:
         backbone = f"{backbone}.{cfg.tag}"
     if variant_name(backbone, suffix) in {variant.name for variant in (*published_variants(), EMBEDDED)}:
-        raise ValueError(f"{variant_name(backbone, suffix)} is a variant of the package; pass another suffix for your own.")
+        raise ValueError(f"{variant_name(backbone, suffix)} is a published variant; pass another suffix for your own.")
     variant = Variant(
         name=variant_name(backbone, suffix),
         backbone=backbone,

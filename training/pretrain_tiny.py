@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
-from timm.layers import set_fused_attn
+from timm.layers import build_sincos2d_pos_embed, set_fused_attn
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -57,7 +57,7 @@ class Settings:
 
     objectives: tuple[str, ...] = ("pixels", "classes")
     images: int = 20_000
-    steps: int = 3_600
+    steps: int = 3_200
     batch_size: int = 96
     lr: float = 1e-3
     warmup: int = 200
@@ -79,6 +79,9 @@ class Pretrainer(nn.Module):
         set_fused_attn(False)
         self.encoder = timm.create_model(ARCHITECTURE, img_size=SIZE, num_classes=0)
         assert isinstance(self.encoder, VisionTransformer)
+        # A masked autoencoder's position embedding begins as sines and cosines, as large as the patches' own tokens.
+        waves = build_sincos2d_pos_embed([GRID, GRID], self.encoder.embed_dim)
+        self.encoder.pos_embed.data[:, 1:] = waves
         dim = self.encoder.embed_dim
         self.classes = nn.Linear(dim, len(CLASSES))
         self.narrow = nn.Linear(dim, width)
@@ -191,8 +194,8 @@ def pretrain(settings: Settings, out: Path, dtype: torch.dtype, save_every: int 
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     model = Pretrainer(settings).train()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    decayed = [p for p in model.parameters() if p.ndim == 2 or p.ndim == 4]
+    others = [p for p in model.parameters() if p.ndim != 2 and p.ndim != 4]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
     teacher = Pretrainer(settings).encoder.requires_grad_(False) if "features" in settings.objectives else None

@@ -15,6 +15,7 @@ PACKAGES = (
     "tuxpaint-stamps-default dataset-fashion-mnist mate-backgrounds gnome-backgrounds plasma-workspace-wallpapers "
     "ukui-wallpapers lomiri-wallpapers-16.04 lomiri-wallpapers-20.04"
 )
+SHARE = "/usr/share"
 STAMPS, PHOTOS, CLOTHES = "tuxpaint/stamps", ("backgrounds", "wallpapers"), "datasets/fashion-mnist"
 SPLITS = ("train", "val")
 VAL_SHARE = 4  # one source in four belongs to the validation split
@@ -67,7 +68,7 @@ class Sources:
     clothes: list[np.ndarray]
 
 
-def load_sources(split: str, share: str | Path = "/usr/share") -> Sources:
+def load_sources(split: str, share: str | Path = SHARE) -> Sources:
     """Read the sources of a split: no photograph, cut-out or clothing item is in both.
 
     Cut-outs and photographs are split by a hash of their names, Fashion-MNIST as it comes.

@@ -25,7 +25,7 @@ from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
 from training.shared_folder import OutputError, write_atomically
-from training.stamp_sources import CLASSES, CLOTHES_CLASSES, SPLITS, STAMP_CLASSES, Sources, SourcesMissing, load_sources
+from training.stamp_sources import CLASSES, SHARE, SPLITS, STAMP_CLASSES, Sources, SourcesMissing, load_sources
 
 SIZE = 192
 _OBJECTS = (2, 5)  # in an image
@@ -148,13 +148,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=2000, metavar="N", help="training images (%(default)s)")
     parser.add_argument("--val", type=int, default=500, metavar="N", help="validation images (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images of the same sources")
+    parser.add_argument("--share", default=SHARE, metavar="DIR", help="where the packages are installed (%(default)s)")
     args = parser.parse_args(argv)
     if min(args.train, args.val) < 0:
         parser.error("--train and --val must be 0 or more")
     settings = {"train": args.train, "val": args.val, "seed": args.seed, "size": SIZE}
     try:
         for split, count in zip(SPLITS, (args.train, args.val)):
-            write_split(args.out / split, Composer(split, args.seed), count)
+            write_split(args.out / split, Composer(split, args.seed, load_sources(split, args.share)), count)
         write_atomically(args.out / "classes.txt", "".join(f"{name}\n" for name in CLASSES).encode())
         write_atomically(args.out / "settings.json", json.dumps(settings).encode())
     except (SourcesMissing, OutputError) as e:
