@@ -40,11 +40,11 @@ def test_the_mask_names_the_class_of_every_pixel(share):
             if label == 0:
                 assert ((red == green) & (green == blue)).mean() > 0.98
             elif label <= len(STAMP_CLASSES) and inside.any():
-                # Not quite all: two cut-outs of a class may meet here, blended.
-                assert (abs(10 * red / blue - label) < 0.35).mean() > 0.95
+                right += int((abs(10 * red / blue - label) < 0.35).sum())
+                total += len(red)
                 seen.add(label)
-    # Not quite all: two cut-outs of a class may meet, blended.
-    assert len(seen) > 12 and right > 0.97 * total
+    # Not quite all: two cut-outs of a class may meet, blended, and soft edges reach further than two pixels.
+    assert len(seen) > 12 and right > 0.98 * total
 
 
 def test_a_box_holds_what_is_visible_of_an_object_and_no_more(share):
