@@ -44,8 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--model",
         metavar="NAME",
-        help=f"a variant, local-dir:FOLDER or hf-hub:REPO (default: {DEFAULT_MODEL}, or its architecture with random "
-        "weights where its own are neither on this machine nor within reach)",
+        help=f"a variant, local-dir:FOLDER or hf-hub:REPO (default: {DEFAULT_MODEL}, which is in the package)",
     )
     demo.add_argument("--out", metavar="FILE", default="dvt_demo.png", help="picture to write (default: %(default)s)")
     demo.add_argument("--no-pretrained", action="store_true", help="random weights: fetch nothing")

@@ -19,12 +19,12 @@ from torch import nn
 from timm_dvt.model import Denoised
 from timm_dvt.panel import Row, draw
 from timm_dvt.saving import write_whole
+from timm_dvt.variants import EMBEDDED
 from timm_dvt.weights import CheckpointError, WeightsNotFoundError
 
-DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m_dvt"
+DEFAULT_MODEL = EMBEDDED.name
 MAX_ASPECT = 3.0  # longer images are cropped around their middle
 PROBE_SECONDS = 5.0
-NO_NETWORK = "random weights: no network, no learned denoiser; the picture shows the mechanics only"
 NOT_ASKED = "random weights, as asked for: no learned denoiser; the picture shows the mechanics only"
 
 
@@ -52,7 +52,7 @@ def run(
 
     Args:
         image: a path; default the photograph that ships with the package.
-        model: a name for timm.create_model; default `DEFAULT_MODEL`, with random weights if its own cannot be had.
+        model: a name for timm.create_model; default `DEFAULT_MODEL`, which is in the package.
         out: the picture to write; its suffix says the format.
         pretrained: False for random weights.
         size: the image is resized to about size x size pixels in area; default the model's own resolution.
@@ -147,9 +147,7 @@ def load_model(name: str | None, pretrained: bool = True) -> tuple[nn.Module, st
         try:
             return create(name or DEFAULT_MODEL, pretrained=True), ""
         except WeightsNotFoundError as e:
-            if name:
-                raise DemoError(str(e)) from e
-    return create(DEFAULT_MODEL, pretrained=False), NO_NETWORK
+            raise DemoError(str(e)) from e
 
 
 def create(name: str, pretrained: bool) -> nn.Module:

@@ -12,8 +12,9 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import nn
 
 from timm_dvt.building import create
+from timm_dvt.embedded import register_backbone
 from timm_dvt.model import check_supported
-from timm_dvt.variants import GENERIC, Variant, published_variants, variant_name
+from timm_dvt.variants import EMBEDDED, GENERIC, Variant, published_variants, variant_name
 
 MODULE = "timm_dvt"  # what timm.list_models(module=...) knows our architectures by
 
@@ -48,7 +49,7 @@ def register(
     check_supported(create_model(backbone, device="meta"))
     if "." not in backbone and cfg.tag:
         backbone = f"{backbone}.{cfg.tag}"
-    if variant_name(backbone, suffix) in {variant.name for variant in published_variants()}:
+    if variant_name(backbone, suffix) in {variant.name for variant in (*published_variants(), EMBEDDED)}:
         raise ValueError(f"{variant_name(backbone, suffix)} is a published variant; pass another suffix for your own.")
     variant = Variant(
         name=variant_name(backbone, suffix),
@@ -65,7 +66,8 @@ def register(
 
 def register_all() -> None:
     """Register the table. Harmless when repeated."""
-    for variant in published_variants():
+    register_backbone()
+    for variant in (*published_variants(), EMBEDDED):
         _register(variant)
     _register_entrypoint(GENERIC, functools.partial(_create_generic))
 

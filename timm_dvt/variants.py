@@ -1,6 +1,7 @@
 """The table of published variants, and what a registered name stands for."""
 
 from dataclasses import dataclass
+from importlib import resources
 
 from timm.models import split_model_name_tag
 
@@ -69,10 +70,20 @@ class Variant:
     def source(self) -> str:
         """Where the weights come from, in a few words."""
         if self.file:
-            return self.file
+            return "in the package" if self.name == EMBEDDED.name else self.file
         if self.hub_id:
             return f"{self.hub_id}/{self.hub_file}" if self.hub_file else self.hub_id
         return "no weights"
+
+
+# Ships with the package, so that something real works without a network: see timm_dvt/assets/stamps/README.md.
+EMBEDDED = Variant(
+    name="vit_tiny_patch16_224.stamps_dvt",
+    backbone="vit_tiny_patch16_224.stamps",
+    resolution=192,
+    file=str(resources.files("timm_dvt") / "assets" / "stamps" / "denoiser.safetensors"),
+    license="apache-2.0",
+)
 
 
 def variant_name(backbone: str, suffix: str) -> str:
@@ -104,4 +115,5 @@ def saved_architecture(arch: str) -> str:
 
     It must be registered wherever timm_dvt is imported, so it is `ARCH_dvt` for the table's and the generic one else.
     """
-    return f"{arch}_dvt" if arch in {split_model_name_tag(row.backbone)[0] for row in ROWS} else GENERIC
+    known = {split_model_name_tag(row.backbone)[0] for row in ROWS} | {EMBEDDED.architecture}
+    return f"{arch}_dvt" if arch in known else GENERIC

@@ -1,0 +1,168 @@
+"""Images with exact class masks, composed of cut-outs on photographs: python -m training.stamps --out DIR
+
+    DIR/classes.txt                     a class a line; the first is the background
+    DIR/settings.json                   what made the folder
+    DIR/{train,val}/images/00000.png    RGB, 192 x 192
+    DIR/{train,val}/masks/00000.png     8 bits: the class of each pixel
+    DIR/{train,val}/objects.json        {"00000": [{"class": 3, "box": [x0, y0, x1, y1]}, ...]}, pixels, x1 and y1
+                                        exclusive, around what is visible of each object
+
+Objects are placed uniformly: their place says nothing of their class. Photographs, cut-outs and clothing items of the
+validation split are in no training image. Every image is a function of seed, split and number alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageEnhance
+from tqdm import tqdm
+
+from training.shared_folder import OutputError, write_atomically
+from training.stamp_sources import CLASSES, SHARE, SPLITS, STAMP_CLASSES, Sources, SourcesMissing, load_sources
+
+SIZE = 192
+_OBJECTS = (2, 5)  # in an image
+_LONGER_SIDE = (0.3, 0.8)  # of an object, of the image's side
+_TURN = 20.0  # degrees at most
+_SMALLEST = 64  # visible pixels of an object that objects.json lists
+_CLOTHING = 24  # brightness from which a Fashion-MNIST pixel is clothing; its ground is 0, its noise below 10
+
+
+@dataclass(frozen=True)
+class Stamped:
+    """One composed image.
+
+    Attributes:
+        image: (192, 192, 3) uint8.
+        mask: (192, 192) uint8, class of each pixel, 0 is background.
+        objects: (class, (x0, y0, x1, y1)) of each visible object.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    objects: list[tuple[int, tuple[int, int, int, int]]]
+
+
+class Composer:
+    """Composes the images of a split; `Composer("val")[7]` is always the same image.
+
+    Args:
+        split: "train" or "val".
+        seed: another seed composes other images of the same sources.
+        sources: where they come from; by default the Debian packages' files.
+
+    Raises:
+        SourcesMissing: a package is not installed.
+    """
+
+    def __init__(self, split: str, seed: int = 0, sources: Sources | None = None) -> None:
+        self.sources = load_sources(split) if sources is None else sources
+        self._key = (seed, SPLITS.index(split))
+
+    def __getitem__(self, index: int) -> Stamped:
+        draw = np.random.default_rng([*self._key, index])
+        image = self._photo(draw)
+        owner = np.zeros((SIZE, SIZE), np.uint8)
+        classes = [0]
+        for _ in range(draw.integers(*_OBJECTS, endpoint=True)):
+            label, item = self._object(draw)
+            left, top = (int(draw.integers(SIZE)) - side // 2 for side in item.size)
+            image.paste(item, (left, top), item)
+            shape = np.asarray(item.getchannel("A")) > 127
+            here = owner[max(top, 0):top + item.height, max(left, 0):left + item.width]
+            shape = shape[max(-top, 0):, max(-left, 0):][:here.shape[0], :here.shape[1]]
+            here[shape] = len(classes)
+            classes.append(label)
+        objects = []
+        for number, label in enumerate(classes[1:], 1):
+            ys, xs = np.nonzero(owner == number)
+            if len(ys) >= _SMALLEST:
+                box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
+                objects.append((label, box))
+        return Stamped(np.array(image), np.array(classes, np.uint8)[owner], objects)
+
+    def _photo(self, draw: np.random.Generator) -> Image.Image:
+        photo = self.sources.photos[draw.integers(len(self.sources.photos))]
+        side = draw.uniform(0.4, 1.0) * min(photo.size)
+        left, top = draw.uniform(0, photo.width - side), draw.uniform(0, photo.height - side)
+        crop = photo.resize((SIZE, SIZE), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+        return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else crop
+
+    def _object(self, draw: np.random.Generator) -> tuple[int, Image.Image]:
+        """A class, all being equally likely, and one of its objects (RGBA), resized, flipped, turned, lit."""
+        label = int(draw.integers(1, len(CLASSES)))
+        if label <= len(STAMP_CLASSES):
+            stamps = self.sources.stamps[label - 1]
+            item = stamps[draw.integers(len(stamps))]
+        else:
+            photos = self.sources.clothes[label - 1 - len(STAMP_CLASSES)]
+            item = _tinted(photos[draw.integers(len(photos))], draw.uniform(0.3, 1.0, 3))
+        scale = draw.uniform(*_LONGER_SIDE) * SIZE / max(item.size)
+        item = item.resize(
+            (max(round(item.width * scale), 1), max(round(item.height * scale), 1)), Image.Resampling.BICUBIC
+        )
+        if draw.random() < 0.5 and CLASSES[label] not in ("letter", "sign"):
+            item = item.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        item = item.rotate(draw.uniform(-_TURN, _TURN), Image.Resampling.BILINEAR, expand=True)
+        return label, ImageEnhance.Brightness(item).enhance(draw.uniform(0.7, 1.2))
+
+
+def _tinted(photo: np.ndarray, tint: np.ndarray) -> Image.Image:
+    """A clothing item (28, 28) in a colour, RGBA, its dark ground transparent."""
+    rgba = np.empty((28, 28, 4), np.uint8)
+    rgba[..., :3] = photo[..., None] * tint
+    rgba[..., 3] = 255 * (photo >= _CLOTHING)
+    return Image.fromarray(rgba, "RGBA")
+
+
+def write_split(folder: Path, composer: Composer, count: int) -> None:
+    """Write `count` images, their masks and objects.json; what is there already is not made again."""
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    objects = {}
+    for index in tqdm(range(count), desc=folder.name, unit=" images"):
+        stamped, name = composer[index], f"{index:05d}"
+        objects[name] = [{"class": label, "box": list(box)} for label, box in stamped.objects]
+        for kind, pixels in (("images", stamped.image), ("masks", stamped.mask)):
+            path = folder / kind / f"{name}.png"
+            if not path.exists():
+                png = io.BytesIO()
+                Image.fromarray(pixels).save(png, "PNG", compress_level=1)
+                write_atomically(path, png.getvalue())
+    write_atomically(folder / "objects.json", json.dumps(objects).encode())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the dataset; returns 0, or 1 with a line that says what to do."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.stamps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--train", type=int, default=2000, metavar="N", help="training images (%(default)s)")
+    parser.add_argument("--val", type=int, default=500, metavar="N", help="validation images (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other images of the same sources")
+    parser.add_argument("--share", default=SHARE, metavar="DIR", help="where the packages are installed (%(default)s)")
+    args = parser.parse_args(argv)
+    if min(args.train, args.val) < 0:
+        parser.error("--train and --val must be 0 or more")
+    settings = {"train": args.train, "val": args.val, "seed": args.seed, "size": SIZE}
+    try:
+        for split, count in zip(SPLITS, (args.train, args.val)):
+            write_split(args.out / split, Composer(split, args.seed, load_sources(split, args.share)), count)
+        write_atomically(args.out / "classes.txt", "".join(f"{name}\n" for name in CLASSES).encode())
+        write_atomically(args.out / "settings.json", json.dumps(settings).encode())
+    except (SourcesMissing, OutputError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
