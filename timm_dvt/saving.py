@@ -49,7 +49,8 @@ def save_pretrained(
 
 
 def _write_config(model: Any, path: Path, model_args: dict) -> None:
-    denoiser = model.denoiser
+    denoisers = model.denoisers()
+    denoiser = denoisers[max(denoisers)]  # all are of one kind
     arguments = {
         **{key: value for key, value in getattr(model, "_model_args", {}).items() if not key.endswith("drop_rate")},
         **model_args,
@@ -61,9 +62,10 @@ def _write_config(model: Any, path: Path, model_args: dict) -> None:
         "backbone": model.backbone_name,
         "denoiser": {
             "grid_size": list(denoiser.grid_size),
-            "depth": len(denoiser.blocks),
+            "depth": len(denoiser.blocks) if denoiser.arch.startswith("block") else 1,
             "num_heads": denoiser.num_heads,
-            "pos_embed": denoiser.pos_embed is not None,
+            "arch": denoiser.arch,
+            **({} if list(denoisers) == [model.final_block] else {"layers": list(denoisers)}),
         },
     }
     cfg = model.pretrained_cfg
