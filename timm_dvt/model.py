@@ -261,17 +261,22 @@ def attach_denoiser(model: nn.Module, denoiser: Denoiser | LayerDenoisers) -> nn
     """Make a timm ViT a denoised one with this denoiser, in place, and return it. Raises as `add_denoiser`."""
     check_supported(model)
     weight = model.patch_embed.proj.weight
-    cfg = getattr(model, "pretrained_cfg", None) or {}
     model.__class__ = denoised_class(type(model))
     model.denoiser = denoiser.to(device=weight.device, dtype=weight.dtype).train(model.training)
     model.denoise = True
     model.final_block = len(model.blocks) - 1
     model.denoises_final = model.final_block in model.denoisers()
-    model.backbone_name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
+    model.backbone_name = timm_name(model)
     # With average pooling timm moves the final norm behind the pool; the denoiser sees normed tokens all the same.
     model.norm_after_pool = isinstance(model.norm, nn.Identity) and not isinstance(model.fc_norm, nn.Identity)
     model.set_grad_checkpointing(model.grad_checkpointing)
     return model
+
+
+def timm_name(model: nn.Module) -> str:
+    """A timm model's name, ARCH.TAG or ARCH; empty for a model that timm.create_model did not make."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
 
 
 def freeze_backbone(model: nn.Module) -> nn.Module:
