@@ -273,6 +273,14 @@ def attach_denoiser(model: nn.Module, denoiser: Denoiser | LayerDenoisers) -> nn
     return model
 
 
+def remove_denoiser(model: nn.Module) -> nn.Module:
+    """Make a denoised model the plain timm model it was, in place, and return it."""
+    model.__class__ = model._backbone_class
+    for name in ("denoiser", "denoise", "final_block", "denoises_final", "backbone_name", "norm_after_pool"):
+        delattr(model, name)
+    return model
+
+
 def timm_name(model: nn.Module) -> str:
     """A timm model's name, ARCH.TAG or ARCH; empty for a model that timm.create_model did not make."""
     cfg = getattr(model, "pretrained_cfg", None) or {}

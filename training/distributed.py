@@ -34,11 +34,14 @@ class Processes:
         return DistributedDataParallel(model) if self.count > 1 else model
 
 
+ALONE = Processes()
+
+
 @contextmanager
 def processes(device: torch.device) -> Iterator[Processes]:
     """Join the other processes that torchrun started, if it did: by NCCL on GPUs (unproven here), by gloo on CPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield Processes()
+        yield ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -98,7 +98,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, lr: float, weight_de
         default=64,
         help="of each process, so that 2 processes at 32 do what one does at 64 (default: the paper's %(default)s)",
     )
-    group.add_argument("--lr", type=at_least_zero, default=lr, help="at its highest; a cosine from there to 0 (%(default)s)")
+    group.add_argument("--lr", type=at_least_zero, default=lr, help="highest; a cosine from there to 0 (%(default)s)")
     group.add_argument("--warmup", type=int, default=0, metavar="N", help="steps that lr rises first (%(default)s)")
     group.add_argument("--weight-decay", type=at_least_zero, default=weight_decay, help="of AdamW (%(default)s)")
     group.add_argument("--dtype", choices=list(DTYPES), default="float32", help="bfloat16: by autocast (%(default)s)")

@@ -51,13 +51,19 @@ class PairSet:
         return hashlib.sha256("\n".join([*self.files, repr(self.layers)]).encode()).hexdigest()
 
     def split(self, fraction: float, seed: int) -> tuple[PairSet, PairSet]:
-        """Training and validation pairs, drawn at random; above 0, a fraction gives at least one of each."""
-        count = round(fraction * len(self.files))
-        if fraction > 0:
-            count = min(max(count, 1), len(self.files) - 1)
-        held_out = set(_shuffled(len(self.files), seed, -1)[:count])
-        parts = [[file for i, file in enumerate(self.files) if (i in held_out) == held] for held in (False, True)]
-        return replace(self, files=tuple(parts[0])), replace(self, files=tuple(parts[1]))
+        """Training and validation pairs, drawn at random: see `split_places`."""
+        parts = split_places(len(self.files), fraction, seed)
+        training, validation = (tuple(self.files[place] for place in places) for places in parts)
+        return replace(self, files=training), replace(self, files=validation)
+
+
+def split_places(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Which of `count` samples to train on and which to validate with; above 0, a fraction gives one at least."""
+    held = round(fraction * count)
+    if fraction > 0:
+        held = max(held, 1)
+    held_out = set(_shuffled(count, seed, -1)[:held].tolist())
+    return [place for place in range(count) if place not in held_out], sorted(held_out)
 
 
 def open_pairs(folder: str | Path, layers: Sequence[int] | None = None) -> PairSet:

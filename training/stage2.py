@@ -64,8 +64,8 @@ class Validation:
                 predicted = module.predict(raw)
             losses.append(torch.stack([distance(x, clean).mean((1, 2)) for x in (predicted, raw)]))
             if first == 0 and raw.shape[-1] >= 3:
-                maps = [x[:PICTURES, -1].float().unflatten(1, module.grid).cpu().numpy() for x in (raw, predicted, clean)]
-                log.picture(step, list(zip(*maps)))
+                shown = [x[:PICTURES, -1].float().unflatten(1, module.grid) for x in (raw, predicted, clean)]
+                log.picture(step, list(zip(*(maps.cpu().numpy() for maps in shown))))
         module.train()
         denoised, untouched = torch.cat(losses, 1).mean(1).tolist()
         return {"val_loss": denoised, "val_loss_raw": untouched}

@@ -21,7 +21,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,12 @@ import torch
 from torch import nn
 
 from timm_dvt import CheckpointError, save_pretrained
-from timm_dvt.denoiser import ARCHITECTURES, Denoiser
+from timm_dvt.denoiser import ARCHITECTURES, Denoiser, LayerDenoisers
 from timm_dvt.model import attach_denoiser, combine, timm_name
 from timm_dvt.weights import denoiser_for, read_checkpoint
 from training.backbone import DTYPES
 from training.checkpoints import CHECKPOINT, Diverged, load_checkpoint, save_checkpoint
-from training.distributed import Processes, processes
+from training.distributed import ALONE, Processes, processes
 from training.models import load_pairs_model, pick_device, weights_digest
 from training.optimisation import learning_rate, make_adamw
 from training.options import add_model_arguments, add_training_arguments
@@ -155,8 +155,8 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, ranks: Processes) ->
         raise PairError(f"{pairs.folder} holds {len(pairs.files)} pair: too few for --val-fraction {args.val_fraction}")
     batch_size = args.batch_size * ranks.count
     steps = args.steps or -(-args.epochs * len(training.files) // batch_size)
-    if args.warmup >= steps:
-        raise ValueError(f"warmup must be below the {steps} steps of the run, got {args.warmup}")
+    if not 0 <= args.warmup < steps:
+        raise ValueError(f"warmup must be from 0 to below the {steps} steps of the run, got {args.warmup}")
     return Settings(
         args.arch, args.blocks, args.start, args.init, steps, batch_size, args.lr, args.warmup, args.weight_decay,
         args.dtype, args.val_fraction, args.seed,
@@ -164,7 +164,7 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, ranks: Processes) ->
 
 
 def check_fit(model: Any, pairs: PairSet, name: str) -> None:
-    """Raise PairError unless the pairs can be of this model: its width and blocks, and its weights if they are known."""
+    """Raise PairError unless the pairs can be of this model, by its width and number of blocks."""
     if model.embed_dim != pairs.channels:
         raise PairError(
             f"{pairs.folder} holds features of {pairs.channels} channels, but --model {name} has {model.embed_dim}: "
@@ -197,7 +197,7 @@ def train(
     settings: Settings,
     folder: Path,
     device: torch.device,
-    ranks: Processes = Processes(),
+    ranks: Processes = ALONE,
     workers: int = 2,
     checkpoint_every: int = 200,
     val_every: int | None = None,
@@ -228,7 +228,7 @@ def train(
     denoisers = make_denoisers(pairs, settings.arch, settings.blocks, settings.seed)
     if settings.arch == "static":
         subtract_mean_artifacts(denoisers, PairReader(training, ("artifacts",), room=0))
-        return denoisers
+        settings = replace(settings, steps=0)  # what follows only validates
     module = Stage2(denoisers, pairs.grid).to(device)
     optimizer = make_adamw(module, settings.lr, settings.weight_decay)
     facts = load_checkpoint(folder / CHECKPOINT, module, optimizer)
@@ -246,6 +246,8 @@ def train(
     # Of each step's batch this process takes its share; which pairs these are depends on seed and step alone.
     share = settings.batch_size // ranks.count
 
+    # Nothing is flipped or cropped: artifacts are tied to places, so that a flipped raw map is one that the backbone
+    # never gives, and the denoiser would learn the mean of the artifacts and of their mirror image.
     def places(step: int) -> list[int]:
         start = step * settings.batch_size + ranks.rank * share
         return positions(len(training.files), start, start + share, settings.seed)
@@ -253,8 +255,8 @@ def train(
     batches = read_ahead((partial(lambda s: reader.read(places(s)), s) for s in range(first, settings.steps)), workers)
     val_every = val_every or max(1, settings.steps // 10)
     check_every = 1 if device.type == "cpu" else 10  # looking at the loss makes a GPU wait
-    log = TrainingLog(folder, settings.steps, first, settings.batch_size, ranks.first)
-    with log:
+    limit = 0.0  # of the loss: ten times that of predicting nothing, 1 + ||F||
+    with TrainingLog(folder, settings.steps, first, settings.batch_size, ranks.first) as log:
         for step in range(first, settings.steps):
             lr = learning_rate(step, settings.steps, settings.lr, settings.warmup)
             for group in optimizer.param_groups:
@@ -270,7 +272,7 @@ def train(
             last = done == settings.steps
             if done % check_every == 0 or last:
                 loss = losses.mean().item()
-                limit = 10 * (1 + torch.linalg.vector_norm(clean, dim=-1).mean().item())
+                limit = limit or 10 * (1 + torch.linalg.vector_norm(clean, dim=-1).mean().item())
                 if not loss < limit:
                     seen = [place for s in range(max(first, done - check_every), done) for place in places(s)]
                     raise _not_sane(loss, limit, done, lr, reader, seen)
@@ -284,6 +286,8 @@ def train(
             if (done % checkpoint_every == 0 or last) and ranks.first:
                 save_checkpoint(folder / CHECKPOINT, module, optimizer, done, {})
                 log.resume()
+        if settings.steps == 0 and ranks.first:
+            log.write(0, **validate(module, 0, log))
     return {layer: denoiser.cpu() for layer, denoiser in denoisers.items()}
 
 
@@ -295,9 +299,10 @@ def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backb
         ValueError: it has other layers, another architecture or number of blocks.
     """
     found = denoiser_for(read_checkpoint(folder), pairs.channels, pairs.grid, backbone=backbone)
-    by_layer = {int(n): one for n, one in found.layers.items()} if hasattr(found, "layers") else None
-    if by_layer is None:  # a folder of the last block alone does not number it
-        by_layer = dict.fromkeys(pairs.layers[-1:], found)
+    if isinstance(found, LayerDenoisers):
+        by_layer = {int(block): one for block, one in found.layers.items()}
+    else:  # a folder of the last block alone does not number it
+        by_layer = {pairs.layers[-1]: found}
     for layer, denoiser in denoisers.items():
         one = by_layer.get(layer)
         if one is None:
@@ -323,8 +328,8 @@ def _not_sane(loss: float, limit: float, step: int, lr: float, reader: PairReade
         names = ", ".join(map(str, broken[:3]))
         return PairError(f"NaN or infinite features in {names}; delete the pair and run training.denoise_images again")
     return Diverged(
-        f"the loss diverged: {loss:.4g} at step {step}, ten times what predicting nothing would give ({limit / 10:.4g}), "
-        f"at a learning rate of {lr:.3g}; use a smaller --lr or a longer --warmup, and another --out"
+        f"the loss diverged: {loss:.4g} at step {step}, ten times what predicting nothing would give "
+        f"({limit / 10:.4g}), at a learning rate of {lr:.3g}; use a smaller --lr or a longer --warmup, and another --out"
     )
 
 
