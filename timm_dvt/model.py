@@ -278,6 +278,9 @@ def remove_denoiser(model: nn.Module) -> nn.Module:
     model.__class__ = model._backbone_class
     for name in ("denoiser", "denoise", "final_block", "denoises_final", "backbone_name", "norm_after_pool"):
         delattr(model, name)
+    if hasattr(model, "_model_args"):  # what a config.json would say
+        ours = ("backbone", "denoiser")
+        model._model_args = {key: value for key, value in model._model_args.items() if key not in ours}
     return model
 
 

@@ -83,10 +83,10 @@ def _write_config(model: Any, path: Path, model_args: dict) -> None:
 
 def _arguments(model: Any, more: dict | None = None) -> dict:
     """What a timm ViT was created with, and what it is now."""
-    made_with = getattr(model, "_model_args", {}) | (more or {})
-    ours = ("backbone", "denoiser")
+    made_with = getattr(model, "_model_args", {})
     return {
-        **{key: value for key, value in made_with.items() if not key.endswith("drop_rate") and key not in ours},
+        **{key: value for key, value in made_with.items() if not key.endswith("drop_rate")},
+        **(more or {}),
         "img_size": list(model.patch_embed.img_size),
         "in_chans": model.in_chans,
         "num_classes": model.num_classes,

@@ -35,7 +35,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from timm_dvt.model import Denoised, remove_denoiser
+from timm_dvt.model import remove_denoiser
 from timm_dvt.saving import save_plain
 from training.backbone import DTYPES
 from training.checkpoints import CHECKPOINT, Diverged, load_checkpoint, save_checkpoint
@@ -156,12 +156,12 @@ def make_parser() -> argparse.ArgumentParser:
 def load_teacher(name: str, pretrained: bool, seed: int) -> Any:
     """A denoised model. Raises ValueError if there is none by that name, TypeError if it has no denoiser."""
     teacher: Any = load_model(name, pretrained=pretrained, seed=seed)
-    if not (isinstance(teacher, Denoised) and getattr(teacher, "denoises_final", False)):
+    if not getattr(teacher, "denoises_final", False):
         raise TypeError(
             f"--model {name} has no denoiser of its final features to learn from; name a *_dvt variant, or the "
             "local-dir:FOLDER that training.train_denoiser wrote"
         )
-    if not getattr(teacher, "backbone_name", ""):
+    if not teacher.backbone_name:
         raise TypeError(f"--model {name}: timm has no name for its backbone, so nothing could rebuild the result")
     teacher.requires_grad_(False)
     return teacher

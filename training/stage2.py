@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,7 @@ def start_as_static(denoisers: dict[int, Denoiser], reader: PairReader) -> None:
     count = len(reader.pairs.files)
     places = list(range(0, count, -(-count // START_PAIRS)))
     corrections = _mean(reader, places, lambda raw, clean: clean - raw)
+    denoiser: Any
     for denoiser, correction in zip(denoisers.values(), corrections, strict=True):
         with torch.no_grad():
             if denoiser.pos_embed is not None:
@@ -102,6 +104,7 @@ def start_as_static(denoisers: dict[int, Denoiser], reader: PairReader) -> None:
 def subtract_mean_artifacts(denoisers: dict[int, Denoiser], reader: PairReader) -> None:
     """Make static denoisers: F = y - G, with the artifact field averaged over all pairs (`reader` reads artifacts)."""
     means = _mean(reader, range(len(reader.pairs.files)), lambda artifacts: artifacts)
+    denoiser: Any
     for denoiser, artifacts in zip(denoisers.values(), means, strict=True):
         with torch.no_grad():
             denoiser.pos_embed.copy_(-artifacts)

@@ -304,7 +304,7 @@ def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backb
     else:  # a folder of the last block alone does not number it
         by_layer = {pairs.layers[-1]: found}
     for layer, denoiser in denoisers.items():
-        one = by_layer.get(layer)
+        one: Any = by_layer.get(layer)
         if one is None:
             raise ValueError(f"--init {folder} holds denoisers for blocks {list(by_layer)}, none for {layer}")
         if (one.arch, len(one.blocks)) != (denoiser.arch, len(denoiser.blocks)):
@@ -329,7 +329,8 @@ def _not_sane(loss: float, limit: float, step: int, lr: float, reader: PairReade
         return PairError(f"NaN or infinite features in {names}; delete the pair and run training.denoise_images again")
     return Diverged(
         f"the loss diverged: {loss:.4g} at step {step}, ten times what predicting nothing would give "
-        f"({limit / 10:.4g}), at a learning rate of {lr:.3g}; use a smaller --lr or a longer --warmup, and another --out"
+        f"({limit / 10:.4g}), at a learning rate of {lr:.3g}; use a smaller --lr or a longer --warmup, "
+        "and another --out"
     )
 
 

@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -24,7 +25,7 @@ from training.scenes import REGIMES, relative_error
 
 def unseen_error(folder: Path | None, world: World, first: int, count: int) -> float:
     """Mean relative error over images first to first + count - 1 of the denoiser in a folder; None: of raw maps."""
-    denoiser = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().denoiser if folder else None
+    denoiser: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().denoiser if folder else None
     grid = (world.regime.grid, world.regime.grid)
     errors = []
     for image in range(first, first + count):
