@@ -3,8 +3,9 @@
 import os
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -139,10 +140,10 @@ def denoiser_for(
         raise CheckpointError(f"{path}: made for {checkpoint.made_for}, not for {backbone}.")
     if not state:
         raise CheckpointError(f"{path}: holds no denoiser (keys: {_some(checkpoint.backbone)}).")
-    sizes = (dim, grid_size, num_heads)
+    new = partial(Denoiser, dim, grid_size, num_heads=num_heads, device="meta")
     layers = sorted({int(m[1]) for m in (re.match(r"layers\.(\d+)\.", key) for key in state) if m})
     if not layers:
-        return _one_denoiser(state, sizes, path, "denoiser.")
+        return _one_denoiser(state, new, path, "denoiser.")
     if layers[-1] >= (depth or 1024):
         raise CheckpointError(f"{path}: holds a denoiser for block {layers[-1]}; the backbone's last is {depth - 1}.")
     stray = [key for key in state if not re.match(r"layers\.\d+\.", key)]
@@ -152,12 +153,12 @@ def denoiser_for(
     for block in layers:
         prefix = f"layers.{block}."
         own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-        denoisers[block] = _one_denoiser(own, sizes, path, f"denoiser.{prefix}")
+        denoisers[block] = _one_denoiser(own, new, path, f"denoiser.{prefix}")
     return LayerDenoisers(denoisers, (depth or layers[-1] + 1) - 1)
 
 
-def _one_denoiser(state: State, sizes: tuple, path: str, prefix: str) -> Denoiser:
-    """A denoiser of these weights; the keys tell its architecture and number of blocks."""
+def _one_denoiser(state: State, new: Callable[..., Denoiser], path: str, prefix: str) -> Denoiser:
+    """What `new` makes, with these weights; the keys tell its architecture and number of blocks."""
     numbers = [int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", key) for key in state) if m]
     kernel = state.get("blocks.0.weight")
     depth = 1 if kernel is not None else 1 + max(numbers, default=0)
@@ -168,7 +169,7 @@ def _one_denoiser(state: State, sizes: tuple, path: str, prefix: str) -> Denoise
         arch = "conv3x3" if kernel.shape[-1] == 3 else "conv1x1"
     elif set(state) == {"pos_embed"}:
         arch = "static"
-    denoiser = Denoiser(*sizes[:2], depth, sizes[2], arch=arch, device="meta")
+    denoiser = new(depth=depth, arch=arch)
     check_state(denoiser, state, path, prefix=prefix)
     dtype = next(iter(state.values())).dtype
     denoiser.to_empty(device="cpu").to(dtype).load_state_dict(state)
