@@ -196,10 +196,11 @@ def test_several_layers_together_are_trained_as_each_alone(arch, tmp_path):
     assert run(pairs, tmp_path / "last", "--steps", "4", "--arch", arch, "--layers", "5") == 0
     assert run(pairs, tmp_path / "inner", "--steps", "4", "--arch", arch, "--layers", "2") == 0
     both = denoiser_weights(tmp_path / "both")
-    for name, value in denoiser_weights(tmp_path / "last").items():
-        assert torch.equal(both[name.replace("denoiser.", "denoiser.layers.5.")], value)
-    for name, value in denoiser_weights(tmp_path / "inner").items():
-        assert torch.equal(both[name], value)
+    last, inner = (denoiser_weights(tmp_path / name) for name in ("last", "inner"))
+    alone = {name.replace("denoiser.", "denoiser.layers.5."): value for name, value in last.items()} | inner
+    assert alone.keys() == both.keys()
+    for name, value in alone.items():  # a convolution adds up in another order when its input has other strides
+        torch.testing.assert_close(both[name], value, rtol=0, atol=1e-6 if "conv" in arch else 0)
     model = timm.create_model(f"local-dir:{tmp_path / 'both'}", pretrained=True)
     assert list(model.denoisers()) == [2, 5]
 

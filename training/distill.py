@@ -39,7 +39,7 @@ from timm_dvt.model import remove_denoiser
 from timm_dvt.saving import save_plain
 from training.backbone import DTYPES
 from training.checkpoints import CHECKPOINT, Diverged, load_checkpoint, save_checkpoint
-from training.distributed import ALONE, Processes, processes
+from training.distributed import ALONE, Processes, claim, processes
 from training.image_crops import CropReader
 from training.images import Source, list_images
 from training.models import load_model, pick_device, weights_digest
@@ -109,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         teacher = load_teacher(args.model, args.pretrained, args.seed)
         with processes(device) as ranks:
             settings = make_settings(args, teacher, sources, ranks)
-            with SharedFolder(args.out) as folder, folder.claim("training") as mine:
-                if ranks.first and not mine:
+            with SharedFolder(args.out) as folder, claim(folder, ranks) as mine:
+                if not mine:
                     raise ValueError(f"another process is training into {args.out}")
                 if ranks.first:
                     folder.settle(describe(args, teacher, sources, settings))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from training.shared_folder import SharedFolder
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def claim(folder: SharedFolder, ranks: Processes) -> AbstractContextManager[bool]:
+    """Be the only run that trains into a folder; the first process holds the claim for all. Gives False if it is not."""
+    return folder.claim("training") if ranks.first else nullcontext(True)
 
 
 @contextmanager

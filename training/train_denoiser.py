@@ -35,7 +35,7 @@ from timm_dvt.model import attach_denoiser, combine, timm_name
 from timm_dvt.weights import denoiser_for, read_checkpoint
 from training.backbone import DTYPES
 from training.checkpoints import CHECKPOINT, Diverged, load_checkpoint, save_checkpoint
-from training.distributed import ALONE, Processes, processes
+from training.distributed import ALONE, Processes, claim, processes
 from training.models import load_pairs_model, pick_device, weights_digest
 from training.optimisation import learning_rate, make_adamw
 from training.options import add_model_arguments, add_training_arguments
@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_fit(model, pairs, args.model)
         with processes(device) as ranks:
             settings = make_settings(args, pairs, ranks)
-            with SharedFolder(args.out) as folder, folder.claim("training") as mine:
-                if ranks.first and not mine:
+            with SharedFolder(args.out) as folder, claim(folder, ranks) as mine:
+                if not mine:
                     raise ValueError(f"another process is training into {args.out}")
                 if ranks.first:
                     folder.settle(describe(args, model, pairs, settings))
@@ -148,6 +148,9 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, ranks: Processes) ->
     """
     if not 0 <= args.val_fraction < 1:
         raise ValueError(f"val_fraction must be at least 0 and below 1, got {args.val_fraction}")
+    if args.blocks < 1 or (args.blocks > 1 and not args.arch.startswith("block")):
+        accepted = "1 or more" if args.arch.startswith("block") else f"1 with --arch {args.arch}"
+        raise ValueError(f"--blocks must be {accepted}, got {args.blocks}")
     if args.init and args.arch == "static":
         raise ValueError("--init starts a training, and --arch static needs none; leave out one of the two")
     training, _ = pairs.split(args.val_fraction, args.seed)
