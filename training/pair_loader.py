@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from training.pairs import INDEX, read_index, read_pair, read_settings
@@ -171,7 +172,7 @@ class PairReader:
     def read(self, positions: Sequence[int]) -> Tensor:
         """Maps (parts, B, layers, K*K, C) of the pairs at these places of `pairs.files`, in the files' precision.
 
-        Safe in several threads at once. NumPy copies here, because torch would start its own threads in each.
+        Safe in several threads at once.
 
         Raises:
             PairError: a pair is damaged; names the file.
@@ -229,7 +230,8 @@ def read_ahead(tasks: Iterable[Callable[[], Batch]], workers: int = 2) -> Iterat
     An error in a task is raised where its result is asked for.
     """
     waiting: deque[Future[Batch]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="read-ahead")
+    # Left alone, torch would start as many threads again for each of these, and they would wait for each other.
+    pool = ThreadPoolExecutor(workers, "read-ahead", partial(threadpool_limits, limits=1, user_api="openmp"))
     try:
         for task in tasks:
             waiting.append(pool.submit(task))

@@ -88,9 +88,13 @@ class TrainingLog:
             return
         drawn = []
         for maps in rows:
+            if not all(np.isfinite(one).all() for one in maps):
+                continue
             projection = fit_projection(maps[-1])
             cells = [(projection.colors(one) * 255).round().astype(np.uint8) for one in maps]
             drawn.append(np.concatenate([np.array(_enlarged(cell)) for cell in cells], axis=1))
+        if not drawn:
+            return
         image = np.concatenate(drawn, axis=0)
         data = io.BytesIO()
         Image.fromarray(image).save(data, "PNG")
