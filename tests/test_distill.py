@@ -170,7 +170,7 @@ def test_two_processes_at_half_the_batch_end_with_the_weights_of_one(data, tmp_p
     assert run(data, tmp_path / "one") == 0
     launcher = (*TORCHRUN, "--master-port", "29621", "-m")
     two = start(data, tmp_path / "two", "--batch-size", "1", launcher=launcher)
-    output = two.communicate(timeout=120)
+    output = two.communicate(timeout=300)
     assert two.returncode == 0, output
     one, both = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:

@@ -48,9 +48,8 @@ def start(pairs: Path, out: Path, *options: str, launcher: tuple[str, ...] = ())
     """The command in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *launcher, "training.train_denoiser", *MODEL, "--pairs", str(pairs)]
-    return subprocess.Popen(
-        [*command, "--out", str(out), *options], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )  # fmt: skip
+    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, "--out", str(out), *options], env=environment, **pipes)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -264,7 +263,7 @@ def test_stopped_after_any_checkpoint_it_continues_bit_for_bit(pairs, tmp_path, 
         save(path, model, optimizer, step, facts)
         raise KeyboardInterrupt
 
-    for step in (2, 4, 6, 8):
+    for _ in (2, 4, 6, 8):
         monkeypatch.setattr(train_denoiser, "save_checkpoint", save_and_die)
         assert run(pairs, tmp_path / "out", *options) == 130
         monkeypatch.undo()
@@ -286,9 +285,10 @@ def test_a_finished_run_is_not_done_again_and_other_settings_are_refused(pairs, 
 def test_two_processes_at_half_the_batch_end_with_the_weights_of_one(pairs, tmp_path):
     options = ("--steps", "12", "--val-every", "6")
     assert run(pairs, tmp_path / "one", *options) == 0
-    two = start(pairs, tmp_path / "two", *options, "--batch-size", "2", launcher=(*TORCHRUN, "--master-port", "29611", "-m"))
-    assert two.wait(120) == 0, two.communicate()
-    two.communicate()
+    launcher = (*TORCHRUN, "--master-port", "29611", "-m")
+    two = start(pairs, tmp_path / "two", *options, "--batch-size", "2", launcher=launcher)
+    output = two.communicate(timeout=300)
+    assert two.returncode == 0, output
     one, both = denoiser_weights(tmp_path / "one"), denoiser_weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], both[name], atol=2e-5, rtol=1e-4)

@@ -40,7 +40,7 @@ ALONE = Processes()
 
 
 def claim(folder: SharedFolder, ranks: Processes) -> AbstractContextManager[bool]:
-    """Be the only run that trains into a folder; the first process holds the claim for all. Gives False if it is not."""
+    """Be the only run that trains into a folder; the first process holds it for all. Gives False if it is not."""
     return folder.claim("training") if ranks.first else nullcontext(True)
 
 
