@@ -40,7 +40,7 @@ def create(
     """Build a variant: timm's backbone, its weights, the denoiser, its weights; what timm.create_model ends in.
 
     Args:
-        denoiser: arguments of `add_denoiser`: grid_size, depth, num_heads, pos_embed.
+        denoiser: arguments of `add_denoiser`: grid_size, depth, num_heads, pos_embed, arch, layers.
         kwargs: arguments of timm's model, as for the backbone.
     """
     if pretrained_cfg is None or isinstance(pretrained_cfg, str):
@@ -62,7 +62,7 @@ def create(
         check_supported(sketch)
         options = _denoiser_options(variant, sketch, denoiser)
         grid, heads = tuple(options["grid_size"]), options.get("num_heads")
-        loaded = denoiser_for(checkpoint, sketch.embed_dim, grid, heads, variant.backbone)
+        loaded = denoiser_for(checkpoint, sketch.embed_dim, grid, heads, variant.backbone, len(sketch.blocks))
     model = _backbone(variant, cfg, checkpoint, cache_dir, kwargs)
     if not variant.distilled:
         if loaded is None:

@@ -1,5 +1,6 @@
 """The denoiser of DVT's stage 2: a learned position embedding and transformer blocks behind a ViT's final norm."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -11,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 # Grids whose resampled embedding is kept. A stream of images has one or a few; a cap keeps odd sizes from piling up.
 MAX_CACHED_GRIDS = 8
 
+# Paper, Tab. 6 d, e, b and c, and the baseline that costs nothing.
+ARCHITECTURES = ("block", "block-no-pe", "conv1x1", "conv3x3", "static")
+
 
 class Denoiser(nn.Module):
     """Predicts clean patch tokens from raw ones: F = blocks(y + PE) (paper 4.3, Eq. 11).
@@ -20,7 +24,11 @@ class Denoiser(nn.Module):
         grid_size: rows and columns of the learned position embedding; other grids get it resampled as timm does.
         depth: number of blocks; the paper uses one.
         num_heads: attention heads of a block; default `C // 64`, or the largest smaller count that divides C.
-        pos_embed: False leaves the position embedding out (paper, Tab. 6 e).
+        pos_embed: False leaves a block's position embedding out: the same as `arch="block-no-pe"`.
+        arch: one of `ARCHITECTURES`. "block" is the paper's denoiser; "block-no-pe" the same without position
+            embedding (Tab. 6 e); "conv1x1" and "conv3x3" three convolutions of C channels with ReLUs between them,
+            zero-padded, with neither position embedding nor a path around them (Tab. 6 b, c); "static" a position
+            embedding alone, F = y + PE: for PE = -G, the artifact field subtracted.
     """
 
     def __init__(
@@ -30,16 +38,23 @@ class Denoiser(nn.Module):
         depth: int = 1,
         num_heads: int | None = None,
         pos_embed: bool = True,
+        arch: str = "block",
         device=None,
         dtype=None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         num_heads = num_heads or default_num_heads(dim)
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"arch is {arch!r}; it must be one of {', '.join(ARCHITECTURES)}")
         if depth < 1:
             raise ValueError(f"depth is {depth}; a denoiser has at least one block")
+        if not arch.startswith("block") and depth > 1:
+            raise ValueError(f"depth is {depth}; only a denoiser of transformer blocks has several, not {arch!r}")
         if dim % num_heads:
             raise ValueError(f"num_heads is {num_heads}, which does not divide the {dim} channels")
+        self.arch = "block-no-pe" if arch == "block" and not pos_embed else arch
+        self.convolves = arch.startswith("conv")
         self.dim = dim
         self.num_heads = num_heads
         self.grid_size = (int(grid_size[0]), int(grid_size[1]))
@@ -47,18 +62,25 @@ class Denoiser(nn.Module):
         # Where the backbone's final norm is pruned away, it lives on here: the denoiser was trained on normed tokens.
         self.norm: nn.Module = nn.Identity()
         self.pos_embed: nn.Parameter | None = None
-        if pos_embed:
+        if self.arch in ("block", "static"):
             self.pos_embed = nn.Parameter(torch.empty(1, self.grid_size[0] * self.grid_size[1], dim, **factory))
         block = partial(Block, dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-        self.blocks = nn.Sequential(*[block(**factory) for _ in range(depth)])
+        if self.convolves:
+            size = 1 if arch == "conv1x1" else 3
+            conv = partial(nn.Conv2d, dim, dim, size, padding=size // 2, **factory)
+            self.blocks = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
+        else:
+            self.blocks = nn.Sequential(*[block(**factory) for _ in range(0 if arch == "static" else depth)])
         self._source: torch.Tensor | None = None
         self._resampled: dict = {}
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise as timm initialises a ViT: truncated normals of deviation 0.02, zero biases."""
+        """Initialise as timm initialises a ViT: truncated normals of deviation 0.02, zero biases; static: zeros."""
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)
+        if self.arch == "static":
+            nn.init.zeros_(self.pos_embed)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
@@ -78,6 +100,9 @@ class Denoiser(nn.Module):
         x = self.norm(x)
         if self.pos_embed is not None:
             x = x + self.position(grid_size)
+        if self.convolves:
+            maps = x.transpose(1, 2).reshape(x.shape[0], self.dim, grid_size[0], grid_size[1])
+            return self.blocks(maps).flatten(2).transpose(1, 2)
         if torch.jit.is_scripting() or not self.grad_checkpointing:
             return self.blocks(x)
         for block in self.blocks:
@@ -129,6 +154,27 @@ class Denoiser(nn.Module):
     def __getstate__(self) -> dict:
         # What is kept for speed is neither saved nor copied.
         return {**self.__dict__, "_source": None, "_resampled": {}}
+
+
+class LayerDenoisers(nn.Module):
+    """Denoisers of several blocks of one backbone; called as a `Denoiser`, it is the one of the final features.
+
+    Args:
+        denoisers: by block, counted from 0. That of the final block sees normed tokens, others what the block gives.
+        final: the backbone's last block. Without a denoiser of its own, the final features stay as they are.
+    """
+
+    def __init__(self, denoisers: Mapping[int, Denoiser], final: int):
+        super().__init__()
+        self.layers = nn.ModuleDict({str(block): denoisers[block] for block in sorted(denoisers)})
+        self.final = str(final)
+
+    def forward(self, x: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """Denoise patch tokens (B, H*W, C) of the final features; returns (B, H*W, C)."""
+        for block, denoiser in self.layers.items():
+            if block == self.final:
+                x = denoiser(x, grid_size)
+        return x
 
 
 def default_num_heads(dim: int) -> int:

@@ -1,4 +1,4 @@
-"""Saving a denoised model as a folder that timm.create_model("local-dir:FOLDER") loads."""
+"""Saving a model as a folder that timm.create_model("local-dir:FOLDER") loads."""
 
 import os
 import tempfile
@@ -48,26 +48,56 @@ def save_pretrained(
     return folder
 
 
+def save_plain(model: nn.Module, folder: str | os.PathLike, name: str) -> Path:
+    """Write a plain ViT, a distilled one say, as a folder that timm alone loads; returns the folder.
+
+    Args:
+        model: without a denoiser.
+        folder: made if it does not exist.
+        name: the model's timm name, ARCH or ARCH.TAG.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    write_whole(folder / WEIGHTS_NAME, lambda path: safetensors.torch.save_file(tensors, path, {"format": "pt"}))
+    write_whole(folder / "config.json", lambda path: _write(model, path, name.split(".")[0], _arguments(model)))
+    return folder
+
+
 def _write_config(model: Any, path: Path, model_args: dict) -> None:
-    denoiser = model.denoiser
+    denoisers = model.denoisers()
+    denoiser = denoisers[max(denoisers)]  # all are of one kind
     arguments = {
-        **{key: value for key, value in getattr(model, "_model_args", {}).items() if not key.endswith("drop_rate")},
-        **model_args,
+        **_arguments(model, model_args),
+        "backbone": model.backbone_name,
+        "denoiser": {
+            "grid_size": list(denoiser.grid_size),
+            "depth": len(denoiser.blocks) if denoiser.arch.startswith("block") else 1,
+            "num_heads": denoiser.num_heads,
+            "arch": denoiser.arch,
+            **({} if list(denoisers) == [model.final_block] else {"layers": list(denoisers)}),
+        },
+    }
+    _write(model, path, saved_architecture(model.backbone_name.split(".")[0]), arguments)
+
+
+def _arguments(model: Any, more: dict | None = None) -> dict:
+    """What a timm ViT was created with, and what it is now."""
+    made_with = getattr(model, "_model_args", {})
+    return {
+        **{key: value for key, value in made_with.items() if not key.endswith("drop_rate")},
+        **(more or {}),
         "img_size": list(model.patch_embed.img_size),
         "in_chans": model.in_chans,
         "num_classes": model.num_classes,
         "global_pool": model.global_pool,
         "dynamic_img_size": model.dynamic_img_size,
-        "backbone": model.backbone_name,
-        "denoiser": {
-            "grid_size": list(denoiser.grid_size),
-            "depth": len(denoiser.blocks),
-            "num_heads": denoiser.num_heads,
-            "pos_embed": denoiser.pos_embed is not None,
-        },
     }
+
+
+def _write(model: Any, path: Path, architecture: str, arguments: dict) -> None:
+    """timm's config.json of a model, under another architecture and at the size that it has now."""
     cfg = model.pretrained_cfg
-    architecture = saved_architecture(model.backbone_name.split(".")[0])
     size = [model.in_chans, *model.patch_embed.img_size]
     saved = {**cfg, "architecture": architecture, "input_size": size, "num_classes": model.num_classes}
     try:

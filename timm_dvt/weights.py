@@ -3,8 +3,9 @@
 import os
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -14,7 +15,7 @@ from timm.models import get_pretrained_cfg
 from timm.models._hub import _get_safe_alternatives, download_cached_file, hf_hub_download, hf_split
 from torch import nn
 
-from timm_dvt.denoiser import Denoiser
+from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from timm_dvt.variants import ROWS
 
 WEIGHTS_NAME = "model.safetensors"
@@ -31,7 +32,7 @@ class WeightsNotFoundError(RuntimeError):
 
 @dataclass
 class Checkpoint:
-    """What a file holds: a ViT's state dict, a denoiser's (keys as in `Denoiser`), or both."""
+    """What a file holds: a ViT's state dict, a denoiser's (keys as in `Denoiser` or `LayerDenoisers`), or both."""
 
     path: str
     backbone: State = field(default_factory=dict)
@@ -99,7 +100,7 @@ def _split(state: State) -> tuple[State, State]:
     state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     if all(key.startswith("model.") for key in state):  # distilled
         return {key.removeprefix("model."): tensor for key, tensor in state.items()}, {}
-    ours = any(re.match(r"denoiser\.(blocks\.\d|pos_embed$)", key) for key in state)
+    ours = any(re.match(r"denoiser\.(layers\.\d|blocks\.\d|pos_embed$)", key) for key in state)
     published = not ours and any(key.startswith("denoiser.") for key in state)
     backbone: State = {}
     denoiser: State = {}
@@ -117,11 +118,19 @@ def _split(state: State) -> tuple[State, State]:
 
 
 def denoiser_for(
-    checkpoint: Checkpoint, dim: int, grid_size: tuple[int, int], num_heads: int | None = None, backbone: str = ""
-) -> Denoiser:
+    checkpoint: Checkpoint,
+    dim: int,
+    grid_size: tuple[int, int],
+    num_heads: int | None = None,
+    backbone: str = "",
+    depth: int | None = None,
+) -> Denoiser | LayerDenoisers:
     """A denoiser with the checkpoint's weights, for a ViT of width `dim` and a position embedding of `grid_size`.
 
-    The number of blocks, and whether there is a position embedding, are the file's.
+    The backbone's blocks that have a denoiser, its architecture and its number of blocks are the file's.
+
+    Args:
+        backbone, depth: the backbone's name and number of blocks, where the caller knows them.
 
     Raises:
         CheckpointError: keys are missing or too many, shapes differ, or the file is for another backbone.
@@ -131,11 +140,37 @@ def denoiser_for(
         raise CheckpointError(f"{path}: made for {checkpoint.made_for}, not for {backbone}.")
     if not state:
         raise CheckpointError(f"{path}: holds no denoiser (keys: {_some(checkpoint.backbone)}).")
-    depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", key) for key in state) if m), default=0)
+    new = partial(Denoiser, dim, grid_size, num_heads=num_heads, device="meta")
+    layers = sorted({int(m[1]) for m in (re.match(r"layers\.(\d+)\.", key) for key in state) if m})
+    if not layers:
+        return _one_denoiser(state, new, path, "denoiser.")
+    if layers[-1] >= (depth or 1024):
+        raise CheckpointError(f"{path}: holds a denoiser for block {layers[-1]}; the backbone's last is {depth - 1}.")
+    stray = [key for key in state if not re.match(r"layers\.\d+\.", key)]
+    if stray:
+        raise CheckpointError(f"{path}: unexpected keys: {_some(stray)}.")
+    denoisers = {}
+    for block in layers:
+        prefix = f"layers.{block}."
+        own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+        denoisers[block] = _one_denoiser(own, new, path, f"denoiser.{prefix}")
+    return LayerDenoisers(denoisers, (depth or layers[-1] + 1) - 1)
+
+
+def _one_denoiser(state: State, new: Callable[..., Denoiser], path: str, prefix: str) -> Denoiser:
+    """What `new` makes, with these weights; the keys tell its architecture and number of blocks."""
+    numbers = [int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", key) for key in state) if m]
+    kernel = state.get("blocks.0.weight")
+    depth = 1 if kernel is not None else 1 + max(numbers, default=0)
     if depth > 64:
         raise CheckpointError(f"{path}: block {depth - 1} of a denoiser is beyond reason; the file is damaged.")
-    denoiser = Denoiser(dim, grid_size, depth, num_heads, pos_embed="pos_embed" in state, device="meta")
-    check_state(denoiser, state, path, prefix="denoiser.")
+    arch = "block" if "pos_embed" in state else "block-no-pe"
+    if kernel is not None:
+        arch = "conv3x3" if kernel.shape[-1] == 3 else "conv1x1"
+    elif set(state) == {"pos_embed"}:
+        arch = "static"
+    denoiser = new(depth=depth, arch=arch)
+    check_state(denoiser, state, path, prefix=prefix)
     dtype = next(iter(state.values())).dtype
     denoiser.to_empty(device="cpu").to(dtype).load_state_dict(state)
     return denoiser
@@ -177,19 +212,26 @@ def load_denoiser(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     Args:
         model: a `*_dvt` model, or one that went through `timm_dvt.add_denoiser`.
         path: a published `.pth`, a safetensors file, or a folder of `timm_dvt.save_pretrained`. Its backbone weights,
-            if any, are left alone. The number of blocks becomes the file's.
+            if any, are left alone. Architecture, number of blocks and denoised layers become the file's.
 
     Raises:
         CheckpointError: names the file and what is wrong with it; the model is as it was.
     """
-    old = getattr(model, "denoiser", None)
-    if old is None:
+    if getattr(model, "denoiser", None) is None:
         raise TypeError(f"{type(model).__name__} has no denoiser to load into; see timm_dvt.add_denoiser.")
-    new = denoiser_for(read_checkpoint(path), old.dim, old.grid_size, old.num_heads, model.backbone_name)
+    before = model.denoisers()
+    old = before[max(before)]
+    heads, last = old.num_heads, model.final_block
+    new = denoiser_for(read_checkpoint(path), old.dim, old.grid_size, heads, model.backbone_name, last + 1)
     some = next(old.parameters())
-    new.grad_checkpointing, new.norm = old.grad_checkpointing, old.norm
     new.requires_grad_(some.requires_grad).train(model.training)
     model.denoiser = new.to(device=some.device, dtype=some.dtype)
+    after = model.denoisers()
+    model.denoises_final = last in after
+    for denoiser in after.values():
+        denoiser.grad_checkpointing = old.grad_checkpointing
+    if last in before and last in after:
+        after[last].norm = before[last].norm
     return model
 
 

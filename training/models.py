@@ -1,29 +1,35 @@
 """Backbones by name, for the command lines: timm's, from a folder or the hub, or with random weights."""
 
 import hashlib
+import json
 import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from torch import nn
 
 import timm_dvt  # noqa: F401  registers the *_dvt names
+from timm_dvt.model import check_supported
 
 
-def load_model(name: str, *, pretrained: bool = True, seed: int = 0) -> nn.Module:
+def load_model(name: str, *, pretrained: bool = True, seed: int = 0, **options: Any) -> nn.Module:
     """A timm model in eval mode, on the CPU.
 
     Args:
         name: whatever timm.create_model takes, and the `*_dvt` names of this package.
         pretrained: with its weights, from timm's cache, the hub or the folder named; else random ones.
         seed: of random weights: same seed, same weights.
+        options: further arguments of the model.
 
     Raises:
         ValueError: no such model, or no weights to be had for it; the message says what else can be done.
     """
     torch.manual_seed(seed)
     try:
-        return timm.create_model(name, pretrained=pretrained).eval()
+        return timm.create_model(name, pretrained=pretrained, **options).eval()
     except Exception as error:  # timm, its hub client and torch each raise their own kinds
         if not pretrained:
             raise ValueError(f"timm makes no model {name!r}: {error}") from error
@@ -31,6 +37,42 @@ def load_model(name: str, *, pretrained: bool = True, seed: int = 0) -> nn.Modul
             f"timm loads no model {name!r} with pretrained weights: {error}\nWithout a network, name a "
             "folder that holds it (local-dir:FOLDER), or take random weights (--no-pretrained)"
         ) from error
+
+
+def load_pairs_model(name: str, pretrained: bool, made_with: Mapping[str, Any], where: str) -> Any:
+    """The backbone that pairs were made with, at their resolution, ready for a denoiser.
+
+    Args:
+        name, pretrained: as in `load_model`; random weights are drawn from the seed that made the pairs.
+        made_with: the pairs' settings. Those of another origin may leave out what they do not know.
+        where: the pairs' folder, for the errors.
+
+    Raises:
+        ValueError: no such model, or the pairs are of another one or of other weights.
+        TypeError: the model cannot have a denoiser.
+    """
+    check_supported(load_model(name, pretrained=False, device="meta"))
+    seed = made_with.get("seed", 0)
+    model: Any = load_model(name, pretrained=pretrained, seed=seed, dynamic_img_size=True)
+    origin = f"{where}/settings.json: the pairs were made with model {made_with.get('model')!r}"
+    if "weights" in made_with:
+        if made_with["weights"] != weights_digest(model):
+            kind = "" if made_with.get("pretrained", True) else " with random weights (--no-pretrained)"
+            raise ValueError(f"{origin}{kind}, whose weights are not those of --model {name}")
+    elif "model" in made_with and made_with["model"] != name:
+        raise ValueError(f"{origin}, not with --model {name}")
+    if made_with.get("input_size"):
+        model.set_input_size(img_size=(made_with["input_size"],) * 2)
+    model.recorded_arguments = _recorded_arguments(name)
+    return model
+
+
+def _recorded_arguments(name: str) -> dict[str, Any]:
+    """Arguments that a local folder's config.json gives its model; older timm versions do not keep them."""
+    scheme, _, folder = name.partition(":")
+    if scheme != "local-dir":
+        return {}
+    return json.loads((Path(folder) / "config.json").read_text()).get("model_args") or {}
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -72,6 +72,45 @@ def add_stage1_arguments(parser: argparse.ArgumentParser, views: int = Stage1Set
     )
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return int(text)
+
+
+def at_least_zero(text: str) -> float:
+    """A finite number of at least 0, for argparse."""
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return float(text)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, lr: float, weight_decay: float) -> None:
+    """Give a command line what stages 2 and 3 share: length, batch, schedule and what is written when."""
+    group = parser.add_argument_group("training")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=positive, default=10, help="(default: the paper's %(default)s)")
+    length.add_argument("--steps", type=positive, metavar="N", help="optimiser steps, instead of epochs")
+    group.add_argument(
+        "--batch-size",
+        type=positive,
+        default=64,
+        help="of each process, so that 2 processes at 32 do what one does at 64 (default: the paper's %(default)s)",
+    )
+    group.add_argument("--lr", type=at_least_zero, default=lr, help="highest; a cosine from there to 0 (%(default)s)")
+    group.add_argument("--warmup", type=int, default=0, metavar="N", help="steps that lr rises first (%(default)s)")
+    group.add_argument("--weight-decay", type=at_least_zero, default=weight_decay, help="of AdamW (%(default)s)")
+    group.add_argument("--dtype", choices=list(DTYPES), default="float32", help="bfloat16: by autocast (%(default)s)")
+    group.add_argument("--workers", type=positive, default=2, help="threads that read ahead (%(default)s)")
+    group.add_argument(
+        "--checkpoint-every", type=positive, default=200, metavar="N", help="steps; changes no result (%(default)s)"
+    )
+    group.add_argument(
+        "--val-every", type=positive, metavar="N", help="steps between validations (default: ten in a run)"
+    )
+
+
 def stage1_settings(args: argparse.Namespace, model: nn.Module) -> Stage1Settings:
     """Stage 1's settings from a command line, with layers, input size and stride filled in for this model.
 

@@ -99,6 +99,10 @@ class Scene:
             basis = torch.softmax(-distance * 4 * self.regime.grid, -1)
         return basis.float() @ self._mix
 
+    def entanglement(self, semantics: Tensor) -> Tensor:
+        """What depends on content and position together, of features (K, K, C): (K, K, C)."""
+        return (semantics @ self._couple) * self._place
+
     def view(self, views: Views, index: int) -> Tensor:
         """The features (K, K, C) of one view; the same whatever was asked for before."""
         xs, ys = view_axes(views[index:index + 1], self.centres)
@@ -106,7 +110,7 @@ class Scene:
         semantics = self.semantics(xs[0], ys[0])
         features = semantics + self.artifacts
         if regime.residual:
-            features = features + regime.residual * (semantics @ self._couple) * self._place
+            features = features + regime.residual * self.entanglement(semantics)
         if regime.noise:
             features = features + regime.noise * torch.randn(features.shape, generator=draw)
         if regime.outliers:

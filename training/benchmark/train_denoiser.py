@@ -1,0 +1,99 @@
+"""What training.train_denoiser costs beside its arithmetic: its pairs a second against a bare PyTorch loop.
+
+    python -m training.benchmark train_denoiser                 --channels 384 --grid 16 for a larger case
+
+The bare loop has the same batches in memory, as float32, and does forward, Eq. 11, backward and AdamW and nothing
+else. The two take turns, a stretch of steps each, and each turn's rates are compared with each other. "read" reads
+every pair from disk each time, "kept" has read them before, as from the second epoch on where there is room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from training import pair_loader, train_denoiser
+from training.benchmark._synthetic_pairs import MODELS, World
+from training.optimisation import distance, learning_rate, make_adamw
+from training.pair_loader import PairReader, PairSet, open_pairs, positions
+from training.scenes import REGIMES
+from training.stage2 import make_denoisers
+
+BAR = 0.95
+
+
+def ours(pairs: PairSet, settings: train_denoiser.Settings, folder: Path) -> float:
+    """Pairs a second of the command's own loop, log, checks and all."""
+    train_denoiser.train(pairs, settings, folder, torch.device("cpu"), checkpoint_every=10**9)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["images_per_second"] for line in lines if "images_per_second" in line][-1]
+
+
+def bare(pairs: PairSet, settings: train_denoiser.Settings, batches: list[torch.Tensor]) -> float:
+    """Pairs a second of nothing but the arithmetic, on batches (2, B, 1, N, C) float32 in memory."""
+    (denoiser,) = make_denoisers(pairs, settings.arch, settings.blocks, settings.seed).values()
+    optimizer = make_adamw(denoiser, settings.lr, settings.weight_decay)
+    start = time.perf_counter()
+    for step in range(settings.steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, settings.steps, settings.lr)
+        raw, clean = batches[step]
+        loss = distance(denoiser(raw[:, 0], pairs.grid), clean[:, 0]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return settings.steps * settings.batch_size / (time.perf_counter() - start)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmark train_denoiser", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--channels", type=int, choices=list(MODELS), default=192)
+    parser.add_argument("--grid", type=int, default=14)
+    parser.add_argument("--steps", type=int, default=20, help="of each turn (20)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (5)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    args = parser.parse_args(argv)
+    settings = train_denoiser.Settings(
+        steps=args.steps, batch_size=args.batch_size, val_fraction=0.0, start="random"
+    )
+    world = World(dataclasses.replace(REGIMES["blobby, high"], channels=args.channels, grid=args.grid))
+    with tempfile.TemporaryDirectory() as name:
+        where = Path(name)
+        world.write(where / "pairs", 2 * args.batch_size)
+        pairs = open_pairs(where / "pairs")
+        reader = PairReader(pairs)
+        count = len(pairs.files)
+        batches = [
+            reader.read(positions(count, step * args.batch_size, (step + 1) * args.batch_size, settings.seed)).float()
+            for step in range(args.steps)
+        ]
+        bare(pairs, dataclasses.replace(settings, steps=2), batches)
+        ratios: dict[str, list[float]] = {"read": [], "kept": []}
+        print(f"C={args.channels}, K={args.grid}, batches of {args.batch_size}, {torch.get_num_threads()} threads")
+        free_memory = pair_loader._free_memory
+        for turn in range(args.rounds):
+            for kind in ratios:
+                pair_loader._free_memory = free_memory if kind == "kept" else (lambda: 0)
+                rates = ours(pairs, settings, where / f"{kind}-{turn}"), bare(pairs, settings, batches)
+                ratios[kind].append(rates[0] / rates[1])
+                print(f"  {kind}: ours {rates[0]:.1f} pairs/s, bare {rates[1]:.1f}, ratio {ratios[kind][-1]:.3f}",
+                      flush=True)
+        pair_loader._free_memory = free_memory
+    medians = {kind: statistics.median(values) for kind, values in ratios.items()}
+    for kind, median in medians.items():
+        print(f"{kind}: median {median:.3f} (bar {BAR}: {'pass' if median >= BAR else 'miss'})")
+    return 0 if min(medians.values()) >= BAR else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

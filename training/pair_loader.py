@@ -1,0 +1,248 @@
+"""Pairs as training reads them: all checked before the first step, then read ahead in an order fixed by the seed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from training.pairs import INDEX, read_index, read_pair, read_settings
+
+Batch = TypeVar("Batch")
+
+
+class PairError(ValueError):
+    """Pairs that cannot be trained on; the message names the file or the setting."""
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """The finished pairs of a folder, or some of them.
+
+    Attributes:
+        folder: where they lie.
+        files: relative to the folder, sorted: the index is in the order of finishing, which is chance.
+        layers: blocks to train for, counted from 0.
+        grid: rows and columns of every map.
+        channels: C.
+        settings: settings.json, what stage 1 made the pairs with.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    layers: tuple[int, ...]
+    grid: tuple[int, int]
+    channels: int
+    settings: dict[str, Any]
+
+    def digest(self) -> str:
+        """By what to know these pairs again: their names (which hash the images' content) and layers."""
+        return hashlib.sha256("\n".join([*self.files, repr(self.layers)]).encode()).hexdigest()
+
+    def split(self, fraction: float, seed: int) -> tuple[PairSet, PairSet]:
+        """Training and validation pairs, drawn at random: see `split_places`."""
+        parts = split_places(len(self.files), fraction, seed)
+        training, validation = (tuple(self.files[place] for place in places) for places in parts)
+        return replace(self, files=training), replace(self, files=validation)
+
+
+def split_places(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Which of `count` samples to train on and which to validate with; above 0, a fraction gives one at least."""
+    held = round(fraction * count)
+    if fraction > 0:
+        held = max(held, 1)
+    held_out = set(_shuffled(count, seed, -1)[:held].tolist())
+    return [place for place in range(count) if place not in held_out], sorted(held_out)
+
+
+def open_pairs(folder: str | Path, layers: Sequence[int] | None = None) -> PairSet:
+    """Find the pairs of a folder and check every file's header: it is whole, and of one shape with the others.
+
+    Args:
+        folder: what training.denoise_images wrote.
+        layers: blocks counted from 0, or from the end of those held with a minus; None is all that the pairs hold.
+
+    Raises:
+        PairError: no pairs, a missing or damaged file, a layer the pairs do not hold, maps of several shapes.
+    """
+    folder = Path(folder)
+    try:
+        settings = read_settings(folder)
+    except FileNotFoundError:
+        raise PairError(
+            f"{folder} holds no pairs: there is no settings.json; python -m training.denoise_images makes them"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise PairError(f"{folder / 'settings.json'} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise PairError(f"{folder / 'settings.json'} holds no settings")
+    try:
+        files = tuple(sorted(entry.file for entry in read_index(folder)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise PairError(f"{folder / INDEX} is damaged; training.pairs.rebuild_index repairs it: {error}") from error
+    if not files:
+        raise PairError(
+            f"{folder} holds no finished pairs: {INDEX} is missing or empty; "
+            "python -m training.denoise_images makes them"
+        )
+    held, shape = _shape(folder / files[0], None)
+    chosen = held if layers is None else _choose(layers, held, folder)
+    for file in files:
+        _, own = _shape(folder / file, chosen)
+        if own != shape:
+            raise PairError(
+                f"mixed grids: {folder / file} holds maps of {_show(own)}, {folder / files[0]} of {_show(shape)}; "
+                "pairs of one folder must be alike"
+            )
+    return PairSet(folder, files, chosen, shape[:2], shape[2], settings)
+
+
+def _choose(layers: Sequence[int], held: tuple[int, ...], folder: Path) -> tuple[int, ...]:
+    unknown = [layer for layer in layers if layer not in held and not -len(held) <= layer < 0]
+    if unknown or not layers:
+        raise PairError(
+            f"layers {list(layers)}: the pairs in {folder} hold {_blocks(held)}; "
+            "run training.denoise_images with the --layers that you want"
+        )
+    return tuple(sorted({layer if layer >= 0 else held[layer] for layer in layers}))
+
+
+def _blocks(layers: Sequence[int]) -> str:
+    return f"block{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+
+
+def _show(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _shape(path: Path, layers: tuple[int, ...] | None) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+    """The layers of a pair and the one shape of its maps, read from the header alone."""
+    try:
+        with safe_open(path, "pt") as file:
+            keys = set(file.keys())
+            held = tuple(sorted({int(key.split(".")[0]) for key in keys}))
+            wanted = [f"{layer}.{part}" for layer in layers or held for part in ("raw", "clean")]
+            missing = [key for key in wanted if key not in keys]
+            if missing:
+                raise PairError(f"{path} has no map {', '.join(missing)}: it holds {_blocks(held)}")
+            shapes = {tuple(file.get_slice(key).get_shape()) for key in wanted}
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, PairError):
+            raise
+        raise _unreadable(path, error) from error
+    shape = next(iter(shapes), ())
+    if len(shapes) != 1 or len(shape) != 3:
+        raise PairError(f"{path}: maps must be (K, K, C), all of one shape, got {sorted(shapes)}")
+    return held, shape
+
+
+def _unreadable(path: Path, error: Exception) -> PairError:
+    return PairError(
+        f"{path} cannot be read, it is damaged or incomplete ({error}); delete it and run training.denoise_images again"
+    )
+
+
+class PairReader:
+    """Reads maps of a set of pairs into batches, and keeps in memory what it has read as long as there is room."""
+
+    def __init__(self, pairs: PairSet, parts: Sequence[str] = ("raw", "clean"), room: int | None = None) -> None:
+        """
+        Args:
+            pairs: at least one.
+            parts: the maps to read, of `training.pairs.PARTS`.
+            room: bytes of memory to keep pairs in; None is a quarter of what is free, shared with this machine's
+                other processes of torchrun.
+        """
+        self.pairs, self.parts = pairs, tuple(parts)
+        self._room = _free_memory() // 4 if room is None else room
+        self._kept: dict[int, np.ndarray] = {}
+
+    def read(self, positions: Sequence[int]) -> Tensor:
+        """Maps (parts, B, layers, K*K, C) of the pairs at these places of `pairs.files`, in the files' precision.
+
+        Safe in several threads at once.
+
+        Raises:
+            PairError: a pair is damaged; names the file.
+        """
+        maps = [self._one(position) for position in positions]
+        batch = np.empty((maps[0].shape[0], len(maps), *maps[0].shape[1:]), np.result_type(*maps))
+        for i, one in enumerate(maps):
+            batch[:, i] = one
+        return torch.from_numpy(batch)
+
+    def _one(self, position: int) -> np.ndarray:
+        kept = self._kept.get(position)
+        if kept is not None:
+            return kept
+        path = self.pairs.folder / self.pairs.files[position]
+        try:
+            layers = [read_pair(path, layer, self.parts) for layer in self.pairs.layers]
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise _unreadable(path, error) from error
+        maps = np.stack([[layer[part].flatten(0, 1).numpy() for layer in layers] for part in self.parts])
+        if self._room >= maps.nbytes:
+            self._room -= maps.nbytes
+            self._kept[position] = maps
+        return maps
+
+    def not_finite(self, positions: Iterable[int]) -> list[Path]:
+        """Which of these pairs hold NaN or infinity."""
+        files = {position: self.pairs.folder / self.pairs.files[position] for position in positions}
+        return [file for position, file in files.items() if not bool(self.read([position]).isfinite().all())]
+
+
+def positions(count: int, first: int, last: int, seed: int) -> list[int]:
+    """Which of `count` samples come at places first to last - 1 of the endless stream of shuffled epochs.
+
+    A pure function of its arguments: a run that continues, on any number of processes, finds its place again. No
+    sample is left out at the end of an epoch; the batch there holds the beginning of the next.
+    """
+    places: list[int] = []
+    while first < last:
+        epoch, start = divmod(first, count)
+        taken = _shuffled(count, seed, epoch)[start : start + last - first]
+        places += taken.tolist()
+        first += len(taken)
+    return places
+
+
+@lru_cache(maxsize=4)
+def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch + 1]).permutation(count)
+
+
+def read_ahead(tasks: Iterable[Callable[[], Batch]], workers: int = 2) -> Iterator[Batch]:
+    """Results of the tasks in their order, worked out by threads a few ahead of the one that is asked for.
+
+    An error in a task is raised where its result is asked for.
+    """
+    waiting: deque[Future[Batch]] = deque()
+    # Left alone, torch would start as many threads again for each of these, and they would wait for each other.
+    pool = ThreadPoolExecutor(workers, "read-ahead", partial(threadpool_limits, limits=1, user_api="openmp"))
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(task))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _free_memory() -> int:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes

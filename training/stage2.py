@@ -1,0 +1,122 @@
+"""The denoisers of stage 2 as they are trained: one for each layer, where they start from, and their loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_dvt.denoiser import Denoiser, LayerDenoisers
+from training.optimisation import distance
+from training.pair_loader import PairError, PairReader, PairSet
+from training.training_log import TrainingLog
+
+PICTURES = 4  # pairs in a picture
+MOST_VALIDATION = 512  # pairs that a validation reads
+START_PAIRS = 2000  # the mean of so many correction maps is known to 2% of their spread
+CHUNK = 16  # pairs in memory at once while a mean is taken
+
+
+class Stage2(nn.Module):
+    """Denoisers side by side, and the loss that trains them (Eq. 11).
+
+    Args:
+        denoisers: by layer; the features of all have one grid.
+        grid: its rows and columns.
+    """
+
+    def __init__(self, denoisers: dict[int, Denoiser], grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.denoisers = LayerDenoisers(denoisers, max(denoisers))
+        self.grid = grid
+
+    def forward(self, raw: Tensor, clean: Tensor) -> Tensor:
+        """Raw and clean features (B, layers, K*K, C) to the loss (layers,) of each: Eq. 11, mean over the tokens."""
+        return distance(self.predict(raw), clean).mean((0, 2))
+
+    def predict(self, raw: Tensor) -> Tensor:
+        """Raw to denoised features, both (B, layers, K*K, C)."""
+        denoisers = self.denoisers.layers.values()
+        return torch.stack([one(tokens, self.grid) for one, tokens in zip(denoisers, raw.unbind(1), strict=True)], 1)
+
+
+class Validation:
+    """The loss on pairs that are not trained on, and a picture of some of them."""
+
+    def __init__(self, reader: PairReader, device: torch.device, lower: Callable[[], AbstractContextManager]) -> None:
+        """
+        Args:
+            reader: of raw and clean maps. lower: autocast, or nothing.
+        """
+        self.reader, self.device, self.lower = reader, device, lower
+        self.places = list(range(min(len(reader.pairs.files), MOST_VALIDATION)))
+
+    @torch.no_grad()
+    def __call__(self, module: Stage2, step: int, log: TrainingLog) -> dict[str, float]:
+        """Draw the picture, and return Eq. 11 of the denoised features and of the raw ones, mean over all layers."""
+        module.eval()
+        losses: list[Tensor] = []
+        for first in range(0, len(self.places), CHUNK):
+            raw, clean = self.reader.read(self.places[first : first + CHUNK]).to(self.device, torch.float32)
+            with self.lower():
+                predicted = module.predict(raw)
+            losses.append(torch.stack([distance(x, clean).mean((1, 2)) for x in (predicted, raw)]))
+            if first == 0 and raw.shape[-1] >= 3:
+                shown = [x[:PICTURES, -1].float().unflatten(1, module.grid) for x in (raw, predicted, clean)]
+                log.picture(step, list(zip(*(maps.cpu().numpy() for maps in shown))))
+        module.train()
+        denoised, untouched = torch.cat(losses, 1).mean(1).tolist()
+        return {"val_loss": denoised, "val_loss_raw": untouched}
+
+
+def make_denoisers(pairs: PairSet, arch: str, blocks: int, seed: int) -> dict[int, Denoiser]:
+    """New denoisers for the layers of some pairs, each drawn from the seed: alone or beside others, it is the same."""
+    denoisers = {}
+    for layer in pairs.layers:
+        torch.manual_seed(seed)
+        denoisers[layer] = Denoiser(pairs.channels, pairs.grid, blocks, arch=arch)
+    return denoisers
+
+
+def start_as_static(denoisers: dict[int, Denoiser], reader: PairReader) -> None:
+    """Let transformer blocks start as the best fixed map: PE = mean of clean - raw, the blocks the identity.
+
+    At a learning rate of 2e-4 no entry of the position embedding moves by more than 2e-4 a step, half that on the
+    average of a cosine: a short run would be over before the artifacts, whose size is that of the features, are
+    learned. From here on every step goes into what a fixed map cannot do. The paper does not say how it starts.
+    """
+    count = len(reader.pairs.files)
+    places = list(range(0, count, -(-count // START_PAIRS)))
+    corrections = _mean(reader, places, lambda raw, clean: clean - raw)
+    denoiser: Any
+    for denoiser, correction in zip(denoisers.values(), corrections, strict=True):
+        with torch.no_grad():
+            if denoiser.pos_embed is not None:
+                denoiser.pos_embed.copy_(correction)
+            for block in denoiser.blocks:
+                for last in (block.attn.proj, block.mlp.fc2):  # what the two residual branches add
+                    nn.init.zeros_(last.weight)
+
+
+def subtract_mean_artifacts(denoisers: dict[int, Denoiser], reader: PairReader) -> None:
+    """Make static denoisers: F = y - G, with the artifact field averaged over all pairs (`reader` reads artifacts)."""
+    means = _mean(reader, range(len(reader.pairs.files)), lambda artifacts: artifacts)
+    denoiser: Any
+    for denoiser, artifacts in zip(denoisers.values(), means, strict=True):
+        with torch.no_grad():
+            denoiser.pos_embed.copy_(-artifacts)
+
+
+def _mean(reader: PairReader, places: Sequence[int], of: Callable[..., Tensor]) -> Tensor:
+    """The mean over pairs of a function of their maps: (layers, K*K, C) float32, added up in float64."""
+    total: Tensor | float = 0.0
+    for first in range(0, len(places), CHUNK):
+        maps = reader.read(places[first : first + CHUNK]).double()
+        total = total + of(*maps).sum(0)
+    mean = torch.as_tensor(total) / len(places)
+    if not bool(mean.isfinite().all()):
+        raise PairError(f"NaN or infinite features in {', '.join(map(str, reader.not_finite(places)[:3]))}")
+    return mean.float()
