@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ class Extractor:
         Raises:
             TypeError, ValueError: as FeatureReader.
         """
-        self.model = model.eval().requires_grad_(False)
-        own = getattr(model, "patch_embed", None)
+        self.model: Any = model.eval().requires_grad_(False)
+        own = getattr(self.model, "patch_embed", None)
         size = input_size or (own.img_size[0] if own is not None and own.img_size else None)
         self.reader = FeatureReader(model, input_size=size, dtype=dtype)
         self.dtype = dtype
@@ -184,7 +184,7 @@ class Features:
                     parts.append(self._compute(indices[start:start + self.batch_size]))
                     bar.update(len(parts[-1]["raw"]))
                 tensors = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-                write_whole(self._shard(shard), lambda path: save_file(tensors, path))
+                write_whole(self._shard(shard), partial(save_file, tensors))
 
     def _read(self, indices: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
         if self.folder is None:

@@ -65,7 +65,8 @@ def channel_mic(values: Tensor, coordinate: Tensor, bound: float | None = None) 
         ValueError: shapes that do not fit, values that are not finite, or no grid of 2 x 2 below the bound.
     """
     if values.ndim != 2 or coordinate.shape != values.shape[1:]:
-        raise ValueError(f"values must be (C, n) and coordinate (n,), got {tuple(values.shape)}, {tuple(coordinate.shape)}")
+        shapes = f"{tuple(values.shape)} and {tuple(coordinate.shape)}"
+        raise ValueError(f"values must be (C, n) and coordinate (n,), got {shapes}")
     if not bool(values.isfinite().all()):
         raise ValueError("values must be finite")
     count = values.shape[1]

@@ -110,5 +110,3 @@ def nearest_class(queries: Tensor, bank: Tensor, labels: Tensor, neighbours: int
 def _stretch(predicted: Tensor, mask: Tensor) -> Tensor:
     rows, columns = (torch.arange(n) * len(predicted) // n for n in mask.shape)
     return predicted.cpu()[rows[:, None], columns]
-
-

@@ -59,7 +59,6 @@ class LinearHead(nn.Module):
         self.norm = nn.BatchNorm2d(channels) if batch_norm else nn.Identity()
         self.linear = nn.Conv2d(channels, classes, 1)
         nn.init.normal_(self.linear.weight, std=0.01)
-        nn.init.zeros_(self.linear.bias)
 
     def forward(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """Logits (B, classes, *size) of maps (B, K, K, C)."""
@@ -83,8 +82,8 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     def loss(indices: list[int]) -> Tensor:
         labels = torch.stack([mask(i) for i in indices]).to(run.device).long()
         logits = head(training.maps(indices, run.state).to(run.device), (size, size))
-        # Divided by the labelled pixels, of which a batch might have none.
-        return cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / max(1, int((labels != IGNORE).sum()))
+        labelled = max(1, int((labels != IGNORE).sum()))  # a batch might have none
+        return cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / labelled
 
     torch.manual_seed(run.seed)
     head = LinearHead(training.channels, classes, settings.batch_norm).to(run.device)

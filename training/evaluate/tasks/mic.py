@@ -43,7 +43,8 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     features = data["val"]
     generator = torch.Generator().manual_seed(run.seed)
     chosen = torch.randperm(len(features), generator=generator)[:settings.images].tolist()
-    found, chance = [], []
+    found: list[float] = []
+    chance: list[float] = []
     for index in tqdm(chosen, desc=f"mic ({run.state})", unit="image", leave=False):
         maps = features.maps([index], run.state)[0].cpu()
         found.append(position_mic(maps))
