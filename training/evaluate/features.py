@@ -37,6 +37,7 @@ from training.models import weights_digest
 from training.shared_folder import write_atomically
 
 SHARD = 64
+RESIDENT = 1 << 30  # bytes of one state of a split, up to which it is held in memory
 
 
 class Extractor:
@@ -121,6 +122,7 @@ class Features:
         self.description = self._describe()
         self.key = sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:20]
         self.folder = None if cache is None else cache / self.key
+        self._resident: dict[str, Tensor | None] = {}
         self._open = lru_cache(maxsize=256)(self._open_shard)
 
     def __len__(self) -> int:
@@ -190,10 +192,19 @@ class Features:
         if self.folder is None:
             computed = self._compute(indices)
             return {name: computed[name].float() for name in names}
-        return {
-            name: torch.stack([self._open(i // SHARD).get_slice(name)[i % SHARD] for i in indices]).float()
-            for name in names
-        }
+        return {name: self._cached(name, indices).float() for name in names}
+
+    def _cached(self, name: str, indices: Sequence[int]) -> Tensor:
+        """From the cache, which is held in memory if it is small."""
+        if name not in self._resident:
+            shards = range(-(-len(self) // SHARD))
+            small = 2 * self.grid**2 * self.channels * len(self) <= RESIDENT
+            tensors = torch.cat([self._open(i).get_tensor(name) for i in shards]) if small else None
+            self._resident[name] = tensors
+        resident = self._resident[name]
+        if resident is not None:
+            return resident[list(indices)]
+        return torch.stack([self._open(i // SHARD).get_slice(name)[i % SHARD] for i in indices])
 
     def _compute(self, indices: Sequence[int]) -> dict[str, Tensor]:
         found = {name: x.half() for name, x in self.extractor(self.images(indices)).items()}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from training.evaluate.datasets import IGNORE
@@ -102,7 +102,7 @@ def nearest_class(queries: Tensor, bank: Tensor, labels: Tensor, neighbours: int
         cosine, index = (part @ bank.T).topk(min(neighbours, len(bank)))
         # A neighbour is one vote; cosines only part classes with equally many votes.
         votes = 1 + cosine / (4 * neighbours)
-        tally = (one_hot(labels[index], classes) * votes[..., None]).sum(1)
+        tally = votes.new_zeros(len(part), classes).scatter_add_(1, labels[index], votes)
         found.append(tally.argmax(1))
     return torch.cat(found)
 
