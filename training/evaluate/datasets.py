@@ -8,7 +8,9 @@ learns nothing. A missing file or folder is an error that shows the whole layout
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -271,7 +273,8 @@ def _coco_year(folder: Path, part: str) -> str:
 
 def _coco_split(folder: Path, name: str, numbers: set[int] | None = None) -> Split:
     root = folder / name if (folder / name).is_dir() else folder / "images" / name
-    reader = CocoDetection(str(root), str(folder / "annotations" / f"instances_{name}.json"))
+    with redirect_stdout(sys.stderr):  # pycocotools prints
+        reader = CocoDetection(str(root), str(folder / "annotations" / f"instances_{name}.json"))
     ids = [i for i in reader.ids if numbers is None or i in numbers]
     categories = sorted(reader.coco.cats)
     index = {category: i for i, category in enumerate(categories)}

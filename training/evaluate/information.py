@@ -28,6 +28,7 @@ most even cut in two: 0.9995 bits at K = 37.
 from __future__ import annotations
 
 from itertools import combinations
+from math import comb
 
 import torch
 from torch import Tensor
@@ -94,12 +95,13 @@ def _best_information(values: Tensor, coordinate: Tensor, coordinate_bins: int, 
     count = values.shape[1]
     places = int(coordinate.max()) + 1
     coordinate_bins = min(coordinate_bins, places)
-    exact = count <= EXACT_PATCHES
-    cuts = count if exact else min(count, max(CUTS[0], min(CUTS[1], 4 * channel_bins)))
+    exact = count <= EXACT_PATCHES or coordinate_bins == places
+    ways = comb(places - 1, coordinate_bins - 1) if exact else 1
+    cuts = count if count <= EXACT_PATCHES else min(count, max(CUTS[0], min(CUTS[1], 4 * channel_bins)))
     parts = []
-    for chunk in values.split(max(1, _CHUNK // (cuts + 1) ** 2)):
+    for chunk in values.split(max(1, _CHUNK // (cuts + 1) ** 2 // ways)):
         table = _count_table(chunk, coordinate, places, cuts)
-        if exact or coordinate_bins == places:
+        if exact:
             parts.append(_try_all(table, coordinate_bins, channel_bins))
         else:
             parts.append(_alternate(table, coordinate_bins, channel_bins))
@@ -130,11 +132,10 @@ def _count_table(values: Tensor, coordinate: Tensor, places: int, cuts: int) -> 
 def _try_all(table: Tensor, coordinate_bins: int, channel_bins: int) -> Tensor:
     """Every way to cut the coordinate, each with the best cuts of the channel."""
     places = table.shape[2] - 1
-    best = torch.full((len(table),), -torch.inf)
-    for inner in combinations(range(1, places), coordinate_bins - 1):
-        groups = table[:, :, [0, *inner, places]].diff(dim=2)
-        best = torch.maximum(best, _best_cuts(groups, channel_bins)[0])
-    return best
+    ways = [[0, *inner, places] for inner in combinations(range(1, places), coordinate_bins - 1)]
+    groups = table[:, :, torch.tensor(ways)].diff(dim=3)  # (C, cuts + 1, ways, groups)
+    best, _ = _best_cuts(groups.transpose(1, 2).flatten(0, 1), channel_bins)
+    return best.reshape(len(table), -1).amax(1)
 
 
 def _alternate(table: Tensor, coordinate_bins: int, channel_bins: int) -> Tensor:
