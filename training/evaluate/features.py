@@ -64,7 +64,8 @@ class Extractor:
         size = input_size or (own.img_size[0] if own is not None and own.img_size else None)
         self.reader = FeatureReader(model, input_size=size, dtype=dtype)
         self.dtype = dtype
-        self.states = ("raw", "denoised") if getattr(model, "denoiser", None) is not None else ("raw",)
+        self.denoiser = _last_denoiser(self.model)
+        self.states = ("raw",) if self.denoiser is None else ("raw", "denoised")
 
     def resize(self, image: Tensor) -> Tensor:
         """(3, h, w) to (3, S, S), antialiased."""
@@ -79,11 +80,10 @@ class Extractor:
         prefix, maps = self.reader.tokens(images)
         (raw,) = maps.values()
         found = {"raw": raw, "prefix": prefix}
-        if "denoised" in self.states:
-            denoiser = self.model.denoiser
-            dtype = next(denoiser.parameters()).dtype
+        if self.denoiser is not None:
+            dtype = self.model.patch_embed.proj.weight.dtype
             grid = (self.reader.grid, self.reader.grid)
-            found["denoised"] = denoiser(raw.flatten(1, 2).to(dtype), grid).float().unflatten(1, grid)
+            found["denoised"] = self.denoiser(raw.flatten(1, 2).to(dtype), grid).float().unflatten(1, grid)
         return found
 
     def describe(self) -> dict[str, Any]:
@@ -235,6 +235,13 @@ class Features:
             "images": len(self.split),
             "files": files.hexdigest(),
         }
+
+
+def _last_denoiser(model: Any) -> nn.Module | None:
+    """The denoiser of the last block's features; a model may have others, of earlier blocks."""
+    if hasattr(model, "denoisers"):
+        return model.denoisers().get(model.final_block)
+    return getattr(model, "denoiser", None)
 
 
 @lru_cache(maxsize=8)

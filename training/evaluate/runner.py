@@ -158,23 +158,27 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
         "parameters": sum(p.numel() for p in model.parameters()),
         "version": __version__,
     }
-    start = time.monotonic()
     available = {*extractor.states, *(["artifacts"] if "denoised" in extractor.states else [])}
     states: dict[str, list[dict[str, float]]] = {}
+    seconds = 0.0
     for state in task.STATES:
         if state in available:
-            states[_label(state, request.model, extractor)] = [
+            runs = [
                 _run_once(task, data, settings, facts, state, seed, request)
                 for seed in range(request.seed, request.seed + request.repeats)
             ]
+            states[_label(state, request.model, extractor)] = [run["numbers"] for run in runs]
+            seconds += sum(run["seconds"] for run in runs)
     result = {
         **facts,
-        "tags": dict(tag.split("=", 1) for tag in request.tags),
+        "limit": request.limit,
+        "changed": [word for word in request.settings if word.partition(".")[0] in (request.task, word)],
+        "tags": {**_known_tags(request.model), **dict(tag.split("=", 1) for tag in request.tags)},
         "seed": request.seed,
         "repeats": request.repeats,
         "states": {state: _summaries(numbers) for state, numbers in states.items()},
         "difference": _difference(states),
-        "seconds": round(time.monotonic() - start, 1),
+        "seconds": round(seconds, 1),
     }
     path = request.out / f"{_slug(request.task, request.dataset, request.model)}-{_key(facts)[:8]}.json"
     write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
@@ -189,23 +193,29 @@ def _run_once(
     state: str,
     seed: int,
     request: Request,
-) -> dict[str, float]:
-    """One state and seed, or what an earlier run found for exactly this."""
+) -> dict[str, Any]:
+    """{"numbers", "seconds"} of one state and seed, or what an earlier run found for exactly this."""
     key = _key({**facts, "state": state, "seed": seed})[:20]
     done = request.out / "parts" / f"{key}.json"
     if done.exists():
         return json.loads(done.read_text())
-    device = extractor_device(data)
+    device = next(iter(data.values())).extractor.reader.device
     checkpoint = done.with_suffix(".pt")
+    start = time.monotonic()
     numbers = task.run(data, settings, Run(state, seed, device, checkpoint))
-    write_atomically(done, (json.dumps(numbers) + "\n").encode())
+    found = {"numbers": numbers, "seconds": time.monotonic() - start}
+    write_atomically(done, (json.dumps(found) + "\n").encode())
     checkpoint.unlink(missing_ok=True)
-    return numbers
+    return found
 
 
-def extractor_device(data: Mapping[str, Features]) -> torch.device:
-    """Where the backbone is, and so where probes are trained."""
-    return next(iter(data.values())).extractor.reader.device
+def _known_tags(model: str) -> dict[str, str]:
+    """What the folder of a trained denoiser says of itself: the number of pairs it was trained on."""
+    path = Path(model.removeprefix("local-dir:")) / "settings.json"
+    try:
+        return {"pairs": str(json.loads(path.read_text())["pairs"]["count"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _label(state: str, model: str, extractor: Extractor) -> str:
