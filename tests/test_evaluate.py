@@ -164,6 +164,15 @@ def test_one_missing_folder_is_named(model, data, tmp_path, capsys):
     assert "images/validation" in message and "Expected layout" in message
 
 
+def test_one_missing_mask_is_named(model, data, tmp_path, capsys):
+    shutil.copytree(data["stamps"], tmp_path / "stamps")
+    (tmp_path / "stamps" / "train" / "masks" / "00003.png").unlink()
+    words = ["knn-seg", "--dataset", "stamps", "--data", str(tmp_path / "stamps"), "--model", model]
+    assert main([*words, "--out", str(tmp_path / "out"), "--set", "bank_share=1.0"]) == 2
+    message = capsys.readouterr().err
+    assert "masks/00003.png" in message and "Expected layout" in message
+
+
 @pytest.mark.parametrize("words, message", [
     (["depth", "--dataset", "voc"], "dataset voc has no depth; those that have: nyu"),
     (["knn-seg", "--dataset", "stamps", "--set", "neighbors=3"], "knn-seg has the settings neighbours"),

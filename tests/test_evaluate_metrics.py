@@ -9,9 +9,9 @@ from sklearn.metrics import jaccard_score
 from torch.nn.functional import interpolate
 
 from training.evaluate.average_precision import Detections, voc_map
-from training.evaluate.datasets import Boxes
 from training.evaluate.lost import is_correct, lost, pairwise_iou
 from training.evaluate.segmentation import SegmentationScore
+from training.evaluate.splits import Boxes
 from training.evaluate.tasks import attentive_probe, depth, detection, knn_seg, linear_seg, position
 
 # ---- segmentation

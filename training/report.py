@@ -42,6 +42,7 @@ COLUMNS = (
 )
 NAMES = {"voc": "VOC12", "ade20k": "ADE20k", "nyu": "NYUv2", "coco": "COCO", "imagefolder": "ImageFolder"}
 STATES = ("raw", "denoised", "artifacts", "distilled")
+_STYLES = {"raw": "--", "denoised": "-", "raw, published": ":", "denoised, published": "-."}
 
 
 @dataclass
@@ -173,30 +174,27 @@ def draw(rows: Sequence[Row], axis: str) -> bytes | None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    chosen = [row for row in rows if row.state in ("raw", "denoised") and _place(row, axis) is not None]
-    wanted = {task for task, *_ in COLUMNS[:-4]}  # of the tasks; MIC and position's share have no part in Fig. 7
-    keys = []
-    for key in columns_of(chosen):
-        lines = _lines(chosen, key, axis)
-        if key[0] in wanted and any(len({x for x, *_ in points}) > 1 for points in lines.values()):
-            keys.append(key)
-    if not keys:
+    wanted = [task for task, *_ in COLUMNS[:-4]]  # MIC and position's share have no part in Fig. 7
+    figures = {key: _lines(rows, key, axis) for key in columns_of(rows) if key[0] in wanted}
+    figures = {key: lines for key, lines in figures.items() if lines}
+    if not figures:
         return None
-    across = min(3, len(keys))
-    down = -(-len(keys) // across)
+    across = min(3, len(figures))
+    down = -(-len(figures) // across)
     figure, plots = plt.subplots(down, across, figsize=(4.2 * across, 3.2 * down), squeeze=False, layout="constrained")
-    for plot in plots.flat[len(keys):]:
+    for plot in plots.flat[len(figures):]:
         plot.set_axis_off()
-    for plot, key in zip(plots.flat, keys):
-        for (family, state), points in sorted(_lines(chosen, key, axis).items()):
+    for plot, (key, lines) in zip(plots.flat, figures.items()):
+        families = sorted({family for family, _ in lines})
+        for (family, state), points in sorted(lines.items()):
             xs, ys, spreads = zip(*sorted(points))
             plot.errorbar(
-                xs, ys, yerr=spreads, marker="o", capsize=3, label=f"{family}, {state}" if family else state,
-                color={"raw": "tab:gray", "denoised": "tab:blue"}[state] if not family else None,
-                linestyle="--" if state == "raw" else "-",
+                xs, ys, yerr=spreads, marker="o", markersize=4, capsize=3, color=f"C{families.index(family)}",
+                label=f"{family} {state}", linestyle=_STYLES[state],
+                alpha=0.5 if "published" in state else 1,
             )  # fmt: skip
         plot.set_xscale("log")
-        ticks = sorted({x for points in _lines(chosen, key, axis).values() for x, *_ in points})
+        ticks = sorted({x for points in lines.values() for x, *_ in points})
         plot.set_xticks(ticks, [f"{x:g}" for x in ticks])
         plot.minorticks_off()
         plot.set(xlabel={"parameters": "parameters (M)"}.get(axis, axis), ylabel=heading(key))
@@ -209,16 +207,18 @@ def draw(rows: Sequence[Row], axis: str) -> bytes | None:
 
 
 def _lines(rows: Sequence[Row], key: Key, axis: str) -> dict[tuple[str, str], list[tuple[float, float, float]]]:
-    """Points (x, mean, spread) of one number, by family of models and state."""
+    """Points (x, mean, spread) of one number, by family of models and state; families at one place are left out."""
     lines: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
-    families = {_family(row, axis) for row in rows}
     for row in rows:
         place = _place(row, axis)
-        if key in row.cells and place is not None:
+        if key in row.cells and place is not None and row.state in ("raw", "denoised"):
             mean, spread, _ = row.cells[key]
-            family = _family(row, axis) if len(families) > 1 else ""
-            lines.setdefault((family, row.state), []).append((place, mean, spread or 0.0))
-    return lines
+            lines.setdefault((_family(row, axis), row.state), []).append((place, mean, spread or 0.0))
+            known = PUBLISHED.get((backbone(row.model), row.state), {})
+            if axis == "parameters" and key in known:
+                published = lines.setdefault((_family(row, axis), f"{row.state}, published"), [])
+                published.append((place, known[key], 0.0))
+    return {name: points for name, points in lines.items() if len({x for x, *_ in points}) > 1}
 
 
 def _family(row: Row, axis: str) -> str:

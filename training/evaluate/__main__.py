@@ -69,7 +69,11 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
     extractor = Extractor(model, args.input_size, args.dtype)
     for name in names:
-        result, path = evaluate(replace(request, task=name), model, extractor)
+        try:
+            result, path = evaluate(replace(request, task=name), model, extractor)
+        except FileNotFoundError as error:  # an image or mask that a list names
+            layout = DATASETS[args.dataset].layout
+            raise ValueError(f"there is no file {error.filename}\nExpected layout:\n{layout}") from error
         print(f"{result_table(result)}\n  {result['seconds']} s, {path}\n", flush=True)
     return 0
 

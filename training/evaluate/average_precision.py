@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.evaluate.datasets import Boxes
 from training.evaluate.lost import pairwise_iou
+from training.evaluate.splits import Boxes
 
 
 class Detections(NamedTuple):

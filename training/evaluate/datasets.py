@@ -11,9 +11,9 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,60 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CocoDetection, ImageFolder, VOCDetection, VOCSegmentation
 
-from training.images import load_image
-
-IGNORE = 255
-
-
-class Boxes(NamedTuple):
-    """Objects of one image.
-
-    Attributes:
-        boxes: (N, 4) float x0, y0, x1, y1 as fractions of the image's width and height, x1 and y1 exclusive.
-        classes: (N,) int64 from 0, without a background class.
-        difficult: (N,) bool: neither a hit nor a miss when found (VOC's "difficult", COCO's "iscrowd").
-    """
-
-    boxes: Tensor
-    classes: Tensor
-    difficult: Tensor
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images, each with one annotation.
-
-    Attributes:
-        name: as in messages.
-        images: paths.
-        classes: names; empty where there are none.
-        annotation: i -> what belongs to image i: a mask (h, w) uint8 with 255 to ignore, `Boxes`, a class
-            index, or a depth map (h, w) float32 in metres with 0 for unknown; None for images alone.
-    """
-
-    name: str
-    images: Sequence[Path]
-    classes: Sequence[str]
-    annotation: Callable[[int], Any]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def image(self, index: int) -> Tensor:
-        """(3, h, w) in [0, 1]."""
-        return load_image(self.images[index])
-
-    def limit(self, count: int | None) -> Split:
-        """At most `count` images, evenly spread over the list (sorted lists keep classes together)."""
-        if count is None or count >= len(self):
-            return self
-        if count < 1:
-            raise ValueError(f"limit must be 1 or more, got {count}")
-        chosen = [int(i) for i in np.linspace(0, len(self) - 1, count).round()]
-        read = self.annotation
-        return replace(
-            self, images=[self.images[i] for i in chosen], annotation=lambda index: read(chosen[index])
-        )
+from training.evaluate.splits import Boxes, Split, boxes_from, join, read_mask
 
 
 @dataclass(frozen=True)
@@ -116,17 +63,6 @@ def open_dataset(name: str, folder: str | Path, kind: str) -> dict[str, Split]:
     return splits
 
 
-def boxes_from(corners: Sequence, classes: Sequence[int], size: tuple[int, int], difficult=()) -> Boxes:
-    """Boxes of an image of size (width, height) from corners in pixels, x1 and y1 exclusive."""
-    scale = torch.tensor([*size, *size], dtype=torch.float32)
-    hard = list(difficult) or [False] * len(classes)
-    return Boxes(
-        torch.tensor(corners, dtype=torch.float32).reshape(-1, 4) / scale,
-        torch.tensor(classes, dtype=torch.int64).reshape(-1),
-        torch.tensor(hard, dtype=torch.bool).reshape(-1),
-    )
-
-
 # ---- VOC
 
 VOC_CLASSES = (
@@ -138,7 +74,7 @@ VOC_CLASSES = (
 def _voc(folder: Path, kind: str) -> dict[str, Split]:
     if kind == "boxes":  # the paper's: trainval of 07 and 12, tested on 07 (Tab. 3)
         seven, twelve = (_voc_boxes(folder, year, "trainval") for year in ("2007", "2012"))
-        return {"train": _join("VOC07+12 trainval", seven, twelve), "val": _voc_boxes(folder, "2007", "test")}
+        return {"train": join("VOC07+12 trainval", seven, twelve), "val": _voc_boxes(folder, "2007", "test")}
     if kind == "discovery":
         years = [year for year in ("2007", "2012") if (folder / "VOCdevkit" / f"VOC{year}").is_dir()] or ["2007"]
         return {f"voc{year}": _voc_boxes(folder, year, "trainval") for year in years}
@@ -186,18 +122,6 @@ def _parse_xml(file) -> Any:
     from xml.etree.ElementTree import parse
 
     return parse(file).getroot()
-
-
-def _join(name: str, first: Split, second: Split) -> Split:
-    def read(i: int) -> Any:
-        return first.annotation(i) if i < len(first) else second.annotation(i - len(first))
-
-    return Split(name, [*first.images, *second.images], first.classes, read)
-
-
-def read_mask(path: str | Path) -> Tensor:
-    """A mask of class indices (palette or grey) as (h, w) uint8."""
-    return torch.from_numpy(np.array(Image.open(path))).to(torch.uint8)
 
 
 # ---- ADE20k

@@ -15,8 +15,10 @@ rounded to half precision then too, so that both ways give the same numbers.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -32,11 +34,13 @@ from tqdm import tqdm
 from timm_dvt.saving import write_whole
 from timm_dvt.version import __version__
 from training.backbone import FeatureReader
-from training.evaluate.datasets import Split
+from training.evaluate.splits import Split
+from training.evaluate.tables import write_json
 from training.models import weights_digest
-from training.shared_folder import write_atomically
 
 SHARD = 64
+# Pillow decodes without the interpreter's lock, so threads keep a GPU fed.
+_READERS = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 RESIDENT = 1 << 30  # bytes of one state of a split, up to which it is held in memory
 
 
@@ -155,7 +159,7 @@ class Features:
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """(B, 3, S, S) in [0, 1], resized to the square that the model sees."""
-        return torch.stack([self.extractor.resize(self.split.image(i)) for i in indices])
+        return torch.stack(list(_READERS.map(lambda i: self.extractor.resize(self.split.image(i)), indices)))
 
     def extract(self) -> None:
         """Fill the cache, or go on filling it. Nothing to do without one.
@@ -176,8 +180,7 @@ class Features:
                 f"the features of {self.split.name} need {needed / 1e9:.1f} GB in {self.folder}, which has "
                 f"{free / 1e9:.1f} GB: name another --cache, take --limit images, or --cache off"
             )
-        text = json.dumps(self.description, indent=1) + "\n"
-        write_atomically(self.folder / "settings.json", text.encode())
+        write_json(self.folder / "settings.json", self.description)
         with tqdm(total=len(missing) * SHARD, desc=f"features of {self.split.name}", unit="image") as bar:
             for shard in missing:
                 indices = range(shard * SHARD, min((shard + 1) * SHARD, len(self)))

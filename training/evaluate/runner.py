@@ -32,8 +32,7 @@ import training.evaluate.tasks as package
 from timm_dvt.version import __version__
 from training.evaluate.datasets import open_dataset
 from training.evaluate.features import Extractor, Features
-from training.evaluate.tables import summarise
-from training.shared_folder import write_atomically
+from training.evaluate.tables import summarise, write_json
 
 TASKS = tuple(sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__)))
 
@@ -181,7 +180,7 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
         "seconds": round(seconds, 1),
     }
     path = request.out / f"{_slug(request.task, request.dataset, request.model)}-{_key(facts)[:8]}.json"
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(path, result)
     return result, path
 
 
@@ -204,7 +203,7 @@ def _run_once(
     start = time.monotonic()
     numbers = task.run(data, settings, Run(state, seed, device, checkpoint))
     found = {"numbers": numbers, "seconds": time.monotonic() - start}
-    write_atomically(done, (json.dumps(found) + "\n").encode())
+    write_json(done, found)
     checkpoint.unlink(missing_ok=True)
     return found
 

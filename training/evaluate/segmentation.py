@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from training.evaluate.datasets import IGNORE
+from training.evaluate.splits import IGNORE
 
 
 class SegmentationScore:

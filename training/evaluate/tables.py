@@ -1,10 +1,21 @@
-"""Results as text: one row a number, one column a state, and the difference."""
+"""Results as files and as text: one row a number, one column a state, and the difference."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+from timm_dvt.saving import write_whole
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record whole or not at all, also if another process writes the same file; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=1) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def summarise(values: Sequence[float]) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 from training.evaluate.average_precision import Detections, voc_map
-from training.evaluate.datasets import Boxes
 from training.evaluate.features import Features
 from training.evaluate.probe import stepped, train, warmup_then
 from training.evaluate.runner import Run
+from training.evaluate.splits import Boxes
 
 KIND = "boxes"
 STATES = ("raw", "denoised")

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from training.evaluate.datasets import IGNORE
 from training.evaluate.features import Features
 from training.evaluate.runner import Run
 from training.evaluate.segmentation import SegmentationScore, upsample
+from training.evaluate.splits import IGNORE
 
 KIND = "masks"
 STATES = ("raw", "denoised")

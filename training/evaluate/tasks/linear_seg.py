@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from training.evaluate.datasets import IGNORE
 from training.evaluate.features import Features
 from training.evaluate.probe import train, warmup_then
 from training.evaluate.runner import Run
 from training.evaluate.segmentation import SegmentationScore, resize_mask, upsample
+from training.evaluate.splits import IGNORE
 
 KIND = "masks"
 STATES = ("raw", "denoised")
