@@ -34,6 +34,7 @@ class FeatureReader:
         centres: (K,) patch centres as fractions of the input's side.
         channels: C.
         device: where images go.
+        mean, std: (1, 3, 1, 1) by which images are normalised, the model's own.
     """
 
     def __init__(
@@ -90,8 +91,8 @@ class FeatureReader:
         config = resolve_model_data_config(model)
         weight = model.patch_embed.proj.weight
         self.device = weight.device
-        self._mean = torch.tensor(config["mean"], device=weight.device).view(1, -1, 1, 1)
-        self._std = torch.tensor(config["std"], device=weight.device).view(1, -1, 1, 1)
+        self.mean = torch.tensor(config["mean"], device=weight.device).view(1, -1, 1, 1)
+        self.std = torch.tensor(config["std"], device=weight.device).view(1, -1, 1, 1)
 
     @torch.no_grad()
     def patch_features(self, images: Tensor) -> dict[int, Tensor]:
@@ -103,25 +104,39 @@ class FeatureReader:
         Returns:
             {layer: (B, K, K, C) float32}, in row, column order, one entry for each of `layers`.
         """
+        return self.tokens(images)[1]
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Prefix tokens (class and registers) of the last block read, and patch tokens as `patch_features`.
+
+        Returns:
+            (B, prefix, C) float32, final norm applied if the last block is read; {layer: (B, K, K, C)}.
+        """
         if images.ndim != 4 or images.shape[-2:] != (self.input_size, self.input_size):
             raise ValueError(
                 f"images must be (B, 3, {self.input_size}, {self.input_size}), got {tuple(images.shape)}"
             )
         weight = self._model.patch_embed.proj.weight
-        images = (images.to(self.device, torch.float32) - self._mean) / self._std
+        images = (images.to(self.device, torch.float32) - self.mean) / self.std
         lower = self.dtype != torch.float32 and weight.dtype == torch.float32
         with torch.autocast(self.device.type, self.dtype) if lower else nullcontext():
             tokens = self._model.forward_intermediates(
                 images.to(weight.dtype),
                 indices=list(self.layers),
+                return_prefix_tokens=True,
                 stop_early=True,
                 output_fmt="NLC",
                 intermediates_only=True,
             )
-            features = dict(zip(self.layers, tokens))
+            # Without prefix tokens timm hands back the patches alone.
+            pairs = [pair if isinstance(pair, tuple) else (pair, pair[:, :0]) for pair in tokens]
+            features, prefix = {layer: pair[0] for layer, pair in zip(self.layers, pairs)}, pairs[-1][1]
             if self.depth - 1 in features:
-                features[self.depth - 1] = self._final_norm()(features[self.depth - 1])
-        return {layer: x.float().unflatten(1, (self.grid, self.grid)) for layer, x in features.items()}
+                norm = self._final_norm()
+                features[self.depth - 1], prefix = norm(features[self.depth - 1]), norm(prefix)
+        maps = {layer: x.float().unflatten(1, (self.grid, self.grid)) for layer, x in features.items()}
+        return prefix.float(), maps
 
     def _final_norm(self) -> nn.Module:
         # In average-pooled classifiers timm moves the final norm behind the pooling and calls it fc_norm.

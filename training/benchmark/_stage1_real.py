@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from training.backbone import FeatureReader
 from training.decompose import Stage1Settings, decompose, image_views
+from training.evaluate.tasks.position import position_share
 from training.views import render_views
 
 
@@ -104,15 +105,6 @@ def stability(name: str, pretrained: bool, input_size: int | None, views: int = 
     for kind in maps:
         print(f"{kind:3s}: position explains {shares[kind]:.1%} of the variance of patch features")
     return 0 if shares["F"] < shares["raw"] else 1
-
-
-def position_share(maps: Tensor) -> float:
-    """Share of the variance of (images, K, K, C) that the place explains, beyond the 1 / images of chance."""
-    centred = maps.flatten(1, 2) - maps.flatten(0, 2).mean(0)
-    centred = centred - centred.mean(1, keepdim=True)
-    count = len(maps)
-    explained = float(centred.mean(0).square().sum() * count / centred.square().sum())
-    return (explained - 1 / count) / (1 - 1 / count)
 
 
 if __name__ == "__main__":

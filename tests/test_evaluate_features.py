@@ -1,0 +1,105 @@
+"""Frozen features: the states are the model's own, and the cache is whole, keyed and resumed."""
+
+import pytest
+import timm
+import torch
+
+import timm_dvt
+from tests import small_datasets
+from training.evaluate.datasets import open_dataset
+from training.evaluate.features import SHARD, Extractor, Features
+from training.evaluate.probe import draw
+
+
+def model(name="vit_tiny_patch16_224", **kwargs):
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, img_size=64, depth=2, num_classes=0, **kwargs)
+    return timm_dvt.add_denoiser(backbone).eval()
+
+
+@pytest.fixture
+def split(tmp_path):
+    small_datasets.stamps(tmp_path / "stamps", train=SHARD + 6, val=2)
+    return open_dataset("stamps", tmp_path / "stamps", "masks")["train"]
+
+
+@pytest.mark.parametrize("name", [
+    "vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_base_patch16_clip_224", "deit_tiny_distilled_patch16_224",
+])  # fmt: skip
+def test_states_are_the_models_own_in_one_pass(name):
+    twin = model(name) if "patch16" in name else model(name, dynamic_img_size=True)
+    size = 64 if "patch16" in name else 56
+    images = torch.rand(2, 3, size, size)
+    extractor = Extractor(twin, size)
+    found = extractor(images)
+    normed = (images - extractor.reader.mean) / extractor.reader.std
+    twin.set_input_size(img_size=size)
+    for state, on in (("denoised", True), ("raw", False)):
+        with twin.denoising(on), torch.no_grad():
+            tokens = twin.forward_features(normed)
+        if twin.norm_after_pool and not on:
+            tokens = twin.fc_norm(tokens)
+        want = tokens[:, twin.num_prefix_tokens:]
+        assert torch.allclose(found[state].flatten(1, 2), want, atol=1e-4), state
+    if not twin.norm_after_pool:
+        assert torch.allclose(found["prefix"], tokens[:, :twin.num_prefix_tokens], atol=1e-4)
+
+
+def test_the_backbone_runs_once_over_an_image(split, tmp_path):
+    extractor = Extractor(model())
+    features = Features(extractor, split, tmp_path / "cache")
+    features.extract()
+    files = sorted((tmp_path / "cache" / features.key).glob("*.safetensors"))
+    assert len(files) == 2
+    direct = extractor(features.images([3, SHARD + 1]))
+    again = Features(extractor, split, tmp_path / "cache")
+    again.extractor = None  # from here on only the cache can answer
+    for state in ("raw", "denoised"):
+        assert torch.allclose(again.maps([3, SHARD + 1], state), direct[state], atol=4e-3)  # half precision
+    assert torch.allclose(again.class_tokens([3]), direct["prefix"][:1, 0], atol=4e-3)
+    assert torch.equal(
+        again.maps([5], "artifacts"), again.maps([5], "raw") - again.maps([5], "denoised")
+    )
+
+
+def test_a_killed_extraction_goes_on_with_the_missing_shard(split, tmp_path):
+    extractor = Extractor(model())
+    features = Features(extractor, split, tmp_path)
+    features.extract()
+    first, second = sorted((tmp_path / features.key).glob("*.safetensors"))
+    kept, want = first.stat().st_mtime_ns, features.maps([SHARD], "raw")
+    second.unlink()
+    again = Features(extractor, split, tmp_path)
+    again.extract()
+    assert first.stat().st_mtime_ns == kept and torch.equal(again.maps([SHARD], "raw"), want)
+
+
+def test_the_key_changes_with_everything_that_matters(split):
+    base = Features(Extractor(model()), split, None).key
+    assert Features(Extractor(model()), split, None).key == base
+    other_weights = model()
+    other_weights.denoiser.pos_embed.data += 1
+    assert Features(Extractor(other_weights), split, None).key != base
+    assert Features(Extractor(model(), 80), split, None).key != base
+    assert Features(Extractor(model(), dtype="bfloat16"), split, None).key != base
+    assert Features(Extractor(model()), split.limit(5), None).key != base
+    small_datasets.save(split.images[0], small_datasets.Scene(77).image)
+    assert Features(Extractor(model()), split, None).key != base
+
+
+def test_a_full_disk_is_found_out_before_the_work(split, tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 9, 1))
+    with pytest.raises(ValueError, match="--cache off"):
+        Features(Extractor(model()), split, tmp_path).extract()
+
+
+def test_each_image_is_drawn_once_an_epoch_whatever_step_one_starts_at():
+    steps = [draw(10, 3, step, seed=1) for step in range(6)]
+    for epoch in (steps[:3], steps[3:]):
+        drawn = [i for batch in epoch for i in batch]
+        assert len(set(drawn)) == len(drawn) == 9
+    assert steps[0] != steps[3] and draw(10, 3, 4, seed=1) == steps[4] and draw(10, 3, 4, seed=2) != steps[4]
+    assert len(draw(2, 16, 0, 0)) == 2

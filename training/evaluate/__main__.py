@@ -1,0 +1,134 @@
+"""Evaluate frozen features, raw against denoised, on one of the paper's tasks or on all.
+
+    python -m training.evaluate linear-seg --model vit_base_patch14_dinov2.lvd142m_dvt --dataset voc --data DIR
+    python -m training.evaluate all --model vit_tiny_patch16_224.stamps_dvt --dataset stamps --data DIR
+
+Each task prints a table (raw, denoised, difference) and writes it as JSON to OUT. Kill it whenever you like, and
+run the same command again to continue. python -m training.report OUT makes one table of all results in OUT.
+
+Exit code: 0 done; 2 the command or the data is wrong; 130 stopped by Ctrl-C.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from training.backbone import DTYPES
+from training.evaluate.datasets import DATASETS
+from training.evaluate.features import Extractor
+from training.evaluate.runner import TASKS, Request, evaluate, load_task, task_settings
+from training.evaluate.tables import result_table
+from training.models import load_model, pick_device
+from training.options import add_model_arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to continue.", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace) -> int:
+    """What the parsed arguments ask for."""
+    for name in ("repeats", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be 1 or more, got {getattr(args, name)}")
+    bad = [tag for tag in args.tag if "=" not in tag]
+    if bad:
+        raise ValueError(f"--tag takes NAME=VALUE, got {bad[0]!r}")
+    names = [args.task]
+    if args.task == "all":
+        names = [name for name in TASKS if load_task(name).KIND in DATASETS[args.dataset].kinds]
+    for name in names:  # before anything slow
+        task_settings(name, args.dataset, args.set)
+    out = Path(args.out)
+    request = Request(
+        task=args.task,
+        model=args.model,
+        dataset=args.dataset,
+        data=Path(args.data),
+        out=out,
+        cache={"off": None}.get(args.cache, Path(args.cache or out / "features")),
+        settings=tuple(args.set),
+        tags=tuple(args.tag),
+        limit=args.limit,
+        seed=args.seed,
+        repeats=args.repeats,
+        batch_size=args.batch_size,
+    )
+    device = pick_device(args.device)
+    model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
+    extractor = Extractor(model, args.input_size, args.dtype)
+    for name in names:
+        try:
+            result, path = evaluate(replace(request, task=name), model, extractor)
+        except FileNotFoundError as error:  # an image or mask that a list names
+            layout = DATASETS[args.dataset].layout
+            raise ValueError(f"there is no file {error.filename}\nExpected layout:\n{layout}") from error
+        print(f"{result_table(result)}\n  {result['seconds']} s, {path}\n", flush=True)
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of this command."""
+    head, tail = (__doc__ or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate",
+        description=head,
+        epilog=f"{tail}\nSettings (--set), the paper's / on stamps where they differ:\n{describe_settings()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", choices=[*TASKS, "all"], metavar="TASK", help=", ".join([*TASKS, "all"]))
+    add_model_arguments(parser)
+    parser.add_argument("--dataset", required=True, choices=list(DATASETS))
+    parser.add_argument("--data", required=True, metavar="DIR", help="the dataset in its standard layout")
+    parser.add_argument(
+        "--out", default="results", metavar="DIR", help="results and features (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cache", metavar="DIR", help="where features are kept (default: OUT/features); off to keep none"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N images a split, evenly spread over it")
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="runs with seeds from --seed on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings, or TASK.NAME=VALUE"
+    )
+    parser.add_argument(
+        "--tag",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="noted in the result; training.report plots over pairs=N and views=N",
+    )
+    parser.add_argument("--input-size", type=int, metavar="PX", help="side of the square input (default: the model's)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images in one forward pass")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="float32", help="of forward passes (default: %(default)s)"
+    )
+    return parser
+
+
+def describe_settings() -> str:
+    """One line a task: its settings with their defaults."""
+    lines = []
+    for name in TASKS:
+        paper, stamps = (asdict(task_settings(name, dataset)) for dataset in ("voc", "stamps"))
+        words = [f"{k}={v}" if v == stamps[k] else f"{k}={v}/{stamps[k]}" for k, v in paper.items()]
+        lines.append(f"  {name}: {', '.join(words)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Training of small heads on frozen features: AdamW, warm-up, decay, checkpoints that a killed run goes on from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from timm_dvt.saving import write_whole
+from training.evaluate.runner import Run
+
+CHECKPOINT_SECONDS = 60.0
+
+
+def train(
+    head: nn.Module,
+    loss: Callable[[list[int]], Tensor],
+    count: int,
+    run: Run,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    schedule: Callable[[int], float],
+    label: str,
+) -> None:
+    """Train `head` in place, in `steps` steps.
+
+    The images and all randomness of a step follow from the run's seed and the step's number alone, so that a
+    run that was killed and started again ends as an uninterrupted one.
+
+    Args:
+        head: what is trained.
+        loss: of a batch of image indices.
+        count: number of training images; each is used once before any is used again.
+        run: seed and checkpoint file.
+        steps, batch_size, lr, weight_decay: of AdamW, betas 0.9 and 0.999.
+        schedule: step -> factor of the learning rate.
+        label: of the progress bar.
+    """
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
+    first = _restore(run.checkpoint, head, optimizer)
+    head.train()
+    saved = time.monotonic()
+    with tqdm(total=steps, initial=first, desc=f"{label} ({run.state})", unit="step", leave=False) as bar:
+        for step in range(first, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * schedule(step)
+            with torch.random.fork_rng():
+                torch.manual_seed((run.seed + 1) * 1_000_003 + step)
+                value = loss(draw(count, batch_size, step, run.seed))
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+            bar.update()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+            if run.checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                _save(run.checkpoint, step + 1, head, optimizer)
+                saved = time.monotonic()
+    head.eval()
+
+
+def draw(count: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The images of a step: a new order each epoch, decided by seed and epoch; the last short batch is left out."""
+    batch_size = min(batch_size, count)
+    epoch, place = divmod(step, count // batch_size)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(count, generator=generator)
+    return order[place * batch_size:(place + 1) * batch_size].tolist()
+
+
+def warmup_then(decay: Callable[[float], float], steps: int, warmup: int) -> Callable[[int], float]:
+    """A schedule: linear warm-up over `warmup` steps, times `decay` of the fraction of all steps done."""
+    return lambda step: min(1.0, (step + 1) / max(1, warmup)) * decay(step / steps)
+
+
+def stepped(milestones: Sequence[float], factor: float = 0.1) -> Callable[[float], float]:
+    """A decay by `factor` at each milestone, a fraction of all steps."""
+    return lambda done: factor ** sum(done >= milestone for milestone in milestones)
+
+
+def _restore(path: Path | None, head: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    if path is None or not path.exists():
+        return 0
+    state = torch.load(path, map_location=next(head.parameters()).device, weights_only=True)
+    head.load_state_dict(state["head"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def _save(path: Path, step: int, head: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"step": step, "head": head.state_dict(), "optimizer": optimizer.state_dict()}
+    write_whole(path, lambda temporary: torch.save(state, temporary))

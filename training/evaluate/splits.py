@@ -1,0 +1,95 @@
+"""A split: images, each with one annotation; and how annotations are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from training.images import ImageError, load_image
+
+IGNORE = 255
+
+
+class Boxes(NamedTuple):
+    """Objects of one image.
+
+    Attributes:
+        boxes: (N, 4) float x0, y0, x1, y1 as fractions of the image's width and height, x1 and y1 exclusive.
+        classes: (N,) int64 from 0, without a background class.
+        difficult: (N,) bool: neither a hit nor a miss when found (VOC's "difficult", COCO's "iscrowd").
+    """
+
+    boxes: Tensor
+    classes: Tensor
+    difficult: Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, each with one annotation.
+
+    Attributes:
+        name: as in messages.
+        images: paths.
+        classes: names; empty where there are none.
+        annotation: i -> what belongs to image i: a mask (h, w) uint8 with 255 to ignore, `Boxes`, a class
+            index, or a depth map (h, w) float32 in metres with 0 for unknown; None for images alone.
+    """
+
+    name: str
+    images: Sequence[Path]
+    classes: Sequence[str]
+    annotation: Callable[[int], Any]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> Tensor:
+        """(3, h, w) in [0, 1]. Raises ValueError with the file's name if it is no image."""
+        try:
+            return load_image(self.images[index])
+        except ImageError as error:
+            raise ValueError(f"{self.images[index]}: {error}") from error
+
+    def limit(self, count: int | None) -> Split:
+        """At most `count` images, evenly spread over the list (sorted lists keep classes together)."""
+        if count is None or count >= len(self):
+            return self
+        if count < 1:
+            raise ValueError(f"limit must be 1 or more, got {count}")
+        chosen = [int(i) for i in np.linspace(0, len(self) - 1, count).round()]
+        read = self.annotation
+        return replace(
+            self, images=[self.images[i] for i in chosen], annotation=lambda index: read(chosen[index])
+        )
+
+
+def boxes_from(corners: Sequence, classes: Sequence[int], size: tuple[int, int], difficult=()) -> Boxes:
+    """Boxes of an image of size (width, height) from corners in pixels, x1 and y1 exclusive."""
+    scale = torch.tensor([*size, *size], dtype=torch.float32)
+    hard = list(difficult) or [False] * len(classes)
+    return Boxes(
+        torch.tensor(corners, dtype=torch.float32).reshape(-1, 4) / scale,
+        torch.tensor(classes, dtype=torch.int64).reshape(-1),
+        torch.tensor(hard, dtype=torch.bool).reshape(-1),
+    )
+
+
+def read_mask(path: str | Path) -> Tensor:
+    """A mask of class indices (palette or grey) as (h, w) uint8."""
+    return torch.from_numpy(np.array(Image.open(path))).to(torch.uint8)
+
+
+def join(name: str, first: Split, second: Split) -> Split:
+    """Both splits in one."""
+    def read(i: int) -> Any:
+        return first.annotation(i) if i < len(first) else second.annotation(i - len(first))
+
+    return Split(name, [*first.images, *second.images], first.classes, read)

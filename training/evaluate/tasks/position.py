@@ -1,0 +1,116 @@
+"""How much position explains of patch features, and what a zero image shows of it: Figs. 3, 5 and S1.
+
+share: of the variance of patch features within images, how much the mean over images at each place explains,
+in percent, beyond the 1 / images that it would by chance.
+
+zero_correlation: Pearson correlation of that mean map with the map of a zero tensor (an input that is zero
+after normalisation, so that the model sees position alone), over all places and channels, each channel
+centred over the places. Near 1: the artifacts are what the position embedding makes of no image at all.
+
+Both for the last block; of the raw features also for each block, as share/block00 and so on (Figs. 5 and S1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from training.backbone import FeatureReader
+from training.evaluate.features import Features
+from training.evaluate.runner import Run
+
+KIND = "images"
+STATES = ("raw", "denoised", "artifacts")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """images: drawn at random from the validation images; all of them if there are fewer."""
+
+    images: int = 1_000
+
+
+STAMPS = Settings(images=400)
+
+
+class PositionStatistics:
+    """Sums over images from which the share and the mean map follow; maps need not be kept."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor | None = None
+        self.squares = 0.0
+
+    def add(self, maps: Tensor) -> None:
+        """Count a batch of maps (B, K, K, C)."""
+        tokens = maps.flatten(1, 2).double()
+        centred = tokens - tokens.mean(1, keepdim=True)
+        self.total = centred.sum(0) + (0 if self.total is None else self.total)
+        self.squares += float(centred.square().sum())
+        self.count += len(maps)
+
+    def mean_map(self) -> Tensor:
+        """(K*K, C), each channel centred over the places."""
+        assert self.total is not None
+        return self.total / self.count
+
+    def share(self) -> float:
+        """The fraction explained: 0 by chance, 1 if all images' maps are equal up to a constant."""
+        if self.count < 2:
+            raise ValueError(f"position's share needs 2 images or more, got {self.count}")
+        if self.squares == 0:
+            return 0.0
+        explained = float(self.mean_map().square().sum()) * self.count / self.squares
+        return (explained - 1 / self.count) / (1 - 1 / self.count)
+
+
+def position_share(maps: Tensor) -> float:
+    """Share of the variance of (images, K, K, C) that the place explains, beyond the 1 / images of chance."""
+    statistics = PositionStatistics()
+    statistics.add(maps)
+    return statistics.share()
+
+
+def correlation(first: Tensor, second: Tensor) -> float:
+    """Pearson correlation of two maps (K*K, C), each channel centred over the places."""
+    a, b = (x.double() - x.double().mean(0) for x in (first, second))
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12))
+
+
+def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str, float]:
+    """share in percent and zero_correlation of the last block, and of each block for raw features."""
+    features = data["val"]
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(run.seed))
+    chosen = order[:settings.images].tolist()
+    extractor = features.extractor
+    size = extractor.reader.input_size
+    zero = extractor.reader.mean.cpu().expand(1, 3, size, size)
+    if run.state == "raw":
+        reader = FeatureReader(extractor.model, range(extractor.reader.depth), input_size=size, dtype=extractor.dtype)
+        read = reader.patch_features
+    else:
+        last = extractor.reader.depth - 1
+
+        def read(images: Tensor) -> dict[int, Tensor]:
+            states = extractor(images)
+            return {last: states["denoised"] if run.state == "denoised" else states["raw"] - states["denoised"]}
+
+    zeros = {layer: maps[0].flatten(0, 1).cpu() for layer, maps in read(zero).items()}
+    statistics = {layer: PositionStatistics() for layer in zeros}
+    for start in tqdm(range(0, len(chosen), features.batch_size), desc=f"position ({run.state})", leave=False):
+        for layer, maps in read(features.images(chosen[start:start + features.batch_size])).items():
+            statistics[layer].add(maps.cpu())
+    last = max(zeros)
+    numbers = {
+        "share": 100 * statistics[last].share(),
+        "zero_correlation": correlation(zeros[last], statistics[last].mean_map()),
+    }
+    if run.state == "raw":
+        for layer in zeros:
+            numbers[f"share/block{layer:02d}"] = 100 * statistics[layer].share()
+            numbers[f"zero_correlation/block{layer:02d}"] = correlation(zeros[layer], statistics[layer].mean_map())
+    return numbers
