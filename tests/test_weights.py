@@ -54,7 +54,7 @@ def test_a_published_checkpoint_loads_from_the_hub(variant, hub, tmp_path):
         publish(hub, variant.hub_file, {"denoiser": state, "optimizer": {"state": {}}, "step": 7})
     hub.requests.clear()
     model = timm.create_model(variant.name, pretrained=True, depth=1, cache_dir=tmp_path).eval()
-    assert f"GET /{DVT_REPO}/resolve/main/{variant.hub_file}" in hub.requests
+    assert f"HEAD /{DVT_REPO}/resolve/main/{variant.hub_file}" in hub.requests
     size = {"img_size": variant.resolution, "dynamic_img_size": True}
     plain = timm.create_model(variant.backbone, pretrained=True, depth=1, cache_dir=tmp_path, **size).eval()
     images = images_for(model)
