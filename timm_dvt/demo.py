@@ -16,10 +16,11 @@ from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from timm_dvt.fetching import WeightsNotFoundError
 from timm_dvt.model import Denoised
 from timm_dvt.panel import Row, draw
 from timm_dvt.saving import write_whole
-from timm_dvt.weights import CheckpointError, WeightsNotFoundError
+from timm_dvt.weights import CheckpointError
 
 DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m_dvt"
 MAX_ASPECT = 3.0  # longer images are cropped around their middle
