@@ -61,17 +61,19 @@ def _matches_its_hash(path: str) -> bool:
 
 def sha256(path: str | os.PathLike) -> str:
     """By what the Hub names a large file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return _digest(path, hashlib.sha256())
 
 
 def git_hash(path: str | os.PathLike) -> str:
     """By what the Hub names a small file."""
-    content = Path(path).read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return _digest(path, hashlib.sha1(b"blob %d\0" % os.path.getsize(path)))
+
+
+def _digest(path: str | os.PathLike, digest) -> str:
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def explain(error: BaseException, repo: str, needed: Files | None = None) -> str:
