@@ -80,7 +80,7 @@ def _add_hub_commands(commands: argparse._SubParsersAction) -> None:
     conversion.add_argument("--model", metavar="NAME", required=True, help="the variant")
     conversion.add_argument("--out", metavar="FOLDER", required=True, help="made if it does not exist")
     conversion.add_argument(
-        "--denoiser-only", action="store_true", help="leave out the backbone, to be fetched from its own repo on loading"
+        "--denoiser-only", action="store_true", help="leave out the backbone; its own repo's is fetched on loading"
     )
     conversion.set_defaults(run=_convert)
 

@@ -144,7 +144,8 @@ def _say_variant(variant: Variant, repo_id: str, there: dict | None, say: Callab
     """What a push of a variant would do, as far as can be said without fetching and converting its weights."""
     size = readable(Facts.of(timm.create_model(variant.name, device="meta")).whole)
     state = "would create the repo and" if there is None else "the repo is there; would"
-    say(f"{repo_id}: {state} commit what differs of {WEIGHTS_NAME} ({size}, from {variant.source}), config.json, README.md")
+    files = f"{WEIGHTS_NAME} ({size}, from {variant.source}), {FILES[1]}, {FILES[2]}"
+    say(f"{repo_id}: {state} commit what differs of {files}")
     return True
 
 
