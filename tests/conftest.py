@@ -13,6 +13,7 @@ os.environ.update(
     HF_ENDPOINT=_HUB.url,
     HF_HOME=str(_FOLDER / "home"),
     HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_UPDATE_CHECK="1",  # by the command line, at PyPI
     HF_HUB_DISABLE_XET="1",  # where hf_xet is there, uploads go to a store of its own; the Hub takes plain HTTP too
 )

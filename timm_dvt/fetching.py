@@ -99,8 +99,8 @@ def explain(error: BaseException, repo: str, needed: Files | None = None) -> str
         return f"{repo} has no such revision; those it has are at https://huggingface.co/{repo}/commits/main"
     if isinstance(cause, errors.EntryNotFoundError) and not isinstance(cause, errors.LocalEntryNotFoundError):
         return f"{repo} has no such file; those it has are at https://huggingface.co/{repo}/tree/main"
-    if status == 401:
-        return "the Hub does not know the token; log in (hf auth login) or set HF_TOKEN to a valid one"
+    if status == 401 or isinstance(cause, errors.LocalTokenNotFoundError):
+        return "this needs a token that the Hub knows; log in (hf auth login) or set HF_TOKEN"
     if status == 403:
         return f"the token may not do this in {repo}; make one that may at https://huggingface.co/settings/tokens"
     if status == 429:
