@@ -52,7 +52,7 @@ class Hub:
         self.renamed: dict[str, str] = {}
 
     def fail(self, request: str, how: int | str, times: int = 1) -> None:
-        """Answer the next requests with `request` ("GET /cdn") in them with a status, "cut" short or with "wrong" bytes."""
+        """Answer the next requests with `request` ("GET /cdn") in them with a status, "cut" or with "wrong" bytes."""
         self.faults.append([request, how, times])
 
     def fault(self, request: str) -> int | str | None:

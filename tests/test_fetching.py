@@ -17,6 +17,7 @@ from tests.fabricated import publish_tiny
 from timm_dvt.fetching import fetch
 
 REPO = "someone/tiny"
+NO_NETWORK = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def repo(hub, saved):
 
 @pytest.fixture(scope="session")
 def huggingface_cli(tmp_path_factory):
-    """huggingface-cli, which exists below huggingface_hub 1.0 alone: $HUGGINGFACE_CLI, or installed for the occasion."""
+    """huggingface-cli, which exists below huggingface_hub 1.0 alone: $HUGGINGFACE_CLI, or installed for this."""
     if "HUGGINGFACE_CLI" in os.environ:
         return [os.environ["HUGGINGFACE_CLI"]]
     folder = tmp_path_factory.mktemp("old") / "venv"
@@ -112,7 +113,7 @@ def test_the_command_line_fills_the_cache_that_create_model_reads_offline(client
         "hub_file='voc_denoised/vit_tiny_patch16_224.augreg_in21k_ft_in1k.pth'); "
         f"print(float(timm.create_model({name!r}, pretrained=True).denoiser.pos_embed.detach().sum()))"
     )
-    offline = run([sys.executable, "-c", code], HF_HOME=str(home), HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    offline = run([sys.executable, "-c", code], HF_HOME=str(home), **NO_NETWORK)
     want = float(timm.create_model(name, pretrained=True, cache_dir=tmp_path / "c").denoiser.pos_embed.detach().sum())
     assert offline.returncode == 0 and float(offline.stdout) == want
 
@@ -254,8 +255,7 @@ def test_a_passing_trouble_is_waited_for(status, hub, repo, tmp_path, naps):
 def test_without_network_a_cached_repo_loads_and_another_says_how(hub, repo, tmp_path):
     load(tmp_path)
     code = "import sys, timm, timm_dvt; timm.create_model(sys.argv[1], pretrained=True, cache_dir=sys.argv[2])"
-    offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    assert run([sys.executable, "-c", code], f"hf-hub:{REPO}", tmp_path, **offline).returncode == 0
+    assert run([sys.executable, "-c", code], f"hf-hub:{REPO}", tmp_path, **NO_NETWORK).returncode == 0
     name = "vit_base_patch16_224.mae_dvt"
-    error = run([sys.executable, "-c", code], name, tmp_path, **offline).stderr.strip().splitlines()[-1]
+    error = run([sys.executable, "-c", code], name, tmp_path, **NO_NETWORK).stderr.strip().splitlines()[-1]
     assert "no network" in error and f"hf download jjiaweiyang/DVT voc_denoised/{name[:-4]}.pth && " in error

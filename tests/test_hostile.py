@@ -1,4 +1,4 @@
-"""Folders and repos made to do harm: an error or a correct model, never code, a stray file, a hang or endless memory."""
+"""Folders and repos made to do harm: an error or a correct model, never code, a stray file, a hang, a full memory."""
 
 import copy
 import json
@@ -272,7 +272,8 @@ def mutate_text(text: str, dice: random.Random) -> str:
     """A valid config.json with something wrong in it: values of other types and sizes, keys gone, bytes changed."""
     if dice.random() < 0.4:
         place = dice.randrange(len(text))
-        return text[:place] + dice.choice(['"', "{", "9", "-", "", "\\u0000", "e99", "[", ",", "null"]) + text[place + 1 :]
+        other = dice.choice(['"', "{", "9", "-", "", "\\u0000", "e99", "[", ",", "null"])
+        return text[:place] + other + text[place + 1 :]
     config = json.loads(text)
     for _ in range(dice.choice([1, 1, 2, 5])):
         entry = config
