@@ -1,7 +1,6 @@
 """Every test talks to a stand-in for the Hub on loopback, with an empty cache of its own; none reaches the network."""
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -10,7 +9,14 @@ from tests.hub import Hub
 # huggingface_hub reads these when it is imported, so they are set before anything imports it.
 _FOLDER = Path(tempfile.mkdtemp(prefix="timm_dvt_tests_"))
 _HUB = Hub(_FOLDER / "hub")
-os.environ.update(HF_ENDPOINT=_HUB.url, HF_HOME=str(_FOLDER / "home"), HF_HUB_DISABLE_TELEMETRY="1")
+os.environ.update(
+    HF_ENDPOINT=_HUB.url,
+    HF_HOME=str(_FOLDER / "home"),
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_UPDATE_CHECK="1",  # by the command line, at PyPI
+    HF_HUB_DISABLE_XET="1",  # where hf_xet is there, uploads go to a store of its own; the Hub takes plain HTTP too
+)
 for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGINGFACE_HUB_CACHE", "HF_HUB_CACHE"):
     os.environ.pop(name, None)
 
@@ -27,4 +33,4 @@ def seeded():
 def hub():
     """The stand-in hub, empty before and after: put files under `hub.folder / ORG / REPO`."""
     yield _HUB
-    shutil.rmtree(_HUB.folder, ignore_errors=True)
+    _HUB.reset()

@@ -32,7 +32,7 @@ def images():
     mean, std = (torch.tensor(EMBEDDED_STATISTICS[key]).view(3, 1, 1) for key in ("mean", "std"))
     crops = []
     for photograph in photographs:
-        height, width, _ in photograph.shape
+        height, width = photograph.shape[:2]
         for _ in range(24):
             side = int(draw.uniform(0.25, 0.9) * min(height, width))
             top, left = draw.integers(height - side), draw.integers(width - side)

@@ -13,6 +13,7 @@ import torch
 
 import timm_dvt
 from tests import reference
+from tests.fabricated import publish, publish_backbone
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import DVT_REPO, published_variants
 
@@ -26,25 +27,10 @@ def images_for(model) -> torch.Tensor:
     return torch.randn(1, 3, 3 * patch, 4 * patch)
 
 
-def publish_backbone(hub, backbone: str, depth: int = 1) -> dict:
-    """Put random weights of a backbone on the stand-in hub, as timm publishes them; returns the state dict."""
-    state = timm.create_model(backbone, depth=depth).state_dict()
-    repo = hub.folder / timm.get_pretrained_cfg(backbone).hf_hub_id
-    repo.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(state, repo / "model.safetensors")
-    return state
-
-
-def publish(hub, filename: str, content: object) -> None:
-    path = hub.folder / DVT_REPO / filename
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
-
-
 @pytest.mark.parametrize("variant", PUBLISHED, ids=lambda variant: variant.name)
 @torch.no_grad()
 def test_a_published_checkpoint_loads_from_the_hub(variant, hub, tmp_path):
-    backbone = publish_backbone(hub, variant.backbone)
+    backbone = publish_backbone(hub, variant.backbone, depth=1)
     arch = timm.create_model(variant.backbone, device="meta")
     if variant.distilled:
         state = {k: torch.randn_like(v) * 0.05 for k, v in backbone.items() if not k.startswith("head.")}
@@ -54,7 +40,7 @@ def test_a_published_checkpoint_loads_from_the_hub(variant, hub, tmp_path):
         publish(hub, variant.hub_file, {"denoiser": state, "optimizer": {"state": {}}, "step": 7})
     hub.requests.clear()
     model = timm.create_model(variant.name, pretrained=True, depth=1, cache_dir=tmp_path).eval()
-    assert f"GET /{DVT_REPO}/resolve/main/{variant.hub_file}" in hub.requests
+    assert f"HEAD /{DVT_REPO}/resolve/main/{variant.hub_file}" in hub.requests
     size = {"img_size": variant.resolution, "dynamic_img_size": True}
     plain = timm.create_model(variant.backbone, pretrained=True, depth=1, cache_dir=tmp_path, **size).eval()
     images = images_for(model)
@@ -71,7 +57,7 @@ def test_a_published_checkpoint_loads_from_the_hub(variant, hub, tmp_path):
 
 
 def test_the_network_is_not_needed_once_the_files_are_cached(hub, tmp_path):
-    publish_backbone(hub, BACKBONE)
+    publish_backbone(hub, BACKBONE, depth=1)
     publish(hub, f"voc_denoised/{BACKBONE}.pth", {"denoiser": reference.published_state(384, 37)})
     timm.create_model(NAME, pretrained=True, depth=1, cache_dir=tmp_path)
     code = f"import timm, timm_dvt; timm.create_model({NAME!r}, pretrained=True, depth=1, cache_dir={str(tmp_path)!r})"
@@ -88,8 +74,8 @@ def test_without_network_the_error_names_both_files_and_the_commands(hub, tmp_pa
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     error = run.stderr[run.stderr.rindex("WeightsNotFoundError") :]
-    assert f"hf download jjiaweiyang/DVT voc_denoised/{BACKBONE}.pth\n" in error
-    assert f"hf download timm/{BACKBONE} model.safetensors\n" in error
+    assert f"hf download jjiaweiyang/DVT voc_denoised/{BACKBONE}.pth && " in error
+    assert f"hf download timm/{BACKBONE} model.safetensors " in error and error.strip().count("\n") == 0
 
 
 def test_a_variant_without_weights_says_so():
@@ -379,7 +365,7 @@ def test_a_config_cannot_name_a_backbone_outside_timms_registry(backbone, tmp_pa
 
 
 def test_a_persons_own_variant_loads_its_file(hub, tmp_path):
-    publish_backbone(hub, "vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    publish_backbone(hub, "vit_tiny_patch16_224.augreg_in21k_ft_in1k", depth=1)
     torch.save({"denoiser": published(dim=192, side=14)}, tmp_path / "own.pth")
     name = timm_dvt.register("vit_tiny_patch16_224", "own", file=tmp_path / "own.pth")
     model = timm.create_model(name, pretrained=True, depth=1, cache_dir=tmp_path)

@@ -1,4 +1,4 @@
-"""The command line: python -m timm_dvt demo, a first look at a variant; python -m timm_dvt list, the table of them."""
+"""The command line: look at a variant (demo, list), convert its weights, write its card, publish it on the Hub."""
 
 import argparse
 import json
@@ -6,22 +6,24 @@ import os
 import sys
 from collections.abc import Sequence
 
+from timm_dvt.cards import stale_cards, write_cards
+from timm_dvt.convert import ConvertError, convert
 from timm_dvt.demo import DEFAULT_MODEL, DemoError, run
+from timm_dvt.fetching import WeightsNotFoundError
+from timm_dvt.push import PushError, push, push_all
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import DVT_LICENSE, DVT_REPO, Variant
+from timm_dvt.weights import CheckpointError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for what the person can put right (one line on stderr), 130."""
     args = _parser().parse_args(argv)
     try:
-        if args.command == "list":
-            print(as_json() if args.json else as_table())
-            sys.stdout.flush()
-        else:
-            run(args.image, args.model, args.out, not args.no_pretrained, args.size)
-    except DemoError as e:
-        print(f"error: {e}", file=sys.stderr)
+        args.run(args)
+        sys.stdout.flush()
+    except (DemoError, ConvertError, PushError, CheckpointError, WeightsNotFoundError) as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m timm_dvt", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,list}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,list,convert,cards,push}")
     demo = commands.add_parser(
         "demo",
         help="draw features with the denoiser off and on",
@@ -54,9 +56,77 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="resize the image to about PIXELS x PIXELS in area, its aspect ratio kept (default: the model's own size)",
     )
+    demo.set_defaults(run=lambda args: run(args.image, args.model, args.out, not args.no_pretrained, args.size))
     listing = commands.add_parser("list", help="print the variants and where their weights come from")
     listing.add_argument("--json", action="store_true", help="as JSON")
+    listing.set_defaults(run=lambda args: print(as_json() if args.json else as_table()))
+    _add_hub_commands(commands)
     return parser
+
+
+def _add_hub_commands(commands: argparse._SubParsersAction) -> None:
+    conversion = commands.add_parser(
+        "convert",
+        help="write a variant's published weights as a folder of safetensors",
+        description="Write a variant as a folder of model.safetensors, config.json and README.md (its card), which "
+        "timm.create_model('local-dir:FOLDER', pretrained=True) loads with equal outputs.",
+    )
+    conversion.add_argument(
+        "source", nargs="?", metavar="SOURCE",
+        help="a .pth or safetensors file, or one of the Hub: ORG/REPO/FILE, hf-hub:ORG/REPO (default: where the "
+        "variant's weights are published)",
+    )  # fmt: skip
+    conversion.add_argument("--model", metavar="NAME", required=True, help="the variant")
+    conversion.add_argument("--out", metavar="FOLDER", required=True, help="made if it does not exist")
+    conversion.add_argument(
+        "--denoiser-only", action="store_true", help="leave out the backbone; its own repo's is fetched on loading"
+    )
+    conversion.set_defaults(run=_convert)
+
+    cards = commands.add_parser("cards", help="write the model cards of all variants")
+    cards.add_argument("--out", metavar="FOLDER", default="hub_cards", help="(default: %(default)s)")
+    cards.add_argument("--check", action="store_true", help="write nothing; fail if the cards there are stale")
+    cards.set_defaults(run=_cards)
+
+    pushing = commands.add_parser(
+        "push",
+        help="publish a folder or variants on the Hub",
+        description="Publish weights, config.json and card in one commit. Files that the repo has already, by their "
+        "hashes, are left out, so a run that was cut short is continued by the same command. Log in first: hf auth "
+        "login (huggingface-cli login below huggingface_hub 1.0), or set HF_TOKEN.",
+    )
+    pushing.add_argument("target", nargs="?", metavar="FOLDER|NAME", help="a folder of convert, or a variant's name")
+    pushing.add_argument("--repo", metavar="ORG/NAME", help="the repo; made if it does not exist")
+    pushing.add_argument("--all", action="store_true", help="publish every variant, each in a repo of its name")
+    pushing.add_argument("--namespace", metavar="NS", help="with --all: the account or organisation")
+    pushing.add_argument("--private", action="store_true", help="make the repo a private one")
+    pushing.add_argument("--create-pr", action="store_true", help="propose a pull request to a repo that exists")
+    pushing.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    pushing.set_defaults(run=_push)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    folder = convert(args.source, args.model, args.out, args.denoiser_only)
+    print(f"wrote {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
+
+
+def _cards(args: argparse.Namespace) -> None:
+    if not args.check:
+        print(f"wrote {len(write_cards(args.out))} cards to {args.out}")
+    elif stale := stale_cards(args.out):
+        raise ConvertError(f"stale in {args.out}: {', '.join(stale)}; run python -m timm_dvt cards --out {args.out}")
+
+
+def _push(args: argparse.Namespace) -> None:
+    one, every = args.target and args.repo, args.all and args.namespace
+    if bool(one) == bool(every) or (every and (args.target or args.repo)):
+        raise PushError("say what to publish and where: FOLDER|NAME --repo ORG/NAME, or --all --namespace NS")
+    if every and args.create_pr:
+        raise PushError("--create-pr is for one repo that exists, not for --all")
+    if one:
+        push(args.target, args.repo, args.private, args.create_pr, args.dry_run)
+    else:
+        push_all(args.namespace, args.private, args.dry_run)
 
 
 def _size(text: str) -> int:

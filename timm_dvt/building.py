@@ -11,6 +11,8 @@ from timm.models.eva import checkpoint_filter_fn as eva_filter
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import nn
 
+from timm_dvt.fetching import WeightsNotFoundError, backbone_files, explain, is_fetch_error
+from timm_dvt.limits import check_denoiser, check_sizes, check_total
 from timm_dvt.model import add_denoiser, attach_denoiser, check_supported
 from timm_dvt.variants import Variant, saved_architecture
 from timm_dvt.weights import (
@@ -19,10 +21,9 @@ from timm_dvt.weights import (
     check_state,
     denoiser_for,
     from_state_dict,
-    is_fetch_error,
+    hub_file,
     locate,
     read_checkpoint,
-    unavailable,
 )
 
 
@@ -53,12 +54,17 @@ def create(
         if cfg.get(key) is not None:
             kwargs.setdefault(key, cfg[key])
     kwargs.setdefault("dynamic_img_size", True)
+    check_sizes(kwargs)
+    check_denoiser(denoiser, add_denoiser)
+    sketch = _timms(variant)(pretrained=False, pretrained_cfg=cfg, **{**kwargs, "device": "meta"})
+    check_total(sketch)
 
     checkpoint = _read_source(cfg, variant, cache_dir) if pretrained else None
     cfg.pop("state_dict", None)
+    if checkpoint is not None and (checkpoint.backbone or variant.distilled):  # before anything large is allocated
+        _check_backbone(sketch, checkpoint, cfg)
     loaded = None
     if checkpoint is not None and not variant.distilled:  # a bad file is found out before the backbone is fetched
-        sketch = _timms(variant)(pretrained=False, pretrained_cfg=cfg, **{**kwargs, "device": "meta"})
         check_supported(sketch)
         options = _denoiser_options(variant, sketch, denoiser)
         grid, heads = tuple(options["grid_size"]), options.get("num_heads")
@@ -109,12 +115,14 @@ def _backbone(variant: Variant, cfg: dict, checkpoint: Checkpoint | None, cache_
         return build(pretrained=True, pretrained_cfg=tag or None, cache_dir=cache_dir, **kwargs)
     except Exception as e:  # the client raises its own, the network library's and the system's errors
         if is_fetch_error(e):
-            raise unavailable(cfg, variant.backbone, False, e) from e
+            own, base = hub_file(cfg), backbone_files(variant.backbone)
+            reason = explain(e, base[0][0] if base else variant.backbone, [*([own] if own else []), *base])
+            raise WeightsNotFoundError(f"Could not fetch the weights of {variant.backbone}: {reason}") from e
         raise CheckpointError(f"The weights of {variant.backbone} could not be loaded: {e}") from e
 
 
-def _load_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> None:
-    """Load a whole ViT's weights through timm, which adapts them to another size, channel or class count."""
+def _check_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> dict:
+    """The state dict of a whole ViT that fits the model, but for what timm adapts. Raises CheckpointError."""
     state, head = dict(checkpoint.backbone), ("head.weight", "head.bias")
     adapts_head = model.num_classes != cfg.get("num_classes")
     if model.num_classes == 0:
@@ -127,6 +135,12 @@ def _load_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> None:
         optional=head if adapts_head else (),
         adapts=("pos_embed", "patch_embed.proj.weight"),
     )
+    return state
+
+
+def _load_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> None:
+    """Load a whole ViT's weights through timm, which adapts them to another size, channel or class count."""
+    state = _check_backbone(model, checkpoint, cfg)
     sources = ("source", "file", "url", "hf_hub_id", "hf_hub_filename")
     source = {key: value for key, value in cfg.items() if key not in sources} | {"state_dict": state}
     if state["patch_embed.proj.weight"].shape[1] == model.in_chans:

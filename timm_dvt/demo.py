@@ -16,11 +16,12 @@ from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from timm_dvt.fetching import WeightsNotFoundError
 from timm_dvt.model import Denoised
 from timm_dvt.panel import Row, draw
 from timm_dvt.saving import write_whole
 from timm_dvt.variants import EMBEDDED
-from timm_dvt.weights import CheckpointError, WeightsNotFoundError
+from timm_dvt.weights import CheckpointError
 
 DEFAULT_MODEL = EMBEDDED.name
 MAX_ASPECT = 3.0  # longer images are cropped around their middle

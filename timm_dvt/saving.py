@@ -1,5 +1,6 @@
 """Saving a model as a folder that timm.create_model("local-dir:FOLDER") loads."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -9,10 +10,10 @@ import safetensors.torch
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from timm_dvt.fetching import WEIGHTS_NAME
 from timm_dvt.model import Denoised
 from timm_dvt.variants import saved_architecture
 from timm_dvt.version import __version__
-from timm_dvt.weights import WEIGHTS_NAME
 
 
 def save_pretrained(
@@ -43,7 +44,7 @@ def save_pretrained(
         state = {key: tensor for key, tensor in state.items() if key.startswith("denoiser.")}
     metadata = {"format": "pt", "backbone": model.backbone_name, "timm_dvt": __version__}
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    write_whole(folder / WEIGHTS_NAME, lambda path: safetensors.torch.save_file(tensors, path, metadata))
+    write_whole(folder / WEIGHTS_NAME, lambda path: write_tensors(tensors, path, metadata))
     write_whole(folder / "config.json", lambda path: _write_config(model, path, model_args or {}))
     return folder
 
@@ -105,6 +106,33 @@ def _write(model: Any, path: Path, architecture: str, arguments: dict) -> None:
         save_config_for_hf(model, path, model_args=arguments)
     finally:
         model.pretrained_cfg = cfg
+    leave_classes_to_pretrained_cfg(path)
+
+
+def write_tensors(tensors: dict, path: Path, metadata: dict[str, str]) -> None:
+    """Write safetensors, such that equal tensors and metadata make equal files.
+
+    The library writes metadata in an order of its own each time; here they are put in order in place.
+    """
+    safetensors.torch.save_file(tensors, path, metadata)
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(ordered) == length:
+            file.seek(8)
+            file.write(ordered)
+
+
+def leave_classes_to_pretrained_cfg(path: Path) -> None:
+    """Take `num_classes`, which a config.json has in two more places, out of its model_args.
+
+    transformers' TimmWrapperModel makes a model without a head: it passes num_classes itself, beside the model_args.
+    """
+    config = json.loads(path.read_text())
+    config["model_args"].pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_whole(path: Path, write) -> None:

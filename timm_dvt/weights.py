@@ -11,23 +11,18 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from timm.models import get_pretrained_cfg
-from timm.models._hub import _get_safe_alternatives, download_cached_file, hf_hub_download, hf_split
+from timm.models._hub import download_cached_file, hf_split
 from torch import nn
 
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
+from timm_dvt.fetching import WEIGHTS_NAME, WeightsNotFoundError, backbone_files, fetch, first_line
 from timm_dvt.variants import ROWS
 
-WEIGHTS_NAME = "model.safetensors"
 State = dict[str, torch.Tensor]
 
 
 class CheckpointError(RuntimeError):
     """A file that cannot be loaded: damaged, not a checkpoint, or made for another model. Names the file."""
-
-
-class WeightsNotFoundError(RuntimeError):
-    """Weights that are not on this machine and could not be fetched. Says which files, and how to fetch them."""
 
 
 @dataclass
@@ -65,10 +60,10 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     except pickle.UnpicklingError as e:
         raise CheckpointError(
             f"{path}: refused. It is damaged, or a pickle that holds more than tensors; such a file could run code "
-            f"when read, so it is never opened any other way. ({_first_line(e)})"
+            f"when read, so it is never opened any other way. ({first_line(e)})"
         ) from e
     except Exception as e:  # a damaged archive can raise anything from zipfile, torch or safetensors
-        raise CheckpointError(f"{path}: damaged, incomplete or not a checkpoint. ({_first_line(e)})") from e
+        raise CheckpointError(f"{path}: damaged, incomplete or not a checkpoint. ({first_line(e)})") from e
     stem = Path(path).stem
     named = stem if stem in {row.backbone for row in ROWS} else None
     return Checkpoint(path, *_split(state), made_for=metadata.get("backbone") or named)
@@ -141,12 +136,12 @@ def denoiser_for(
     if not state:
         raise CheckpointError(f"{path}: holds no denoiser (keys: {_some(checkpoint.backbone)}).")
     new = partial(Denoiser, dim, grid_size, num_heads=num_heads, device="meta")
-    layers = sorted({int(m[1]) for m in (re.match(r"layers\.(\d+)\.", key) for key in state) if m})
+    layers = sorted({int(m[1]) for m in (re.match(r"layers\.(\d{1,9})\.", key) for key in state) if m})
     if not layers:
         return _one_denoiser(state, new, path, "denoiser.")
     if layers[-1] >= (depth or 1024):
         raise CheckpointError(f"{path}: holds a denoiser for block {layers[-1]}; the backbone's last is {depth - 1}.")
-    stray = [key for key in state if not re.match(r"layers\.\d+\.", key)]
+    stray = [key for key in state if not re.match(r"layers\.\d{1,9}\.", key)]
     if stray:
         raise CheckpointError(f"{path}: unexpected keys: {_some(stray)}.")
     denoisers = {}
@@ -159,7 +154,7 @@ def denoiser_for(
 
 def _one_denoiser(state: State, new: Callable[..., Denoiser], path: str, prefix: str) -> Denoiser:
     """What `new` makes, with these weights; the keys tell its architecture and number of blocks."""
-    numbers = [int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", key) for key in state) if m]
+    numbers = [int(m[1]) for m in (re.match(r"blocks\.(\d{1,9})\.", key) for key in state) if m]
     kernel = state.get("blocks.0.weight")
     depth = 1 if kernel is not None else 1 + max(numbers, default=0)
     if depth > 64:
@@ -200,7 +195,17 @@ def check_state(
         for key in wanted
         if key in state and key not in adapts and key not in optional and state[key].shape != wanted[key].shape
     ]
-    found = {"missing keys": missing, "unexpected keys": unexpected, "wrong shapes": shapes}
+    strange = [
+        f"{prefix}{key} of {tensor.dtype}"
+        for key, tensor in state.items()
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta
+    ]
+    found = {
+        "missing keys": missing,
+        "unexpected keys": unexpected,
+        "wrong shapes": shapes,
+        "no plain floating-point tensors": strange,
+    }
     problems = [f"{what}: {_some(keys)}" for what, keys in found.items() if keys]
     if problems:
         raise CheckpointError(f"{path}: not weights for this model; nothing was loaded. {'; '.join(problems)}.")
@@ -238,6 +243,16 @@ def load_denoiser(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 # ---- where weights come from
 
 
+def hub_file(cfg: dict) -> tuple[str, str, str | None] | None:
+    """The repo, file and revision that a pretrained_cfg names."""
+    if not cfg.get("hf_hub_id"):
+        return None
+    repo, revision = hf_split(cfg["hf_hub_id"])
+    # What a repo's own config.json says of a file is not heeded: its weights are safetensors by this name.
+    filename = None if cfg.get("source") == "hf-hub" else cfg.get("hf_hub_filename")
+    return repo, filename or WEIGHTS_NAME, revision
+
+
 def locate(cfg: dict, backbone: str, whole: bool = False, cache_dir: str | os.PathLike | None = None) -> str:
     """The path of the weights that a pretrained_cfg names, fetched from the Hub if need be.
 
@@ -249,50 +264,15 @@ def locate(cfg: dict, backbone: str, whole: bool = False, cache_dir: str | os.Pa
     """
     if cfg.get("source") != "hf-hub" and cfg.get("file"):
         return str(cfg["file"])
-    if cfg.get("hf_hub_id"):
-        repo, revision = hf_split(cfg["hf_hub_id"])
-        filename = cfg.get("hf_hub_filename") or WEIGHTS_NAME
-        try:
-            return hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir)
-        except Exception as e:  # the client raises its own, the network library's and the system's errors
-            raise unavailable(cfg, backbone, whole, e) from e
+    own = hub_file(cfg)
+    if own:
+        return fetch(*own, cache_dir, needed=[own, *([] if whole else backbone_files(backbone))])
     if cfg.get("url"):
         return download_cached_file(cfg["url"], check_hash=False, cache_dir=cache_dir)
     raise WeightsNotFoundError(
         f"No denoiser has been published for {backbone}. Create the model with pretrained=False and train one, or pass "
         f"pretrained_cfg_overlay=dict(file='PATH') with a denoiser of your own."
     )
-
-
-def is_fetch_error(error: BaseException) -> bool:
-    """Whether an error comes from fetching a file, rather than from what is in it."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return isinstance(error, (OSError, HfHubHTTPError)) or type(error).__module__.split(".")[0] in ("httpx", "requests")
-
-
-def unavailable(cfg: dict, backbone: str, whole: bool, error: Exception) -> WeightsNotFoundError:
-    """One error that names the files needed and the commands that fetch them."""
-    repo, _, revision = (cfg.get("hf_hub_id") or "").partition("@")
-    files = [(repo, cfg.get("hf_hub_filename") or WEIGHTS_NAME, revision)] if repo else []
-    base = None if whole else get_pretrained_cfg(backbone)
-    if base is not None and base.hf_hub_id:
-        files.append((base.hf_hub_id, backbone_file(base.hf_hub_filename), ""))
-    commands = [f"  hf download {r} {f}" + (f" --revision {v}" if v else "") for r, f, v in files]
-    return WeightsNotFoundError(
-        f"Could not fetch weights for {backbone} with DVT: {type(error).__name__}: {_first_line(error)}\n"
-        "They are read from the local cache if these commands were run where there is a network (huggingface_hub "
-        "below 1.0: huggingface-cli download):\n" + "\n".join(commands)
-    )
-
-
-def backbone_file(filename: str | None) -> str:
-    """The file timm fetches first for a hub repo: the safetensors twin of the recorded name."""
-    return next(iter(_get_safe_alternatives(filename or "pytorch_model.bin")), WEIGHTS_NAME)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _some(keys: Iterable[str], most: int = 8) -> str:

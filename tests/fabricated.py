@@ -1,0 +1,43 @@
+"""Weights put on the stand-in hub as they are published: backbones in timm's repos, denoisers in the authors'."""
+
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+
+import timm_dvt
+from tests import reference
+from timm_dvt.registry import VARIANTS
+from timm_dvt.variants import DVT_REPO
+
+BACKBONE = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+def publish_backbone(hub, backbone: str, **kwargs) -> dict:
+    """Put random weights of a backbone on the stand-in hub, as timm publishes them; returns the state dict."""
+    state = timm.create_model(backbone, **kwargs).state_dict()
+    repo = hub.folder / timm.get_pretrained_cfg(backbone).hf_hub_id
+    repo.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(state, repo / "model.safetensors")
+    return state
+
+
+def publish(hub, filename: str, content: object) -> Path:
+    """Put a checkpoint into the authors' repo."""
+    path = hub.folder / DVT_REPO / filename
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+    return path
+
+
+def publish_tiny(hub) -> str:
+    """Put a variant of the smallest ViT on the stand-in hub, layout and all; returns its name."""
+    name = f"{BACKBONE}_dvt_small"
+    filename = f"voc_denoised/{BACKBONE}.pth"
+    publish_backbone(hub, BACKBONE)
+    publish(hub, filename, {"denoiser": reference.published_state(192, 6), "step": 1})
+    if name not in VARIANTS:
+        register = {"resolution": 96, "hub_id": DVT_REPO, "hub_file": filename}
+        assert timm_dvt.register(BACKBONE, "dvt_small", **register) == name
+    return name

@@ -1,0 +1,107 @@
+"""Model cards: fresh, valid for huggingface_hub, and true to the table, to timm and to the README."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+from huggingface_hub import ModelCard
+
+from timm_dvt import published
+from timm_dvt.__main__ import main
+from timm_dvt.cards import card, has_weights, stale_cards
+from timm_dvt.registry import VARIANTS
+from timm_dvt.variants import Variant, published_variants
+
+FOLDER = Path(__file__).parent.parent / "hub_cards"
+NAMES = [variant.name for variant in published_variants() if has_weights(variant)]
+
+
+def written(name: str) -> str:
+    return (FOLDER / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_the_cards_there_are_those_that_would_be_written():
+    assert stale_cards(FOLDER) == [], "run python -m timm_dvt cards"
+
+
+def test_stale_cards_are_named(tmp_path, capsys, monkeypatch):
+    some = [variant for variant in published_variants() if has_weights(variant)][:2]
+    monkeypatch.setattr("timm_dvt.cards.published_variants", lambda: some)
+    (tmp_path / "old.md").write_text("of a variant that is gone")
+    assert main(["cards", "--out", str(tmp_path)]) == 0 and main(["cards", "--out", str(tmp_path), "--check"]) == 0
+    (tmp_path / f"{some[0].name}.md").write_text("changed by hand")
+    (tmp_path / f"{some[1].name}.md").unlink()
+    assert main(["cards", "--out", str(tmp_path), "--check"]) == 2
+    said = capsys.readouterr().err
+    assert all(f"{variant.name}.md" in said for variant in some) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_is_valid_and_complete(name, hub):
+    variant, text = VARIANTS[name], written(name)
+    parsed = ModelCard(text)
+    parsed.validate()  # the client's: through the hub's /api/validate-yaml
+    data = parsed.data
+    assert ModelCard(f"---\n{data.to_yaml()}\n---\n").data.to_dict() == data.to_dict()
+    assert data.library_name == "timm" and data.pipeline_tag == "image-feature-extraction"
+    backbone = timm.get_pretrained_cfg(variant.backbone)
+    assert data.license == variant.license == backbone.license and data.base_model == backbone.hf_hub_id
+    assert {"timm", "timm-dvt"} <= set(data.tags)
+    for command in ("hf download", "huggingface-cli download"):
+        assert f"\n{command} NAMESPACE/{name}" in text
+    assert f"hf-hub:NAMESPACE/{name}" in text
+    assert all(part in text for part in ("import timm_dvt", "## Limits", "@inproceedings"))
+    assert ("set_denoise(False)" in text) != variant.distilled
+    assert "{{" not in text and "{%" not in text and "None" not in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_are_the_readmes_and_marked_as_published(name):
+    variant = VARIANTS[name]
+    listed = ModelCard(written(name)).data.eval_results
+    results = {(result.dataset_type, result.metric_name.split()[1]): result for result in listed}
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    tag = " (`_in1k`)" if "_in1k" in name.removeprefix(variant.backbone) else ""
+    (row,) = re.findall(rf"^\| `{re.escape(variant.backbone)}`{re.escape(tag)} \| (.*)$", readme, re.MULTILINE)
+    voc, ade, distilled = ([float(number) for number in re.findall(r"\d+\.\d+", cell)] for cell in row.split("|")[:3])
+    want = {("pascal-voc-2012", "raw"): voc[0]}
+    if variant.distilled:
+        want[("pascal-voc-2012", "distilled")] = distilled[0]
+    else:
+        want |= {("pascal-voc-2012", "denoised"): voc[1], ("ade20k", "raw"): ade[0], ("ade20k", "denoised"): ade[1]}
+    assert {key: result.metric_value for key, result in results.items()} == want
+    for result in results.values():
+        assert "published" in result.metric_name and "not measured" in result.source_name
+        assert result.source_url == published.SOURCE_URL
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "small" in name or "distilled" in name])
+def test_the_size_is_that_of_the_weights(name):
+    model = timm.create_model(name, device="meta")
+    megabytes = sum(4 * parameter.numel() for parameter in model.parameters()) / 1e6
+    assert f"| `model.safetensors` | {megabytes:.1f} MB |" in written(name)
+
+
+def test_only_published_variants_have_a_card():
+    assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(NAMES) and not any("giant" in n for n in NAMES)
+
+
+def test_the_code_of_a_card_runs(tmp_path):
+    text = str(card(VARIANTS["vit_small_patch14_reg4_dinov2.lvd142m_dvt"], "me/model"))
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    code = code.replace('"hf-hub:me/model", pretrained=True', '"vit_small_patch14_reg4_dinov2.lvd142m_dvt", depth=1')
+    check = "\nassert tokens.shape == (1, 1374, 384) and maps.shape == (1, 384, 37, 37)"
+    assert "(1, 1374, 384): 5 prefix tokens" in code and "(1, 384, 37, 37)" in code
+    subprocess.run([sys.executable, "-c", code + check], check=True)
+
+
+def test_a_variant_of_a_packages_file_has_a_card_without_results():
+    backbone = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    own = Variant(f"{backbone}_x", backbone, 192, file="x.safetensors", license="cc-by-sa-4.0")
+    text = str(card(own, "me/x", model=timm.create_model("vit_tiny_patch16_224", img_size=192, device="meta")))
+    data = yaml.safe_load(text.split("---\n")[1])
+    assert data["license"] == "cc-by-sa-4.0" and "model-index" not in data and "as published" not in text

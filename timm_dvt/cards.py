@@ -1,0 +1,171 @@
+"""Model cards: one a variant, made from the table of variants, the published results and one template."""
+
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from timm_dvt import published
+from timm_dvt.registry import VARIANTS
+from timm_dvt.saving import write_whole
+from timm_dvt.variants import DVT_LICENSE, DVT_REPO, Variant, published_variants
+
+# Stands for the account in a card that is not on the Hub yet; `push` puts the repo's real id in its place.
+NAMESPACE = "NAMESPACE"
+NOTE = (
+    f"> `{NAMESPACE}` stands for the account this card is published under: nothing is on the Hub before somebody runs\n"
+    "> `python -m timm_dvt push`, which fills it in."
+)
+TAGS = ["timm", "timm-dvt", "vision-transformer", "dense-features", "denoising-vision-transformers"]
+DATASETS = {"PASCAL VOC": "pascal-voc", "ImageNet-1k": "ILSVRC/imagenet-1k"}
+PROBES = {"VOC12": ("pascal-voc-2012", "PASCAL VOC 2012"), "ADE20k": ("ade20k", "ADE20k")}
+BYTES = 4  # of a weight: float32
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says of a model's shapes; sizes in bytes of float32."""
+
+    dim: int
+    patch: int
+    grid: int
+    prefix: int
+    whole: int
+    denoiser: int
+    describes: str  # the denoiser in a few words
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Facts":
+        denoiser = getattr(model, "denoiser", None)
+        own = 0 if denoiser is None else sum(p.numel() for p in denoiser.parameters())
+        blocks = len(getattr(denoiser, "blocks", ()))
+        rows, columns = model.patch_embed.grid_size
+        return cls(
+            dim=model.embed_dim,
+            patch=model.patch_embed.patch_size[0],
+            grid=rows,
+            prefix=model.num_prefix_tokens,
+            whole=BYTES * sum(p.numel() for p in model.parameters()),
+            denoiser=BYTES * own,
+            describes=f"{blocks or 'a'} transformer block{'s' if blocks > 1 else ''} of {own / 1e6:.1f} M parameters",
+        )
+
+
+def has_weights(variant: Variant) -> bool:
+    """Whether there is something to publish."""
+    return variant.source != "no weights"
+
+
+def card(
+    variant: Variant, repo_id: str | None = None, denoiser_only: bool = False, model: nn.Module | None = None
+) -> ModelCard:
+    """The card of a variant; published results are in it where the variant's weights are the published ones.
+
+    Args:
+        repo_id: where it is going to be; None for a card that waits to be published.
+        denoiser_only: whether the repo leaves the backbone's weights out.
+        model: the model, where it is not simply the variant's (on any device, also "meta").
+    """
+    facts = Facts.of(model if model is not None else timm.create_model(variant.name, device="meta"))
+    base = getattr(get_pretrained_cfg(variant.backbone), "hf_hub_id", None)
+    license = variant.license or "other"
+    repo = repo_id or f"{NAMESPACE}/{variant.name}"
+    results, images = published.results(variant), published.trained_on(variant)
+    content = "backbone and denoiser" if not variant.distilled else "the whole ViT"
+    if denoiser_only:
+        content = f"the denoiser; the backbone's own weights are fetched from [{base}](https://huggingface.co/{base})"
+    text = ModelCard.from_template(
+        _data(variant, license, base, images, results),
+        template_str=(resources.files("timm_dvt") / "assets" / "card.md").read_text(encoding="utf-8"),
+        name=variant.name,
+        note="" if repo_id else NOTE,
+        repo_id=repo,
+        base=f"[{base}](https://huggingface.co/{base})" if base else f"`{variant.backbone}`",
+        license=license,
+        license_note=_license_note(variant, license),
+        source=f"[{DVT_REPO}](https://huggingface.co/{DVT_REPO}) (`{variant.hub_file}`)" if variant.hub_file else "",
+        trained_on=images,
+        distilled=variant.distilled,
+        denoiser=facts.describes,
+        resolution=variant.resolution,
+        tokens=facts.prefix + facts.grid**2,
+        dim=facts.dim,
+        patch=facts.patch,
+        grid=facts.grid,
+        prefix=facts.prefix,
+        size=readable(facts.denoiser if denoiser_only else facts.whole),
+        content=content,
+        results=results,
+        source_url=published.SOURCE_URL,
+    )
+    return text
+
+
+def _data(variant: Variant, license: str, base: str | None, images: str | None, results: dict) -> ModelCardData:
+    scores = []
+    for dataset, (raw, ours) in results.items():
+        kind, title = PROBES[dataset]
+        for features, value in (("raw", raw), ("distilled" if variant.distilled else "denoised", ours)):
+            scores.append(
+                EvalResult(
+                    task_type="image-segmentation",
+                    task_name="Semantic segmentation, linear probe",
+                    dataset_type=kind,
+                    dataset_name=title,
+                    metric_type="mean_iou",
+                    metric_name=f"mIoU, {features} features (published)",
+                    metric_value=value,
+                    source_name=published.SOURCE_NAME,
+                    source_url=published.SOURCE_URL,
+                )
+            )
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-feature-extraction",
+        license=license,
+        tags=TAGS,
+        base_model=base,
+        base_model_relation=None if base is None else "finetune" if variant.distilled else "adapter",
+        datasets=[DATASETS[images]] if images else None,
+        model_name=variant.name,
+        eval_results=scores or None,
+    )
+
+
+def _license_note(variant: Variant, license: str) -> str:
+    if variant.hub_id != DVT_REPO:
+        return ""
+    kind = "fine-tuned weights" if variant.distilled else "denoiser"
+    note = f"The {kind} came out under {DVT_LICENSE.upper()}, the backbone under {license}: both hold for this repo."
+    return f"{note} That forbids commercial use." if "-nc" in license else note
+
+
+def readable(size: int) -> str:
+    """A size in bytes as people write it."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} KB"
+
+
+def write_cards(folder: str | os.PathLike) -> list[Path]:
+    """Write NAME.md for every variant that has weights, remove cards of others, and return what was written."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {folder / f"{v.name}.md": v for v in published_variants() if has_weights(v)}
+    for path, variant in wanted.items():
+        text = str(card(VARIANTS[variant.name]))
+        write_whole(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+    for path in set(folder.glob("*.md")) - set(wanted):
+        path.unlink()
+    return list(wanted)
+
+
+def stale_cards(folder: str | os.PathLike) -> list[str]:
+    """Names of files that are not, or not as, `write_cards` would write them."""
+    folder = Path(folder)
+    wanted = {f"{v.name}.md": str(card(v)) for v in published_variants() if has_weights(v)}
+    there = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+    return sorted(name for name in set(wanted) | set(there) if wanted.get(name) != there.get(name))

@@ -1,0 +1,103 @@
+"""Conversion of a published `.pth` to a folder of safetensors, config.json and a model card."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models._hub import hf_split, save_config_for_hf
+
+from timm_dvt.cards import card
+from timm_dvt.fetching import WEIGHTS_NAME, fetch
+from timm_dvt.registry import VARIANTS
+from timm_dvt.saving import leave_classes_to_pretrained_cfg, save_pretrained, write_tensors, write_whole
+from timm_dvt.variants import Variant
+
+
+class ConvertError(Exception):
+    """Something the person at the command line can put right; the message says what."""
+
+
+def convert(source: str | None, model: str, out: str | os.PathLike, denoiser_only: bool = False) -> Path:
+    """Write a variant, with the weights of `source`, as a folder that timm and transformers load; returns the folder.
+
+    Args:
+        source: a `.pth` or safetensors file, a folder of ours, a file of the Hub (`ORG/REPO/FILE`, `hf-hub:ORG/REPO`,
+            `hf-hub:ORG/REPO@REVISION/FILE`), or None for where the variant's weights are published.
+        model: the variant's name.
+        out: a folder, made if it does not exist.
+        denoiser_only: leave out the backbone's weights, which are then fetched from its own repo on loading.
+
+    Raises:
+        ConvertError: a name or the folder cannot be used. WeightsNotFoundError, CheckpointError: as on loading.
+    """
+    variant = known_variant(model)
+    if denoiser_only and variant.distilled:
+        raise ConvertError(f"{model} is a whole ViT without a denoiser; leave --denoiser-only out")
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ConvertError(f"cannot write {out}: it is a file, and a folder is needed")
+    overlay = {} if source is None else {"pretrained_cfg_overlay": {"file": find(source)}}
+    try:
+        network = timm.create_model(model, pretrained=True, **overlay)
+    except ValueError as e:
+        raise ConvertError(f"{model} cannot be made: {e}") from e
+    try:
+        if variant.distilled:
+            out.mkdir(parents=True, exist_ok=True)
+            _save_plain(network, out)
+        else:
+            save_pretrained(network, out, denoiser_only)
+        text = str(card(variant, denoiser_only=denoiser_only, model=network))
+        write_whole(out / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+    except OSError as e:
+        raise ConvertError(f"cannot write {out}: {e.strerror or e}") from e
+    return out
+
+
+def known_variant(name: str) -> Variant:
+    """The variant of that name. Raises ConvertError for one that is not there, or has no weights."""
+    if name not in VARIANTS:
+        raise ConvertError(f"{name!r} is not a variant; python -m timm_dvt list prints the names there are")
+    return VARIANTS[name]
+
+
+def find(source: str) -> str:
+    """The path of a file or folder on this machine, or of a file of the Hub once it is fetched.
+
+    Raises:
+        ConvertError: it is neither. WeightsNotFoundError: it cannot be fetched.
+    """
+    if os.path.exists(source):
+        return source
+    name = source.removeprefix("hf-hub:")
+    parts = name.split("/")
+    if name == source and (len(parts) < 3 or source.startswith((".", "/", "~")) or not all(parts)):
+        raise ConvertError(
+            f"{source}: no such file; a file of the Hub is named ORG/REPO/FILE or hf-hub:ORG/REPO, as in "
+            "jjiaweiyang/DVT/voc_denoised/vit_base_patch14_dinov2.lvd142m.pth"
+        )
+    if len(parts) < 2 or not all(parts) or ".." in parts or name.count("@") > 1:
+        raise ConvertError(f"{source}: a file of the Hub is named hf-hub:ORG/REPO, hf-hub:ORG/REPO@REVISION/FILE")
+    repo, revision = hf_split("/".join(parts[:2]))
+    return fetch(repo, "/".join(parts[2:]) or WEIGHTS_NAME, revision)
+
+
+def _save_plain(model: Any, folder: Path) -> None:
+    """A distilled ViT as timm saves its own models, but safetensors only and each file whole or not at all."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    arguments = {
+        **{key: value for key, value in model._model_args.items() if not key.endswith("drop_rate")},
+        "img_size": list(model.patch_embed.img_size),
+        "dynamic_img_size": model.dynamic_img_size,
+        "global_pool": model.global_pool,
+    }
+    for name in ("in_chans", "num_classes"):
+        arguments[name] = getattr(model, name)
+    write_whole(folder / WEIGHTS_NAME, lambda path: write_tensors(tensors, path, {"format": "pt"}))
+
+    def write_config(path: Path) -> None:
+        save_config_for_hf(model, path, model_args=arguments)
+        leave_classes_to_pretrained_cfg(path)
+
+    write_whole(folder / "config.json", write_config)

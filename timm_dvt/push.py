@@ -1,0 +1,197 @@
+"""Publishing on the Hub: a folder or a variant as one commit of weights, config.json and card."""
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors
+import timm
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from timm.models import get_pretrained_cfg
+
+from timm_dvt.cards import NAMESPACE, NOTE, Facts, card, has_weights, readable
+from timm_dvt.convert import convert
+from timm_dvt.fetching import WEIGHTS_NAME, WeightsNotFoundError, explain, first_line, git_hash, sha256
+from timm_dvt.model import Denoised
+from timm_dvt.registry import VARIANTS
+from timm_dvt.variants import Variant, published_variants
+from timm_dvt.weights import CheckpointError
+
+FILES = (WEIGHTS_NAME, "config.json", "README.md")
+
+
+class PushError(Exception):
+    """Something the person at the command line can put right; the message says what."""
+
+
+def push(
+    target: str,
+    repo_id: str,
+    private: bool = False,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Publish a folder, or a variant converted on the way; files the repo has already, by their hashes, are left out.
+
+    Args:
+        target: a folder of `save_pretrained` or `convert`, or the name of a variant.
+        repo_id: ORG/NAME; made if it does not exist.
+        private: make it a private one. Refused where it exists and is public.
+        create_pr: propose the commit as a pull request to a repo that exists.
+        dry_run: only say what would be done.
+        say: gets a line for what was done.
+
+    Returns:
+        Whether there was anything to publish.
+
+    Raises:
+        PushError: the target, the repo or the account cannot be used. WeightsNotFoundError, CheckpointError.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as e:
+        raise PushError(f"{repo_id!r} is not the id of a repo, ORG/NAME") from e
+    if "/" not in repo_id:
+        raise PushError(f"{repo_id!r} names no account; an id is ORG/NAME")
+    is_folder = Path(target).is_dir()
+    if not is_folder and target not in VARIANTS:
+        raise PushError(f"{target!r} is neither a folder nor a variant; python -m timm_dvt list prints the variants")
+    if not is_folder and not has_weights(VARIANTS[target]):
+        raise PushError(f"nothing has been published for {target}, so there is nothing to push")
+    api = HfApi()
+    with _told(repo_id):
+        there = _files_there(api, repo_id, private, create_pr)
+        if dry_run and not is_folder:
+            return _say_variant(VARIANTS[target], repo_id, there, say)
+        if not dry_run:
+            api.whoami()  # a token that is not valid is found out before anything slow
+    with tempfile.TemporaryDirectory(prefix="timm_dvt_") as temporary:
+        folder = Path(target) if is_folder else convert(None, target, Path(temporary) / "model")
+        files = _gather(folder, repo_id, Path(temporary))
+        new = {name: content for name, content in files.items() if (there or {}).get(name) not in _hashes(content)}
+        if not new:
+            say(f"{repo_id}: nothing to do, all files are there with equal hashes")
+            return False
+        sizes = ", ".join(f"{name} ({readable(content.stat().st_size)})" for name, content in new.items())
+        if dry_run:
+            say(f"{repo_id}: would {'create the repo and ' if there is None else ''}commit {sizes}")
+            return True
+        with _told(repo_id):
+            if there is None:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.create_commit(
+                repo_id,
+                [CommitOperationAdd(name, content) for name, content in new.items()],
+                commit_message=f"Publish {Path(target).name if is_folder else target}",
+                create_pr=create_pr,
+            )
+        say(f"{repo_id}: {commit.pr_url or commit.commit_url} ({sizes})")
+        return True
+
+
+def push_all(namespace: str, private: bool = False, dry_run: bool = False, say: Callable[[str], None] = print) -> int:
+    """Publish every variant as NAMESPACE/NAME, and go on where a variant fails; run again, it continues.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        PushError: after the others are through, the first that failed and how many did.
+    """
+    failed = []
+    variants = [variant for variant in published_variants() if has_weights(variant)]
+    for variant in variants:
+        try:
+            push(variant.name, f"{namespace}/{variant.name}", private, dry_run=dry_run, say=say)
+        except (PushError, WeightsNotFoundError, CheckpointError) as e:
+            failed.append(f"{variant.name}: {e}")
+            say(f"{namespace}/{variant.name}: failed, going on")
+    if failed:
+        raise PushError(f"{len(failed)} of {len(variants)} failed; run this again to continue. First: {failed[0]}")
+    return len(variants)
+
+
+@contextmanager
+def _told(repo_id: str) -> Iterator[None]:
+    """Tell what the Hub refuses in one line."""
+    try:
+        yield
+    except PushError:
+        raise
+    except Exception as e:  # the client raises its own, the network library's and the system's errors
+        raise PushError(f"cannot publish {repo_id}: {explain(e, repo_id)}") from e
+
+
+def _files_there(api: HfApi, repo_id: str, private: bool, create_pr: bool) -> dict[str, str] | None:
+    """Hashes of a repo's files, or None where it does not exist. Raises PushError where it is not as asked for."""
+    try:
+        info = api.model_info(repo_id, files_metadata=True)
+    except RepositoryNotFoundError:
+        if create_pr:
+            raise PushError(f"{repo_id} does not exist, or is private to others; leave --create-pr out to make it")
+        return None
+    if private and not info.private:
+        raise PushError(f"{repo_id} exists and is public; make it private in its settings, or leave --private out")
+    return {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id or "" for s in info.siblings or []}
+
+
+def _say_variant(variant: Variant, repo_id: str, there: dict | None, say: Callable[[str], None]) -> bool:
+    """What a push of a variant would do, as far as can be said without fetching and converting its weights."""
+    size = readable(Facts.of(timm.create_model(variant.name, device="meta")).whole)
+    state = "would create the repo and" if there is None else "the repo is there; would"
+    files = f"{WEIGHTS_NAME} ({size}, from {variant.source}), {FILES[1]}, {FILES[2]}"
+    say(f"{repo_id}: {state} commit what differs of {files}")
+    return True
+
+
+def _gather(folder: Path, repo_id: str, temporary: Path) -> dict[str, Path]:
+    """The files to publish, by their names in the repo; the card gets the repo's id. Raises PushError."""
+    for name in (WEIGHTS_NAME, "config.json"):
+        if not (folder / name).is_file():
+            raise PushError(f"{folder} has no {name}; timm_dvt.save_pretrained or python -m timm_dvt convert makes one")
+    try:
+        with safetensors.safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+            denoiser_only = all(key.startswith("denoiser.") for key in file.keys())
+    except Exception as e:  # the library's own
+        raise PushError(f"{folder / WEIGHTS_NAME} is damaged or not safetensors: {e}") from e
+    if (folder / "README.md").is_file():
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    else:
+        text = str(_own_card(folder, repo_id, denoiser_only))
+    text = re.sub(rf"\b{NAMESPACE}/[\w.-]+", repo_id, text.replace(f"{NOTE}\n\n", ""))
+    try:
+        data = ModelCard(text).data
+    except Exception as e:  # yaml's and the client's own
+        raise PushError(f"{folder / 'README.md'}: its metadata cannot be read: {first_line(e)}") from e
+    if not data.license:
+        raise PushError(f"{folder / 'README.md'} names no license in its metadata")
+    (temporary / "README.md").write_text(text, encoding="utf-8")
+    return {name: (temporary if name == "README.md" else folder) / name for name in FILES}
+
+
+def _own_card(folder: Path, repo_id: str, denoiser_only: bool) -> ModelCard:
+    """A card for a model somebody trained: what its folder says, and no published results."""
+    try:
+        model = timm.create_model(f"local-dir:{folder}", device="meta")
+    except Exception as e:  # timm's, ours, json's
+        raise PushError(f"{folder} is not a model that can be loaded: {first_line(e)}") from e
+    if not isinstance(model, Denoised):
+        raise PushError(f"{folder} holds a model without a denoiser and has no README.md; write its card first")
+    base = get_pretrained_cfg(model.backbone_name)
+    variant = Variant(
+        name=repo_id.split("/")[1],
+        backbone=model.backbone_name,
+        resolution=model.patch_embed.img_size[-1],
+        license=base.license if base else None,
+    )
+    return card(variant, repo_id, denoiser_only, model)
+
+
+def _hashes(path: Path) -> tuple[str, str]:
+    """By what the Hub names a file, large and small."""
+    return sha256(path), git_hash(path)
