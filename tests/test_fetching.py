@@ -13,7 +13,7 @@ import timm
 import torch
 
 import timm_dvt
-from tests.fabricated import publish_tiny
+from tests.fabricated import BACKBONE, publish_tiny
 from timm_dvt.fetching import fetch
 
 REPO = "someone/tiny"
@@ -103,14 +103,13 @@ def test_the_command_line_fills_the_cache_that_create_model_reads_offline(client
     name = publish_tiny(hub)
     home = tmp_path / "home"
     for repo, file in (
-        ("jjiaweiyang/DVT", "voc_denoised/vit_tiny_patch16_224.augreg_in21k_ft_in1k.pth"),
-        ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "model.safetensors"),
+        ("jjiaweiyang/DVT", f"voc_denoised/{BACKBONE}.pth"),
+        (f"timm/{BACKBONE}", "model.safetensors"),
     ):
         assert run(client, "download", repo, file, HF_HOME=str(home)).returncode == 0
     code = (
-        "import timm_dvt, timm; timm_dvt.register('vit_tiny_patch16_224.augreg_in21k_ft_in1k', 'dvt_small', "
-        "resolution=96, hub_id='jjiaweiyang/DVT', "
-        "hub_file='voc_denoised/vit_tiny_patch16_224.augreg_in21k_ft_in1k.pth'); "
+        f"import timm_dvt, timm; timm_dvt.register({BACKBONE!r}, 'dvt_small', resolution=96, "
+        f"hub_id='jjiaweiyang/DVT', hub_file='voc_denoised/{BACKBONE}.pth'); "
         f"print(float(timm.create_model({name!r}, pretrained=True).denoiser.pos_embed.detach().sum()))"
     )
     offline = run([sys.executable, "-c", code], HF_HOME=str(home), **NO_NETWORK)
@@ -120,7 +119,7 @@ def test_the_command_line_fills_the_cache_that_create_model_reads_offline(client
 
 @pytest.fixture
 def large(hub):
-    """A file of more than two of the 10 MiB chunks that the client writes; and how many it has at a cut."""
+    """A file of more than two of the 10 MiB chunks that the client writes at a time."""
     content = torch.randint(256, (24 << 20,), dtype=torch.uint8).numpy().tobytes()
     (hub.folder / "someone" / "large").mkdir(parents=True)
     (hub.folder / "someone" / "large" / "model.safetensors").write_bytes(content)

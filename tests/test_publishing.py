@@ -184,7 +184,7 @@ def test_a_dry_run_writes_nothing(account, tmp_path, capsys, monkeypatch):
     assert main(["push", str(folder), "--repo", "me/tiny", "--dry-run"]) == 0
     monkeypatch.setattr(pushing, "published_variants", lambda: [VARIANTS[name]])
     assert main(["push", "--all", "--namespace", "me", "--dry-run"]) == 0
-    assert "model.safetensors (24." in capsys.readouterr().out
+    assert "model.safetensors (1.7 MB)" in capsys.readouterr().out
     assert all(request.startswith("GET /api/models/me") for request in account.requests)
     assert not (account.folder / "me").exists()
 
