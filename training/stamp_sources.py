@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def load_sources(split: str, share: str | Path = SHARE) -> Sources:
     photos = [p for folder in PHOTOS for p in _photo_files(_need(share / folder))]
     stamps = _stamp_files(_need(share / STAMPS))
     return Sources(
-        photos=[_open_photo(path) for path in _part(photos, split)],
+        photos=[_open_photo(path) for path in _photo_part(photos, split)],
         stamps=[[_open_stamp(path) for path in _part(stamps[name], split)] for name in STAMP_CLASSES],
         clothes=_clothes(_need(share / CLOTHES), split),
     )
@@ -104,6 +105,17 @@ def _part(files: list[Path], split: str) -> list[Path]:
     ordered = sorted(files, key=lambda path: hashlib.sha256(path.stem.encode()).digest())
     held_out = max(len(ordered) // VAL_SHARE, 1)
     return sorted(ordered[:held_out] if split == "val" else ordered[held_out:])
+
+
+def _photo_part(files: list[Path], split: str) -> list[Path]:
+    """As `_part`, and no validation photograph is another version, light or dark or of another size, of a training one."""
+    trained = set() if split == "train" else {_motif(path) for path in _part(files, "train")}
+    return [path for path in _part(files, split) if _motif(path) not in trained]
+
+
+def _motif(path: Path) -> str:
+    name = path.parts[path.parts.index("contents") - 1] if "contents" in path.parts else path.stem
+    return re.sub(r"(-[dl]|_\d+x\d+)$", "", name)
 
 
 def _photo_files(folder: Path) -> Iterator[Path]:
