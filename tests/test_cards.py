@@ -12,12 +12,13 @@ from huggingface_hub import ModelCard
 
 from timm_dvt import published
 from timm_dvt.__main__ import main
-from timm_dvt.cards import card, has_weights, stale_cards
+from timm_dvt.cards import card, publishable, stale_cards
 from timm_dvt.registry import VARIANTS
-from timm_dvt.variants import Variant, published_variants
+from timm_dvt.variants import EMBEDDED, Variant
 
 FOLDER = Path(__file__).parent.parent / "hub_cards"
-NAMES = [variant.name for variant in published_variants() if has_weights(variant)]
+NAMES = [variant.name for variant in publishable()]
+PUBLISHED = [name for name in NAMES if name != EMBEDDED.name]
 
 
 def written(name: str) -> str:
@@ -29,8 +30,8 @@ def test_the_cards_there_are_those_that_would_be_written():
 
 
 def test_stale_cards_are_named(tmp_path, capsys, monkeypatch):
-    some = [variant for variant in published_variants() if has_weights(variant)][:2]
-    monkeypatch.setattr("timm_dvt.cards.published_variants", lambda: some)
+    some = publishable()[:2]
+    monkeypatch.setattr("timm_dvt.cards.publishable", lambda: some)
     (tmp_path / "old.md").write_text("of a variant that is gone")
     assert main(["cards", "--out", str(tmp_path)]) == 0 and main(["cards", "--out", str(tmp_path), "--check"]) == 0
     (tmp_path / f"{some[0].name}.md").write_text("changed by hand")
@@ -59,7 +60,7 @@ def test_a_card_is_valid_and_complete(name, hub):
     assert "{{" not in text and "{%" not in text and "None" not in text
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_results_are_the_readmes_and_marked_as_published(name):
     variant = VARIANTS[name]
     listed = ModelCard(written(name)).data.eval_results
@@ -86,7 +87,7 @@ def test_the_size_is_that_of_the_weights(name):
     assert f"| `model.safetensors` | {megabytes:.1f} MB |" in written(name)
 
 
-def test_only_published_variants_have_a_card():
+def test_only_variants_with_weights_have_a_card():
     assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(NAMES) and not any("giant" in n for n in NAMES)
 
 

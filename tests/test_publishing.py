@@ -182,7 +182,7 @@ def test_a_dry_run_writes_nothing(account, tmp_path, capsys, monkeypatch):
     account.requests.clear()
     assert main(["push", name, "--repo", "me/tiny", "--dry-run"]) == 0
     assert main(["push", str(folder), "--repo", "me/tiny", "--dry-run"]) == 0
-    monkeypatch.setattr(pushing, "published_variants", lambda: [VARIANTS[name]])
+    monkeypatch.setattr(pushing, "publishable", lambda: [VARIANTS[name]])
     assert main(["push", "--all", "--namespace", "me", "--dry-run"]) == 0
     assert "model.safetensors (1.7 MB)" in capsys.readouterr().out
     assert all(request.startswith("GET /api/models/me") for request in account.requests)
@@ -209,7 +209,7 @@ def test_private_is_private_or_refused(account, capsys):
 def test_all_continues_after_it_was_cut_short(account, monkeypatch, capsys):
     name = publish_tiny(account)
     names = [name, f"{name}_2"]
-    monkeypatch.setattr(pushing, "published_variants", lambda: [VARIANTS[name], second])
+    monkeypatch.setattr(pushing, "publishable", lambda: [VARIANTS[name], second])
     register = {"resolution": 96, "hub_id": "jjiaweiyang/DVT", "hub_file": VARIANTS[name].hub_file}
     second = VARIANTS[timm_dvt.register(VARIANTS[name].backbone, "dvt_small_2", **register)]
     account.fail(f"POST /api/models/me/{names[1]}/commit", 500)

@@ -13,7 +13,7 @@ from torch import nn
 from timm_dvt import published
 from timm_dvt.registry import VARIANTS
 from timm_dvt.saving import write_whole
-from timm_dvt.variants import DVT_LICENSE, DVT_REPO, Variant, published_variants
+from timm_dvt.variants import DVT_LICENSE, DVT_REPO, EMBEDDED, Variant, published_variants
 
 # Stands for the account in a card that is not on the Hub yet; `push` puts the repo's real id in its place.
 NAMESPACE = "NAMESPACE"
@@ -56,6 +56,11 @@ class Facts:
         )
 
 
+def publishable() -> list[Variant]:
+    """The variants that have weights to publish: those of the authors, and the one in the package."""
+    return [variant for variant in (*published_variants(), EMBEDDED) if has_weights(variant)]
+
+
 def has_weights(variant: Variant) -> bool:
     """Whether there is something to publish."""
     return variant.source != "no weights"
@@ -88,7 +93,7 @@ def card(
         base=f"[{base}](https://huggingface.co/{base})" if base else f"`{variant.backbone}`",
         license=license,
         license_note=_license_note(variant, license),
-        source=f"[{DVT_REPO}](https://huggingface.co/{DVT_REPO}) (`{variant.hub_file}`)" if variant.hub_file else "",
+        source=_source(variant),
         trained_on=images,
         distilled=variant.distilled,
         denoiser=facts.describes,
@@ -104,6 +109,10 @@ def card(
         source_url=published.SOURCE_URL,
     )
     return text
+
+
+def _source(variant: Variant) -> str:
+    return f"[{DVT_REPO}](https://huggingface.co/{DVT_REPO}) (`{variant.hub_file}`)" if variant.hub_file else ""
 
 
 def _data(variant: Variant, license: str, base: str | None, images: str | None, results: dict) -> ModelCardData:
@@ -131,7 +140,7 @@ def _data(variant: Variant, license: str, base: str | None, images: str | None, 
         tags=TAGS,
         base_model=base,
         base_model_relation=None if base is None else "finetune" if variant.distilled else "adapter",
-        datasets=[DATASETS[images]] if images else None,
+        datasets=[DATASETS[images]] if images in DATASETS else None,
         model_name=variant.name,
         eval_results=scores or None,
     )
@@ -154,7 +163,7 @@ def write_cards(folder: str | os.PathLike) -> list[Path]:
     """Write NAME.md for every variant that has weights, remove cards of others, and return what was written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {folder / f"{v.name}.md": v for v in published_variants() if has_weights(v)}
+    wanted = {folder / f"{v.name}.md": v for v in publishable()}
     for path, variant in wanted.items():
         text = str(card(VARIANTS[variant.name]))
         write_whole(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
@@ -166,6 +175,6 @@ def write_cards(folder: str | os.PathLike) -> list[Path]:
 def stale_cards(folder: str | os.PathLike) -> list[str]:
     """Names of files that are not, or not as, `write_cards` would write them."""
     folder = Path(folder)
-    wanted = {f"{v.name}.md": str(card(v)) for v in published_variants() if has_weights(v)}
+    wanted = {f"{v.name}.md": str(card(v)) for v in publishable()}
     there = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
     return sorted(name for name in set(wanted) | set(there) if wanted.get(name) != there.get(name))

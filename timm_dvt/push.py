@@ -13,12 +13,12 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import get_pretrained_cfg
 
-from timm_dvt.cards import NAMESPACE, NOTE, Facts, card, has_weights, readable
+from timm_dvt.cards import NAMESPACE, NOTE, Facts, card, has_weights, publishable, readable
 from timm_dvt.convert import convert
 from timm_dvt.fetching import WEIGHTS_NAME, WeightsNotFoundError, explain, first_line, git_hash, sha256
 from timm_dvt.model import Denoised
 from timm_dvt.registry import VARIANTS
-from timm_dvt.variants import Variant, published_variants
+from timm_dvt.variants import Variant
 from timm_dvt.weights import CheckpointError
 
 FILES = (WEIGHTS_NAME, "config.json", "README.md")
@@ -104,7 +104,7 @@ def push_all(namespace: str, private: bool = False, dry_run: bool = False, say: 
         PushError: after the others are through, the first that failed and how many did.
     """
     failed = []
-    variants = [variant for variant in published_variants() if has_weights(variant)]
+    variants = publishable()
     for variant in variants:
         try:
             push(variant.name, f"{namespace}/{variant.name}", private, dry_run=dry_run, say=say)

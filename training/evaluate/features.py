@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
+from timm_dvt.model import Denoised
 from timm_dvt.saving import write_whole
 from timm_dvt.version import __version__
 from training.backbone import FeatureReader
@@ -242,9 +243,7 @@ class Features:
 
 def _last_denoiser(model: Any) -> nn.Module | None:
     """The denoiser of the last block's features; a model may have others, of earlier blocks."""
-    if hasattr(model, "denoisers"):
-        return model.denoisers().get(model.final_block)
-    return getattr(model, "denoiser", None)
+    return model.denoisers().get(model.final_block) if isinstance(model, Denoised) else None
 
 
 @lru_cache(maxsize=8)
