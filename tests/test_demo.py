@@ -35,9 +35,20 @@ def test_the_demo_draws_both_states_of_the_packages_photograph(folder, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["picture.png"]
 
 
-def test_without_weights_the_default_says_that_they_are_random(tmp_path, capsys):
-    assert main(["demo", "--size", "56", "--out", str(tmp_path / "a.png")]) == 0
-    assert "random weights" in capsys.readouterr().out
+def test_the_default_has_learned_weights_without_a_network(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "a.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "vit_tiny_patch16_224.stamps_dvt" in printed and "random" not in printed
+    assert main(["demo", "--no-pretrained", "--out", str(tmp_path / "b.png")]) == 0
+    assert "random weights, as asked for" in capsys.readouterr().out
+
+
+def test_weights_that_cannot_be_had_are_one_line_that_says_how_to_fetch_them(tmp_path, capsys):
+    model = "vit_small_patch14_dinov2.lvd142m_dvt"
+    assert main(["demo", "--model", model, "--out", str(tmp_path / "a.png")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"voc_denoised/{model.removesuffix('_dvt')}.pth" in error
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_one_projection_is_numpys_svd_of_the_map_it_was_fitted_on():
