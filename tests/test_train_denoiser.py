@@ -52,6 +52,11 @@ def start(pairs: Path, out: Path, *options: str, launcher: tuple[str, ...] = ())
     return subprocess.Popen([*command, "--out", str(out), *options], env=environment, **pipes)
 
 
+def finish(process: subprocess.Popen) -> int:
+    process.communicate()
+    return process.returncode
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model.safetensors")
 
@@ -243,9 +248,9 @@ def kill_at_random_moments(pairs: Path, out: Path, times: int, seed: int) -> int
 @pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_run_again_ends_with_the_same_weights(pairs, tmp_path, times):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
-    assert run(pairs, whole, *STEPS) == 0
+    assert finish(start(pairs, whole, *STEPS)) == 0
     assert kill_at_random_moments(pairs, torn, times, seed=times) >= min(times, 3) - 1
-    assert run(pairs, torn, *STEPS) == 0
+    assert finish(start(pairs, torn, *STEPS)) == 0
     assert same(weights(torn), weights(whole))
     numbers = [
         [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in open(out / "log.jsonl")]

@@ -178,10 +178,13 @@ class PairReader:
             PairError: a pair is damaged; names the file.
         """
         maps = [self._one(position) for position in positions]
-        batch = np.empty((maps[0].shape[0], len(maps), *maps[0].shape[1:]), np.result_type(*maps))
+        # torch's memory, not numpy's: it is aligned alike in every run, and sums of products depend on that.
+        batch = torch.from_numpy(np.empty(0, np.result_type(*maps))).new_empty(
+            (maps[0].shape[0], len(maps), *maps[0].shape[1:])
+        )
         for i, one in enumerate(maps):
-            batch[:, i] = one
-        return torch.from_numpy(batch)
+            batch[:, i] = torch.from_numpy(one)
+        return batch
 
     def _one(self, position: int) -> np.ndarray:
         kept = self._kept.get(position)

@@ -108,7 +108,7 @@ def _part(files: list[Path], split: str) -> list[Path]:
 
 
 def _photo_part(files: list[Path], split: str) -> list[Path]:
-    """As `_part`, and no validation photograph is another version, light or dark or of another size, of a training one."""
+    """As `_part`, but no validation photograph is another version (light or dark, another size) of a training one."""
     trained = set() if split == "train" else {_motif(path) for path in _part(files, "train")}
     return [path for path in _part(files, split) if _motif(path) not in trained]
 

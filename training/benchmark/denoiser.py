@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=120, help="of training, for each (120)")
     parser.add_argument("--archs", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--regime", choices=list(REGIMES), default="blobby, high", metavar="REGIME",
-                        help=f"one of: {'; '.join(REGIMES)}")
+                        help=f"one of: {'; '.join(REGIMES)}".replace("%", "%%"))
     parser.add_argument("--pairs", type=int, default=300, help="to train on (300)")
     parser.add_argument("--unseen", type=int, default=50, help="maps that errors are taken on (50)")
     parser.add_argument("--channels", type=int, choices=list(MODELS), default=192)

@@ -243,7 +243,7 @@ class Features:
 
 def _last_denoiser(model: Any) -> nn.Module | None:
     """The denoiser of the last block's features; a model may have others, of earlier blocks."""
-    return model.denoisers().get(model.final_block) if isinstance(model, Denoised) else None
+    return model.denoisers().get(model.final_block) if issubclass(type(model), Denoised) else None
 
 
 @lru_cache(maxsize=8)
