@@ -2,15 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import timm
-from timm.models._hub import hf_split, save_config_for_hf
+from timm.models._hub import hf_split
 
 from timm_dvt.cards import card
 from timm_dvt.fetching import WEIGHTS_NAME, fetch
 from timm_dvt.registry import VARIANTS
-from timm_dvt.saving import leave_classes_to_pretrained_cfg, save_pretrained, write_tensors, write_whole
+from timm_dvt.saving import save_plain, save_pretrained, write_whole
 from timm_dvt.variants import Variant
 
 
@@ -44,8 +43,7 @@ def convert(source: str | None, model: str, out: str | os.PathLike, denoiser_onl
         raise ConvertError(f"{model} cannot be made: {e}") from e
     try:
         if variant.distilled:
-            out.mkdir(parents=True, exist_ok=True)
-            _save_plain(network, out)
+            save_plain(network, out, variant.backbone)
         else:
             save_pretrained(network, out, denoiser_only)
         text = str(card(variant, denoiser_only=denoiser_only, model=network))
@@ -81,23 +79,3 @@ def find(source: str) -> str:
         raise ConvertError(f"{source}: a file of the Hub is named hf-hub:ORG/REPO, hf-hub:ORG/REPO@REVISION/FILE")
     repo, revision = hf_split("/".join(parts[:2]))
     return fetch(repo, "/".join(parts[2:]) or WEIGHTS_NAME, revision)
-
-
-def _save_plain(model: Any, folder: Path) -> None:
-    """A distilled ViT as timm saves its own models, but safetensors only and each file whole or not at all."""
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    arguments = {
-        **{key: value for key, value in model._model_args.items() if not key.endswith("drop_rate")},
-        "img_size": list(model.patch_embed.img_size),
-        "dynamic_img_size": model.dynamic_img_size,
-        "global_pool": model.global_pool,
-    }
-    for name in ("in_chans", "num_classes"):
-        arguments[name] = getattr(model, name)
-    write_whole(folder / WEIGHTS_NAME, lambda path: write_tensors(tensors, path, {"format": "pt"}))
-
-    def write_config(path: Path) -> None:
-        save_config_for_hf(model, path, model_args=arguments)
-        leave_classes_to_pretrained_cfg(path)
-
-    write_whole(folder / "config.json", write_config)

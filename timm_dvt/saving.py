@@ -60,7 +60,7 @@ def save_plain(model: nn.Module, folder: str | os.PathLike, name: str) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    write_whole(folder / WEIGHTS_NAME, lambda path: safetensors.torch.save_file(tensors, path, {"format": "pt"}))
+    write_whole(folder / WEIGHTS_NAME, lambda path: write_tensors(tensors, path, {"format": "pt"}))
     write_whole(folder / "config.json", lambda path: _write(model, path, name.split(".")[0], _arguments(model)))
     return folder
 
@@ -106,7 +106,7 @@ def _write(model: Any, path: Path, architecture: str, arguments: dict) -> None:
         save_config_for_hf(model, path, model_args=arguments)
     finally:
         model.pretrained_cfg = cfg
-    leave_classes_to_pretrained_cfg(path)
+    _leave_classes_to_pretrained_cfg(path)
 
 
 def write_tensors(tensors: dict, path: Path, metadata: dict[str, str]) -> None:
@@ -125,7 +125,7 @@ def write_tensors(tensors: dict, path: Path, metadata: dict[str, str]) -> None:
             file.write(ordered)
 
 
-def leave_classes_to_pretrained_cfg(path: Path) -> None:
+def _leave_classes_to_pretrained_cfg(path: Path) -> None:
     """Take `num_classes`, which a config.json has in two more places, out of its model_args.
 
     transformers' TimmWrapperModel makes a model without a head: it passes num_classes itself, beside the model_args.
