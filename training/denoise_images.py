@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from training.backbone import FeatureReader
+from training.command import complain, help_from
 from training.conditioning import IllConditioned
 from training.decompose import SOLVERS, Decomposition, NonFiniteFeatures, Stage1Settings, decompose
 from training.images import Fingerprint, ImageError, Source, decode_image, list_images, read_file
@@ -48,16 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = stage1_settings(args, model)
         folder = PairFolder(args.out, describe(args, model, settings), args.precision)
     except OutputError as error:
-        return _complain(3, error)
+        return complain(3, error)
     except (ValueError, TypeError) as error:
-        return _complain(2, error)
+        return complain(2, error)
     with folder:
         try:
             failed = denoise_images(model.to(device), sources, folder, settings)
         except OutputError as error:
-            return _complain(3, f"{error}\nOnce that is settled, run the same command again to continue.")
+            return complain(3, f"{error}\nOnce that is settled, run the same command again to continue.")
         except KeyboardInterrupt:
-            return _complain(130, "stopped; run the same command again to continue.")
+            return complain(130, "stopped; run the same command again to continue.")
     if failed and is_first_process():
         print(f"{failed} of {len(sources)} images failed: see {folder.path / FAILURES}", file=sys.stderr)
     return 1 if failed else 0
@@ -65,12 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.denoise_images",
-        description=(__doc__ or "").split("\n\n", 1)[0],
-        epilog=(__doc__ or "").split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m training.denoise_images", **help_from(__doc__))
     parser.add_argument("--images", required=True, help="a folder, an image or a .txt list of paths")
     parser.add_argument("--out", required=True, help="folder of the pairs; made, or continued if it exists")
     add_model_arguments(parser)
@@ -202,11 +198,6 @@ def pair_maps(parts: Decomposition) -> dict[str, torch.Tensor]:
 
 def _say(source: Source, message: str) -> None:
     tqdm.write(f"{source.name}: {message}", file=sys.stderr)
-
-
-def _complain(code: int, error: Exception | str) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import copy
 import hashlib
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,21 +36,19 @@ from torch import Tensor, nn
 
 from timm_dvt.model import remove_denoiser
 from timm_dvt.saving import save_plain
-from training.backbone import DTYPES
-from training.checkpoints import CHECKPOINT, Diverged, load_checkpoint, save_checkpoint
-from training.distributed import ALONE, Processes, claim, processes
+from training.checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
+from training.command import exit_code, help_from, only_run
+from training.distributed import ALONE, Processes, processes
 from training.image_crops import CropReader
 from training.images import Source, list_images
 from training.models import load_model, pick_device, weights_digest
-from training.optimisation import distance, learning_rate, make_adamw
-from training.options import add_model_arguments, add_training_arguments
+from training.optimisation import (
+    diverged, learning_rate, loss_limit, lower_precision, make_adamw, set_learning_rate,
+)  # fmt: skip
+from training.options import add_model_arguments, add_training_arguments, run_length
 from training.pair_loader import positions, read_ahead, split_places
-from training.shared_folder import OutputError, SharedFolder
+from training.stage3 import MOST_VALIDATION, Student, Validation, freeze_unused
 from training.training_log import TrainingLog
-
-PICTURES = 4  # images in a picture
-MOST_VALIDATION = 256  # images
-CHUNK = 8  # images of one forward pass of a validation
 
 
 @dataclass(frozen=True)
@@ -80,76 +77,36 @@ class Settings:
     seed: int = 0
 
 
-class Student(nn.Module):
-    """A plain ViT and its loss: Eq. 11 between its tokens and the teacher's."""
-
-    def __init__(self, vit: Any, norm_after_pool: bool) -> None:
-        super().__init__()
-        self.vit, self.norm_after_pool = vit, norm_after_pool
-
-    def forward(self, images: Tensor, wanted: Tensor) -> Tensor:
-        """Images (B, 3, h, w) and the teacher's tokens (B, prefix + N, C) to the mean loss of a token."""
-        return distance(self.tokens(images), wanted).mean()
-
-    def tokens(self, images: Tensor) -> Tensor:
-        """Tokens (B, prefix + N, C) that stand beside the teacher's: patch tokens normed, as timm norms or pools."""
-        tokens = self.vit.forward_features(images)
-        if not self.norm_after_pool:
-            return tokens
-        prefix = self.vit.num_prefix_tokens
-        return torch.cat([tokens[:, :prefix], self.vit.fc_norm(tokens[:, prefix:])], dim=1)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
-    try:
-        device = pick_device(args.device)
-        sources = list_images(args.images)
-        teacher = load_teacher(args.model, args.pretrained, args.seed)
-        with processes(device) as ranks:
-            settings = make_settings(args, teacher, sources, ranks)
-            with SharedFolder(args.out) as folder, claim(folder, ranks) as mine:
-                if not mine:
-                    raise ValueError(f"another process is training into {args.out}")
-                if ranks.first:
-                    folder.settle(describe(args, teacher, sources, settings))
-                ranks.wait()
-                student = train(
-                    teacher, sources, settings, folder.path, device, ranks,
-                    args.workers, args.checkpoint_every, args.val_every,
-                )  # fmt: skip
-                if ranks.first:
-                    save_plain(student.cpu(), folder.path, teacher.backbone_name)
-                    print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
-                ranks.wait()
-    except OutputError as error:
-        return _complain(3, f"{error}\nOnce that is settled, run the same command again to continue.")
-    except Diverged as error:
-        return _complain(1, error)
-    except (ValueError, TypeError) as error:
-        return _complain(2, error)
-    except KeyboardInterrupt:
-        return _complain(130, "stopped; run the same command again to continue from the last checkpoint.")
-    return 0
+    return exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the parsed arguments ask for. Raises what `exit_code` knows."""
+    device = pick_device(args.device)
+    sources = list_images(args.images)
+    teacher = load_teacher(args.model, args.pretrained, args.seed)
+    with processes(device) as ranks:
+        settings = make_settings(args, teacher, sources, ranks)
+        with only_run(args.out, ranks, lambda: describe(args, teacher, sources, settings)) as folder:
+            student = train(
+                teacher, sources, settings, folder, device, ranks, args.workers, args.checkpoint_every, args.val_every
+            )
+            if ranks.first:
+                save_plain(student.cpu(), folder, teacher.backbone_name)
+                print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
-    head, rest = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        prog="python -m training.distill",
-        description=head,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m training.distill", **help_from(__doc__))
     parser.add_argument("--images", required=True, metavar="DIR", help="a folder, an image or a .txt list of paths")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="made, or continued if it exists")
     add_model_arguments(parser)
     parser.add_argument("--input-size", type=int, metavar="PX", help="(default: the denoised model's own)")
-    add_training_arguments(parser, lr=Settings.lr, weight_decay=Settings.weight_decay)
-    parser.add_argument("--val-fraction", type=float, default=Settings.val_fraction,
-                        help="of the images, held out for the validation loss (default: %(default)s)")
+    add_training_arguments(parser, "images", Settings.lr, Settings.weight_decay, Settings.val_fraction)
     return parser
 
 
@@ -175,15 +132,7 @@ def make_settings(args: argparse.Namespace, teacher: Any, sources: list[Source],
         raise ValueError(f"input_size must be a multiple of the patch size {patch}, got {size}")
     if size != teacher.patch_embed.img_size[0] and not teacher.dynamic_img_size:
         raise ValueError(f"input_size must be this model's one, {teacher.patch_embed.img_size[0]}, got {size}")
-    if not 0 <= args.val_fraction < 1:
-        raise ValueError(f"val_fraction must be at least 0 and below 1, got {args.val_fraction}")
-    training, _ = split_places(len(sources), args.val_fraction, args.seed)
-    if not training:
-        raise ValueError(f"{args.images} holds {len(sources)} image: too few for --val-fraction {args.val_fraction}")
-    batch_size = args.batch_size * ranks.count
-    steps = args.steps or -(-args.epochs * len(training) // batch_size)
-    if not 0 <= args.warmup < steps:
-        raise ValueError(f"warmup must be from 0 to below the {steps} steps of the run, got {args.warmup}")
+    steps, batch_size = run_length(args, len(sources), f"{args.images} holds {len(sources)} image", ranks)
     return Settings(
         size, steps, batch_size, args.lr, args.warmup, args.weight_decay, args.dtype, args.val_fraction, args.seed
     )
@@ -231,13 +180,14 @@ def train(
     """
     training, validation = split_places(len(sources), settings.val_fraction, settings.seed)
     crops = CropReader([sources[i] for i in training], settings.input_size, settings.seed)
-    held_out = (validation or training)[:MOST_VALIDATION]
-    shown = CropReader([sources[i] for i in held_out], settings.input_size, settings.seed)
+    shown = [sources[i] for i in (validation or training)[:MOST_VALIDATION]]
     teacher = teacher.to(device).eval()
     config = resolve_model_data_config(teacher)
     mean, std = (torch.tensor(config[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
-    amp = partial(torch.autocast, device.type, DTYPES[settings.dtype])
-    lower = amp if settings.dtype != "float32" else nullcontext
+    lower = lower_precision(device, settings.dtype)
+
+    def normalise(images: Tensor) -> Tensor:
+        return (images.to(device) - mean) / std
 
     # In eval mode: a pretrained ViT has no layer that training would change, and nothing random to be continued.
     student = Student(remove_denoiser(copy.deepcopy(teacher)), teacher.norm_after_pool).eval().requires_grad_(True)
@@ -247,39 +197,19 @@ def train(
     first = 0 if facts is None else facts["step"]
     model = ranks.share(student)
 
-    def validate(step: int) -> dict[str, float]:
-        losses: list[Tensor] = []
-        for start in range(0, len(shown), CHUNK):
-            images = (shown.whole(range(start, min(start + CHUNK, len(shown)))).to(device) - mean) / std
-            with torch.no_grad(), lower():
-                wanted, got = teacher.forward_features(images), student.tokens(images)
-                with teacher.denoising(False):
-                    raw = teacher.forward_features(images)
-                raw = teacher.fc_norm(raw) if teacher.norm_after_pool else raw
-            losses.append(torch.stack([distance(x, wanted).mean(1) for x in (got, raw)]))
-            if start == 0:
-                grid = teacher.patch_embed.dynamic_feat_size((settings.input_size, settings.input_size))
-                maps = [x[:PICTURES, teacher.num_prefix_tokens :].float().unflatten(1, grid).cpu().numpy()
-                        for x in (raw, got, wanted)]  # fmt: skip
-                log.picture(step, list(zip(*maps)))
-        mine, backbone = torch.cat(losses, 1).mean(1).tolist()
-        return {"val_loss": mine, "val_loss_backbone": backbone}
-
-    # Of each step's batch this process takes its share; images and crops depend on seed and step alone.
-    share = settings.batch_size // ranks.count
+    validate = Validation(teacher, CropReader(shown, settings.input_size, settings.seed), normalise, lower)
 
     def read(step: int) -> Tensor:
-        start = step * settings.batch_size + ranks.rank * share
-        return crops.random(positions(len(crops), start, start + share, settings.seed), start)
+        part = ranks.part(step, settings.batch_size)
+        return crops.random(positions(len(crops), part.start, part.stop, settings.seed), part.start)
 
     batches = read_ahead((partial(read, step) for step in range(first, settings.steps)), workers)
     val_every = val_every or max(1, settings.steps // 10)
     with TrainingLog(folder, settings.steps, first, settings.batch_size, ranks.first) as log:
         for step in range(first, settings.steps):
             lr = learning_rate(step, settings.steps, settings.lr, settings.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            images = (next(batches).to(device) - mean) / std
+            set_learning_rate(optimizer, lr)
+            images = normalise(next(batches))
             with lower():
                 with torch.no_grad():
                     wanted = teacher.forward_features(images)
@@ -290,37 +220,20 @@ def train(
 
             done, value = step + 1, loss.item()
             last = done == settings.steps
-            limit = 10 * (1 + torch.linalg.vector_norm(wanted.float(), dim=-1).mean().item())
+            limit = loss_limit(wanted)
             if not value < limit:
-                raise Diverged(
-                    f"the loss diverged: {value:.4g} at step {done}, ten times what predicting nothing would give "
-                    f"({limit / 10:.4g}), at a learning rate of {lr:.3g}; use a smaller --lr or a longer --warmup, "
-                    "and another --out (or the denoised model gives NaN)"
-                )
+                raise diverged(value, limit, done, lr, " (or the denoised model gives NaN)")
             log.steps_done()
             if done % 10 == 0 or last:
                 epoch = done * settings.batch_size / len(crops)
                 log.write(done, loss=value, lr=lr, epoch=epoch, images_per_second=log.images_per_second)
             if (done % val_every == 0 or last) and ranks.first:
-                log.write(done, **validate(done))
+                log.write(done, **validate(student, done, log))
                 log.resume()
             if (done % checkpoint_every == 0 or last) and ranks.first:
                 save_checkpoint(folder / CHECKPOINT, student, optimizer, done, {})
                 log.resume()
     return student.vit
-
-
-def freeze_unused(student: Student, images: Tensor) -> None:
-    """Freeze what no token depends on (the classifier): DDP waits for gradients, and nothing should be decayed."""
-    student.tokens(images).float().square().mean().backward()
-    for parameter in student.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None
-
-
-def _complain(code: int, error: Exception | str) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -31,6 +31,15 @@ class Processes:
         if self.count > 1:
             distributed.barrier()
 
+    def part(self, step: int, batch_size: int) -> range:
+        """Of the `batch_size` samples of a step, numbered through the whole run, those that this process takes.
+
+        With a seed they decide all that is random, so that a run that continues finds the same ones again.
+        """
+        size = batch_size // self.count
+        first = step * batch_size + self.rank * size
+        return range(first, first + size)
+
     def share(self, model: nn.Module) -> nn.Module:
         """A model whose gradients are averaged over all processes; all start with the first one's weights."""
         return DistributedDataParallel(model) if self.count > 1 else model

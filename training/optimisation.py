@@ -1,12 +1,18 @@
-"""What stages 2 and 3 share of the paper's recipe: Eq. 11, AdamW, and the cosine schedule."""
+"""What stages 2 and 3 share of the paper's recipe: Eq. 11 and its limit, AdamW, the cosine schedule, precision."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from training.backbone import DTYPES
+from training.checkpoints import Diverged
 
 
 def distance(predicted: Tensor, target: Tensor) -> Tensor:
@@ -23,6 +29,24 @@ def distance(predicted: Tensor, target: Tensor) -> Tensor:
     predicted, target = predicted.float(), target.float()
     cosine = F.cosine_similarity(predicted, target, dim=-1)
     return 1 - cosine + torch.linalg.vector_norm(predicted - target, dim=-1)
+
+
+def loss_limit(target: Tensor) -> float:
+    """The loss beyond which a run diverges: ten times that of predicting nothing, which is 1 + ||F||_2 (Eq. 11).
+
+    Args:
+        target: (..., C) what is to be predicted.
+    """
+    return 10 * (1 + torch.linalg.vector_norm(target.float(), dim=-1).mean().item())
+
+
+def diverged(loss: float, limit: float, step: int, lr: float, otherwise: str = "") -> Diverged:
+    """The error for a loss beyond `loss_limit` after `step` steps; `otherwise` is what else it may come from."""
+    return Diverged(
+        f"the loss diverged: {loss:.4g} at step {step}, ten times what predicting nothing would give "
+        f"({limit / 10:.4g}), at a learning rate of {lr:.3g}; use a smaller --lr or a longer --warmup, "
+        f"and another --out{otherwise}"
+    )
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 0) -> float:
@@ -46,3 +70,14 @@ def make_adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.
         ],
         lr=lr,
     )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Let the optimiser's next step be of this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def lower_precision(device: torch.device, dtype: str) -> Callable[[], AbstractContextManager]:
+    """Makes contexts for forward passes in a dtype of `DTYPES`: autocast, or nothing for float32."""
+    return nullcontext if dtype == "float32" else partial(torch.autocast, device.type, DTYPES[dtype])

@@ -1,4 +1,4 @@
-"""Options that several commands share: the model, and the settings of stage 1."""
+"""Options that several commands share: the model, the settings of stage 1, and those of a training."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,7 +7,9 @@ from torch import nn
 
 from training.backbone import DTYPES, FeatureReader
 from training.decompose import SOLVERS, Stage1Settings
+from training.distributed import Processes
 from training.field import FieldSettings
+from training.pair_loader import split_places
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,8 +88,15 @@ def at_least_zero(text: str) -> float:
     return float(text)
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, lr: float, weight_decay: float) -> None:
-    """Give a command line what stages 2 and 3 share: length, batch, schedule and what is written when."""
+def add_training_arguments(
+    parser: argparse.ArgumentParser, of: str, lr: float, weight_decay: float, val_fraction: float
+) -> None:
+    """Give a command line what stages 2 and 3 share: length, batch, schedule and what is written when.
+
+    Args:
+        of: "pairs" or "images", what is trained on.
+        lr, weight_decay, val_fraction: defaults.
+    """
     group = parser.add_argument_group("training")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive, default=10, help="(default: the paper's %(default)s)")
@@ -109,6 +118,36 @@ def add_training_arguments(parser: argparse.ArgumentParser, lr: float, weight_de
     group.add_argument(
         "--val-every", type=positive, metavar="N", help="steps between validations (default: ten in a run)"
     )
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=val_fraction,
+        help=f"of the {of}, held out for the validation loss (default: %(default)s)",
+    )
+
+
+def run_length(args: argparse.Namespace, count: int, found: str, ranks: Processes) -> tuple[int, int]:
+    """Optimiser steps, and samples a step over all processes, that a command line of `add_training_arguments` means.
+
+    Args:
+        args: the command line.
+        count: samples, those held out among them.
+        found: tells where they are and how many, for the error.
+        ranks: this process and the others.
+
+    Raises:
+        ValueError: a fraction or warm-up that cannot be, or no sample is left to train on.
+    """
+    if not 0 <= args.val_fraction < 1:
+        raise ValueError(f"val_fraction must be at least 0 and below 1, got {args.val_fraction}")
+    training, _ = split_places(count, args.val_fraction, args.seed)
+    if not training:
+        raise ValueError(f"{found}: too few for --val-fraction {args.val_fraction}")
+    batch_size = args.batch_size * ranks.count
+    steps = args.steps or -(-args.epochs * len(training) // batch_size)
+    if not 0 <= args.warmup < steps:
+        raise ValueError(f"warmup must be from 0 to below the {steps} steps of the run, got {args.warmup}")
+    return steps, batch_size
 
 
 def stage1_settings(args: argparse.Namespace, model: nn.Module) -> Stage1Settings:

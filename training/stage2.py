@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
+from timm_dvt.weights import denoiser_for, read_checkpoint
 from training.optimisation import distance
 from training.pair_loader import PairError, PairReader, PairSet
 from training.training_log import TrainingLog
@@ -108,6 +109,30 @@ def subtract_mean_artifacts(denoisers: dict[int, Denoiser], reader: PairReader) 
     for denoiser, artifacts in zip(denoisers.values(), means, strict=True):
         with torch.no_grad():
             denoiser.pos_embed.copy_(-artifacts)
+
+
+def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backbone: str) -> None:
+    """Put the weights of a saved denoiser into new ones.
+
+    Raises:
+        CheckpointError: the folder holds none, or one for another backbone, width or grid.
+        ValueError: it has other layers, another architecture or number of blocks.
+    """
+    found = denoiser_for(read_checkpoint(folder), pairs.channels, pairs.grid, backbone=backbone)
+    if isinstance(found, LayerDenoisers):
+        by_layer = {int(block): one for block, one in found.layers.items()}
+    else:  # a folder of the last block alone does not number it
+        by_layer = {pairs.layers[-1]: found}
+    for layer, denoiser in denoisers.items():
+        one: Any = by_layer.get(layer)
+        if one is None:
+            raise ValueError(f"--init {folder} holds denoisers for blocks {list(by_layer)}, none for {layer}")
+        if (one.arch, len(one.blocks)) != (denoiser.arch, len(denoiser.blocks)):
+            raise ValueError(
+                f"--init {folder} holds {one.arch} of {len(one.blocks)} blocks, "
+                f"but this run trains {denoiser.arch} of {len(denoiser.blocks)}; see --arch and --blocks"
+            )
+        denoiser.load_state_dict(one.state_dict())
 
 
 def _mean(reader: PairReader, places: Sequence[int], of: Callable[..., Tensor]) -> Tensor:

@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,19 +28,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_dvt import CheckpointError, save_pretrained
-from timm_dvt.denoiser import ARCHITECTURES, Denoiser, LayerDenoisers
+from timm_dvt import save_pretrained
+from timm_dvt.denoiser import ARCHITECTURES, Denoiser
 from timm_dvt.model import attach_denoiser, combine, timm_name
-from timm_dvt.weights import denoiser_for, read_checkpoint
-from training.backbone import DTYPES
-from training.checkpoints import CHECKPOINT, Diverged, load_checkpoint, save_checkpoint
-from training.distributed import ALONE, Processes, claim, processes
+from training.checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
+from training.command import exit_code, help_from, only_run
+from training.distributed import ALONE, Processes, processes
 from training.models import load_pairs_model, pick_device, weights_digest
-from training.optimisation import learning_rate, make_adamw
-from training.options import add_model_arguments, add_training_arguments
+from training.optimisation import (
+    diverged, learning_rate, loss_limit, lower_precision, make_adamw, set_learning_rate,
+)  # fmt: skip
+from training.options import add_model_arguments, add_training_arguments, run_length
 from training.pair_loader import PairError, PairReader, PairSet, open_pairs, positions, read_ahead
-from training.shared_folder import OutputError, SharedFolder
-from training.stage2 import Stage2, Validation, make_denoisers, start_as_static, subtract_mean_artifacts
+from training.stage2 import Stage2, Validation, load_init, make_denoisers, start_as_static, subtract_mean_artifacts
 from training.training_log import TrainingLog
 
 
@@ -80,45 +79,28 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
-    try:
-        device = pick_device(args.device)
-        pairs = open_pairs(args.pairs, args.layers)
-        model = load_pairs_model(args.model, args.pretrained, pairs.settings, args.pairs)
-        check_fit(model, pairs, args.model)
-        with processes(device) as ranks:
-            settings = make_settings(args, pairs, ranks)
-            with SharedFolder(args.out) as folder, claim(folder, ranks) as mine:
-                if not mine:
-                    raise ValueError(f"another process is training into {args.out}")
-                if ranks.first:
-                    folder.settle(describe(args, model, pairs, settings))
-                ranks.wait()
-                denoisers = train(pairs, settings, folder.path, device, ranks, args.workers,
-                                  args.checkpoint_every, args.val_every, timm_name(model))
-                if ranks.first:
-                    save(model, denoisers, folder.path)
-                    print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
-                ranks.wait()
-    except OutputError as error:
-        return _complain(3, f"{error}\nOnce that is settled, run the same command again to continue.")
-    except Diverged as error:
-        return _complain(1, error)
-    except (ValueError, TypeError, CheckpointError) as error:
-        return _complain(2, error)
-    except KeyboardInterrupt:
-        return _complain(130, "stopped; run the same command again to continue from the last checkpoint.")
-    return 0
+    return exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the parsed arguments ask for. Raises what `exit_code` knows."""
+    device = pick_device(args.device)
+    pairs = open_pairs(args.pairs, args.layers)
+    model = load_pairs_model(args.model, args.pretrained, pairs.settings, args.pairs)
+    check_fit(model, pairs, args.model)
+    with processes(device) as ranks:
+        settings = make_settings(args, pairs, ranks)
+        with only_run(args.out, ranks, lambda: describe(args, model, pairs, settings)) as folder:
+            denoisers = train(pairs, settings, folder, device, ranks, args.workers,
+                              args.checkpoint_every, args.val_every, timm_name(model))
+            if ranks.first:
+                save(model, denoisers, folder)
+                print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
-    head, rest = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        prog="python -m training.train_denoiser",
-        description=head,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m training.train_denoiser", **help_from(__doc__))
     parser.add_argument("--pairs", required=True, metavar="DIR", help="what training.denoise_images wrote")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="made, or continued if it exists")
     add_model_arguments(parser)
@@ -134,9 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
                        help="of a block: from the mean correction, the block an identity (default), or from random "
                        "weights alone; the paper does not say")
     group.add_argument("--init", metavar="FOLDER", help="start from a trained denoiser instead")
-    add_training_arguments(parser, lr=Settings.lr, weight_decay=Settings.weight_decay)
-    parser.add_argument("--val-fraction", type=float, default=Settings.val_fraction,
-                        help="of the pairs, held out for the validation loss (default: %(default)s)")
+    add_training_arguments(parser, "pairs", Settings.lr, Settings.weight_decay, Settings.val_fraction)
     return parser
 
 
@@ -146,20 +126,13 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, ranks: Processes) ->
     Raises:
         ValueError: a value that cannot be.
     """
-    if not 0 <= args.val_fraction < 1:
-        raise ValueError(f"val_fraction must be at least 0 and below 1, got {args.val_fraction}")
     if args.blocks < 1 or (args.blocks > 1 and not args.arch.startswith("block")):
         accepted = "1 or more" if args.arch.startswith("block") else f"1 with --arch {args.arch}"
         raise ValueError(f"--blocks must be {accepted}, got {args.blocks}")
     if args.init and args.arch == "static":
         raise ValueError("--init starts a training, and --arch static needs none; leave out one of the two")
-    training, _ = pairs.split(args.val_fraction, args.seed)
-    if not training.files:
-        raise PairError(f"{pairs.folder} holds {len(pairs.files)} pair: too few for --val-fraction {args.val_fraction}")
-    batch_size = args.batch_size * ranks.count
-    steps = args.steps or -(-args.epochs * len(training.files) // batch_size)
-    if not 0 <= args.warmup < steps:
-        raise ValueError(f"warmup must be from 0 to below the {steps} steps of the run, got {args.warmup}")
+    count = len(pairs.files)
+    steps, batch_size = run_length(args, count, f"{pairs.folder} holds {count} pair", ranks)
     return Settings(
         args.arch, args.blocks, args.start, args.init, steps, batch_size, args.lr, args.warmup, args.weight_decay,
         args.dtype, args.val_fraction, args.seed,
@@ -241,29 +214,24 @@ def train(
     elif facts is None and settings.start == "static" and settings.arch.startswith("block") and ranks.first:
         start_as_static(denoisers, reader)
     model = ranks.share(module)
-    amp = partial(torch.autocast, device.type, DTYPES[settings.dtype])
-    lower = amp if settings.dtype != "float32" else nullcontext
+    lower = lower_precision(device, settings.dtype)
     shown = validation if validation.files else training
     validate = Validation(PairReader(shown), device, lower)
-
-    # Of each step's batch this process takes its share; which pairs these are depends on seed and step alone.
-    share = settings.batch_size // ranks.count
 
     # Nothing is flipped or cropped: artifacts are tied to places, so that a flipped raw map is one that the backbone
     # never gives, and the denoiser would learn the mean of the artifacts and of their mirror image.
     def places(step: int) -> list[int]:
-        start = step * settings.batch_size + ranks.rank * share
-        return positions(len(training.files), start, start + share, settings.seed)
+        part = ranks.part(step, settings.batch_size)
+        return positions(len(training.files), part.start, part.stop, settings.seed)
 
     batches = read_ahead((partial(lambda s: reader.read(places(s)), s) for s in range(first, settings.steps)), workers)
     val_every = val_every or max(1, settings.steps // 10)
     check_every = 1 if device.type == "cpu" else 10  # looking at the loss makes a GPU wait
-    limit = 0.0  # of the loss: ten times that of predicting nothing, 1 + ||F||
+    limit = 0.0  # of the loss
     with TrainingLog(folder, settings.steps, first, settings.batch_size, ranks.first) as log:
         for step in range(first, settings.steps):
             lr = learning_rate(step, settings.steps, settings.lr, settings.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(optimizer, lr)
             raw, clean = next(batches).to(device, torch.float32)
             with lower():
                 losses = model(raw, clean)
@@ -275,7 +243,7 @@ def train(
             last = done == settings.steps
             if done % check_every == 0 or last:
                 loss = losses.mean().item()
-                limit = limit or 10 * (1 + torch.linalg.vector_norm(clean, dim=-1).mean().item())
+                limit = limit or loss_limit(clean)
                 if not loss < limit:
                     seen = [place for s in range(max(first, done - check_every), done) for place in places(s)]
                     raise _not_sane(loss, limit, done, lr, reader, seen)
@@ -294,30 +262,6 @@ def train(
     return {layer: denoiser.cpu() for layer, denoiser in denoisers.items()}
 
 
-def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backbone: str) -> None:
-    """Put the weights of a saved denoiser into new ones.
-
-    Raises:
-        CheckpointError: the folder holds none, or one for another backbone, width or grid.
-        ValueError: it has other layers, another architecture or number of blocks.
-    """
-    found = denoiser_for(read_checkpoint(folder), pairs.channels, pairs.grid, backbone=backbone)
-    if isinstance(found, LayerDenoisers):
-        by_layer = {int(block): one for block, one in found.layers.items()}
-    else:  # a folder of the last block alone does not number it
-        by_layer = {pairs.layers[-1]: found}
-    for layer, denoiser in denoisers.items():
-        one: Any = by_layer.get(layer)
-        if one is None:
-            raise ValueError(f"--init {folder} holds denoisers for blocks {list(by_layer)}, none for {layer}")
-        if (one.arch, len(one.blocks)) != (denoiser.arch, len(denoiser.blocks)):
-            raise ValueError(
-                f"--init {folder} holds {one.arch} of {len(one.blocks)} blocks, "
-                f"but this run trains {denoiser.arch} of {len(denoiser.blocks)}; see --arch and --blocks"
-            )
-        denoiser.load_state_dict(one.state_dict())
-
-
 def save(model: Any, denoisers: dict[int, Denoiser], folder: Path) -> None:
     """Write the backbone with its denoisers as a folder that timm loads."""
     attach_denoiser(model, combine(denoisers, len(model.blocks) - 1))
@@ -330,11 +274,7 @@ def _not_sane(loss: float, limit: float, step: int, lr: float, reader: PairReade
     if broken:
         names = ", ".join(map(str, broken[:3]))
         return PairError(f"NaN or infinite features in {names}; delete the pair and run training.denoise_images again")
-    return Diverged(
-        f"the loss diverged: {loss:.4g} at step {step}, ten times what predicting nothing would give "
-        f"({limit / 10:.4g}), at a learning rate of {lr:.3g}; use a smaller --lr or a longer --warmup, "
-        "and another --out"
-    )
+    return diverged(loss, limit, step, lr)
 
 
 def _file_digest(folder: str) -> str:
@@ -343,11 +283,6 @@ def _file_digest(folder: str) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise ValueError(f"--init {folder}: {path} cannot be read ({error.strerror or error})") from error
-
-
-def _complain(code: int, error: Exception | str) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.backbone import FeatureReader
+from training.command import complain, help_from
 from training.decompose import Stage1Settings, decompose
 from training.denoise_images import IMAGE_ERRORS, image_seed
 from training.images import ImageError, Source, decode_image, list_images, read_file
@@ -53,19 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _positional(args, model, settings, sources)
         return _stage1(args, model, settings, sources)
     except (ValueError, TypeError, OSError, *IMAGE_ERRORS) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(2, error)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
-    head, rest = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        prog="python -m training.visualize",
-        description=head,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m training.visualize", **help_from(__doc__))
     parser.add_argument("images", nargs="+", help="images, folders, .txt lists of paths, or a video")
     parser.add_argument("--out", help="picture to write (default: stage1.png or positional.png)")
     parser.add_argument("--positional", action="store_true", help="draw what position does to features")
