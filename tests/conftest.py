@@ -34,3 +34,12 @@ def hub():
     """The stand-in hub, empty before and after: put files under `hub.folder / ORG / REPO`."""
     yield _HUB
     _HUB.reset()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Bits are compared between processes, so all of them must add up in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

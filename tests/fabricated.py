@@ -1,4 +1,4 @@
-"""Weights put on the stand-in hub as they are published: backbones in timm's repos, denoisers in the authors'."""
+"""Weights as they are published on the stand-in hub: backbones in timm's repos, denoisers in the authors'. An image."""
 
 from pathlib import Path
 
@@ -41,3 +41,9 @@ def publish_tiny(hub) -> str:
         register = {"resolution": 96, "hub_id": DVT_REPO, "hub_file": filename}
         assert timm_dvt.register(BACKBONE, "dvt_small", **register) == name
     return name
+
+
+def images_for(model) -> torch.Tensor:
+    """A random image of 3 x 4 patches."""
+    patch = model.patch_embed.patch_size[0]
+    return torch.randn(1, 3, 3 * patch, 4 * patch)

@@ -1,36 +1,23 @@
 """Claims about stage 3: the result is a plain ViT nearer to the teacher, and a killed run loses nothing."""
 
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import timm_dvt
+from tests.processes import kill_at_random_moments, same, start, torchrun, weights
 from training import distill
 from training.image_crops import CropReader
 from training.images import list_images
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = ("--batch-size", "2", "--lr", "1e-3", "--steps", "12", "--checkpoint-every", "3")
-TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Bits are compared between processes, so all of them must add up in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def save_teacher(folder, **kwargs):
@@ -60,22 +47,12 @@ def arguments(data, out, *options: str) -> list[str]:
     return ["--model", f"local-dir:{data / 'teacher'}", "--images", str(data / "images"), "--out", str(out), *options]
 
 
+def command(data, out, *options: str) -> list[str]:
+    return ["training.distill", *arguments(data, out, *OPTIONS, *options)]
+
+
 def run(data, out, *options: str) -> int:
     return distill.main(arguments(data, out, *OPTIONS, *options))
-
-
-def start(data, out, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    command = [sys.executable, "-m", *launcher, "training.distill", *arguments(data, out, *OPTIONS, *options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def weights(out) -> dict[str, torch.Tensor]:
-    return load_file(out / "model.safetensors")
-
-
-def same(first: dict, second: dict) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.fixture(scope="module")
@@ -149,18 +126,7 @@ def test_killed_at_random_moments_and_run_again_ends_with_the_same_weights(data,
     steps = ("--steps", "40")
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert run(data, whole, *steps) == 0
-    moments, killed = random.Random(times), 0
-    for _ in range(times):
-        process = start(data, torn, *steps)
-        began = (torn / "log.jsonl").stat().st_mtime_ns if (torn / "log.jsonl").exists() else 0
-        while process.poll() is None:
-            if (torn / "log.jsonl").exists() and (torn / "log.jsonl").stat().st_mtime_ns != began:
-                break
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        process.communicate()
+    killed = kill_at_random_moments(lambda: start(*command(data, torn, *steps)), torn, times)
     assert killed
     assert run(data, torn, *steps) == 0
     assert same(weights(torn), weights(whole))
@@ -168,8 +134,7 @@ def test_killed_at_random_moments_and_run_again_ends_with_the_same_weights(data,
 
 def test_two_processes_at_half_the_batch_end_with_the_weights_of_one(data, tmp_path):
     assert run(data, tmp_path / "one") == 0
-    launcher = (*TORCHRUN, "--master-port", "29621", "-m")
-    two = start(data, tmp_path / "two", "--batch-size", "1", launcher=launcher)
+    two = torchrun(29621, *command(data, tmp_path / "two", "--batch-size", "1"))
     output = two.communicate(timeout=300)
     assert two.returncode == 0, output
     one, both = weights(tmp_path / "one"), weights(tmp_path / "two")

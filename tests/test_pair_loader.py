@@ -1,0 +1,41 @@
+"""Claims about how training reads pairs: in the order that the seed decides, ahead of time, from memory or disk."""
+
+import time
+
+import pytest
+import torch
+
+from tests.pairs import write_pairs
+from training.pair_loader import PairReader, open_pairs, positions, read_ahead
+
+
+def test_every_epoch_visits_every_pair_once_in_another_order_that_step_and_seed_decide():
+    whole = positions(10, 0, 30, seed=3)
+    epochs = [whole[i : i + 10] for i in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and positions(10, 0, 30, seed=4) != whole
+    assert sum((positions(10, first, first + 3, 3) for first in range(0, 30, 3)), []) == whole
+
+
+def test_reading_ahead_keeps_the_order_and_raises_where_the_error_belongs():
+    def task(i):
+        time.sleep(0.01 * (i % 3))
+        if i == 7:
+            raise ValueError("seven")
+        return i
+
+    threads = torch.get_num_threads()
+    assert set(read_ahead(torch.get_num_threads for _ in range(9))) == {1} and torch.get_num_threads() == threads
+    found = []
+    with pytest.raises(ValueError, match="seven"):
+        for value in read_ahead((lambda i=i: task(i) for i in range(20)), workers=3):
+            found.append(value)
+    assert found == list(range(7))
+
+
+def test_pairs_kept_in_memory_are_those_on_disk(tmp_path):
+    found = open_pairs(write_pairs(tmp_path))
+    kept, read = PairReader(found), PairReader(found, room=0)
+    for _ in range(2):
+        assert torch.equal(kept.read([3, 1, 3]), read.read([3, 1, 3]))
+    assert len(kept._kept) == 2 and not read._kept
