@@ -1,4 +1,4 @@
-"""Weights as they are published on the stand-in hub: backbones in timm's repos, denoisers in the authors'. An image."""
+"""Weights on the stand-in hub as published, backbones in timm's repos and denoisers in the authors'; and an image."""
 
 from pathlib import Path
 

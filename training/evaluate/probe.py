@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +17,31 @@ from training.evaluate.runner import Run
 CHECKPOINT_SECONDS = 60.0
 
 
+class Recipe(Protocol):
+    """What of a task's settings decides how its head is trained: AdamW with betas 0.9 and 0.999."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def lr(self) -> float: ...
+
+    @property
+    def weight_decay(self) -> float: ...
+
+    @property
+    def warmup(self) -> int: ...
+
+
 def train(
     head: nn.Module,
     loss: Callable[[list[int]], Tensor],
     count: int,
     run: Run,
+    recipe: Recipe,
     *,
     steps: int,
-    batch_size: int,
-    lr: float,
-    weight_decay: float,
-    schedule: Callable[[int], float],
+    decay: Callable[[float], float],
     label: str,
 ) -> None:
     """Train `head` in place, in `steps` steps.
@@ -39,21 +54,23 @@ def train(
         loss: of a batch of image indices.
         count: number of training images; each is used once before any is used again.
         run: seed and checkpoint file.
-        steps, batch_size, lr, weight_decay: of AdamW, betas 0.9 and 0.999.
-        schedule: step -> factor of the learning rate.
+        recipe: the task's settings.
+        steps: of AdamW.
+        decay: fraction of the steps done -> factor of the learning rate, on top of the warm-up.
         label: of the progress bar.
     """
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
+    schedule = warmup_then(decay, steps, recipe.warmup)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     first = _restore(run.checkpoint, head, optimizer)
     head.train()
     saved = time.monotonic()
     with tqdm(total=steps, initial=first, desc=f"{label} ({run.state})", unit="step", leave=False) as bar:
         for step in range(first, steps):
             for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(step)
+                group["lr"] = recipe.lr * schedule(step)
             with torch.random.fork_rng():
                 torch.manual_seed((run.seed + 1) * 1_000_003 + step)
-                value = loss(draw(count, batch_size, step, run.seed))
+                value = loss(draw(count, recipe.batch_size, step, run.seed))
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()

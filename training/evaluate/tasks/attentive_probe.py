@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from timm_dvt.denoiser import default_num_heads
 from training.evaluate.features import Features
-from training.evaluate.probe import train, warmup_then
+from training.evaluate.probe import train
 from training.evaluate.runner import Run
 
 KIND = "labels"
@@ -79,17 +79,9 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     probe = AttentiveProbe(training.channels, len(val.split.classes), heads).to(run.device)
     steps = settings.epochs * max(1, len(training) // settings.batch_size)
     train(
-        probe,
-        loss,
-        len(training),
-        run,
-        steps=steps,
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        schedule=warmup_then(lambda done: (1 + math.cos(math.pi * done)) / 2, steps, settings.warmup),
-        label="attentive-probe",
-    )
+        probe, loss, len(training), run, settings,
+        steps=steps, decay=lambda done: (1 + math.cos(math.pi * done)) / 2, label="attentive-probe",
+    )  # fmt: skip
     right = 0
     with torch.no_grad():
         for indices, maps in val.batches(run.state, f"attentive-probe ({run.state})"):

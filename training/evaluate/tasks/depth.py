@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from training.evaluate.features import Features
-from training.evaluate.probe import train, warmup_then
+from training.evaluate.probe import train
 from training.evaluate.runner import Run
 from training.evaluate.segmentation import upsample
 
@@ -89,18 +89,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     torch.manual_seed(run.seed)
     channels = training.channels + training.class_tokens([0]).shape[1]
     head = DepthHead(channels, settings).to(run.device)
-    train(
-        head,
-        loss,
-        len(training),
-        run,
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        schedule=warmup_then(lambda done: 1 - done, settings.steps, settings.warmup),
-        label="depth",
-    )
+    train(head, loss, len(training), run, settings, steps=settings.steps, decay=lambda done: 1 - done, label="depth")
     found: list[dict[str, float]] = []
     with torch.no_grad():
         for indices, _ in val.batches(run.state, f"depth ({run.state})"):

@@ -23,7 +23,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from training.evaluate.average_precision import Detections, voc_map
 from training.evaluate.features import Features
-from training.evaluate.probe import stepped, train, warmup_then
+from training.evaluate.probe import stepped, train
 from training.evaluate.runner import Run
 from training.evaluate.splits import Boxes
 
@@ -165,17 +165,9 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     torch.manual_seed(run.seed)
     detector = Detector(training.channels, classes, training.grid, size, settings).to(run.device)
     train(
-        detector,
-        loss,
-        len(training),
-        run,
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        schedule=warmup_then(stepped(settings.decay_from), settings.steps, settings.warmup),
-        label="detection",
-    )
+        detector, loss, len(training), run, settings,
+        steps=settings.steps, decay=stepped(settings.decay_from), label="detection",
+    )  # fmt: skip
     found: list[Detections] = []
     true: list[Boxes] = []
     with torch.no_grad():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from training.evaluate.features import Features
-from training.evaluate.probe import train, warmup_then
+from training.evaluate.probe import train
 from training.evaluate.runner import Run
 from training.evaluate.segmentation import SegmentationScore, resize_mask, upsample
 from training.evaluate.splits import IGNORE
@@ -88,17 +88,9 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     torch.manual_seed(run.seed)
     head = LinearHead(training.channels, classes, settings.batch_norm).to(run.device)
     train(
-        head,
-        loss,
-        len(training),
-        run,
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        schedule=warmup_then(lambda done: 1 - done, settings.steps, settings.warmup),
-        label="linear-seg",
-    )
+        head, loss, len(training), run, settings,
+        steps=settings.steps, decay=lambda done: 1 - done, label="linear-seg",
+    )  # fmt: skip
     score = SegmentationScore(classes)
     with torch.no_grad():
         for indices, maps in val.batches(run.state, f"linear-seg ({run.state})"):
