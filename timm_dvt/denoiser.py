@@ -177,6 +177,11 @@ class LayerDenoisers(nn.Module):
         return x
 
 
+def combine(denoisers: dict[int, Denoiser], final: int) -> Denoiser | LayerDenoisers:
+    """What a model holds for these denoisers by block: the one of the last block alone needs no numbers."""
+    return denoisers[final] if set(denoisers) == {final} else LayerDenoisers(denoisers, final)
+
+
 def default_num_heads(dim: int) -> int:
     """DVT's `C // 64` heads; for a C that this does not divide, the largest smaller count that does."""
     return next(heads for heads in range(max(dim // 64, 1), 0, -1) if dim % heads == 0)

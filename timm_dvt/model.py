@@ -11,10 +11,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from timm_dvt.denoiser import Denoiser, LayerDenoisers
-
-# timm's list and dict outputs, with the last block's map among them.
-Intermediates = list[torch.Tensor] | tuple | dict
+from timm_dvt.denoiser import Denoiser, LayerDenoisers, combine
+from timm_dvt.intermediates import Intermediates, repack, unpack
 
 
 class Denoised:
@@ -115,7 +113,7 @@ class Denoised:
         # come without the norm, which is ours to apply behind its denoiser.
         norm_here = norm and bool(inner)
         output = forward(x, output_fmt="NLC", **{**call, "norm": norm and not norm_here})
-        features, maps, prefixes = _unpack(output, intermediates_only)
+        features, maps, prefixes = unpack(output, intermediates_only)
         grid = self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
         patches = None
         if final and features is None:
@@ -134,7 +132,7 @@ class Denoised:
             maps[-1] = patches
         if output_fmt == "NCHW":
             maps = [m.reshape(m.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous() for m in maps]
-        return _repack(output, features, maps, prefixes)
+        return repack(output, features, maps, prefixes)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -236,11 +234,6 @@ def add_denoiser(
     return attach_denoiser(model, combine(new, final=count - 1))
 
 
-def combine(denoisers: dict[int, Denoiser], final: int) -> Denoiser | LayerDenoisers:
-    """What a model holds for these denoisers by block: the one of the last block alone needs no numbers."""
-    return denoisers[final] if set(denoisers) == {final} else LayerDenoisers(denoisers, final)
-
-
 def check_supported(model: nn.Module) -> None:
     """Raise TypeError or ValueError for a model that cannot have a denoiser."""
     if isinstance(model, Denoised):
@@ -302,24 +295,3 @@ def freeze_backbone(model: nn.Module) -> nn.Module:
 def _empty(backbone: type) -> nn.Module:
     cls: Any = denoised_class(backbone)
     return cls.__new__(cls)
-
-
-def _unpack(output: Intermediates, only: bool) -> tuple[torch.Tensor | None, list, list | None]:
-    """Final features, maps and prefix tokens out of any form timm returns them in."""
-    if isinstance(output, dict):
-        prefixes = output.get("image_intermediates_prefix")
-        return output.get("image_features"), list(output["image_intermediates"]), prefixes
-    features, maps = (None, output) if only else output
-    if maps and isinstance(maps[0], tuple):
-        return features, [m for m, _ in maps], [p for _, p in maps]
-    return features, list(maps), None
-
-
-def _repack(output: Intermediates, features: torch.Tensor | None, maps: list, prefixes: list | None) -> Intermediates:
-    """The form of `output` with these contents."""
-    if isinstance(output, dict):
-        new = {"image_intermediates": maps, "image_intermediates_prefix": prefixes, "image_features": features}
-        return {key: new.get(key, value) for key, value in output.items()}
-    if prefixes is not None:
-        maps = list(zip(maps, prefixes, strict=True))
-    return maps if features is None else (features, maps)

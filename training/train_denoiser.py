@@ -29,8 +29,8 @@ import torch
 from torch import nn
 
 from timm_dvt import save_pretrained
-from timm_dvt.denoiser import ARCHITECTURES, Denoiser
-from timm_dvt.model import attach_denoiser, combine, timm_name
+from timm_dvt.denoiser import ARCHITECTURES, Denoiser, combine
+from timm_dvt.model import attach_denoiser, timm_name
 from training.checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
 from training.command import exit_code, help_from, only_run
 from training.distributed import ALONE, Processes, processes
