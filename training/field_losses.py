@@ -53,8 +53,8 @@ class _Reconstruction(torch.autograd.Function):
     ) -> Tensor:
         ctx.terms = terms = _Terms(partial + residual, target)
         ctx.residual, ctx.alpha, ctx.beta = residual, alpha, beta
-        sparsity = torch.linalg.vector_norm(residual, ord=1, dim=-1)
-        return terms.distance() + alpha * terms.apart.mean() + beta * sparsity.mean()
+        sparsity = residual.abs().sum() / len(residual)  # of the 1-norm over channels, the mean over patches
+        return terms.distance() + alpha * terms.apart.mean() + beta * sparsity
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:

@@ -174,7 +174,7 @@ class TouchedEntries:
         self.rows = ordered.index_select(0, self.starts).long()
         compact = first.cumsum(0).sub_(1)
         self.lookups = torch.empty_like(compact).scatter_(0, order, compact).view(-1, corners)
-        self.sources = order // corners
+        self.sources = order >> corners.bit_length() - 1  # // corners, a power of two
         self.source_weights = self.weights.flatten().index_select(0, order)
 
     def encode(self, entries: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Adam over a large table that only pays for the rows a step touches, and still follows dense Adam."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +28,11 @@ class TouchedAdam:
         self.table, self.betas, self.eps = table, betas, eps
         # A row's values and both its moments lie side by side, for fetching rows from all over memory is what
         # a step costs most beside its arithmetic.
-        self.state = torch.zeros(len(table), 3, table.shape[1], dtype=table.dtype, device=table.device)
+        self.state = _vast_zeros(len(table), 3, table.shape[1], like=table)
         self.state[:, 0] = table
         self.touched_at = torch.zeros(len(table), dtype=torch.int32, device=table.device)
+        # What a step computes with, kept from step to step: to get new pages for it costs as much as the arithmetic.
+        self.room = table.new_empty(0)
         self.steps = 0
         # By the step s a row was last touched at: what it owes by now in units of m / (sqrt(v) + floor), that
         # floor, and what is left of its first and second moments.
@@ -37,25 +40,31 @@ class TouchedAdam:
         self._open_account()
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The values (U, F) that distinct rows (U,) have now, owed moves paid; `step` is for these rows."""
+        """The values (U, F) that distinct rows (U,) have now, owed moves paid.
+
+        They are there until the next call; `step` is for these rows.
+        """
         debts = self.debts[: self.steps + 1].to(self.table.dtype)
         debts = debts.index_select(0, self.touched_at.index_select(0, rows))
         owed, floor, first_left, second_left = debts.split(1, dim=1)
-        values, first, second = map(Tensor.contiguous, self.state.index_select(0, rows).unbind(1))
-        scale = second.sqrt().add_(floor)
+        state, (values, first, second, scale) = self._working_room(len(rows))
+        torch.index_select(self.state, 0, rows, out=state)
+        for one, packed in zip((values, first, second), state.unbind(1), strict=True):
+            one.copy_(packed)
+        torch.sqrt(second, out=scale).add_(floor)
         values.addcmul_(torch.div(first, scale, out=scale), owed, value=-1)
-        self.gathered = (rows, first.mul_(first_left), second.mul_(second_left))
+        self.gathered = (rows, state, first.mul_(first_left), second.mul_(second_left), scale)
         return values
 
     def step(self, values: Tensor, gradient: Tensor, learning_rate: float) -> None:
         """One Adam step of the rows last gathered: values (U, F) as `gather` gave them, gradient (U, F)."""
-        rows, first, second = self.gathered
+        rows, state, first, second, scale = self.gathered
         rate, floor = self._corrected(self.steps + 1, learning_rate)
         first.lerp_(gradient, 1 - self.betas[0])
         second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
-        scale = second.sqrt().add_(floor)
+        torch.sqrt(second, out=scale).add_(floor)
         self.steps += 1
-        self._put(rows, torch.addcdiv(values, first, scale, value=-rate), first, second)
+        self._put(values.addcdiv_(first, scale, value=-rate))
         # Every row owes one move more, with what is left of its moments.
         owed, _, first_left, second_left = self.debts[: self.steps].unbind(1)
         first_left.mul_(self.betas[0])
@@ -67,7 +76,7 @@ class TouchedAdam:
         """Pays what every row owes: the table is then what dense Adam would have left, after any step."""
         for rows in torch.arange(len(self.table), device=self.table.device).split(chunk):
             values = self.gather(rows)
-            self._put(rows, values, *self.gathered[1:])
+            self._put(values)
             self.table[rows] = values
 
     def _corrected(self, step: int, learning_rate: float) -> tuple[float, float]:
@@ -79,9 +88,29 @@ class TouchedAdam:
         _, floor = self._corrected(self.steps + 1, 1.0)
         self.debts[self.steps] = torch.tensor([0.0, floor, 1.0, 1.0])
 
-    def _put(self, rows: Tensor, values: Tensor, first: Tensor, second: Tensor) -> None:
-        _wide(self.state).index_copy_(0, rows, _wide(torch.stack((values, first, second), dim=1)))
+    def _working_room(self, count: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """For `count` rows: state as it is stored (U, 3, F), and four tables (U, F)."""
+        features = self.table.shape[1]
+        size = 7 * count * features
+        if len(self.room) < size:
+            self.room = self.table.new_empty(size + size // 8)
+        room = self.room[:size].view(7, count, features)
+        return room[:3].view(count, 3, features), room[3:].unbind(0)
+
+    def _put(self, values: Tensor) -> None:
+        """Stores values (U, F) and moments of the rows last gathered."""
+        rows, state, first, second, _ = self.gathered
+        for one, packed in zip((values, first, second), state.unbind(1), strict=True):
+            packed.copy_(one)
+        _wide(self.state).index_copy_(0, rows, _wide(state))
         self.touched_at.index_fill_(0, rows, self.steps)
+
+
+def _vast_zeros(*shape: int, like: Tensor) -> Tensor:
+    """Zeros of that type and place. On a CPU by NumPy, which asks for huge pages: rows all over it are found faster."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    return torch.from_numpy(np.zeros(shape, like.numpy().dtype))
 
 
 def _wide(state: Tensor) -> Tensor:
