@@ -32,7 +32,8 @@ def check_views(xs: Tensor, ys: Tensor) -> None:
     if different < 3:
         raise IllConditioned(
             f"{len(xs)} views show {different} different crop{'s' * (different > 1)}: F and G cannot be told "
-            "apart; use more views (8 at the very least, 768 in the paper), of different places and sizes"
+            "apart; use more views (8 at the very least, 768 in the paper), of different places and sizes, and an "
+            "image large enough to have them"
         )
     if different < 8:
         warnings.warn(

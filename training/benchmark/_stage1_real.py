@@ -81,11 +81,11 @@ def time_once(name: str, pretrained: bool, input_size: int | None, views: int) -
     return {"forward": forward, "stage1": stage1, "peak": peak}
 
 
-def stability(name: str, pretrained: bool, input_size: int | None, views: int = 64) -> int:
+def stability(name: str, pretrained: bool, input_size: int | None, views: int) -> int:
     """Print, over photographs, how far F moves with the seed and how much of it position explains.
 
     Position's share is that of the variance of patch features that a mean over images (per patch) explains,
-    in excess of what it would by chance; 64 views.
+    in excess of what it would by chance.
     """
     model = create(name, pretrained)
     maps: dict[str, list[Tensor]] = {"raw": [], "F": []}

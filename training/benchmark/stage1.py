@@ -165,7 +165,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), metavar="REGIME",
                         help=f"some of: {'; '.join(REGIMES)}".replace("%", "%%"))
-    parser.add_argument("--views", type=int, default=256, help="views a scene in the table (256)")
+    parser.add_argument("--views", type=int, default=256, help="views a scene of the table, an image of --real (256)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="six regimes, 64 views, no field, no curve")
     parser.add_argument("--no-field", action="store_true", help="leave out the neural field")
@@ -180,7 +180,7 @@ def main(argv: list[str]) -> int:
     if args.end_to_end:
         return real.end_to_end(args.end_to_end, args.pretrained, args.input_size)
     if args.real:
-        return real.stability(args.real, args.pretrained, args.input_size)
+        return real.stability(args.real, args.pretrained, args.input_size, args.views)
     names = args.regimes or (list(QUICK) if args.quick else list(REGIMES))
     views = min(args.views, 64) if args.quick else args.views
     missed = compare(names, views, args.seed, args.field_steps, not (args.no_field or args.quick))
