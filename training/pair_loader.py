@@ -167,26 +167,33 @@ class PairReader:
         """
         self.pairs, self.parts = pairs, tuple(parts)
         self._room = _free_memory() // 4 if room is None else room
-        self._kept: dict[int, np.ndarray] = {}
+        self._kept: dict[int, list[list[Tensor]]] = {}
 
-    def read(self, positions: Sequence[int]) -> Tensor:
+    def read(self, positions: Sequence[int], out: Tensor | None = None) -> Tensor:
         """Maps (parts, B, layers, K*K, C) of the pairs at these places of `pairs.files`, in the files' precision.
 
-        Safe in several threads at once.
+        With `out` they are written there, in its precision. Safe in several threads at once.
 
         Raises:
             PairError: a pair is damaged; names the file.
         """
-        maps = [self._one(position) for position in positions]
-        # torch's memory, not numpy's: it is aligned alike in every run, and sums of products depend on that.
-        batch = torch.from_numpy(np.empty(0, np.result_type(*maps))).new_empty(
-            (maps[0].shape[0], len(maps), *maps[0].shape[1:])
-        )
-        for i, one in enumerate(maps):
-            batch[:, i] = torch.from_numpy(one)
-        return batch
+        for i, position in enumerate(positions):
+            maps = self._one(position)
+            if out is None:
+                out = maps[0][0].new_empty(self.batch_shape(len(positions)))
+            for part, layers in enumerate(maps):
+                for layer, one in enumerate(layers):
+                    out[part, i, layer].copy_(one)
+        assert out is not None
+        return out
 
-    def _one(self, position: int) -> np.ndarray:
+    def batch_shape(self, count: int) -> tuple[int, ...]:
+        """(parts, B, layers, K*K, C) for B = count pairs."""
+        rows, columns = self.pairs.grid
+        return len(self.parts), count, len(self.pairs.layers), rows * columns, self.pairs.channels
+
+    def _one(self, position: int) -> list[list[Tensor]]:
+        """By part and layer: (K*K, C)."""
         kept = self._kept.get(position)
         if kept is not None:
             return kept
@@ -195,9 +202,11 @@ class PairReader:
             layers = [read_pair(path, layer, self.parts) for layer in self.pairs.layers]
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise _unreadable(path, error) from error
-        maps = np.stack([[layer[part].flatten(0, 1).numpy() for layer in layers] for part in self.parts])
-        if self._room >= maps.nbytes:
-            self._room -= maps.nbytes
+        maps = [[layer[part].flatten(0, 1) for layer in layers] for part in self.parts]
+        size = sum(one.nbytes for part in maps for one in part)
+        if self._room >= size:
+            self._room -= size
+            maps = [[one.clone() for one in part] for part in maps]  # of the file only the pages that are read last
             self._kept[position] = maps
         return maps
 
@@ -244,6 +253,25 @@ def read_ahead(tasks: Iterable[Callable[[], Batch]], workers: int = 2) -> Iterat
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_batches(
+    reader: PairReader, places: Callable[[int], Sequence[int]], steps: range, dtype: torch.dtype, workers: int = 2
+) -> Iterator[Tensor]:
+    """The batches of some steps, `reader.read(places(step))` in `dtype`, read ahead by threads.
+
+    A batch is valid until the next one is asked for: its memory is used again, because to get as much from the
+    system anew for every step takes as long as reading does. All steps have batches of one size.
+    """
+    if not len(steps):
+        return
+    shape = reader.batch_shape(len(places(steps[0])))
+    ring = [torch.empty(shape, dtype=dtype) for _ in range(min(len(steps), 2 * workers + 1))]
+
+    def read(index: int, step: int) -> Tensor:
+        return reader.read(places(step), ring[index % len(ring)])
+
+    yield from read_ahead((partial(read, index, step) for index, step in enumerate(steps)), workers)
 
 
 def _free_memory() -> int:
