@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -100,6 +101,11 @@ def warmup_then(decay: Callable[[float], float], steps: int, warmup: int) -> Cal
 def stepped(milestones: Sequence[float], factor: float = 0.1) -> Callable[[float], float]:
     """A decay by `factor` at each milestone, a fraction of all steps."""
     return lambda done: factor ** sum(done >= milestone for milestone in milestones)
+
+
+def cosine(done: float) -> float:
+    """A decay from 1 to 0 along half a wave, of the fraction of all steps done."""
+    return (1 + math.cos(math.pi * done)) / 2
 
 
 def _restore(path: Path | None, head: nn.Module, optimizer: torch.optim.Optimizer) -> int:

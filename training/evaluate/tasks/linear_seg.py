@@ -4,10 +4,11 @@ The paper resizes feature maps to the image and trains one linear layer on them.
 interpolation commute (the weights of an interpolation sum to one), so the layer is applied to the K x K maps
 and its logits are resized: the same numbers at a hundredth of the cost.
 
-As in DINOv2's published heads the features pass through a batch norm first (its statistics are those of the
-patch tokens; frozen, it is part of the linear layer), with AdamW at 1e-3, weight decay 1e-4, 1,500 steps of
-warm-up, linear decay, batches of 16, cross-entropy. In difference to it nothing is augmented: features are
-extracted once, from the whole image resized to a square.
+As in the authors' repository (evaluation/configs/vitb_voc2012_linear_config.py, DINOv2's protocol) the features pass
+through a batch norm first (its statistics are those of the patch tokens; frozen, it is part of the linear layer), with
+AdamW at 1e-3, weight decay 1e-4, 1,500 steps of warm-up, linear decay, batches of 16, cross-entropy. In difference to
+it nothing is augmented, and no window slides over the image: features are extracted once, from the whole image resized
+to a square.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ STATES = ("raw", "denoised")
 
 @dataclass(frozen=True)
 class Settings:
-    """The paper's and DINOv2's.
+    """The paper's and its repository's.
 
     Attributes:
         label_size: side of the square that logits and masks are resized to in training; 0 for the input size.
