@@ -6,8 +6,8 @@
 
 The teacher is the denoised model, frozen; the student starts as its backbone, and learns the teacher's tokens: the
 denoised patch tokens, and the prefix tokens as the backbone has them, so that a classifier goes on working. The
-loss is Eq. 11 of each token. The paper leaves this stage to its repository; length and batch are those of stage 2,
-the learning rate is lower because all weights are pretrained.
+loss is Eq. 11 of each token. The paper leaves this stage to its repository, whose schedule it is: AdamW at 2e-4 times
+the square root of batch / 256, weight decay 1e-5, warm-up over the first 15% of the steps, then a cosine, ten epochs.
 
 The result is a plain timm model, without a denoiser and as fast as the backbone:
 timm.create_model("local-dir:OUT", pretrained=True) loads it, and needs no timm_dvt. Beside it OUT holds
@@ -69,9 +69,9 @@ class Settings:
     input_size: int
     steps: int = 1
     batch_size: int = 64
-    lr: float = 5e-5
+    lr: float = 1e-4
     warmup: int = 0
-    weight_decay: float = 0.01
+    weight_decay: float = 1e-5
     dtype: str = "float32"
     val_fraction: float = 0.05
     seed: int = 0
@@ -106,7 +106,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="made, or continued if it exists")
     add_model_arguments(parser)
     parser.add_argument("--input-size", type=int, metavar="PX", help="(default: the denoised model's own)")
-    add_training_arguments(parser, "images", Settings.lr, Settings.weight_decay, Settings.val_fraction)
+    add_training_arguments(
+        parser, "images", Settings.weight_decay, Settings.val_fraction,
+        lr_help="2e-4 * sqrt(batch / 256)", warmup=None, warmup_help="15%% of all",
+    )  # fmt: skip
     return parser
 
 
@@ -133,9 +136,10 @@ def make_settings(args: argparse.Namespace, teacher: Any, sources: list[Source],
     if size != teacher.patch_embed.img_size[0] and not teacher.dynamic_img_size:
         raise ValueError(f"input_size must be this model's one, {teacher.patch_embed.img_size[0]}, got {size}")
     steps, batch_size = run_length(args, len(sources), f"{args.images} holds {len(sources)} image", ranks)
-    return Settings(
-        size, steps, batch_size, args.lr, args.warmup, args.weight_decay, args.dtype, args.val_fraction, args.seed
-    )
+    # As main_distillation.py of the paper's repository has them, the batch being that of all processes.
+    lr = 2e-4 * (batch_size / 256) ** 0.5 if args.lr is None else args.lr
+    warmup = int(0.15 * steps) if args.warmup is None else args.warmup
+    return Settings(size, steps, batch_size, lr, warmup, args.weight_decay, args.dtype, args.val_fraction, args.seed)
 
 
 def describe(args: argparse.Namespace, teacher: nn.Module, sources: list[Source], settings: Settings) -> dict[str, Any]:

@@ -89,13 +89,21 @@ def at_least_zero(text: str) -> float:
 
 
 def add_training_arguments(
-    parser: argparse.ArgumentParser, of: str, lr: float, weight_decay: float, val_fraction: float
+    parser: argparse.ArgumentParser,
+    of: str,
+    weight_decay: float,
+    val_fraction: float,
+    *,
+    lr: float | None = None,
+    lr_help: str = "%(default)s",
+    warmup: int | None = 0,
+    warmup_help: str = "%(default)s",
 ) -> None:
     """Give a command line what stages 2 and 3 share: length, batch, schedule and what is written when.
 
     Args:
         of: "pairs" or "images", what is trained on.
-        lr, weight_decay, val_fraction: defaults.
+        weight_decay, val_fraction, lr, warmup: defaults; where one is None, its help says what it then is.
     """
     group = parser.add_argument_group("training")
     length = group.add_mutually_exclusive_group()
@@ -107,8 +115,10 @@ def add_training_arguments(
         default=64,
         help="of each process, so that 2 processes at 32 do what one does at 64 (default: the paper's %(default)s)",
     )
-    group.add_argument("--lr", type=at_least_zero, default=lr, help="highest; a cosine from there to 0 (%(default)s)")
-    group.add_argument("--warmup", type=int, default=0, metavar="N", help="steps that lr rises first (%(default)s)")
+    group.add_argument("--lr", type=at_least_zero, default=lr, help=f"highest; a cosine from there to 0 ({lr_help})")
+    group.add_argument(
+        "--warmup", type=int, default=warmup, metavar="N", help=f"steps that lr rises first ({warmup_help})"
+    )
     group.add_argument("--weight-decay", type=at_least_zero, default=weight_decay, help="of AdamW (%(default)s)")
     group.add_argument("--dtype", choices=list(DTYPES), default="float32", help="bfloat16: by autocast (%(default)s)")
     group.add_argument("--workers", type=positive, default=2, help="threads that read ahead (%(default)s)")
@@ -145,7 +155,7 @@ def run_length(args: argparse.Namespace, count: int, found: str, ranks: Processe
         raise ValueError(f"{found}: too few for --val-fraction {args.val_fraction}")
     batch_size = args.batch_size * ranks.count
     steps = args.steps or -(-args.epochs * len(training) // batch_size)
-    if not 0 <= args.warmup < steps:
+    if args.warmup is not None and not 0 <= args.warmup < steps:
         raise ValueError(f"warmup must be from 0 to below the {steps} steps of the run, got {args.warmup}")
     return steps, batch_size
 

@@ -21,7 +21,6 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
                        help="of a block: from the mean correction, the block an identity (default), or from random "
                        "weights alone; the paper does not say")
     group.add_argument("--init", metavar="FOLDER", help="start from a trained denoiser instead")
-    add_training_arguments(parser, "pairs", Settings.lr, Settings.weight_decay, Settings.val_fraction)
+    add_training_arguments(parser, "pairs", Settings.weight_decay, Settings.val_fraction, lr=Settings.lr)
     return parser
 
 
