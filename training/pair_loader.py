@@ -200,13 +200,12 @@ class PairReader:
         path = self.pairs.folder / self.pairs.files[position]
         try:
             layers = [read_pair(path, layer, self.parts) for layer in self.pairs.layers]
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:  # TypeError: NumPy has no bfloat16
             raise _unreadable(path, error) from error
         maps = [[layer[part].flatten(0, 1) for layer in layers] for part in self.parts]
         size = sum(one.nbytes for part in maps for one in part)
         if self._room >= size:
             self._room -= size
-            maps = [[one.clone() for one in part] for part in maps]  # of the file only the pages that are read last
             self._kept[position] = maps
         return maps
 

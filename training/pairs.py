@@ -253,13 +253,14 @@ def read_pair(
     Raises:
         ValueError: the pair does not hold that layer, or holds several and none was named.
     """
-    with safe_open(path, "pt") as file:
+    # As NumPy's, which are read; torch's are mapped, and to page in what is read once takes longer than to read it.
+    with safe_open(path, "np") as file:
         layers = sorted({int(key.split(".")[0]) for key in file.keys()})
         if layer is None and len(layers) == 1:
             layer = layers[0]
         if layer not in layers:
             raise ValueError(f"layer must be one of {layers}, which {path} holds, got {layer}")
-        return {part: file.get_tensor(f"{layer}.{part}") for part in parts}
+        return {part: torch.from_numpy(file.get_tensor(f"{layer}.{part}")) for part in parts}
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

@@ -36,12 +36,16 @@ class Stage2(nn.Module):
 
     def forward(self, raw: Tensor, clean: Tensor) -> Tensor:
         """Raw and clean features (B, layers, K*K, C) to the loss (layers,) of each: Eq. 11, mean over the tokens."""
-        return distance(self.predict(raw), clean).mean((0, 2))
+        predicted = self._by_layer(raw)  # not stacked: copying them there and back took a tenth of a step
+        return torch.stack([distance(*maps).mean() for maps in zip(predicted, clean.unbind(1), strict=True)])
 
     def predict(self, raw: Tensor) -> Tensor:
         """Raw to denoised features, both (B, layers, K*K, C)."""
+        return torch.stack(self._by_layer(raw), 1)
+
+    def _by_layer(self, raw: Tensor) -> list[Tensor]:
         denoisers = self.denoisers.layers.values()
-        return torch.stack([one(tokens, self.grid) for one, tokens in zip(denoisers, raw.unbind(1), strict=True)], 1)
+        return [one(tokens, self.grid) for one, tokens in zip(denoisers, raw.unbind(1), strict=True)]
 
 
 class Validation:
