@@ -8,7 +8,6 @@ images. Nothing is augmented, since features are extracted once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from timm_dvt.denoiser import default_num_heads
 from training.evaluate.features import Features
-from training.evaluate.probe import train
+from training.evaluate.probe import cosine, train
 from training.evaluate.runner import Run
 
 KIND = "labels"
@@ -78,10 +77,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     torch.manual_seed(run.seed)
     probe = AttentiveProbe(training.channels, len(val.split.classes), heads).to(run.device)
     steps = settings.epochs * max(1, len(training) // settings.batch_size)
-    train(
-        probe, loss, len(training), run, settings,
-        steps=steps, decay=lambda done: (1 + math.cos(math.pi * done)) / 2, label="attentive-probe",
-    )  # fmt: skip
+    train(probe, loss, len(training), run, settings, steps=steps, decay=cosine, label="attentive-probe")
     right = 0
     with torch.no_grad():
         for indices, maps in val.batches(run.state, f"attentive-probe ({run.state})"):
