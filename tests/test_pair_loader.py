@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.pairs import write_pairs
-from training.pair_loader import PairReader, open_pairs, positions, read_ahead
+from training.pair_loader import PairReader, open_pairs, positions, read_ahead, read_batches
 
 
 def test_every_epoch_visits_every_pair_once_in_another_order_that_step_and_seed_decide():
@@ -39,3 +39,27 @@ def test_pairs_kept_in_memory_are_those_on_disk(tmp_path):
     for _ in range(2):
         assert torch.equal(kept.read([3, 1, 3]), read.read([3, 1, 3]))
     assert len(kept._kept) == 2 and not read._kept
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(tmp_path, workers):
+    """However far the threads are ahead: the memory they write to is that of batches that are done with."""
+    reader = PairReader(open_pairs(write_pairs(tmp_path)), room=0)
+    count = len(reader.pairs.files)
+    steps = range(3, 20)
+
+    def places(step):
+        return positions(count, 2 * step, 2 * step + 2, seed=1)
+
+    seen = 0
+    for step, batch in zip(steps, read_batches(reader, places, steps, torch.float32, workers), strict=True):
+        time.sleep(0.02)
+        assert batch.dtype == torch.float32
+        assert torch.equal(batch, reader.read(places(step)).float())
+        seen += 1
+    assert seen == len(steps)
+
+
+def test_no_steps_are_no_batches(tmp_path):
+    reader = PairReader(open_pairs(write_pairs(tmp_path)))
+    assert list(read_batches(reader, lambda step: [0], range(0), torch.float32)) == []
