@@ -43,7 +43,7 @@ class World:
         grid = self.regime.grid
         settings = {"model": name, "pretrained": False, "seed": 0, "grid": grid, "channels": self.regime.channels,
                     "layers": [layer], "input_size": 16 * grid, "stride": 16}
-        with PairFolder(folder, settings, "full") as pairs:
+        with PairFolder(folder, settings) as pairs:
             for image in range(count):
                 digest = hashlib.sha256(f"{self.seed} {image}".encode()).hexdigest()
                 source = Source(f"{image:05d}.png", folder)
