@@ -25,6 +25,7 @@ def test_reading_ahead_keeps_the_order_and_raises_where_the_error_belongs():
         return i
 
     threads = torch.get_num_threads()
+    torch.set_num_threads(threads)  # from now on torch says so to every new thread
     assert set(read_ahead(torch.get_num_threads for _ in range(9))) == {1} and torch.get_num_threads() == threads
     found = []
     with pytest.raises(ValueError, match="seven"):

@@ -41,6 +41,7 @@ from training.command import exit_code, help_from, only_run
 from training.distributed import ALONE, Processes, processes
 from training.image_crops import CropReader
 from training.images import Source, list_images
+from training.memory import keep_freed_memory
 from training.models import load_model, pick_device, weights_digest
 from training.optimisation import (
     diverged, learning_rate, loss_limit, lower_precision, make_adamw, set_learning_rate,
@@ -182,6 +183,7 @@ def train(
         Diverged: loss or weights are beyond reason; the last checkpoint is left as it is.
         BadCheckpoint, OutputError: see training/checkpoints.py.
     """
+    keep_freed_memory()
     training, validation = split_places(len(sources), settings.val_fraction, settings.seed)
     crops = CropReader([sources[i] for i in training], settings.input_size, settings.seed)
     shown = [sources[i] for i in (validation or training)[:MOST_VALIDATION]]

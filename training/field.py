@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from training.field_backends import grid_trainer
 from training.field_losses import distance_loss, reconstruction_loss
 from training.hashgrid import HashGrid, HashGridSettings
+from training.memory import keep_freed_memory
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -90,9 +91,7 @@ class FieldTraining:
         self.optimizer = torch.optim.Adam(parameters, fused=device.type in ("cpu", "cuda"))
         self.autocast = _lower_precision(settings.precision, device)
         self.done = 0
-        # To get a step's memory from the system anew would cost as much as the step. The GNU allocator keeps freed
-        # memory up to twice the largest block that was ever freed, of at most 32 MB: here is one, never touched.
-        torch.empty(31 << 20, dtype=torch.uint8)
+        keep_freed_memory()
 
     def step(self, coords: Tensor, patches: Tensor, y: Tensor) -> Tensor:
         """One step on patches at coords (B, 2), of grid places (B,) and features y (B, C): its loss."""

@@ -241,8 +241,7 @@ def read_ahead(tasks: Iterable[Callable[[], Batch]], workers: int = 2) -> Iterat
     An error in a task is raised where its result is asked for.
     """
     waiting: deque[Future[Batch]] = deque()
-    # Left alone, torch would start as many threads again for each of these, and they would wait for each other.
-    pool = ThreadPoolExecutor(workers, "read-ahead", partial(threadpool_limits, limits=1, user_api="openmp"))
+    pool = ThreadPoolExecutor(workers, "read-ahead", _compute_alone)
     try:
         for task in tasks:
             waiting.append(pool.submit(task))
@@ -252,6 +251,12 @@ def read_ahead(tasks: Iterable[Callable[[], Batch]], workers: int = 2) -> Iterat
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _compute_alone() -> None:
+    """Have torch use this thread alone: it would start as many again for each, and they would wait for each other."""
+    torch.get_num_threads()  # a thread's first question sets the number that is in force elsewhere; later ones do not
+    threadpool_limits(limits=1, user_api="openmp")
 
 
 def read_batches(

@@ -33,6 +33,7 @@ from timm_dvt.model import attach_denoiser, timm_name
 from training.checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
 from training.command import exit_code, help_from, only_run
 from training.distributed import ALONE, Processes, processes
+from training.memory import keep_freed_memory
 from training.models import load_pairs_model, pick_device, weights_digest
 from training.optimisation import (
     diverged, learning_rate, loss_limit, lower_precision, make_adamw, set_learning_rate,
@@ -198,6 +199,7 @@ def train(
         Diverged: loss or weights are beyond reason; the last checkpoint is left as it is.
         BadCheckpoint, OutputError: see training/checkpoints.py.
     """
+    keep_freed_memory()
     training, validation = pairs.split(settings.val_fraction, settings.seed)
     reader = PairReader(training)
     denoisers = make_denoisers(pairs, settings.arch, settings.blocks, settings.seed)

@@ -4,7 +4,7 @@
 
 The bare loop has the first 20 of the same batches in memory, as float32, and does forward, Eq. 11, backward and AdamW
 and nothing else. The two take turns, a stretch of steps each, long enough for the wait for the first batch to count for
-little, and each turn's rates are compared with each other. "read" reads
+little, no validation among them, and each turn's rates are compared with each other. "read" reads
 every pair from disk each time, "kept" has read them before, as from the second epoch on where there is room.
 """
 
@@ -33,7 +33,7 @@ BAR = 0.95
 
 def ours(pairs: PairSet, settings: train_denoiser.Settings, folder: Path) -> float:
     """Pairs a second of the command's own loop, log, checks and all."""
-    train_denoiser.train(pairs, settings, folder, torch.device("cpu"), checkpoint_every=10**9)
+    train_denoiser.train(pairs, settings, folder, torch.device("cpu"), checkpoint_every=10**9, val_every=10**9)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [line["images_per_second"] for line in lines if "images_per_second" in line][-1]
 
