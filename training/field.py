@@ -184,7 +184,8 @@ def fit_field(
     over its channels), no warm-up. With the paper's norms h is sparse: zero but for channels that hold more
     than beta / alpha of a patch's unexplained norm, such as those of outlier tokens.
 
-    The same seed gives the same result on the same CPU and thread count. F and G are only determined up to a
+    The process is told to keep the memory that it frees (`training.memory`). The same seed gives the same result on the
+    same CPU and thread count. F and G are only determined up to a
     constant: G is given zero mean, F the rest. Raises ValueError for arguments that do not fit together and
     FloatingPointError when the loss is no longer finite.
     """
