@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+import training.field_backends as field_backends
 from training.field import FieldSettings, fit_field
 from training.field_backends import TinyCudaTrainer, TorchTrainer, grid_trainer
-from training.hashgrid import HashGrid, HashGridSettings
+from training.hashgrid import HashGrid, HashGridSettings, TouchedEntries
 
 GRID = HashGridSettings(levels=3, features=2, log2_hashmap_size=9, per_level_scale=1.5)
 
@@ -74,6 +75,42 @@ def fixture_tinycudann(monkeypatch):
     return module
 
 
+# Levels of GRID have 256, 512 and 512 entries, the last two hashed.
+@pytest.mark.parametrize("coarse", [0, 300, 40_000], ids=["none-coarse", "one-coarse", "all-coarse"])
+def test_the_grid_ends_where_dense_adam_ends_whichever_levels_are_moved_whole(coarse, monkeypatch):
+    monkeypatch.setattr(field_backends, "COARSE", coarse)
+    generator = torch.Generator().manual_seed(0)
+    grid, dense = (HashGrid(GRID, torch.Generator().manual_seed(5)) for _ in range(2))
+    start = grid.params.detach().clone()
+    trainer, adam = TorchTrainer(grid, max_steps=60), torch.optim.Adam([dense.params])
+    assert trainer.coarse_levels == {0: 0, 300: 1, 40_000: 3}[coarse]
+    target = torch.randn(GRID.width, generator=generator)
+    for step in range(60):
+        coords = torch.rand(20, 2, generator=generator)
+        encoded = trainer.encode(coords)
+        # The gradient depends on the values, so that a difference would feed back.
+        ((encoded - target) ** 2).sum().backward()
+        trainer.step(0.01 * (1 - step / 60))
+        reference = dense(coords)
+        torch.testing.assert_close(encoded.detach(), reference.detach(), rtol=0, atol=1e-5)
+        adam.zero_grad()
+        ((reference - target) ** 2).sum().backward()
+        adam.param_groups[0]["lr"] = 0.01 * (1 - step / 60)
+        adam.step()
+    assert trainer.finish() is grid
+    assert (grid.params - start).abs().max() > 0.1
+    torch.testing.assert_close(grid.params, dense.params, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("coarse", [0, 40_000])
+def test_a_step_without_a_backward_pass_says_so(coarse, monkeypatch):
+    monkeypatch.setattr(field_backends, "COARSE", coarse)
+    trainer = TorchTrainer(HashGrid(GRID), max_steps=1)
+    trainer.encode(torch.rand(4, 2))
+    with pytest.raises(RuntimeError, match="backward"):
+        trainer.step(0.01)
+
+
 def train(backend):
     generator = torch.Generator().manual_seed(0)
     coords = torch.rand(200, 2, generator=generator)
@@ -84,7 +121,9 @@ def train(backend):
 
 
 @pytest.mark.usefixtures("tinycudann")
-def test_both_back_ends_train_the_same_field():
+@pytest.mark.parametrize("coarse", [0, 40_000])
+def test_both_back_ends_train_the_same_field(coarse, monkeypatch):
+    monkeypatch.setattr(field_backends, "COARSE", coarse)
     torch_field, coords = train("torch")
     tiny_field, _ = train("tinycudann")
     torch.testing.assert_close(tiny_field.losses, torch_field.losses, rtol=1e-3, atol=0)
@@ -106,7 +145,7 @@ def test_parameters_go_to_tinycudann_and_come_back_in_the_same_layout():
     trainer.step(0.01)
     finished = trainer.finish()
     changed = (finished.params != start).view(-1, GRID.features).any(1).nonzero()[:, 0]
-    assert changed.tolist() == grid.touch(coords).rows.tolist()
+    assert changed.tolist() == TouchedEntries(*grid.lookups(coords)).rows.tolist()
 
 
 def test_another_formula_or_layout_in_tinycudann_is_an_error(tinycudann, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.hashgrid import HashGrid, HashGridSettings, TouchedEntries, grid_levels
+from training.hashgrid import AllEntries, HashGrid, HashGridSettings, TouchedEntries, grid_levels
 from training.touched_adam import TouchedAdam
 
 # Name: settings and which of the levels they should hash.
@@ -122,7 +122,7 @@ def test_dense_gradient_is_tiny_cuda_nns_to_float32(case):
 def test_touched_entries_give_the_same_encoding_and_gradient(case):
     grid, _, coords = case
     upstream = torch.randn(len(coords), grid.settings.width, generator=torch.Generator().manual_seed(2))
-    touched = grid.touch(coords)
+    touched = TouchedEntries(*grid.lookups(coords))
     entries = grid.table.detach()[touched.rows].requires_grad_()
     encoded = touched.encode(entries)
     encoded.backward(upstream)
@@ -135,12 +135,31 @@ def test_touched_entries_give_the_same_encoding_and_gradient(case):
     assert not untouched.any()
 
 
+def test_all_entries_of_some_levels_give_the_same_encoding_and_gradient(case):
+    grid, _, coords = case
+    for levels in range(1, len(grid.levels) + 1):
+        count = sum(level.entries for level in grid.levels[:levels])
+        rows, weights = grid.lookups(coords)
+        entries = grid.table.detach()[:count].clone().requires_grad_()
+        encoded = AllEntries(rows[:, :levels], weights[:, :levels], count).encode(entries)
+        upstream = torch.randn(encoded.shape, generator=torch.Generator().manual_seed(2))
+        encoded.backward(upstream)
+        assert torch.equal(encoded, grid(coords)[:, : levels * grid.settings.features])
+        others = np.zeros((len(coords), (len(grid.levels) - levels) * grid.settings.features))
+        upstream = np.concatenate((upstream.double().numpy(), others), axis=1)
+        expected = reference_gradient(coords.numpy(), upstream, grid.settings)
+        np.testing.assert_allclose(
+            entries.grad.numpy(), expected[:count], rtol=0, atol=3e-7 * np.abs(expected).max()
+        )
+        assert not expected[count:].any()
+
+
 def test_touched_rows_are_exactly_those_looked_up(case):
     grid, _, coords = case
     found, entries = reference_lookups(coords.numpy(), grid.settings)
     assert grid.entries == entries
     assert grid.params.shape == (entries * grid.settings.features,)
-    assert grid.touch(coords).rows.tolist() == sorted({row for one in found for row, _, _ in one})
+    assert TouchedEntries(*grid.lookups(coords)).rows.tolist() == sorted({row for one in found for row, _, _ in one})
 
 
 def test_paper_grid_has_sixteen_levels_of_which_float32_makes_the_finest_hashed():
@@ -182,7 +201,7 @@ def run_adams(eps, scale, rows=40, steps=400, seed=0):
         # The gradient depends on the values, so that a difference would feed back.
         noise = torch.randn(values.shape, generator=generator, dtype=values.dtype)
         gradient = scale * (values - 0.3 + 0.1 * noise)
-        ours.step(values, gradient, rate)
+        ours.step(gradient, rate)
         dense.grad = torch.zeros_like(dense)
         dense.grad[picked] = gradient
         theirs.param_groups[0]["lr"] = rate
@@ -215,7 +234,7 @@ def test_skipping_untouched_rows_would_be_another_trajectory():
         rows = torch.arange(1 if step % 4 == 0 else 0)
         values = ours.gather(rows)
         gradient = torch.rand(values.shape, generator=generator, dtype=values.dtype) + 0.5
-        ours.step(values, gradient, 0.01)
+        ours.step(gradient, 0.01)
         if len(rows):
             skipping.grad = gradient
             adam.step()
@@ -228,7 +247,7 @@ def test_settling_twice_changes_nothing():
     adam = TouchedAdam(table, 3)
     for rows in (torch.tensor([0, 1]), torch.tensor([1, 2])):
         values = adam.gather(rows)
-        adam.step(values, torch.ones_like(values), 0.01)
+        adam.step(torch.ones_like(values), 0.01)
     adam.settle()
     once = table.clone()
     adam.settle(chunk=3)

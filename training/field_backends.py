@@ -3,12 +3,13 @@
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from training.hashgrid import HashGrid, HashGridSettings
+from training.hashgrid import AllEntries, HashGrid, HashGridSettings, TouchedEntries
 from training.touched_adam import TouchedAdam
 
 BACKENDS = ("auto", "torch", "tinycudann")
+COARSE = 40_000  # entries of a level; a batch of 2,048 coordinates has 8,192 lookups in each
 
 
 class GridTrainer(Protocol):
@@ -25,24 +26,46 @@ class GridTrainer(Protocol):
 
 
 class TorchTrainer:
-    """Pure PyTorch on any device; a step pays for the table entries that its batch touches, no others."""
+    """Pure PyTorch on any device; a step pays for the table entries that its batch touches, no others.
+
+    But for the coarse levels: a batch touches most of their entries, and it costs least to move them all.
+    """
 
     def __init__(self, grid: HashGrid, max_steps: int) -> None:
         self.grid = grid
-        self.adam = TouchedAdam(grid.table.detach(), max_steps)
+        coarse = [level.entries for level in grid.levels if level.entries <= COARSE]
+        self.coarse_levels, count = len(coarse), sum(coarse)
+        table = grid.table.detach()
+        self.coarse = nn.Parameter(table[:count].clone())
+        self.coarse_adam = torch.optim.Adam([self.coarse], fused=table.device.type in ("cpu", "cuda"))
+        self.fine_adam = TouchedAdam(table[count:], max_steps)
 
     def encode(self, coords: Tensor) -> Tensor:
-        touched = self.grid.touch(coords)
-        self.entries = self.adam.gather(touched.rows).requires_grad_()
-        return touched.encode(self.entries)
+        rows, weights = self.grid.lookups(coords)
+        levels = self.coarse_levels
+        encoded = []
+        if levels:
+            coarse = AllEntries(rows[:, :levels], weights[:, :levels], len(self.coarse))
+            encoded.append(coarse.encode(self.coarse))
+        if levels < len(self.grid.levels):
+            fine = TouchedEntries(rows[:, levels:] - len(self.coarse), weights[:, levels:])
+            self.entries = self.fine_adam.gather(fine.rows).detach().requires_grad_()
+            encoded.append(fine.encode(self.entries))
+        return torch.cat(encoded, dim=1)
 
     def step(self, learning_rate: float) -> None:
-        if self.entries.grad is None:
-            raise RuntimeError("step() needs a backward pass through what encode() returned")
-        self.adam.step(self.entries.detach(), self.entries.grad, learning_rate)
+        if self.coarse_levels:
+            _gradient(self.coarse)
+            self.coarse_adam.param_groups[0]["lr"] = learning_rate
+            self.coarse_adam.step()
+            self.coarse_adam.zero_grad()
+        if self.coarse_levels < len(self.grid.levels):
+            self.fine_adam.step(_gradient(self.entries), learning_rate)
 
     def finish(self) -> HashGrid:
-        self.adam.settle()
+        self.fine_adam.settle()
+        with torch.no_grad():
+            self.grid.table[: len(self.coarse)] = self.coarse
         return self.grid
 
 
@@ -121,6 +144,12 @@ def tinycudann_imports() -> bool:
     except ImportError:
         return False
     return True
+
+
+def _gradient(read: Tensor) -> Tensor:
+    if read.grad is None:
+        raise RuntimeError("step() needs a backward pass through what encode() returned")
+    return read.grad
 
 
 def _tinycudann() -> Any:

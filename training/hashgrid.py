@@ -70,14 +70,15 @@ class HashGrid(nn.Module):
     """Encodes coordinates in [0, 1]^dims as interpolated table entries, one group of features a level.
 
     `params` is tiny-cuda-nn's flat vector: level by level, an entry's features adjacent, drawn from
-    U(-1e-4, 1e-4). `forward` gives a dense gradient; see `touch` for one of the touched entries only.
+    U(-1e-4, 1e-4). `forward` gives a dense gradient; `TouchedEntries` one of the touched entries only.
     """
 
     _scale: Tensor
-    _resolution: Tensor
     _entries: Tensor
     _offset: Tensor
-    _steps: Tensor
+    _end: Tensor
+    _stride: Tensor
+    _ahead: Tensor
 
     def __init__(self, settings: HashGridSettings | None = None, generator: torch.Generator | None = None):
         super().__init__()
@@ -88,12 +89,21 @@ class HashGrid(nn.Module):
         self.params = nn.Parameter(values.uniform_(-1e-4, 1e-4, generator=generator))
         # Hashed levels are always the finest: vertices grow with the level, the room for them does not.
         self.dense_levels = sum(not level.hashed for level in self.levels)
-        for name in ("entries", "offset", "resolution"):
-            column = torch.tensor([getattr(level, name) for level in self.levels], dtype=torch.int32)
-            self.register_buffer(f"_{name}", column[:, None], persistent=False)
-        scales = torch.tensor([level.scale for level in self.levels], dtype=torch.float64)
-        self.register_buffer("_scale", scales[:, None], persistent=False)
-        self.register_buffer("_steps", torch.arange(2, dtype=torch.int32), persistent=False)
+        columns = {name: torch.tensor([getattr(x, name) for x in self.levels]) for name in Level._fields}
+        self.register_buffer("_scale", columns["scale"].double(), persistent=False)
+        # How many rows apart neighbours along a dimension are, and the rows of a cell's corners from those of the
+        # cell, the level's offset included. Not used for hashed levels.
+        strides = torch.stack([columns["resolution"] ** dim for dim in range(self.settings.dims)])
+        corners = torch.arange(2**self.settings.dims)[:, None] >> torch.arange(self.settings.dims) & 1
+        rows = {
+            "entries": columns["entries"],
+            "offset": columns["offset"],
+            "end": columns["offset"] + columns["entries"],
+            "stride": strides,
+            "ahead": (corners[:, :, None] * strides).sum(1) + columns["offset"],
+        }
+        for name, value in rows.items():
+            self.register_buffer(f"_{name}", value.to(torch.int32), persistent=False)
 
     @property
     def table(self) -> Tensor:
@@ -105,43 +115,38 @@ class HashGrid(nn.Module):
 
         Corners are numbered as in tiny-cuda-nn: bit i of the number is the step along dimension i.
         """
+        # Corners and dimensions come first while there is arithmetic to do: long runs of numbers are fast.
         # In float64 the weights are right to float32; x * 1024 + 0.5 in float32 would leave them 14 bits.
-        position = coords.to(torch.float64)[:, None, :] * self._scale + 0.5
-        cell = position.floor()
-        far = (position - cell).float()
-        near_far = torch.stack((1 - far, far), dim=-1)  # (B, levels, dims, 2)
-        corners = cell.to(torch.int32)[..., None] + self._steps
-        rows = self._dense_rows(corners[:, : self.dense_levels])
+        position = torch.mul(coords.to(torch.float64).t()[:, :, None], self._scale).add_(0.5)
+        cells = position.floor()  # (dims, B, levels)
+        far = position.sub_(cells).float()
+        near_far = torch.stack((1 - far, far))
+        cells = cells.to(torch.int32)
+        weights = near_far[:, 0]
+        for dim in range(1, self.settings.dims):
+            weights = (near_far[:, dim, None] * weights).flatten(0, 1)
+        rows = self._dense_rows(cells)
         if self.dense_levels < len(self.levels):
-            rows = torch.cat((rows, self._hashed_rows(corners[:, self.dense_levels :])), dim=1)
-        weights = near_far[:, :, 0]
-        for dim in range(1, self.settings.dims):
-            weights = (near_far[:, :, dim, :, None] * weights[:, :, None, :]).flatten(2)
-        return rows, weights
+            rows[:, :, self.dense_levels :] = self._hashed_rows(cells[:, :, self.dense_levels :])
+        return rows.permute(1, 2, 0).contiguous(), weights.permute(1, 2, 0).contiguous()
 
-    def _dense_rows(self, corners: Tensor) -> Tensor:
-        """Rows x + y * resolution + ... of corners (B, levels, dims, 2): (B, levels, 2^dims)."""
-        count = self.dense_levels
-        rows = corners[:, :, 0]
-        for dim in range(1, self.settings.dims):
-            along = corners[:, :, dim] * self._resolution[:count] ** dim
-            rows = (along[..., None] + rows[:, :, None, :]).flatten(2)
+    def _dense_rows(self, cells: Tensor) -> Tensor:
+        """Rows x + y * resolution + ... of the corners of cells (dims, B, levels): (2^dims, B, levels)."""
+        origin = sum(cell * stride for cell, stride in zip(cells, self._stride, strict=True))
+        rows = origin + self._ahead[:, None]
         # Corners beyond the far border wrap into other rows, modulo the entries; once is enough, for they lie
         # less than one resolution beyond.
-        entries = self._entries[:count]
-        rows = torch.where(rows < entries, rows, rows - entries)
-        return rows + self._offset[:count]
+        return rows.sub_((rows >= self._end) * self._entries)
 
-    def _hashed_rows(self, corners: Tensor) -> Tensor:
+    def _hashed_rows(self, cells: Tensor) -> Tensor:
         """As `_dense_rows`, for hashed levels: x ^ y * prime ^ ... in uint32, modulo the entries."""
         # In int64: a vertex below 2^31 times a prime below 2^32 does not overflow, and as the entries are a
         # power of two that divides 2^32, masking them out is also the wrap of uint32.
-        corners = corners.long()
-        rows = corners[:, :, 0]
+        corners = torch.stack((cells, cells + 1)).long()
+        rows = corners[:, 0]
         for dim in range(1, self.settings.dims):
-            rows = ((corners[:, :, dim, :, None] * PRIMES[dim]) ^ rows[:, :, None, :]).flatten(2)
-        wrapped = rows & (2**self.settings.log2_hashmap_size - 1)
-        return wrapped.to(torch.int32) + self._offset[self.dense_levels :]
+            rows = ((corners[:, dim, None] * PRIMES[dim]) ^ rows).flatten(0, 1)
+        return (rows & 2**self.settings.log2_hashmap_size - 1) + self._offset[self.dense_levels :]
 
     def forward(self, coords: Tensor) -> Tensor:
         """Encodes coords (..., dims) in [0, 1] as (..., levels * features) float32."""
@@ -150,54 +155,73 @@ class HashGrid(nn.Module):
         encoded = F.embedding_bag(rows, self.table, per_sample_weights=weights, mode="sum")
         return encoded.view(*coords.shape[:-1], self.settings.width)
 
-    def touch(self, coords: Tensor) -> "TouchedEntries":
-        """The distinct entries that encoding coords (B, dims) reads, and how to read only those."""
-        return TouchedEntries(*self.lookups(coords))
 
+class _Entries:
+    """Entries that a batch reads: a table (U, features) to encode it from, backward without atomics.
 
-class TouchedEntries:
-    """The distinct table entries of one batch: a compact table (U, features) stands in for the whole one.
-
-    `rows` (U,) are their places in the whole table, ascending. One sort over all levels serves both
-    directions: in the sorted order the uses of an entry are neighbours, so the backward pass is a segmented
-    sum over them, without atomics, and gives the same bits every time.
+    One sort serves the backward pass: in the sorted order the uses of an entry are neighbours, so the gradient is a
+    segmented sum over them and has the same bits every time.
     """
+
+    starts: Tensor
+    lookups: Tensor
 
     def __init__(self, rows: Tensor, weights: Tensor) -> None:
         corners = rows.shape[-1]
         self.batch = rows.shape[0]
         self.weights = weights.reshape(-1, corners)
-        ordered, order = rows.flatten().sort()
-        first = torch.ones_like(ordered, dtype=torch.bool)
-        torch.ne(ordered[1:], ordered[:-1], out=first[1:])
-        self.starts = first.nonzero()[:, 0]
-        self.rows = ordered.index_select(0, self.starts).long()
-        compact = first.cumsum(0).sub_(1)
-        self.lookups = torch.empty_like(compact).scatter_(0, order, compact).view(-1, corners)
-        self.sources = order >> corners.bit_length() - 1  # // corners, a power of two
-        self.source_weights = self.weights.flatten().index_select(0, order)
+        self.ordered, self.order = rows.flatten().sort()
+        self.sources = (self.order >> corners.bit_length() - 1).to(torch.int32)  # // corners, a power of two
+        self.source_weights = self.weights.flatten().index_select(0, self.order)
 
     def encode(self, entries: Tensor) -> Tensor:
-        """Encodes the batch from its compact table (U, features): (B, levels * features), differentiable."""
+        """Encodes the batch from its table (U, features): (B, levels * features), differentiable."""
         return _Interpolate.apply(entries, self).view(self.batch, -1)
+
+
+class AllEntries(_Entries):
+    """The first `count` entries, whether the batch's rows and weights (B, levels, 2^dims) touch them or not."""
+
+    def __init__(self, rows: Tensor, weights: Tensor, count: int) -> None:
+        super().__init__(rows, weights)
+        self.lookups = rows.reshape(self.weights.shape)
+        uses = torch.bincount(self.lookups.flatten(), minlength=count)
+        self.starts = (uses.cumsum(0) - uses).to(torch.int32)
+
+
+class TouchedEntries(_Entries):
+    """The distinct entries that a batch touches: a compact table stands in for the whole one.
+
+    `rows` (U,) are their places in the whole table, ascending.
+    """
+
+    def __init__(self, rows: Tensor, weights: Tensor) -> None:
+        super().__init__(rows, weights)
+        first = torch.ones_like(self.ordered, dtype=torch.bool)
+        torch.ne(self.ordered[1:], self.ordered[:-1], out=first[1:])
+        starts = first.nonzero()[:, 0]
+        self.rows = self.ordered.index_select(0, starts).long()
+        self.starts = starts.to(torch.int32)
+        compact = first.cumsum(0, dtype=torch.int32).sub_(1)
+        self.lookups = torch.empty_like(compact).scatter_(0, self.order, compact).view(self.weights.shape)
 
 
 class _Interpolate(torch.autograd.Function):
     """Weighted sums of entries; autograd's own backward is slower and has no fixed order on GPUs."""
 
     @staticmethod
-    def forward(ctx: Any, entries: Tensor, touched: TouchedEntries) -> Tensor:
-        ctx.touched = touched
-        return F.embedding_bag(touched.lookups, entries, per_sample_weights=touched.weights, mode="sum")
+    def forward(ctx: Any, entries: Tensor, used: _Entries) -> Tensor:
+        ctx.used = used
+        return F.embedding_bag(used.lookups, entries, per_sample_weights=used.weights, mode="sum")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        touched = ctx.touched
+        used = ctx.used
         summed = F.embedding_bag(
-            touched.sources,
+            used.sources,
             gradient.contiguous(),
-            offsets=touched.starts,
-            per_sample_weights=touched.source_weights,
+            offsets=used.starts,
+            per_sample_weights=used.source_weights,
             mode="sum",
         )
         return summed, None

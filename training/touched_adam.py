@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 
 class TouchedAdam:
@@ -47,25 +48,30 @@ class TouchedAdam:
         debts = self.debts[: self.steps + 1].to(self.table.dtype)
         debts = debts.index_select(0, self.touched_at.index_select(0, rows))
         owed, floor, first_left, second_left = debts.split(1, dim=1)
-        state, (values, first, second, scale) = self._working_room(len(rows))
+        state, values, first, second, scale = self._working_room(len(rows))
         torch.index_select(self.state, 0, rows, out=state)
-        for one, packed in zip((values, first, second), state.unbind(1), strict=True):
-            one.copy_(packed)
-        torch.sqrt(second, out=scale).add_(floor)
-        values.addcmul_(torch.div(first, scale, out=scale), owed, value=-1)
-        self.gathered = (rows, state, first.mul_(first_left), second.mul_(second_left), scale)
+        old_values, old_first, old_second = state.unbind(1)
+        # The least number is added because roots of zero, which most moments are at first, take long.
+        torch.clamp_min(old_second, torch.finfo(scale.dtype).tiny, out=scale).sqrt_().add_(floor)
+        torch.addcmul(old_values, torch.div(old_first, scale, out=scale), owed, value=-1, out=values)
+        torch.mul(old_first, first_left, out=first)
+        torch.mul(old_second, second_left, out=second)
+        self.gathered = (rows, state, values, first, second)
         return values
 
-    def step(self, values: Tensor, gradient: Tensor, learning_rate: float) -> None:
-        """One Adam step of the rows last gathered: values (U, F) as `gather` gave them, gradient (U, F)."""
-        rows, state, first, second, scale = self.gathered
-        rate, floor = self._corrected(self.steps + 1, learning_rate)
-        first.lerp_(gradient, 1 - self.betas[0])
-        second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
-        torch.sqrt(second, out=scale).add_(floor)
+    def step(self, gradient: Tensor, learning_rate: float) -> None:
+        """One Adam step of the rows last gathered, whose gradient (U, F) this is."""
+        _, _, values, first, second = self.gathered
+        done = torch.tensor(float(self.steps), device=values.device)  # adam counts it up
+        adam(
+            [values], [gradient], [first], [second], [], [done], fused=values.device.type in ("cpu", "cuda"),
+            lr=learning_rate, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps, weight_decay=0, amsgrad=False,
+            maximize=False,
+        )
         self.steps += 1
-        self._put(values.addcdiv_(first, scale, value=-rate))
+        self._put()
         # Every row owes one move more, with what is left of its moments.
+        rate, _ = self._corrected(self.steps, learning_rate)
         owed, _, first_left, second_left = self.debts[: self.steps].unbind(1)
         first_left.mul_(self.betas[0])
         second_left.mul_(self.betas[1])
@@ -75,9 +81,8 @@ class TouchedAdam:
     def settle(self, chunk: int = 1 << 18) -> None:
         """Pays what every row owes: the table is then what dense Adam would have left, after any step."""
         for rows in torch.arange(len(self.table), device=self.table.device).split(chunk):
-            values = self.gather(rows)
-            self._put(values)
-            self.table[rows] = values
+            self.table[rows] = self.gather(rows)
+            self._put()
 
     def _corrected(self, step: int, learning_rate: float) -> tuple[float, float]:
         """(rate, floor) for Adam's update as rate * m / (sqrt(v) + floor): bias corrections folded in."""
@@ -88,19 +93,19 @@ class TouchedAdam:
         _, floor = self._corrected(self.steps + 1, 1.0)
         self.debts[self.steps] = torch.tensor([0.0, floor, 1.0, 1.0])
 
-    def _working_room(self, count: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _working_room(self, count: int) -> tuple[Tensor, ...]:
         """For `count` rows: state as it is stored (U, 3, F), and four tables (U, F)."""
         features = self.table.shape[1]
         size = 7 * count * features
         if len(self.room) < size:
             self.room = self.table.new_empty(size + size // 8)
         room = self.room[:size].view(7, count, features)
-        return room[:3].view(count, 3, features), room[3:].unbind(0)
+        return room[:3].view(count, 3, features), *room[3:].unbind(0)
 
-    def _put(self, values: Tensor) -> None:
-        """Stores values (U, F) and moments of the rows last gathered."""
-        rows, state, first, second, _ = self.gathered
-        for one, packed in zip((values, first, second), state.unbind(1), strict=True):
+    def _put(self) -> None:
+        """Stores the rows last gathered as they are now."""
+        rows, state, *parts = self.gathered
+        for one, packed in zip(parts, state.unbind(1), strict=True):
             packed.copy_(one)
         _wide(self.state).index_copy_(0, rows, _wide(state))
         self.touched_at.index_fill_(0, rows, self.steps)
