@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import training.field as field_module
+import training.field_losses as field_losses
 from training.field import FieldSettings, fit_field
 from training.field_losses import distance_loss, reconstruction_loss
 from training.hashgrid import HashGridSettings
@@ -39,59 +40,88 @@ def numeric_gradient(function, at, step=1e-6):
     return gradient
 
 
-def test_distance_is_equation_7_with_its_gradient():
-    prediction, target = normal(5, 7).requires_grad_(), normal(5, 7, seed=1)
-    loss = distance_loss(prediction, target)
-    loss.backward()
-    y_hat, y = prediction.detach().numpy(), target.numpy()
-    assert abs(loss.item() - numpy_distance(y_hat, y)) < 1e-12
-    expected = numeric_gradient(lambda at: numpy_distance(at, y), y_hat)
-    np.testing.assert_allclose(prediction.grad.numpy(), expected, atol=1e-8)
+def numpy_reconstruction(prediction, delta, target, alpha, beta):
+    """Eq. 6 averaged over patches, of F + G and Delta (B, C)."""
+    left = target - prediction - delta
+    terms = alpha * np.sqrt((left**2).sum(1)) + beta * np.abs(delta).sum(1)
+    return numpy_distance(prediction + delta, target) + terms.mean()
+
+
+def parts_of_a_batch(count=9, positions=4, channels=7):
+    """F, G, Delta (float64), the patches' places and y: some places several times, one not at all."""
+    semantics, residual, y = (normal(count, channels, seed=seed) for seed in range(3))
+    patches = torch.randint(positions - 1, (count,), generator=torch.Generator().manual_seed(4))
+    return semantics, normal(positions, channels, seed=3), residual, patches, y
+
+
+@pytest.fixture(name="block", params=[512, 4])
+def fixture_block(request, monkeypatch):
+    """The losses take a batch whole, and in blocks of which the last is not full."""
+    monkeypatch.setattr(field_losses, "BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("block")
+def test_distance_is_equation_7_with_its_gradients():
+    semantics, artifacts, _, patches, y = parts_of_a_batch()
+    loss = distance_loss(semantics, artifacts, patches, y)
+    f, g, target = semantics.numpy(), artifacts.numpy(), y.numpy()
+    assert abs(loss.value.item() - numpy_distance(f + g[patches], target)) < 1e-12
+    of_f = numeric_gradient(lambda at: numpy_distance(at + g[patches], target), f)
+    np.testing.assert_allclose(loss.semantics.numpy(), of_f, atol=1e-8)
+    of_g = numeric_gradient(lambda at: numpy_distance(f + at[patches], target), g)
+    np.testing.assert_allclose(loss.artifacts.numpy(), of_g, atol=1e-8)
+    assert loss.artifacts[:3].any() and not loss.artifacts[3].any()
+    assert loss.residual is None
 
 
 def test_distance_of_equal_or_zero_features_has_finite_gradients():
-    prediction = torch.stack((torch.ones(4), torch.zeros(4), torch.ones(4))).requires_grad_()
+    prediction = torch.stack((torch.ones(4), torch.zeros(4), torch.ones(4)))
     target = torch.stack((torch.ones(4), torch.ones(4), torch.zeros(4)))
-    loss = distance_loss(prediction, target)
-    loss.backward()
+    loss = distance_loss(prediction, torch.zeros(1, 4), torch.zeros(3, dtype=torch.int64), target)
     # cos = 1, 0, 0 and distance = 0, 2, 2.
-    assert abs(loss.item() - (0 + 3 + 3) / 3) < 1e-6
-    assert torch.isfinite(prediction.grad).all()
+    assert abs(loss.value.item() - (0 + 3 + 3) / 3) < 1e-6
+    assert torch.isfinite(loss.semantics).all() and torch.isfinite(loss.artifacts).all()
 
 
-def test_reconstruction_is_equation_6():
-    partial, residual, y = normal(5, 7), normal(5, 7, seed=1), normal(5, 7, seed=2)
-    a, d, t = partial.numpy(), residual.numpy(), y.numpy()
-    unexplained = np.mean([np.sqrt(((t[i] - a[i] - d[i]) ** 2).sum()) for i in range(5)])
-    sparsity = np.mean([sum(abs(value) for value in row) for row in d])
-    expected = numpy_distance(a + d, t) + 0.3 * unexplained + 0.7 * sparsity
-    assert abs(reconstruction_loss(partial, residual, y, 0.3, 0.7).item() - expected) < 1e-12
-
-
-def test_reconstruction_where_delta_explains_all_has_finite_gradients():
-    partial, residual, y = torch.ones(2, 4).requires_grad_(), torch.zeros(2, 4).requires_grad_(), torch.ones(2, 4)
-    loss = reconstruction_loss(partial, residual, y)
-    loss.backward()
-    assert abs(loss.item()) < 1e-6
-    assert torch.isfinite(partial.grad).all() and not residual.grad.any()
-
-
-def test_gradients_stop_where_the_paper_stops_them():
-    partial, residual, y = (normal(5, 7, seed=seed).requires_grad_() for seed in range(3))
-    reconstruction_loss(partial, residual, y, alpha=0.3, beta=0.7).backward()
-    # y is a constant (Eq. 9).
-    assert y.grad is None
+@pytest.mark.usefixtures("block")
+def test_reconstruction_is_equation_6_with_gradients_that_stop_where_the_paper_stops_them():
+    semantics, artifacts, residual, patches, y = parts_of_a_batch()
+    loss = reconstruction_loss(semantics, artifacts, residual, patches, y, 0.3, 0.7)
+    f, g, delta, target = semantics.numpy(), artifacts.numpy()[patches], residual.numpy(), y.numpy()
+    assert abs(loss.value.item() - numpy_reconstruction(f + g, delta, target, 0.3, 0.7)) < 1e-12
     # F learns as if Delta were a constant, from the distance alone: alpha and beta do not matter (Eqs. 8, 9).
-    target, delta = y.detach().numpy(), residual.detach().numpy()
-    of_partial = numeric_gradient(lambda at: numpy_distance(at + delta, target), partial.detach().numpy())
-    np.testing.assert_allclose(partial.grad.numpy(), of_partial, atol=1e-8)
+    of_f = numeric_gradient(lambda at: numpy_distance(at + g + delta, target), f)
+    np.testing.assert_allclose(loss.semantics.numpy(), of_f, atol=1e-8)
     # h learns from L_residual and L_sparsity alone: the distance through y_hat does not reach it.
-    left = target - partial.detach().numpy()
+    left = target - f - g
 
     def of_delta(at):
         return np.mean(0.3 * np.sqrt(((left - at) ** 2).sum(1)) + 0.7 * np.abs(at).sum(1))
 
-    np.testing.assert_allclose(residual.grad.numpy(), numeric_gradient(of_delta, delta), atol=1e-8)
+    np.testing.assert_allclose(loss.residual.numpy(), numeric_gradient(of_delta, delta), atol=1e-8)
+    assert loss.artifacts is None
+
+
+def test_reconstruction_where_delta_explains_all_has_finite_gradients():
+    ones, zeros, patches = torch.ones(2, 4), torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)
+    loss = reconstruction_loss(ones, torch.zeros(1, 4), zeros, patches, ones)
+    assert abs(loss.value.item()) < 1e-6
+    assert torch.isfinite(loss.semantics).all() and not loss.residual.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_have_the_type_of_what_they_are_of(dtype):
+    """The MLPs' outputs are bfloat16 under autocast; G and y are not."""
+    semantics, artifacts, residual, patches, y = (
+        x.float() if x.is_floating_point() else x for x in parts_of_a_batch()
+    )
+    semantics, residual = semantics.to(dtype), residual.to(dtype)
+    loss = reconstruction_loss(semantics, artifacts, residual, patches, y)
+    assert loss.semantics.dtype == loss.residual.dtype == dtype and loss.value.dtype == torch.float32
+    doubles = (x.double() if x.is_floating_point() else x for x in (semantics, artifacts, residual, patches, y))
+    exact = reconstruction_loss(*doubles)
+    for found, expected in ((loss.semantics, exact.semantics), (loss.residual, exact.residual)):
+        torch.testing.assert_close(found, expected.to(dtype))
 
 
 class Scene:
@@ -187,12 +217,15 @@ def test_second_phase_trains_f_and_h_and_leaves_g(scene, monkeypatch):
     short = FieldSettings(steps=10, batch=64, grid=GRID)
     paper = scene.fit(short)
 
-    def patched(loss):
+    def patched(of_semantics, of_residual):
+        def loss(semantics, artifacts, residual, *_):
+            ones = torch.ones_like(semantics)
+            return field_losses.Loss(semantics.sum(), of_semantics * ones, None, of_residual * ones)
+
         monkeypatch.setattr(field_module, "reconstruction_loss", loss)
         return scene.fit(short)
 
-    without_h = patched(lambda partial, *_: partial.sum())
-    without_f = patched(lambda partial, residual, *_: residual.sum() + 0 * partial.sum())
+    without_h, without_f = patched(1, 0), patched(0, 1)
     at = scene.image_coords
     assert torch.equal(paper.losses[:5], without_h.losses[:5])
     assert torch.equal(paper.artifacts, without_h.artifacts)

@@ -97,24 +97,26 @@ class FieldTraining:
         """One step on patches at coords (B, 2), of grid places (B,) and features y (B, C): its loss."""
         settings = self.settings
         second_phase = self.done >= settings.steps // 2
-        self.artifacts.requires_grad_(not second_phase)
         encoded = self.grid_trainer.encode(coords)
         with torch.autocast(y.device.type, torch.bfloat16, enabled=self.autocast):
             semantics = self.mlp(encoded)
             residual = self.residual_mlp(y) if second_phase else None
-        partial = semantics + self.artifacts.index_select(0, patches)  # y_hat' of Eq. 10
-        if residual is not None:
-            loss = reconstruction_loss(partial, residual.float(), y, settings.alpha, settings.beta)
-        else:
-            loss = distance_loss(partial, y)
         self.optimizer.zero_grad()
-        loss.backward()
+        if residual is None:
+            loss = distance_loss(semantics, self.artifacts, patches, y)
+            self.artifacts.grad = loss.artifacts
+            semantics.backward(loss.semantics)
+        else:
+            loss = reconstruction_loss(
+                semantics, self.artifacts, residual, patches, y, settings.alpha, settings.beta
+            )
+            torch.autograd.backward((semantics, residual), (loss.semantics, loss.residual))
         learning_rate = settings.lr * (1 - self.done / settings.steps)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
         self.grid_trainer.step(learning_rate)
         self.done += 1
-        return loss.detach()
+        return loss.value
 
     def fit(
         self,
@@ -185,9 +187,8 @@ def fit_field(
     than beta / alpha of a patch's unexplained norm, such as those of outlier tokens.
 
     The process is told to keep the memory that it frees (`training.memory`). The same seed gives the same result on the
-    same CPU and thread count. F and G are only determined up to a
-    constant: G is given zero mean, F the rest. Raises ValueError for arguments that do not fit together and
-    FloatingPointError when the loss is no longer finite.
+    same CPU and thread count. F and G are only determined up to a constant: G is given zero mean, F the rest. Raises
+    ValueError for arguments that do not fit together and FloatingPointError when the loss is no longer finite.
     """
     settings = settings or FieldSettings()
     shape = (grid, grid) if isinstance(grid, int) else grid
