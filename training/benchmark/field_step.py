@@ -3,8 +3,8 @@
     python -m training.benchmark field_step
 
 Times are at the paper's settings (A.1), by the clock and of the processor (all threads together), which a busy
-machine disturbs less. The variants take turns of several steps, so that each finds memory and caches as in a training
-of its own, and each one's fastest turn counts.
+machine disturbs less. Each variant trains in a process of its own, for what one leaves in memory and caches slows the
+next; they take turns, and of each one's turns the fastest counts. A turn is the median of its steps.
 "touched" is the solver's own step. "dense Adam" is the same step, losses and precision of the MLPs included, with
 autograd's dense gradient of the tables and torch.optim.Adam as it comes; "dense Adam, fused" has its fused=True
 kernel, the fastest PyTorch has. The errors are means over seeds, for the solver's step in float32 too.
@@ -12,6 +12,10 @@ kernel, the fastest PyTorch has. The errors are means over seeds, for the solver
 
 import argparse
 import dataclasses
+import json
+import statistics
+import subprocess
+import sys
 import time
 
 import torch
@@ -40,7 +44,7 @@ class DenseTrainer:
         return self.grid
 
 
-TURN = 6  # steps
+WARM_UP, MEASURED = 8, 15  # steps
 VARIANTS = ("touched", "touched, float32", "dense Adam", "dense Adam, fused")
 Times = tuple[float, float]  # milliseconds by the clock, of the processor
 
@@ -57,35 +61,42 @@ def training_of(
     return training
 
 
-def measure_steps(channels: int, grid: int, rounds: int) -> dict[str, list[Times]]:
+def measure_steps(channels: int, grid: int, rounds: int, threads: int) -> dict[str, list[Times]]:
     """What a step takes in the first and in the second phase, by variant: the least of the rounds."""
-    settings = FieldSettings()
-    trainings = {variant: training_of(variant, channels, grid, settings) for variant in VARIANTS}
-    generator = torch.Generator().manual_seed(0)
-    least: dict[str, list[Times]] = {variant: [] for variant in VARIANTS}
-    for first_step in (0, settings.steps // 2):
-        taken: dict[str, list[Times]] = {variant: [] for variant in VARIANTS}
-        for training in trainings.values():
-            training.done = first_step
-        for _ in range(rounds):
-            batches = [
-                (
-                    torch.rand(settings.batch, 2, generator=generator),
-                    torch.randint(grid**2, (settings.batch,), generator=generator),
-                    torch.randn(settings.batch, channels, generator=generator),
-                )
-                for _ in range(TURN)
-            ]
-            for variant, training in trainings.items():
-                start, busy = time.perf_counter(), time.process_time()
-                for batch in batches:
-                    training.step(*batch)
-                clock, processor = time.perf_counter() - start, time.process_time() - busy
-                taken[variant].append((1000 * clock / TURN, 1000 * processor / TURN))
+    turns: dict[str, list[list[Times]]] = {variant: [] for variant in VARIANTS}
+    for _ in range(rounds):
         for variant in VARIANTS:
-            clock, processor = (min(values) for values in zip(*taken[variant], strict=True))
-            least[variant].append((clock, processor))
-    return least
+            arguments = json.dumps([variant, channels, grid, threads])
+            command = [sys.executable, "-m", "training.benchmark.field_step", arguments]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            turns[variant].append(json.loads(output.splitlines()[-1]))
+    return {
+        variant: [tuple(map(min, zip(*phase, strict=True))) for phase in zip(*taken, strict=True)]
+        for variant, taken in turns.items()
+    }
+
+
+def one_turn(variant: str, channels: int, grid: int, threads: int) -> list[Times]:
+    """The median step of that variant in the first and in the second phase."""
+    torch.set_num_threads(threads)
+    settings = FieldSettings()
+    training = training_of(variant, channels, grid, settings)
+    generator = torch.Generator().manual_seed(0)
+    medians = []
+    for training.done in (0, settings.steps // 2):
+        taken = []
+        for _ in range(WARM_UP + MEASURED):
+            batch = (
+                torch.rand(settings.batch, 2, generator=generator),
+                torch.randint(grid**2, (settings.batch,), generator=generator),
+                torch.randn(settings.batch, channels, generator=generator),
+            )
+            start, busy = time.perf_counter(), time.process_time()
+            training.step(*batch)
+            taken.append((time.perf_counter() - start, time.process_time() - busy))
+        clock, processor = (1000 * statistics.median(kind) for kind in zip(*taken[WARM_UP:], strict=True))
+        medians.append((clock, processor))
+    return medians
 
 
 def final_errors(channels: int, grid: int, steps: int, batch: int, seeds: int) -> dict[str, list[float]]:
@@ -125,7 +136,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.benchmark field_step", description=__doc__)
     parser.add_argument("--channels", type=int, default=768)
     parser.add_argument("--grid", type=int, default=37)
-    parser.add_argument("--rounds", type=int, default=5, help=f"turns of {TURN} steps a variant and phase (5)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant (3)")
     parser.add_argument("--scene-steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3, help="runs of the scene that errors are averaged over")
     parser.add_argument("--threads", type=int, default=2)
@@ -134,7 +145,7 @@ def main(argv: list[str]) -> int:
 
     print(f"ms a step: C={options.channels}, K={options.grid}, batch 2048, {options.threads} threads")
     print(f"{'variant':20}{'phase 1':>9}{'phase 2':>9}{'ratio':>8}   processor: phase 1, phase 2, ratio")
-    least = measure_steps(options.channels, options.grid, options.rounds)
+    least = measure_steps(options.channels, options.grid, options.rounds, options.threads)
     own = [sum(phase[kind] for phase in least["touched"]) for kind in (0, 1)]
     for variant, (first, second) in least.items():
         ratio, busy_ratio = ((first[kind] + second[kind]) / own[kind] for kind in (0, 1))
@@ -146,3 +157,7 @@ def main(argv: list[str]) -> int:
     for variant, values in final_errors(96, 16, options.scene_steps, 1024, options.seeds).items():
         print(f"{variant:20}" + "".join(f"{value:9.4f}" for value in values), flush=True)
     return 0
+
+
+if __name__ == "__main__":
+    print(json.dumps(one_turn(*json.loads(sys.argv[1]))))
