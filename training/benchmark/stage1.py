@@ -113,7 +113,10 @@ def _peak_megabytes() -> float:
 def _alone(*arguments: object) -> Result:
     """`measure` in a process of its own, so that its peak memory is its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, arguments)
+        result = pool.apply(measure, arguments)
+        pool.close()  # to leave the block is to kill it, and tqdm's semaphores with it
+        pool.join()
+    return result
 
 
 def compare(names: list[str], views: int, seed: int, steps: int, with_field: bool) -> int:
