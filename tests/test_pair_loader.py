@@ -1,5 +1,6 @@
 """Claims about how training reads pairs: in the order that the seed decides, ahead of time, from memory or disk."""
 
+import os
 import time
 
 import pytest
@@ -27,11 +28,36 @@ def test_reading_ahead_keeps_the_order_and_raises_where_the_error_belongs():
     threads = torch.get_num_threads()
     torch.set_num_threads(threads)  # from now on torch says so to every new thread
     assert set(read_ahead(torch.get_num_threads for _ in range(9))) == {1} and torch.get_num_threads() == threads
-    found = []
-    with pytest.raises(ValueError, match="seven"):
-        for value in read_ahead((lambda i=i: task(i) for i in range(20)), workers=3):
-            found.append(value)
-    assert found == list(range(7))
+    for workers in (0, 1, 3):
+        found = []
+        with pytest.raises(ValueError, match="seven"):
+            for value in read_ahead((lambda i=i: task(i) for i in range(20)), workers):
+                found.append(value)
+        assert found == list(range(7))
+
+
+def test_without_workers_nothing_runs_before_it_is_asked_for():
+    done = []
+    results = read_ahead((lambda i=i: done.append(i) or i for i in range(5)), workers=0)
+    assert not done
+    assert [next(results), next(results)] == [0, 1] and done == [0, 1]
+
+
+def test_without_workers_the_next_batch_is_announced_and_what_is_kept_is_not(tmp_path, monkeypatch):
+    advised = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *given: advised.append(os.fstat(given[0]).st_ino), raising=False)
+    pairs = open_pairs(write_pairs(tmp_path))
+    nodes = [(pairs.folder / file).stat().st_ino for file in pairs.files]
+    reader = PairReader(pairs, room=0)
+    list(read_batches(reader, lambda step: [step, step + 1], range(3), torch.float32, workers=0))
+    assert advised == [nodes[place] for place in (1, 2, 2, 3)]
+    advised.clear()
+    reader = PairReader(pairs)
+    reader.read([0, 1])
+    reader.announce([0, 1, 2])
+    assert advised == [nodes[2]]
+    (pairs.folder / pairs.files[3]).unlink()
+    reader.announce([3])  # reading it is an error that names it, and comes when it is used
 
 
 def test_pairs_kept_in_memory_are_those_on_disk(tmp_path):
@@ -42,7 +68,7 @@ def test_pairs_kept_in_memory_are_those_on_disk(tmp_path):
     assert len(kept._kept) == 2 and not read._kept
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(tmp_path, workers):
     """However far the threads are ahead: the memory they write to is that of batches that are done with."""
     reader = PairReader(open_pairs(write_pairs(tmp_path)), room=0)

@@ -47,7 +47,7 @@ from training.optimisation import (
     diverged, learning_rate, loss_limit, lower_precision, make_adamw, set_learning_rate,
 )  # fmt: skip
 from training.options import add_model_arguments, add_training_arguments, run_length
-from training.pair_loader import positions, read_ahead, split_places
+from training.pair_loader import positions, read_ahead, reading_threads, split_places
 from training.stage3 import MOST_VALIDATION, Student, Validation, freeze_unused
 from training.training_log import TrainingLog
 
@@ -159,7 +159,7 @@ def train(
     folder: Path,
     device: torch.device,
     ranks: Processes = ALONE,
-    workers: int = 2,
+    workers: int | None = None,
     checkpoint_every: int = 200,
     val_every: int | None = None,
 ) -> nn.Module:
@@ -172,7 +172,7 @@ def train(
         folder: gets log, pictures and checkpoint, and is continued from.
         device: where to compute.
         ranks: this process and the others.
-        workers: threads that read images ahead.
+        workers: threads that read images ahead; None is as many as suit the device.
         checkpoint_every, val_every: in steps; None is ten times a run.
 
     Returns:
@@ -209,6 +209,7 @@ def train(
         part = ranks.part(step, settings.batch_size)
         return crops.random(positions(len(crops), part.start, part.stop, settings.seed), part.start)
 
+    workers = reading_threads(device) if workers is None else workers
     batches = read_ahead((partial(read, step) for step in range(first, settings.steps)), workers)
     val_every = val_every or max(1, settings.steps // 10)
     with TrainingLog(folder, settings.steps, first, settings.batch_size, ranks.first) as log:

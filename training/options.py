@@ -81,6 +81,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return int(text)
+
+
 def at_least_zero(text: str) -> float:
     """A finite number of at least 0, for argparse."""
     if not 0 <= float(text) < float("inf"):
@@ -121,7 +128,12 @@ def add_training_arguments(
     )
     group.add_argument("--weight-decay", type=at_least_zero, default=weight_decay, help="of AdamW (%(default)s)")
     group.add_argument("--dtype", choices=list(DTYPES), default="float32", help="bfloat16: by autocast (%(default)s)")
-    group.add_argument("--workers", type=positive, default=2, help="threads that read ahead (%(default)s)")
+    group.add_argument(
+        "--workers",
+        type=whole,
+        metavar="N",
+        help="threads that read ahead; 0 reads between steps (default: 2; 0 on a CPU, all of which the training needs)",
+    )
     group.add_argument(
         "--checkpoint-every", type=positive, default=200, metavar="N", help="steps; changes no result (%(default)s)"
     )

@@ -1,4 +1,4 @@
-"""Pairs as training reads them: all checked before the first step, then read ahead in an order fixed by the seed."""
+"""Pairs as training reads them: all checked before the first step, then read in an order fixed by the seed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from training.pairs import INDEX, read_index, read_pair, read_settings
+from training.pairs import INDEX, read_index, read_maps, read_settings
 
 Batch = TypeVar("Batch")
 
@@ -166,6 +167,7 @@ class PairReader:
                 other processes of torchrun.
         """
         self.pairs, self.parts = pairs, tuple(parts)
+        self._folder, self._shape = str(pairs.folder), (*pairs.grid, pairs.channels)
         self._room = _free_memory() // 4 if room is None else room
         self._kept: dict[int, list[list[Tensor]]] = {}
 
@@ -181,9 +183,10 @@ class PairReader:
             maps = self._one(position)
             if out is None:
                 out = maps[0][0].new_empty(self.batch_shape(len(positions)))
+            grids = out[:, i].unflatten(2, self.pairs.grid)
             for part, layers in enumerate(maps):
                 for layer, one in enumerate(layers):
-                    out[part, i, layer].copy_(one)
+                    grids[part, layer].copy_(one)
         assert out is not None
         return out
 
@@ -193,21 +196,43 @@ class PairReader:
         return len(self.parts), count, len(self.pairs.layers), rows * columns, self.pairs.channels
 
     def _one(self, position: int) -> list[list[Tensor]]:
-        """By part and layer: (K*K, C)."""
+        """By part and layer: (K, K, C)."""
         kept = self._kept.get(position)
         if kept is not None:
             return kept
-        path = self.pairs.folder / self.pairs.files[position]
+        path = self._path(position)
         try:
-            layers = [read_pair(path, layer, self.parts) for layer in self.pairs.layers]
+            maps = read_maps(path, self.pairs.layers, self.parts)
+            size = 0
+            for one in chain.from_iterable(maps):
+                if one.shape != self._shape:
+                    raise ValueError(f"maps of {_show(one.shape)} where there were {_show(self._shape)} before")
+                size += one.nbytes
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:  # TypeError: NumPy has no bfloat16
-            raise _unreadable(path, error) from error
-        maps = [[layer[part].flatten(0, 1) for layer in layers] for part in self.parts]
-        size = sum(one.nbytes for part in maps for one in part)
+            raise _unreadable(Path(path), error) from error
         if self._room >= size:
             self._room -= size
             self._kept[position] = maps
         return maps
+
+    def _path(self, position: int) -> str:
+        return os.path.join(self._folder, self.pairs.files[position])  # a Path takes ten times as long to make
+
+    def announce(self, positions: Iterable[int]) -> None:
+        """Have the system fetch the files of these pairs, which will be read soon, while others are computed with."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for position in positions:
+            if position in self._kept:
+                continue
+            try:
+                descriptor = os.open(self._path(position), os.O_RDONLY)
+            except OSError:
+                continue  # reading it will say what is wrong
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
     def not_finite(self, positions: Iterable[int]) -> list[Path]:
         """Which of these pairs hold NaN or infinity."""
@@ -238,8 +263,12 @@ def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
 def read_ahead(tasks: Iterable[Callable[[], Batch]], workers: int = 2) -> Iterator[Batch]:
     """Results of the tasks in their order, worked out by threads a few ahead of the one that is asked for.
 
-    An error in a task is raised where its result is asked for.
+    Without workers each is worked out when it is asked for. An error in a task is raised where its result is asked for.
     """
+    if not workers:
+        for task in tasks:
+            yield task()
+        return
     waiting: deque[Future[Batch]] = deque()
     pool = ThreadPoolExecutor(workers, "read-ahead", _compute_alone)
     try:
@@ -253,6 +282,15 @@ def read_ahead(tasks: Iterable[Callable[[], Batch]], workers: int = 2) -> Iterat
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def reading_threads(device: torch.device) -> int:
+    """How many threads should read ahead of a training on that device.
+
+    None on a CPU: where the arithmetic needs all cores, a thread that reads stops one of them, and the others wait for
+    that one. It delays a step by several times what reading in between takes.
+    """
+    return 0 if device.type == "cpu" else 2
+
+
 def _compute_alone() -> None:
     """Have torch use this thread alone: it would start as many again for each, and they would wait for each other."""
     torch.get_num_threads()  # a thread's first question sets the number that is in force elsewhere; later ones do not
@@ -262,7 +300,7 @@ def _compute_alone() -> None:
 def read_batches(
     reader: PairReader, places: Callable[[int], Sequence[int]], steps: range, dtype: torch.dtype, workers: int = 2
 ) -> Iterator[Tensor]:
-    """The batches of some steps, `reader.read(places(step))` in `dtype`, read ahead by threads.
+    """The batches of some steps, `reader.read(places(step))` in `dtype`, read ahead by threads if there are workers.
 
     A batch is valid until the next one is asked for: its memory is used again, because to get as much from the
     system anew for every step takes as long as reading does. All steps have batches of one size.
@@ -273,6 +311,8 @@ def read_batches(
     ring = [torch.empty(shape, dtype=dtype) for _ in range(min(len(steps), 2 * workers + 1))]
 
     def read(index: int, step: int) -> Tensor:
+        if not workers and step + 1 in steps:
+            reader.announce(places(step + 1))
         return reader.read(places(step), ring[index % len(ring)])
 
     yield from read_ahead((partial(read, index, step) for index, step in enumerate(steps)), workers)

@@ -31,7 +31,7 @@ A million images, for ViT-B at 518 px (K = 37, C = 768; a pair is three maps of 
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -253,14 +253,21 @@ def read_pair(
     Raises:
         ValueError: the pair does not hold that layer, or holds several and none was named.
     """
-    # As NumPy's, which are read; torch's are mapped, and to page in what is read once takes longer than to read it.
     with safe_open(path, "np") as file:
         layers = sorted({int(key.split(".")[0]) for key in file.keys()})
-        if layer is None and len(layers) == 1:
-            layer = layers[0]
-        if layer not in layers:
-            raise ValueError(f"layer must be one of {layers}, which {path} holds, got {layer}")
-        return {part: torch.from_numpy(file.get_tensor(f"{layer}.{part}")) for part in parts}
+    if layer is None and len(layers) == 1:
+        layer = layers[0]
+    if layer not in layers:
+        raise ValueError(f"layer must be one of {layers}, which {path} holds, got {layer}")
+    parts = tuple(parts)
+    return {part: maps[0] for part, maps in zip(parts, read_maps(path, (layer,), parts), strict=True)}
+
+
+def read_maps(path: str | Path, layers: Sequence[int], parts: Sequence[str]) -> list[list[Tensor]]:
+    """Maps (K, K, C) of one pair by part and layer, in the file's precision; SafetensorError if it lacks one."""
+    # As NumPy's, which are read; torch's are mapped, and to page in what is read once takes longer than to read it.
+    with safe_open(path, "np") as file:
+        return [[torch.from_numpy(file.get_tensor(f"{layer}.{part}")) for layer in layers] for part in parts]
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

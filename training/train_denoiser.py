@@ -39,7 +39,7 @@ from training.optimisation import (
     diverged, learning_rate, loss_limit, lower_precision, make_adamw, set_learning_rate,
 )  # fmt: skip
 from training.options import add_model_arguments, add_training_arguments, run_length
-from training.pair_loader import PairError, PairReader, PairSet, open_pairs, positions, read_batches
+from training.pair_loader import PairError, PairReader, PairSet, open_pairs, positions, read_batches, reading_threads
 from training.stage2 import Stage2, Validation, load_init, make_denoisers, start_as_static, subtract_mean_artifacts
 from training.training_log import TrainingLog
 
@@ -174,7 +174,7 @@ def train(
     folder: Path,
     device: torch.device,
     ranks: Processes = ALONE,
-    workers: int = 2,
+    workers: int | None = None,
     checkpoint_every: int = 200,
     val_every: int | None = None,
     backbone: str = "",
@@ -187,7 +187,7 @@ def train(
         folder: gets log, pictures and checkpoint, and is continued from.
         device: where to compute.
         ranks: this process and the others.
-        workers: threads that read pairs ahead.
+        workers: threads that read pairs ahead; None is as many as suit the device.
         checkpoint_every, val_every: in steps; None is ten times a run.
         backbone: by which `settings.init` is checked.
 
@@ -227,6 +227,7 @@ def train(
 
     # A GPU is sent what the files hold and makes float32 of it faster than a CPU does.
     precision = torch.float32 if device.type == "cpu" else reader.read(places(first)[:1]).dtype
+    workers = reading_threads(device) if workers is None else workers
     batches = read_batches(reader, places, range(first, settings.steps), precision, workers)
     val_every = val_every or max(1, settings.steps // 10)
     check_every = 1 if device.type == "cpu" else 10  # looking at the loss makes a GPU wait
