@@ -183,7 +183,7 @@ def train(
         Diverged: loss or weights are beyond reason; the last checkpoint is left as it is.
         BadCheckpoint, OutputError: see training/checkpoints.py.
     """
-    keep_freed_memory()
+    keep_freed_memory(large=True)
     training, validation = split_places(len(sources), settings.val_fraction, settings.seed)
     crops = CropReader([sources[i] for i in training], settings.input_size, settings.seed)
     shown = [sources[i] for i in (validation or training)[:MOST_VALIDATION]]

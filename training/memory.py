@@ -5,15 +5,19 @@ from __future__ import annotations
 import ctypes
 import sys
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt, in GNU's malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # of mallopt, in GNU's malloc.h
+MOST = 2**31 - 1  # bytes kept beyond what is in use
+LARGE = 2**25  # bytes; no threshold can be higher
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(large: bool = False) -> None:
     """Let this process keep what it frees for what it takes next, up to 2 GB.
 
     GNU's allocator gives freed memory back to the system above a few megabytes and takes it anew in the next step, page
-    by page; a training step on a CPU is up to a tenth slower for it, the field's at times by half. Tensors above 32 MB
-    are not concerned. Does nothing where the C library has no such settings.
+    by page: tens of thousands of page faults, up to a tenth of a training step on a CPU. Does nothing where the C
+    library has no such settings.
+
+    large: tensors above 32 MB too.
     """
     if sys.platform != "linux":
         return
@@ -21,5 +25,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return
-    mallopt(TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(MMAP_THRESHOLD, 2**25)
+    mallopt(TRIM_THRESHOLD, MOST)
+    mallopt(MMAP_THRESHOLD, LARGE)
+    if large:
+        mallopt(MMAP_MAX, 0)

@@ -199,7 +199,7 @@ def train(
         Diverged: loss or weights are beyond reason; the last checkpoint is left as it is.
         BadCheckpoint, OutputError: see training/checkpoints.py.
     """
-    keep_freed_memory()
+    keep_freed_memory(large=True)
     training, validation = pairs.split(settings.val_fraction, settings.seed)
     reader = PairReader(training)
     denoisers = make_denoisers(pairs, settings.arch, settings.blocks, settings.seed)
