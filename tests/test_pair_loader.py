@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.pairs import write_pairs
-from training.pair_loader import PairReader, open_pairs, positions, read_ahead, read_batches
+from training.pair_loader import PairReader, open_pairs, positions, read_batches
 
 
 def test_every_epoch_visits_every_pair_once_in_another_order_that_step_and_seed_decide():
@@ -16,31 +16,6 @@ def test_every_epoch_visits_every_pair_once_in_another_order_that_step_and_seed_
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and positions(10, 0, 30, seed=4) != whole
     assert sum((positions(10, first, first + 3, 3) for first in range(0, 30, 3)), []) == whole
-
-
-def test_reading_ahead_keeps_the_order_and_raises_where_the_error_belongs():
-    def task(i):
-        time.sleep(0.01 * (i % 3))
-        if i == 7:
-            raise ValueError("seven")
-        return i
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads)  # from now on torch says so to every new thread
-    assert set(read_ahead(torch.get_num_threads for _ in range(9))) == {1} and torch.get_num_threads() == threads
-    for workers in (0, 1, 3):
-        found = []
-        with pytest.raises(ValueError, match="seven"):
-            for value in read_ahead((lambda i=i: task(i) for i in range(20)), workers):
-                found.append(value)
-        assert found == list(range(7))
-
-
-def test_without_workers_nothing_runs_before_it_is_asked_for():
-    done = []
-    results = read_ahead((lambda i=i: done.append(i) or i for i in range(5)), workers=0)
-    assert not done
-    assert [next(results), next(results)] == [0, 1] and done == [0, 1]
 
 
 def test_without_workers_the_next_batch_is_announced_and_what_is_kept_is_not(tmp_path, monkeypatch):

@@ -47,7 +47,8 @@ from training.optimisation import (
     diverged, learning_rate, loss_limit, lower_precision, make_adamw, set_learning_rate,
 )  # fmt: skip
 from training.options import add_model_arguments, add_training_arguments, run_length
-from training.pair_loader import positions, read_ahead, reading_threads, split_places
+from training.pair_loader import positions, split_places
+from training.reading_ahead import read_ahead, reading_threads
 from training.stage3 import MOST_VALIDATION, Student, Validation, freeze_unused
 from training.training_log import TrainingLog
 

@@ -39,7 +39,8 @@ from training.optimisation import (
     diverged, learning_rate, loss_limit, lower_precision, make_adamw, set_learning_rate,
 )  # fmt: skip
 from training.options import add_model_arguments, add_training_arguments, run_length
-from training.pair_loader import PairError, PairReader, PairSet, open_pairs, positions, read_batches, reading_threads
+from training.pair_loader import PairError, PairReader, PairSet, open_pairs, positions, read_batches
+from training.reading_ahead import reading_threads
 from training.stage2 import Stage2, Validation, load_init, make_denoisers, start_as_static, subtract_mean_artifacts
 from training.training_log import TrainingLog
 
