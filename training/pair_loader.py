@@ -232,7 +232,7 @@ class PairReader:
 
     def not_finite(self, positions: Iterable[int]) -> list[Path]:
         """Which of these pairs hold NaN or infinity."""
-        files = {position: self.pairs.folder / self.pairs.files[position] for position in positions}
+        files = {position: Path(self._path(position)) for position in positions}
         return [file for position, file in files.items() if not bool(self.read([position]).isfinite().all())]
 
 

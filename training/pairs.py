@@ -255,19 +255,22 @@ def read_pair(
     """
     with safe_open(path, "np") as file:
         layers = sorted({int(key.split(".")[0]) for key in file.keys()})
-    if layer is None and len(layers) == 1:
-        layer = layers[0]
-    if layer not in layers:
-        raise ValueError(f"layer must be one of {layers}, which {path} holds, got {layer}")
-    parts = tuple(parts)
-    return {part: maps[0] for part, maps in zip(parts, read_maps(path, (layer,), parts), strict=True)}
+        if layer is None and len(layers) == 1:
+            layer = layers[0]
+        if layer not in layers:
+            raise ValueError(f"layer must be one of {layers}, which {path} holds, got {layer}")
+        return {part: _map(file, layer, part) for part in parts}
 
 
 def read_maps(path: str | Path, layers: Sequence[int], parts: Sequence[str]) -> list[list[Tensor]]:
     """Maps (K, K, C) of one pair by part and layer, in the file's precision; SafetensorError if it lacks one."""
-    # As NumPy's, which are read; torch's are mapped, and to page in what is read once takes longer than to read it.
     with safe_open(path, "np") as file:
-        return [[torch.from_numpy(file.get_tensor(f"{layer}.{part}")) for layer in layers] for part in parts]
+        return [[_map(file, layer, part) for layer in layers] for part in parts]
+
+
+def _map(file: Any, layer: int, part: str) -> Tensor:
+    # As NumPy's, which are read; torch's are mapped, and to page in what is read once takes longer than to read it.
+    return torch.from_numpy(file.get_tensor(f"{layer}.{part}"))
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

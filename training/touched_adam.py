@@ -51,7 +51,7 @@ class TouchedAdam:
         state, values, first, second, scale = self._working_room(len(rows))
         torch.index_select(self.state, 0, rows, out=state)
         old_values, old_first, old_second = state.unbind(1)
-        # The least number is added because roots of zero, which most moments are at first, take long.
+        # Not below the least number: roots of zero, which most moments are at first, take long.
         torch.clamp_min(old_second, torch.finfo(scale.dtype).tiny, out=scale).sqrt_().add_(floor)
         torch.addcmul(old_values, torch.div(old_first, scale, out=scale), owed, value=-1, out=values)
         torch.mul(old_first, first_left, out=first)
@@ -71,7 +71,7 @@ class TouchedAdam:
         self.steps += 1
         self._put()
         # Every row owes one move more, with what is left of its moments.
-        rate, _ = self._corrected(self.steps, learning_rate)
+        rate = learning_rate * self._second_correction() / (1 - self.betas[0] ** self.steps)
         owed, _, first_left, second_left = self.debts[: self.steps].unbind(1)
         first_left.mul_(self.betas[0])
         second_left.mul_(self.betas[1])
@@ -84,13 +84,12 @@ class TouchedAdam:
             self.table[rows] = self.gather(rows)
             self._put()
 
-    def _corrected(self, step: int, learning_rate: float) -> tuple[float, float]:
-        """(rate, floor) for Adam's update as rate * m / (sqrt(v) + floor): bias corrections folded in."""
-        second = (1 - self.betas[1] ** step) ** 0.5
-        return learning_rate * second / (1 - self.betas[0] ** step), self.eps * second
+    def _second_correction(self, ahead: int = 0) -> float:
+        """Root of Adam's bias correction of the second moments, so many steps ahead of the last."""
+        return (1 - self.betas[1] ** (self.steps + ahead)) ** 0.5
 
     def _open_account(self) -> None:
-        _, floor = self._corrected(self.steps + 1, 1.0)
+        floor = self.eps * self._second_correction(ahead=1)
         self.debts[self.steps] = torch.tensor([0.0, floor, 1.0, 1.0])
 
     def _working_room(self, count: int) -> tuple[Tensor, ...]:
