@@ -14,11 +14,11 @@ from timm_dvt import published
 from timm_dvt.__main__ import main
 from timm_dvt.cards import card, publishable, stale_cards
 from timm_dvt.registry import VARIANTS
-from timm_dvt.variants import EMBEDDED, Variant
+from timm_dvt.variants import FOCUS, Variant
 
 FOLDER = Path(__file__).parent.parent / "hub_cards"
 NAMES = [variant.name for variant in publishable()]
-PUBLISHED = [name for name in NAMES if name != EMBEDDED.name]
+PUBLISHED = [name for name in NAMES if name != FOCUS.name]
 
 
 def written(name: str) -> str:

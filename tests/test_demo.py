@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 import timm_dvt
-from timm_dvt import colors, demo
+from timm_dvt import demo, focus
 from timm_dvt.__main__ import main
+from timm_dvt.colors import fit_projection
+from timm_dvt.panel import Shown, draw
 from timm_dvt.variants import published_variants
 
 
@@ -23,24 +25,33 @@ def folder(tmp_path_factory):
     return timm_dvt.save_pretrained(model, tmp_path_factory.mktemp("model"), model_args=arguments)
 
 
-def test_the_demo_draws_both_states_of_the_packages_photograph(folder, tmp_path, capsys):
+def test_the_demo_draws_both_states_of_the_packages_photographs(folder, tmp_path, capsys):
     out = tmp_path / "picture.png"
     assert main(["demo", "--model", f"local-dir:{folder}", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"wrote {out}" in printed and "denoiser off" in printed and " ms" in printed
-    assert "112 x 80 pixels, 5 x 7 patch tokens of 192 channels" in printed
+    assert "cat.jpg: 112 x 80 pixels, 5 x 7 patch tokens of 192 channels" in printed
+    assert "mountain.jpg: 112 x 80 pixels" in printed
     with Image.open(out) as picture:
         assert picture.format == "PNG" and picture.width > 600
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
     assert sorted(path.name for path in tmp_path.iterdir()) == ["picture.png"]
 
 
+@pytest.mark.skipif(not focus.is_installed(), reason=f"needs the extra dinov2: {focus.INSTALL}")
 def test_the_default_has_learned_weights_without_a_network(tmp_path, capsys):
-    assert main(["demo", "--out", str(tmp_path / "a.png")]) == 0
+    assert main(["demo", "--size", "140", "--out", str(tmp_path / "a.png")]) == 0
     printed = capsys.readouterr().out
-    assert "vit_tiny_patch16_224.stamps_dvt" in printed and "random" not in printed
-    assert main(["demo", "--no-pretrained", "--out", str(tmp_path / "b.png")]) == 0
+    assert "vit_small_patch14_dinov2.focus_dvt" in printed and "random" not in printed
+    assert main(["demo", "--size", "140", "--no-pretrained", "--out", str(tmp_path / "b.png")]) == 0
     assert "random weights, as asked for" in capsys.readouterr().out
+
+
+def test_without_the_extra_one_line_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(focus, "_missing", lambda: [focus.PACKAGE])
+    assert main(["demo", "--out", str(tmp_path / "a.png")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and focus.INSTALL in error
 
 
 def test_weights_that_cannot_be_had_are_one_line_that_says_how_to_fetch_them(tmp_path, capsys):
@@ -51,20 +62,23 @@ def test_weights_that_cannot_be_had_are_one_line_that_says_how_to_fetch_them(tmp
     assert not (tmp_path / "a.png").exists()
 
 
-def test_one_projection_is_numpys_svd_of_the_map_it_was_fitted_on():
-    off, on = torch.randn(6, 8, 20), torch.randn(6, 8, 20) @ torch.diag(torch.linspace(3, 0.1, 20))
-    projection = colors.fit_projection(on)
-    rows = on.reshape(-1, 20).double().numpy()
-    _, _, axes = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    agreement = np.abs((axes[:3] @ projection.axes.numpy()).diagonal())
-    np.testing.assert_allclose(agreement, 1, atol=1e-6)
-    assert projection.colors(off).shape == (6, 8, 3) and projection.colors(off).dtype == np.uint8
+@pytest.mark.parametrize("size", [(451, 300), (200, 900), (60, 60)])
+def test_the_picture_holds_every_patch_in_whole_pixels_at_any_aspect(size):
+    """A patch of the raw map is found by its colour: a square, and no pixel of that colour elsewhere."""
+    grid = (6, 8)
+    features, others = np.random.default_rng(0).normal(size=(2, *grid, 16))
+    sheet = draw([Shown(Image.new("RGB", size, "gray"), features, others, ("1 ms", "2 ms"))], "title", ["a", "b"])
+    pixels = np.asarray(sheet)
+    first = (fit_projection(features).colors(features) * 255).round().astype(np.uint8)
+    rows, columns = np.nonzero((pixels == first[2, 3]).all(-1))
+    side = rows.max() - rows.min() + 1
+    assert side == columns.max() - columns.min() + 1 and len(rows) == side**2 and side > 20
 
 
 @torch.no_grad()
 def test_the_features_shown_are_the_models(folder):
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    _, pixels = demo.prepare(model, demo.read_image(None))
+    _, pixels = demo.prepare(model, demo.read_image(demo.PHOTOGRAPHS[0]))
     off, on = demo.measure(model, pixels, rounds=1)
     assert torch.equal(on.features.flatten(0, 1), model.forward_features(pixels)[0, 1:])
     model.set_denoise(False)
@@ -77,7 +91,7 @@ def test_any_kind_of_image_is_read_as_rgb(mode, tmp_path):
     ramp = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))
     image = Image.fromarray(ramp.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(ramp).convert(mode)
     image.save(path)
-    read = demo.read_image(str(path))
+    read = demo.read_image(path)
     assert read.mode == "RGB" and read.size == (64, 48)
     values = np.asarray(read).astype(float).mean(axis=(0, 2))
     assert values[-1] > values[0] + 100

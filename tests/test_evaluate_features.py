@@ -31,7 +31,8 @@ def test_states_are_the_models_own_in_one_pass(name):
     size = 64 if "patch16" in name else 56
     images = torch.rand(2, 3, size, size)
     extractor = Extractor(twin, size)
-    found = extractor(images)
+    found = extractor.backbone(images)
+    found["denoised"] = extractor.denoise(found["raw"])
     normed = (images - extractor.reader.mean) / extractor.reader.std
     twin.set_input_size(img_size=size)
     for state, on in (("denoised", True), ("raw", False)):
@@ -49,9 +50,10 @@ def test_the_backbone_runs_once_over_an_image(split, tmp_path):
     extractor = Extractor(model())
     features = Features(extractor, split, tmp_path / "cache")
     features.extract()
-    files = sorted((tmp_path / "cache" / features.key).glob("*.safetensors"))
-    assert len(files) == 2
-    direct = extractor(features.images([3, SHARD + 1]))
+    for key in features.keys.values():
+        assert len(list((tmp_path / "cache" / key).glob("*.safetensors"))) == 2
+    direct = extractor.backbone(features.images([3, SHARD + 1]))
+    direct["denoised"] = extractor.denoise(direct["raw"])
     again = Features(extractor, split, tmp_path / "cache")
     again.extractor = None  # from here on only the cache can answer
     for state in ("raw", "denoised"):
@@ -66,7 +68,7 @@ def test_a_killed_extraction_goes_on_with_the_missing_shard(split, tmp_path):
     extractor = Extractor(model())
     features = Features(extractor, split, tmp_path)
     features.extract()
-    first, second = sorted((tmp_path / features.key).glob("*.safetensors"))
+    first, second = sorted((tmp_path / features.keys["raw"]).glob("*.safetensors"))
     kept, want = first.stat().st_mtime_ns, features.maps([SHARD], "raw")
     second.unlink()
     again = Features(extractor, split, tmp_path)
@@ -75,16 +77,33 @@ def test_a_killed_extraction_goes_on_with_the_missing_shard(split, tmp_path):
 
 
 def test_the_key_changes_with_everything_that_matters(split):
-    base = Features(Extractor(model()), split, None).key
-    assert Features(Extractor(model()), split, None).key == base
-    other_weights = model()
-    other_weights.denoiser.pos_embed.data += 1
-    assert Features(Extractor(other_weights), split, None).key != base
-    assert Features(Extractor(model(), 80), split, None).key != base
-    assert Features(Extractor(model(), dtype="bfloat16"), split, None).key != base
-    assert Features(Extractor(model()), split.limit(5), None).key != base
+    def keys(twin, images=split, **options):
+        return Features(Extractor(twin, **options), images, None).keys
+
+    base = keys(model())
+    assert keys(model()) == base
+    other = model()
+    other.denoiser.pos_embed.data += 1
+    assert keys(other)["raw"] == base["raw"] and keys(other)["denoised"] != base["denoised"]
+    other = model()
+    other.norm.weight.data += 1
+    changed = [keys(other), keys(model(), input_size=80), keys(model(), dtype="bfloat16"), keys(model(), split.limit(5))]
     small_datasets.save(split.images[0], small_datasets.Scene(77).image)
-    assert Features(Extractor(model()), split, None).key != base
+    for found in (*changed, keys(model())):
+        assert found["raw"] != base["raw"] and found["denoised"] != base["denoised"]
+
+
+def test_another_denoiser_of_the_same_backbone_finds_its_features_done(split, tmp_path):
+    Features(Extractor(model()), split, tmp_path).extract()
+    other = model()
+    other.denoiser.pos_embed.data += 1
+    extractor = Extractor(other)
+    extractor.backbone = None  # nothing may run it again
+    features = Features(extractor, split, tmp_path)
+    before_extract = features.maps([4], "denoised")
+    features.extract()
+    assert torch.equal(features.maps([4], "denoised"), before_extract)
+    assert torch.equal(before_extract, extractor.denoise(features.maps([4], "raw")).half().float())
 
 
 def test_a_full_disk_is_found_out_before_the_work(split, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ if "dvt" in sys.argv:
     import timm_dvt, importlib
     importlib.reload(timm_dvt); timm_dvt.register_all()
 from timm.models import _registry as r
-def ours(name): return "_dvt" in name or name in ("denoised_vit", "vit_tiny_patch16_224.stamps")
+def ours(name): return "_dvt" in name or name in ("denoised_vit", "vit_small_patch14_dinov2.focus")
 def digest(name, **kwargs):
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs).eval()

@@ -58,7 +58,7 @@ def test_a_box_holds_what_is_visible_of_an_object_and_no_more(share):
 
 
 def test_place_says_nothing_of_the_class(share):
-    composer = stamps.Composer("train", sources=load_sources("train", share))
+    composer = stamps.Composer("train", sources=load_sources("train", share, size=192), size=192)
     covered = np.mean([composer[index].mask > 0 for index in range(150)], axis=0)
     quarters = covered.reshape(4, 48, 4, 48).mean((1, 3))
     # Objects are cut off at the image's edges, so the middle has a little more of them.
@@ -75,7 +75,7 @@ def test_an_image_depends_on_seed_split_and_number_alone(share):
 
 
 def test_the_folder_is_complete_and_made_again_is_the_same(share, tmp_path):
-    arguments = ["--train", "3", "--val", "2", "--share", str(share), "--out"]
+    arguments = ["--train", "3", "--val", "2", "--share", str(share), "--size", "140", "--out"]
     assert stamps.main([*arguments, str(tmp_path / "a")]) == 0
     assert stamps.main([*arguments, str(tmp_path / "b")]) == 0
     files = sorted(str(path.relative_to(tmp_path / "a")) for path in (tmp_path / "a").rglob("*.*"))
@@ -86,7 +86,7 @@ def test_the_folder_is_complete_and_made_again_is_the_same(share, tmp_path):
     objects = json.loads((tmp_path / "a" / "val" / "objects.json").read_text())
     assert set(objects) == {"00000", "00001"}
     with Image.open(tmp_path / "a" / "val" / "masks" / "00000.png") as mask:
-        assert mask.mode == "L" and mask.size == (192, 192)
+        assert mask.mode == "L" and mask.size == (140, 140)
         assert {entry["class"] for entry in objects["00000"]} <= set(np.unique(np.asarray(mask)))
 
 

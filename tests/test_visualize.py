@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from training import video, visualize
 from training.backbone import FeatureReader
-from training.colors import fit_projection
+from timm_dvt.colors import fit_projection
 from training.decompose import Stage1Settings
 from training.images import list_images, load_image
 from training.models import load_model

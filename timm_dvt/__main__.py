@@ -39,14 +39,15 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="draw features with the denoiser off and on",
-        description="Draw a model's features of an image with its denoiser off and on: PCA colours (one projection), "
-        "norms (one scale), cosine similarity to the centre patch. Prints shapes, times and the file written.",
+        description="Draw a model's features of images with its denoiser off and on: as colours (PCA), in groups "
+        "(k-means), their length, their similarity to the patch in the middle, and what was removed. Prints shapes, times "
+        "and the file written.",
     )
-    demo.add_argument("image", nargs="?", help="an image file (default: the photograph that comes with the package)")
+    demo.add_argument("images", nargs="*", help="image files (default: two photographs that come with the package)")
     demo.add_argument(
         "--model",
         metavar="NAME",
-        help=f"a variant, local-dir:FOLDER or hf-hub:REPO (default: {DEFAULT_MODEL}, which is in the package)",
+        help=f"a variant, local-dir:FOLDER or hf-hub:REPO (default: {DEFAULT_MODEL}, of the extra dinov2)",
     )
     demo.add_argument("--out", metavar="FILE", default="dvt_demo.png", help="picture to write (default: %(default)s)")
     demo.add_argument("--no-pretrained", action="store_true", help="random weights: fetch nothing")
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="resize the image to about PIXELS x PIXELS in area, its aspect ratio kept (default: the model's own size)",
     )
-    demo.set_defaults(run=lambda args: run(args.image, args.model, args.out, not args.no_pretrained, args.size))
+    demo.set_defaults(run=lambda args: run(args.images, args.model, args.out, not args.no_pretrained, args.size))
     listing = commands.add_parser("list", help="print the variants and where their weights come from")
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(run=lambda args: print(as_json() if args.json else as_table()))

@@ -112,7 +112,9 @@ def _backbone(variant: Variant, cfg: dict, checkpoint: Checkpoint | None, cache_
         return model
     tag = split_model_name_tag(variant.backbone)[1]
     try:
-        return build(pretrained=True, pretrained_cfg=tag or None, cache_dir=cache_dir, **kwargs)
+        return model_entrypoint(variant.architecture)(pretrained=True, pretrained_cfg=tag or None, cache_dir=cache_dir, **kwargs)
+    except WeightsNotFoundError:
+        raise
     except Exception as e:  # the client raises its own, the network library's and the system's errors
         if is_fetch_error(e):
             own, base = hub_file(cfg), backbone_files(variant.backbone)

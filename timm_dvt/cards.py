@@ -13,7 +13,7 @@ from torch import nn
 from timm_dvt import published
 from timm_dvt.registry import VARIANTS
 from timm_dvt.saving import write_whole
-from timm_dvt.variants import DVT_LICENSE, DVT_REPO, EMBEDDED, Variant, published_variants
+from timm_dvt.variants import DVT_LICENSE, DVT_REPO, FOCUS, Variant, published_variants
 
 # Stands for the account in a card that is not on the Hub yet; `push` puts the repo's real id in its place.
 NAMESPACE = "NAMESPACE"
@@ -58,7 +58,7 @@ class Facts:
 
 def publishable() -> list[Variant]:
     """The variants that have weights to publish: those of the authors, and the one in the package."""
-    return [variant for variant in (*published_variants(), EMBEDDED) if has_weights(variant)]
+    return [variant for variant in (*published_variants(), FOCUS) if has_weights(variant)]
 
 
 def has_weights(variant: Variant) -> bool:

@@ -4,7 +4,7 @@ import io
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -18,14 +18,20 @@ from torch import nn
 
 from timm_dvt.fetching import WeightsNotFoundError
 from timm_dvt.model import Denoised
-from timm_dvt.panel import Row, draw
+from timm_dvt.panel import Shown, draw
 from timm_dvt.saving import write_whole
-from timm_dvt.variants import EMBEDDED
+from timm_dvt.variants import FOCUS
 from timm_dvt.weights import CheckpointError
 
-DEFAULT_MODEL = EMBEDDED.name
+DEFAULT_MODEL = FOCUS.name
 MAX_ASPECT = 3.0  # longer images are cropped around their middle
 PROBE_SECONDS = 5.0
+ASSETS = Path(str(resources.files("timm_dvt"))) / "assets"
+PHOTOGRAPHS = (ASSETS / "cat.jpg", ASSETS / "mountain.jpg")  # README.md there says whose they are
+EXPLANATION = (
+    "Each square is one patch of the image. A Vision Transformer mixes the position of a patch into its features;",
+    "the denoiser takes that pattern out again and leaves what the image shows.",
+)
 NOT_ASKED = "random weights, as asked for: no learned denoiser; the picture shows the mechanics only"
 
 
@@ -42,58 +48,54 @@ class Measured:
 
 
 def run(
-    image: str | None = None,
+    images: Sequence[str] = (),
     model: str | None = None,
     out: str = "dvt_demo.png",
     pretrained: bool = True,
     size: int | None = None,
-    rounds: int = 5,
+    rounds: int = 3,
 ) -> Path:
-    """Draw a model's features of an image with its denoiser off and on; prints what it did, returns the file written.
+    """Draw a model's features of images with its denoiser off and on; prints what it did, returns the file written.
 
     Args:
-        image: a path; default the photograph that ships with the package.
-        model: a name for timm.create_model; default `DEFAULT_MODEL`, which is in the package.
+        images: paths; default the photographs that ship with the package.
+        model: a name for timm.create_model; default `DEFAULT_MODEL`.
         out: the picture to write; its suffix says the format.
         pretrained: False for random weights.
-        size: the image is resized to about size x size pixels in area; default the model's own resolution.
+        size: images are resized to about size x size pixels in area; default the model's own resolution.
         rounds: forwards of each state, of which the median time is given.
 
     Raises:
-        DemoError: the image, the model or the output cannot be used.
+        DemoError: an image, the model or the output cannot be used.
     """
     path, kind = check_output(out)
-    photograph = read_image(image)
+    sources = [Path(image) for image in images] or PHOTOGRAPHS
+    photographs = [read_image(source) for source in sources]
     network, note = load_model(model, pretrained)
     if note:
         print(f"note: {note}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = network.to(device).eval()
-    resized, pixels = prepare(network, photograph, size)
-    off, on = measure(network, pixels.to(device), rounds)
-
     name = model or DEFAULT_MODEL
-    rows, columns, channels = on.features.shape
-    facts = f"{resized.width} x {resized.height} pixels, {rows} x {columns} patch tokens of {channels} channels"
-    sheet = draw(
-        resized,
-        [
-            Row("denoiser off", f"{off.milliseconds:.0f} ms", off.features),
-            Row("denoiser on", f"{on.milliseconds:.0f} ms", on.features),
-        ],
-        title=name,
-        subtitle=facts,
-        note=note,
-    )
+    print(f"model:  {name} on {device}")
+    shown = []
+    for source, photograph in zip(sources, photographs):
+        resized, pixels = prepare(network, photograph, size)
+        off, on = measure(network, pixels.to(device), rounds)
+        rows, columns, channels = on.features.shape
+        print(
+            f"{source.name}: {resized.width} x {resized.height} pixels, {rows} x {columns} patch tokens of {channels} "
+            f"channels; denoiser off {off.milliseconds:.0f} ms, on {on.milliseconds:.0f} ms (median of {rounds})"
+        )
+        maps = [measured.features.numpy() for measured in (off, on)]
+        shown.append(Shown(resized, *maps, (f"{off.milliseconds:.0f} ms", f"{on.milliseconds:.0f} ms")))
+    sheet = draw(shown, f"What {name} sees, patch by patch", EXPLANATION, note)
     picture = io.BytesIO()
     sheet.save(picture, format=kind)
     try:
         write_whole(path, lambda temporary: temporary.write_bytes(picture.getvalue()))
     except OSError as e:
         raise DemoError(f"cannot write {out}: {e.strerror or e}") from e
-    print(f"model:  {name}\nimage:  {image or 'the photograph of the package'}, resized to {facts}")
-    print(f"tokens: {tuple(pixels.shape)} -> {(1, rows * columns, channels)} in both states")
-    print(f"time:   denoiser off {off.milliseconds:.1f} ms, on {on.milliseconds:.1f} ms (median of {rounds}, {device})")
     print(f"wrote {path}")
     return path
 
@@ -117,9 +119,8 @@ def check_output(out: str) -> tuple[Path, str]:
     return path, kind
 
 
-def read_image(path: str | None) -> Image.Image:
+def read_image(source: Path) -> Image.Image:
     """The image as RGB, upright, what is transparent on white. Raises DemoError."""
-    source = resources.files("timm_dvt") / "assets" / "cat.jpg" if path is None else Path(path)
     try:
         with source.open("rb") as file, Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
@@ -132,11 +133,11 @@ def read_image(path: str | None) -> Image.Image:
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
     except Image.UnidentifiedImageError as e:
-        raise DemoError(f"{path}: not an image that Pillow can read") from e
+        raise DemoError(f"{source}: not an image that Pillow can read") from e
     except OSError as e:
-        raise DemoError(f"{path}: {e.strerror or e}") from e
+        raise DemoError(f"{source}: {e.strerror or e}") from e
     except (ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's words for damaged and huge files
-        raise DemoError(f"{path}: not an image that can be read ({e})") from e
+        raise DemoError(f"{source}: not an image that can be read ({e})") from e
 
 
 def load_model(name: str | None, pretrained: bool = True) -> tuple[nn.Module, str]:

@@ -1,127 +1,137 @@
-"""The demo's picture: a row for each state of the denoiser, the columns on shared colours, drawn with Pillow."""
+"""The demo's picture: for each photograph a row with the denoiser off and one with it on, drawn with Pillow."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from timm_dvt.colors import centre_similarity, fit_projection, heat
+from timm_dvt.colors import (
+    PALETTE,
+    centre_similarity,
+    cluster_labels,
+    fit_projection,
+    heat,
+    matched_labels,
+    norms,
+)
 
-CELL_AREA = 340 * 240  # pixels of one map, whatever its aspect ratio
-MIN_PITCH = 232  # a column is wide enough for its title
-MARGIN, GAP, TITLE, LINE, FOOTER = 24, 14, 84, 32, 50
+CELL_AREA = 300 * 300  # pixels of one map, about, whatever its aspect ratio
+MIN_PITCH = 244  # a column is wide enough for its title
+MARGIN, GAP, HEAD, TITLE, LINE, BAR = 28, 16, 116, 44, 30, 10
 INK, FAINT, PAPER, MARK, WARNING = (20, 22, 26), (100, 105, 112), (255, 255, 255), (235, 45, 60), (176, 60, 0)
-COLUMNS = ("image", "PCA colours", "feature norm", "similarity to centre patch")
-BAR = 10  # height of a colour bar
+CLUSTERS = 6
+COLUMNS = (
+    ("photograph", "as the model sees it"),
+    ("features as colours", "their three principal components"),
+    ("features in groups", f"{CLUSTERS} clusters (k-means)"),
+    ("length of the features", "their norm"),
+    ("similarity", "to the patch with the red frame"),
+    ("what the denoiser removed", "off minus on: colours, length"),
+)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One state of the denoiser: its name, a remark, and patch tokens (H, W, C)."""
+class Shown:
+    """A photograph as the model saw it, and its patch tokens (H, W, C) with the denoiser off and on.
 
-    name: str
-    remark: str
-    features: torch.Tensor
+    Attributes:
+        remarks: two, that stand beside "denoiser off" and "denoiser on".
+    """
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Where things are, in pixels of the sheet. Cells are `width` x `height`, columns `pitch` apart."""
-
-    width: int
-    height: int
-    pitch: int
-    rows: int
-
-    @property
-    def size(self) -> tuple[int, int]:
-        width = 2 * MARGIN + len(COLUMNS) * self.pitch + (len(COLUMNS) - 1) * GAP
-        return width, TITLE + LINE + self.rows * (LINE + self.height) + FOOTER
-
-    def left(self, column: int) -> int:
-        return MARGIN + column * (self.pitch + GAP)
-
-    def top(self, row: int) -> int:
-        return TITLE + LINE + (row + 1) * LINE + row * self.height
-
-    def box(self, row: int, column: int) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of a cell."""
-        x, y = self.left(column), self.top(row)
-        return x, y, x + self.width, y + self.height
+    image: Image.Image
+    off: np.ndarray
+    on: np.ndarray
+    remarks: tuple[str, str]
 
 
-def layout(image: Image.Image, rows: int) -> Layout:
-    """The layout for an image's aspect ratio and so many rows."""
-    zoom = (CELL_AREA / (image.width * image.height)) ** 0.5
-    width, height = round(image.width * zoom), round(image.height * zoom)
-    return Layout(width, height, max(width, MIN_PITCH), rows)
+def draw(shown: Sequence[Shown], title: str, lines: Sequence[str], note: str = "") -> Image.Image:
+    """Two rows for each photograph: its features with the denoiser off, and on.
 
-
-def draw(image: Image.Image, rows: list[Row], title: str, subtitle: str, note: str = "") -> Image.Image:
-    """Image, PCA colours, norms and similarities, a line of them for each row.
-
-    Colours compare between rows: one projection, fitted on the last row; one scale of norms, one of similarities.
+    Each map has the colours of its own components and clusters: on a common projection a pattern that one of them has
+    and the other has not would be hidden. Those of the denoised map take the order, signs and names of the raw ones
+    that they are most alike. Norms are on one scale a photograph, similarities too.
 
     Args:
-        image: as the model saw it; rows: states of the denoiser, the denoised one last.
-        title, subtitle: two lines on top. note: a warning on the third.
+        shown: of one grid or of several.
+        title, lines: above the rows. note: a warning, above them too.
     """
-    maps = [row.features for row in rows]
-    projection = fit_projection(maps[-1])
-    norms = [m.double().norm(dim=-1) for m in maps]
-    similarities = [centre_similarity(m) for m in maps]
-    place = layout(image, len(rows))
-    sheet = Image.new("RGB", place.size, PAPER)
+    blocks = [_block(one) for one in shown]
+    width = max(block.width for block in blocks)
+    sheet = Image.new("RGB", (width, HEAD + sum(block.height for block in blocks)), PAPER)
     pen = ImageDraw.Draw(sheet)
-
-    room = place.size[0] - 2 * MARGIN
-    for y, text, size, ink in ((14, title, 22, INK), (44, subtitle, 15, FAINT), (66, note, 15, WARNING)):
-        pen.text((MARGIN, y), _fitting(pen, text, size, room), fill=ink, font=_font(size))
-    for column, name in enumerate(COLUMNS):
-        pen.text((place.left(column), TITLE + 14), name, fill=INK, font=_font(16))
-
-    for i, row in enumerate(rows):
-        y = place.top(i) - LINE + 10
-        pen.text((MARGIN, y), row.name, fill=INK, font=_font(16))
-        pen.text((MARGIN + pen.textlength(row.name, _font(16)) + 10, y), row.remark, fill=FAINT, font=_font(16))
-        sheet.paste(image.resize((place.width, place.height), Image.Resampling.LANCZOS), place.box(i, 0))
-        cells = [projection.colors(maps[i])]
-        cells += [heat(values[i], *_range(values)) for values in (norms, similarities)]
-        for column, cell in enumerate(cells, start=1):
-            patches = Image.fromarray(cell).resize((place.width, place.height), Image.Resampling.NEAREST)
-            sheet.paste(patches, place.box(i, column))
-        for column in (0, 3):
-            _mark_centre(pen, place.box(i, column), maps[i].shape)
-
-    y = place.top(len(rows)) - LINE + 10
-    pen.text((place.left(0), y), "red square: the centre patch", fill=FAINT, font=_font(14))
-    pen.text((place.left(1), y), f"components of: {rows[-1].name}", fill=FAINT, font=_font(14))
-    _scale(sheet, pen, (place.left(2), y), place.width, _range(norms))
-    _scale(sheet, pen, (place.left(3), y), place.width, _range(similarities))
+    pen.text((MARGIN, 18), _fitting(pen, title, 24, width - 2 * MARGIN), fill=INK, font=_font(24))
+    inks = [FAINT] * len(lines) + [WARNING]
+    for y, text, ink in zip((52, 74, 96), [*lines, note], inks):
+        pen.text((MARGIN, y), _fitting(pen, text, 16, width - 2 * MARGIN), fill=ink, font=_font(16))
+    top = HEAD
+    for block in blocks:
+        sheet.paste(block, (0, top))
+        top += block.height
     return sheet
 
 
-def _range(values: list[torch.Tensor]) -> tuple[float, float]:
-    return min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+def _block(shown: Shown) -> Image.Image:
+    """A photograph's two rows, with the columns' titles above and scales below."""
+    rows, columns = shown.off.shape[:2]
+    patch = max(1, round((CELL_AREA / (rows * columns)) ** 0.5))  # whole pixels: all patches are drawn alike
+    width, height = patch * columns, patch * rows
+    pitch = max(width, MIN_PITCH) + GAP
+    size = (2 * MARGIN + len(COLUMNS) * pitch - GAP, TITLE + 2 * (LINE + height) + LINE + 2 * BAR)
+    sheet = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for column, (name, explained) in enumerate(COLUMNS):
+        pen.text((MARGIN + column * pitch, 4), name, fill=INK, font=_font(17))
+        pen.text((MARGIN + column * pitch, 25), explained, fill=FAINT, font=_font(14))
+
+    maps = (shown.off, shown.on)
+    lengths, alike = [norms(m) for m in maps], [centre_similarity(m) for m in maps]
+    removed = shown.off - shown.on
+    scales = {3: _range(lengths), 4: _range(alike), 5: _range([norms(removed)])}
+    projections = [fit_projection(m) for m in maps]
+    projections[1] = projections[1].matched_to(projections[0], shown.on, shown.off)
+    groups = [cluster_labels(m, CLUSTERS) for m in maps]
+    groups[1] = matched_labels(groups[1], groups[0])
+    last = (fit_projection(removed).colors(removed), heat(norms(removed), *scales[5]))
+    for row, (state, remark) in enumerate(zip(("denoiser off", "denoiser on"), shown.remarks)):
+        top = TITLE + row * (LINE + height) + LINE
+        pen.text((MARGIN, top - 24), state, fill=INK, font=_font(17))
+        pen.text((MARGIN + pen.textlength(state, _font(17)) + 10, top - 22), remark, fill=FAINT, font=_font(15))
+        cells = (
+            projections[row].colors(maps[row]), PALETTE[groups[row]], heat(lengths[row], *scales[3]),
+            heat(alike[row], *scales[4]), last[row],
+        )
+        sheet.paste(shown.image.resize((width, height), Image.Resampling.LANCZOS), (MARGIN, top))
+        for column, cell in enumerate(cells, start=1):
+            pixels = Image.fromarray((cell * 255).round().astype(np.uint8))
+            sheet.paste(pixels.resize((width, height), Image.Resampling.NEAREST), (MARGIN + column * pitch, top))
+        for column in (0, 4):
+            _mark_centre(pen, (MARGIN + column * pitch, top), patch, (rows, columns))
+    for column, ends in scales.items():
+        _scale(sheet, pen, (MARGIN + column * pitch, size[1] - LINE - BAR), width, ends)
+    return sheet
 
 
-def _mark_centre(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], shape: torch.Size) -> None:
-    """A frame around the patch in the middle of a cell that shows `shape[:2]` patches."""
-    x, y, height, width = box[0], box[1], (box[3] - box[1]) / shape[0], (box[2] - box[0]) / shape[1]
-    row, column = shape[0] // 2, shape[1] // 2
-    frame = [x + column * width - 2, y + row * height - 2, x + (column + 1) * width + 1, y + (row + 1) * height + 1]
-    pen.rectangle(frame, outline=MARK, width=2)
+def _range(values: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The first and last percentile: a few outlier tokens must not decide the contrast of all others."""
+    low, high = np.percentile(np.concatenate([v.ravel() for v in values]), (1, 99))
+    return float(low), float(high)
+
+
+def _mark_centre(pen: ImageDraw.ImageDraw, corner: tuple[int, int], patch: int, grid: tuple[int, int]) -> None:
+    """A frame around the patch in the middle of a cell."""
+    x, y = corner[0] + grid[1] // 2 * patch, corner[1] + grid[0] // 2 * patch
+    pen.rectangle([x - 2, y - 2, x + patch + 1, y + patch + 1], outline=MARK, width=2)
 
 
 def _scale(
     sheet: Image.Image, pen: ImageDraw.ImageDraw, at: tuple[int, int], width: int, ends: tuple[float, float]
 ) -> None:
     """A colour bar with the values of its ends."""
-    ramp = heat(torch.linspace(0, 1, width).expand(BAR, width), 0.0, 1.0)
-    sheet.paste(Image.fromarray(np.ascontiguousarray(ramp)), at)
+    ramp = heat(np.broadcast_to(np.linspace(0, 1, width), (BAR, width)), 0.0, 1.0)
+    sheet.paste(Image.fromarray((ramp * 255).round().astype(np.uint8)), at)
     low, high = (f"{end:.3g}" for end in ends)
-    y = at[1] + BAR + 4
+    y = at[1] + BAR + 3
     pen.text((at[0], y), low, fill=FAINT, font=_font(14))
     pen.text((at[0] + width - pen.textlength(high, _font(14)), y), high, fill=FAINT, font=_font(14))
 

@@ -1,6 +1,6 @@
 """Linear-probe results as the authors of DVT published them. None was measured here."""
 
-from timm_dvt.variants import EMBEDDED, Variant
+from timm_dvt.variants import FOCUS, Variant
 
 SOURCE_NAME = "published by the authors, README of Jiawei-Yang/Denoising-ViT; not measured by timm-dvt"
 SOURCE_URL = "https://github.com/Jiawei-Yang/Denoising-ViT"
@@ -40,7 +40,7 @@ def results(variant: Variant) -> dict[str, tuple[float, float]]:
 
 def trained_on(variant: Variant) -> str | None:
     """The images the denoiser was trained on."""
-    if variant.name == EMBEDDED.name:
+    if variant.name == FOCUS.name:
         return "composed images (python -m training.stamps)"
     folder = (variant.hub_file or "").split("/")[0]
     return {"voc": "PASCAL VOC", "imgnet": "ImageNet-1k"}.get(folder.split("_")[0])

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 from timm.models import _registry as timm_registry
 from timm.models import create_model, get_pretrained_cfg, is_model, split_model_name_tag
+from timm.models._builder import resolve_pretrained_cfg
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import nn
 
+from timm_dvt import focus
 from timm_dvt.building import create
-from timm_dvt.embedded import register_backbone
 from timm_dvt.model import check_supported
-from timm_dvt.variants import EMBEDDED, GENERIC, Variant, published_variants, variant_name
+from timm_dvt.variants import FOCUS, GENERIC, Variant, published_variants, variant_name
 
 MODULE = "timm_dvt"  # what timm.list_models(module=...) knows our architectures by
 
@@ -49,7 +50,7 @@ def register(
     check_supported(create_model(backbone, device="meta"))
     if "." not in backbone and cfg.tag:
         backbone = f"{backbone}.{cfg.tag}"
-    if variant_name(backbone, suffix) in {variant.name for variant in (*published_variants(), EMBEDDED)}:
+    if variant_name(backbone, suffix) in {variant.name for variant in (*published_variants(), FOCUS)}:
         raise ValueError(f"{variant_name(backbone, suffix)} is a published variant; pass another suffix for your own.")
     variant = Variant(
         name=variant_name(backbone, suffix),
@@ -66,8 +67,8 @@ def register(
 
 def register_all() -> None:
     """Register the table. Harmless when repeated."""
-    register_backbone()
-    for variant in (*published_variants(), EMBEDDED):
+    focus.register_backbone()
+    for variant in (*published_variants(), FOCUS):
         _register(variant)
     _register_entrypoint(GENERIC, functools.partial(_create_generic))
 
@@ -131,13 +132,22 @@ def _route(arch: str) -> None:
 
     @functools.wraps(timms)
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
-        variant = VARIANTS.get(f"{arch}.{_tag(kwargs.get('pretrained_cfg'))}")
-        if variant is None:
-            return timms(pretrained=pretrained, **kwargs)
-        return create(variant, pretrained=pretrained, **kwargs)
+        name = f"{arch}.{_tag(kwargs.get('pretrained_cfg'))}"
+        variant = VARIANTS.get(name)
+        if variant is not None:
+            return create(variant, pretrained=pretrained, **kwargs)
+        if name == FOCUS.backbone and pretrained and not _has_source(arch, **kwargs):
+            return focus.build_pretrained(timms, **kwargs)
+        return timms(pretrained=pretrained, **kwargs)
 
     entrypoint.timms_entrypoint = timms
     timm_registry._model_entrypoints[arch] = entrypoint
+
+
+def _has_source(arch: str, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs) -> bool:
+    """Whether a pretrained_cfg says where weights come from, as that of a saved folder does."""
+    cfg = resolve_pretrained_cfg(arch, pretrained_cfg, pretrained_cfg_overlay)
+    return any((cfg.url, cfg.file, cfg.hf_hub_id, cfg.state_dict))
 
 
 def _create_architecture(name: str, pretrained: bool = False, backbone: str | None = None, **kwargs) -> nn.Module:

@@ -70,18 +70,18 @@ class Variant:
     def source(self) -> str:
         """Where the weights come from, in a few words."""
         if self.file:
-            return "in the package" if self.name == EMBEDDED.name else self.file
+            return "in the package" if self.name == FOCUS.name else self.file
         if self.hub_id:
             return f"{self.hub_id}/{self.hub_file}" if self.hub_file else self.hub_id
         return "no weights"
 
 
-# Ships with the package, so that something real works without a network: see timm_dvt/assets/stamps/README.md.
-EMBEDDED = Variant(
-    name="vit_tiny_patch16_224.stamps_dvt",
-    backbone="vit_tiny_patch16_224.stamps",
-    resolution=192,
-    file=str(resources.files("timm_dvt") / "assets" / "stamps" / "denoiser.safetensors"),
+# Its denoiser ships with the package, its backbone comes from the package registry: see timm_dvt/focus.py.
+FOCUS = Variant(
+    name="vit_small_patch14_dinov2.focus_dvt",
+    backbone="vit_small_patch14_dinov2.focus",
+    resolution=518,
+    file=str(resources.files("timm_dvt") / "assets" / "focus" / "denoiser.safetensors"),
     license="apache-2.0",
 )
 
@@ -115,5 +115,5 @@ def saved_architecture(arch: str) -> str:
 
     It must be registered wherever timm_dvt is imported, so it is `ARCH_dvt` for the table's and the generic one else.
     """
-    known = {split_model_name_tag(row.backbone)[0] for row in ROWS} | {EMBEDDED.architecture}
+    known = {split_model_name_tag(row.backbone)[0] for row in ROWS}
     return f"{arch}_dvt" if arch in known else GENERIC

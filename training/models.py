@@ -75,10 +75,16 @@ def _recorded_arguments(name: str) -> dict[str, Any]:
     return json.loads((Path(folder) / "config.json").read_text()).get("model_args") or {}
 
 
-def weights_digest(model: nn.Module) -> str:
-    """sha256 over names, shapes, types and values of all weights, so that two checkpoints differ."""
+def weights_digest(model: nn.Module, without: str | None = None) -> str:
+    """sha256 over names, shapes, types and values of all weights, so that two checkpoints differ.
+
+    Args:
+        without: leave out weights whose names begin so.
+    """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if without is not None and name.startswith(without):
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

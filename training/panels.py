@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from training.colors import (
+from timm_dvt.colors import (
     PALETTE,
     centre_similarity,
     cluster_labels,

@@ -47,7 +47,8 @@ STAMP_CLASSES: dict[str, tuple[str, ...]] = {
 CLOTHES_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 CLASSES = ("background", *STAMP_CLASSES, *CLOTHES_CLASSES)
 
-_LARGEST_STAMP, _PHOTO_SIDE = 160, 400  # pixels kept of the longer side of a cut-out, the shorter one of a photograph
+# What is kept of the longer side of a cut-out, and of the shorter one of a photograph, in sides of the composed image.
+_LARGEST_STAMP, _PHOTO_SIDE = 0.84, 2.1
 
 
 class SourcesMissing(FileNotFoundError):
@@ -59,8 +60,8 @@ class Sources:
     """What one split is composed of.
 
     Attributes:
-        photos: backgrounds, RGB, the shorter side 400 pixels.
-        stamps: for each stamp class its cut-outs, RGBA, at most 160 pixels a side.
+        photos: backgrounds, RGB, the shorter side about twice that of the image to compose.
+        stamps: for each stamp class its cut-outs, RGBA, no larger than that image.
         clothes: for each clothing class (N, 28, 28) brightness, black where there is no clothing.
     """
 
@@ -69,7 +70,7 @@ class Sources:
     clothes: list[np.ndarray]
 
 
-def load_sources(split: str, share: str | Path = SHARE) -> Sources:
+def load_sources(split: str, share: str | Path = SHARE, size: int = 518) -> Sources:
     """Read the sources of a split: no photograph, cut-out or clothing item is in both.
 
     Cut-outs and photographs are split by a hash of their names, Fashion-MNIST as it comes.
@@ -77,6 +78,7 @@ def load_sources(split: str, share: str | Path = SHARE) -> Sources:
     Args:
         split: "train" or "val".
         share: the folder that the packages are installed in.
+        size: side of the images that will be composed, in pixels.
 
     Raises:
         ValueError: no such split.
@@ -88,8 +90,8 @@ def load_sources(split: str, share: str | Path = SHARE) -> Sources:
     photos = [p for folder in PHOTOS for p in _photo_files(_need(share / folder))]
     stamps = _stamp_files(_need(share / STAMPS))
     return Sources(
-        photos=[_open_photo(path) for path in _photo_part(photos, split)],
-        stamps=[[_open_stamp(path) for path in _part(stamps[name], split)] for name in STAMP_CLASSES],
+        photos=[_open_photo(path, round(_PHOTO_SIDE * size)) for path in _photo_part(photos, split)],
+        stamps=[[_open_stamp(path, round(_LARGEST_STAMP * size)) for path in _part(stamps[name], split)] for name in STAMP_CLASSES],
         clothes=_clothes(_need(share / CLOTHES), split),
     )
 
@@ -143,20 +145,20 @@ def _stamp_files(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def _open_photo(path: Path) -> Image.Image:
+def _open_photo(path: Path, side: int) -> Image.Image:
     with Image.open(path) as image:
-        scale = _PHOTO_SIDE / min(image.size)
-        size = (max(round(image.width * scale), _PHOTO_SIDE), max(round(image.height * scale), _PHOTO_SIDE))
+        scale = side / min(image.size)
+        size = (max(round(image.width * scale), side), max(round(image.height * scale), side))
         image.draft("RGB", size)
         return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-def _open_stamp(path: Path) -> Image.Image:
+def _open_stamp(path: Path, side: int) -> Image.Image:
     with Image.open(path) as image:
         stamp = image.convert("RGBA")
     box = stamp.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
     stamp = stamp.crop(box)
-    stamp.thumbnail((_LARGEST_STAMP, _LARGEST_STAMP), Image.Resampling.LANCZOS)
+    stamp.thumbnail((side, side), Image.Resampling.LANCZOS)
     return stamp
 
 

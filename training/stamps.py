@@ -2,7 +2,7 @@
 
     DIR/classes.txt                     a class a line; the first is the background
     DIR/settings.json                   what made the folder
-    DIR/{train,val}/images/00000.png    RGB, 192 x 192
+    DIR/{train,val}/images/00000.png    RGB, 518 x 518
     DIR/{train,val}/masks/00000.png     8 bits: the class of each pixel
     DIR/{train,val}/objects.json        {"00000": [{"class": 3, "box": [x0, y0, x1, y1]}, ...]}, pixels, x1 and y1
                                         exclusive, around what is visible of each object
@@ -27,11 +27,11 @@ from tqdm import tqdm
 from training.shared_folder import OutputError, write_atomically
 from training.stamp_sources import CLASSES, SHARE, SPLITS, STAMP_CLASSES, Sources, SourcesMissing, load_sources
 
-SIZE = 192
+SIZE = 518  # 37 patches of 14 pixels: the grid of the denoisers of DINOv2
 _OBJECTS = (2, 5)  # in an image
 _LONGER_SIDE = (0.3, 0.8)  # of an object, of the image's side
 _TURN = 20.0  # degrees at most
-_SMALLEST = 64  # visible pixels of an object that objects.json lists
+_SMALLEST = 0.0017  # of the image, what must be visible of an object that objects.json lists
 _CLOTHING = 24  # brightness from which a Fashion-MNIST pixel is clothing; its ground is 0, its noise below 10
 
 
@@ -40,8 +40,8 @@ class Stamped:
     """One composed image.
 
     Attributes:
-        image: (192, 192, 3) uint8.
-        mask: (192, 192) uint8, class of each pixel, 0 is background.
+        image: (S, S, 3) uint8.
+        mask: (S, S) uint8, class of each pixel, 0 is background.
         objects: (class, (x0, y0, x1, y1)) of each visible object.
     """
 
@@ -57,23 +57,25 @@ class Composer:
         split: "train" or "val".
         seed: another seed composes other images of the same sources.
         sources: where they come from; by default the Debian packages' files.
+        size: S, side of the images in pixels.
 
     Raises:
         SourcesMissing: a package is not installed.
     """
 
-    def __init__(self, split: str, seed: int = 0, sources: Sources | None = None) -> None:
-        self.sources = load_sources(split) if sources is None else sources
+    def __init__(self, split: str, seed: int = 0, sources: Sources | None = None, size: int = SIZE) -> None:
+        self.sources = load_sources(split, size=size) if sources is None else sources
+        self.size = size
         self._key = (seed, SPLITS.index(split))
 
     def __getitem__(self, index: int) -> Stamped:
         draw = np.random.default_rng([*self._key, index])
         image = self._photo(draw)
-        owner = np.zeros((SIZE, SIZE), np.uint8)
+        owner = np.zeros((self.size, self.size), np.uint8)
         classes = [0]
         for _ in range(draw.integers(*_OBJECTS, endpoint=True)):
             label, item = self._object(draw)
-            left, top = (int(draw.integers(SIZE)) - side // 2 for side in item.size)
+            left, top = (int(draw.integers(self.size)) - side // 2 for side in item.size)
             image.paste(item, (left, top), item)
             shape = np.asarray(item.getchannel("A")) > 127
             here = owner[max(top, 0):top + item.height, max(left, 0):left + item.width]
@@ -83,7 +85,7 @@ class Composer:
         objects = []
         for number, label in enumerate(classes[1:], 1):
             ys, xs = np.nonzero(owner == number)
-            if len(ys) >= _SMALLEST:
+            if len(ys) >= _SMALLEST * self.size**2:
                 box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
                 objects.append((label, box))
         return Stamped(np.array(image), np.array(classes, np.uint8)[owner], objects)
@@ -92,7 +94,7 @@ class Composer:
         photo = self.sources.photos[draw.integers(len(self.sources.photos))]
         side = draw.uniform(0.4, 1.0) * min(photo.size)
         left, top = draw.uniform(0, photo.width - side), draw.uniform(0, photo.height - side)
-        crop = photo.resize((SIZE, SIZE), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+        crop = photo.resize((self.size, self.size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
         return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else crop
 
     def _object(self, draw: np.random.Generator) -> tuple[int, Image.Image]:
@@ -104,7 +106,7 @@ class Composer:
         else:
             photos = self.sources.clothes[label - 1 - len(STAMP_CLASSES)]
             item = _tinted(photos[draw.integers(len(photos))], draw.uniform(0.3, 1.0, 3))
-        scale = draw.uniform(*_LONGER_SIDE) * SIZE / max(item.size)
+        scale = draw.uniform(*_LONGER_SIDE) * self.size / max(item.size)
         item = item.resize(
             (max(round(item.width * scale), 1), max(round(item.height * scale), 1)), Image.Resampling.BICUBIC
         )
@@ -148,14 +150,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=2000, metavar="N", help="training images (%(default)s)")
     parser.add_argument("--val", type=int, default=500, metavar="N", help="validation images (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images of the same sources")
+    parser.add_argument("--size", type=int, default=SIZE, metavar="PX", help="side of the images (%(default)s)")
     parser.add_argument("--share", default=SHARE, metavar="DIR", help="where the packages are installed (%(default)s)")
     args = parser.parse_args(argv)
     if min(args.train, args.val) < 0:
         parser.error("--train and --val must be 0 or more")
-    settings = {"train": args.train, "val": args.val, "seed": args.seed, "size": SIZE}
+    if not 32 <= args.size <= 4096:
+        parser.error("--size must be from 32 to 4096")
+    settings = {"train": args.train, "val": args.val, "seed": args.seed, "size": args.size}
     try:
         for split, count in zip(SPLITS, (args.train, args.val)):
-            write_split(args.out / split, Composer(split, args.seed, load_sources(split, args.share)), count)
+            sources = load_sources(split, args.share, args.size)
+            write_split(args.out / split, Composer(split, args.seed, sources, args.size), count)
         write_atomically(args.out / "classes.txt", "".join(f"{name}\n" for name in CLASSES).encode())
         write_atomically(args.out / "settings.json", json.dumps(settings).encode())
     except (SourcesMissing, OutputError) as e:

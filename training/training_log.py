@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from training.colors import fit_projection
+from timm_dvt.colors import fit_projection
 from training.shared_folder import read_lines, write_atomically
 
 LOG = "log.jsonl"

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from training.colors import fit_projection
+from timm_dvt.colors import fit_projection
 from training.images import decode_image, list_images, read_file
 
 FITTED_FRAMES = 8  # as many frames, evenly spread, decide the colours

@@ -1,7 +1,7 @@
 """Evaluate frozen features, raw against denoised, on one of the paper's tasks or on all.
 
     python -m training.evaluate linear-seg --model vit_base_patch14_dinov2.lvd142m_dvt --dataset voc --data DIR
-    python -m training.evaluate all --model vit_tiny_patch16_224.stamps_dvt --dataset stamps --data DIR
+    python -m training.evaluate all --model vit_small_patch14_dinov2.focus_dvt --dataset stamps --data DIR
 
 Each task prints a table (raw, denoised, difference) and writes it as JSON to OUT. Kill it whenever you like, and
 run the same command again to continue. python -m training.report OUT makes one table of all results in OUT.

@@ -1,15 +1,16 @@
 """Frozen features of a split: the backbone runs over an image once, whatever reads the features afterwards.
 
-One forward pass gives all states of a model: raw patch tokens (final norm applied), denoised ones, and the
-class token. On disk they lie in half precision, `SHARD` images a safetensors file:
+One forward pass gives the raw patch tokens (final norm applied) and the class token; the denoiser makes the denoised
+ones of the raw ones. On disk they lie in half precision, `SHARD` images a safetensors file:
 
     CACHE/KEY/settings.json             what the key was made from, for people
-    CACHE/KEY/000003.safetensors        "raw", "denoised": (n, K, K, C); "prefix": (n, prefix, C)
+    CACHE/KEY/000003.safetensors        the backbone's: "raw" (n, K, K, C), "prefix" (n, prefix, C)
+    CACHE/OTHER/000003.safetensors      a denoiser's: "denoised" (n, K, K, C)
 
-The key covers all that decides the numbers: weights, sizes, precision, the images and their files' sizes and
-times. A shard is there whole or not at all, so a killed run goes on at the shard it died in, and two runs at
-once do some work twice but no harm. Without a cache the backbone runs whenever features are read; they are
-rounded to half precision then too, so that both ways give the same numbers.
+A key covers all that decides the numbers: weights, sizes, precision, the images and their files' sizes and times.
+Denoisers of one backbone share its features: to compare several, the backbone runs once. A shard is there whole or not at all, so a killed run goes on at the shard it died in, and two runs at
+once do some work twice but no harm. Without a cache, or before `extract` has filled it, the backbone runs whenever
+features are read; they are rounded to half precision then too, so that both ways give the same numbers.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ RESIDENT = 1 << 30  # bytes of one state of a split, up to which it is held in m
 
 
 class Extractor:
-    """A model's patch tokens in all its states from one forward pass.
+    """A model's patch tokens in all its states.
 
     Attributes:
         states: "raw" and, for a model with a denoiser, "denoised".
@@ -80,22 +81,26 @@ class Extractor:
         return interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """States of images (B, 3, S, S) in [0, 1]: {state: (B, K, K, C), "prefix": (B, prefix, C)} float32."""
+    def backbone(self, images: Tensor) -> dict[str, Tensor]:
+        """Of images (B, 3, S, S) in [0, 1]: {"raw": (B, K, K, C), "prefix": (B, prefix, C)}, float32."""
         prefix, maps = self.reader.tokens(images)
         (raw,) = maps.values()
-        found = {"raw": raw, "prefix": prefix}
-        if self.denoiser is not None:
-            dtype = self.model.patch_embed.proj.weight.dtype
-            grid = (self.reader.grid, self.reader.grid)
-            found["denoised"] = self.denoiser(raw.flatten(1, 2).to(dtype), grid).float().unflatten(1, grid)
-        return found
+        return {"raw": raw, "prefix": prefix}
+
+    @torch.no_grad()
+    def denoise(self, raw: Tensor) -> Tensor:
+        """Raw to denoised maps, (B, K, K, C) float32, on the model's device."""
+        assert self.denoiser is not None
+        weight = self.model.patch_embed.proj.weight
+        grid = (self.reader.grid, self.reader.grid)
+        tokens = raw.flatten(1, 2).to(weight.device, weight.dtype)
+        return self.denoiser(tokens, grid).float().unflatten(1, grid)
 
     def describe(self) -> dict[str, Any]:
-        """All of the model that decides features."""
+        """All of the backbone that decides features."""
         return {
-            "weights": _digest_once(self.model),
-            "class": type(self.model).__name__,
+            "weights": _digest_once(self.model, "backbone"),
+            "class": type(self.model).__name__.removeprefix("Denoised"),
             "grid": self.reader.grid,
             "input_size": self.reader.input_size,
             "normalise": [self.reader.mean.flatten().tolist(), self.reader.std.flatten().tolist()],
@@ -111,7 +116,7 @@ class Features:
         split: the images and their annotations.
         extractor: of the model.
         grid, channels: K and C.
-        key: a hash of all that decides the numbers, `description`.
+        keys: by state, a hash of all that decides its numbers, `descriptions`.
     """
 
     def __init__(self, extractor: Extractor, split: Split, cache: Path | None, batch_size: int = 16) -> None:
@@ -124,10 +129,14 @@ class Features:
         """
         self.extractor, self.split, self.batch_size = extractor, split, batch_size
         self.grid, self.channels = extractor.reader.grid, extractor.reader.channels
-        self.description = self._describe()
-        self.key = sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:20]
-        self.folder = None if cache is None else cache / self.key
+        self.descriptions = self._describe()
+        self.keys = {
+            state: sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+            for state, facts in self.descriptions.items()
+        }
+        self.cache = cache
         self._resident: dict[str, Tensor | None] = {}
+        self._complete: set[str] = set()  # states that the cache holds whole
         self._open = lru_cache(maxsize=256)(self._open_shard)
 
     def __len__(self) -> int:
@@ -168,77 +177,107 @@ class Features:
         Raises:
             ValueError: the disk has no room for the features, or half precision cannot hold them.
         """
-        if self.folder is None:
+        if self.cache is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        missing = [i for i in range(-(-len(self) // SHARD)) if not self._shard(i).exists()]
+        for state in self.extractor.states:
+            self._extract(state, self.cache / self.keys[state])
+
+    def _extract(self, state: str, folder: Path) -> None:
+        """Fill the cache of one state; that of "denoised" is made of that of "raw"."""
+        folder.mkdir(parents=True, exist_ok=True)
+        missing = self._missing(state)
         if not missing:
             return
-        values = self.grid**2 * self.channels * len(self.extractor.states)
-        needed, free = 2 * values * SHARD * len(missing), shutil.disk_usage(self.folder).free
+        needed, free = 2 * self.grid**2 * self.channels * SHARD * len(missing), shutil.disk_usage(folder).free
         if needed > free:
             raise ValueError(
-                f"the features of {self.split.name} need {needed / 1e9:.1f} GB in {self.folder}, which has "
+                f"the {state} features of {self.split.name} need {needed / 1e9:.1f} GB in {folder}, which has "
                 f"{free / 1e9:.1f} GB: name another --cache, take --limit images, or --cache off"
             )
-        write_json(self.folder / "settings.json", self.description)
-        with tqdm(total=len(missing) * SHARD, desc=f"features of {self.split.name}", unit="image") as bar:
+        write_json(folder / "settings.json", self.descriptions[state])
+        with tqdm(total=len(missing) * SHARD, desc=f"{state} features of {self.split.name}", unit="image") as bar:
             for shard in missing:
                 indices = range(shard * SHARD, min((shard + 1) * SHARD, len(self)))
                 parts = []
                 for start in range(0, len(indices), self.batch_size):
-                    parts.append(self._compute(indices[start:start + self.batch_size]))
-                    bar.update(len(parts[-1]["raw"]))
+                    batch = indices[start:start + self.batch_size]
+                    if state == "raw":
+                        parts.append(self._backbone(batch))
+                    else:
+                        parts.append({state: self._denoise(self._cached("raw", batch), batch)})
+                    bar.update(len(batch))
                 tensors = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-                write_whole(self._shard(shard), partial(save_file, tensors))
+                write_whole(self._shard(state, shard), partial(save_file, tensors))
+
+    def _missing(self, state: str) -> list[int]:
+        return [i for i in range(-(-len(self) // SHARD)) if not self._shard(state, i).exists()]
 
     def _read(self, indices: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
-        if self.folder is None:
-            computed = self._compute(indices)
-            return {name: computed[name].float() for name in names}
-        return {name: self._cached(name, indices).float() for name in names}
+        """Of "raw", "prefix" and "denoised" those named, float32: from the cache where it holds them, else computed."""
+        found = {name: self._cached(name, indices).float() for name in names if self._is_cached(name)}
+        if len(found) == len(names):
+            return found
+        computed = found if self._is_cached("raw") else {name: x.float() for name, x in self._backbone(indices).items()}
+        if "denoised" in names and "denoised" not in found:
+            raw = computed["raw"] if "raw" in computed else self._cached("raw", indices)
+            computed["denoised"] = self._denoise(raw, indices).float()
+        return {name: computed[name] for name in names}
+
+    def _is_cached(self, name: str) -> bool:
+        state = "raw" if name == "prefix" else name
+        if self.cache is not None and state not in self._complete and not self._missing(state):
+            self._complete.add(state)
+        return state in self._complete
 
     def _cached(self, name: str, indices: Sequence[int]) -> Tensor:
         """From the cache, which is held in memory if it is small."""
         if name not in self._resident:
             shards = range(-(-len(self) // SHARD))
             small = 2 * self.grid**2 * self.channels * len(self) <= RESIDENT
-            tensors = torch.cat([self._open(i).get_tensor(name) for i in shards]) if small else None
+            tensors = torch.cat([self._open(name, i).get_tensor(name) for i in shards]) if small else None
             self._resident[name] = tensors
         resident = self._resident[name]
         if resident is not None:
             return resident[list(indices)]
-        return torch.stack([self._open(i // SHARD).get_slice(name)[i % SHARD] for i in indices])
+        return torch.stack([self._open(name, i // SHARD).get_slice(name)[i % SHARD] for i in indices])
 
-    def _compute(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        found = {name: x.half() for name, x in self.extractor(self.images(indices)).items()}
-        if not all(bool(x.isfinite().all()) for x in found.values()):
+    def _backbone(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        found = self.extractor.backbone(self.images(indices))
+        return {name: self._half(x, indices) for name, x in found.items()}
+
+    def _denoise(self, raw: Tensor, indices: Sequence[int]) -> Tensor:
+        return self._half(self.extractor.denoise(raw), indices)
+
+    def _half(self, features: Tensor, indices: Sequence[int]) -> Tensor:
+        half = features.half()
+        if not bool(half.isfinite().all()):
             raise ValueError(
                 f"features of {self.split.name} (images {indices[0]} to {indices[-1]}) are not finite in half "
                 "precision, whose largest value is 65504"
             )
-        return found
+        return half
 
-    def _shard(self, number: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{number:06d}.safetensors"
+    def _shard(self, name: str, number: int) -> Path:
+        assert self.cache is not None
+        return self.cache / self.keys["raw" if name == "prefix" else name] / f"{number:06d}.safetensors"
 
-    def _open_shard(self, number: int) -> Any:
-        if not self._shard(number).exists():
-            self.extract()
-        return safe_open(self._shard(number), "pt")
+    def _open_shard(self, name: str, number: int) -> Any:
+        return safe_open(self._shard(name, number), "pt")
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, dict[str, Any]]:
         files = sha256()
         for path in self.split.images:
             status = path.stat()
             files.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
-        return {
+        raw = {
             **self.extractor.describe(),
             "split": self.split.name,
             "images": len(self.split),
             "files": files.hexdigest(),
         }
+        if "denoised" not in self.extractor.states:
+            return {"raw": raw}
+        return {"raw": raw, "denoised": {**raw, "denoiser": _digest_once(self.extractor.model, "denoiser")}}
 
 
 def _last_denoiser(model: Any) -> nn.Module | None:
@@ -247,5 +286,8 @@ def _last_denoiser(model: Any) -> nn.Module | None:
 
 
 @lru_cache(maxsize=8)
-def _digest_once(model: nn.Module) -> str:
-    return weights_digest(model)
+def _digest_once(model: Any, part: str) -> str:
+    """The digest of a model's denoiser, or of all the rest of it."""
+    if part == "denoiser":
+        return weights_digest(model.denoiser)
+    return weights_digest(model, without="denoiser.")

@@ -139,10 +139,8 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
     task = load_task(request.task)
     settings = task_settings(request.task, request.dataset, request.settings)
     splits = open_dataset(request.dataset, request.data, task.KIND)
-    # Tasks that look at a few images, once, have no use for a cache.
-    cache = None if task.KIND == "images" else request.cache
     data = {
-        part: Features(extractor, split.limit(request.limit), cache, request.batch_size)
+        part: Features(extractor, split.limit(request.limit), request.cache, request.batch_size)
         for part, split in splits.items()
     }
     facts = {
@@ -151,7 +149,7 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
         "dataset": request.dataset,
         "settings": asdict(settings),
         "images": {part: len(features) for part, features in data.items()},
-        "features": {part: features.key for part, features in data.items()},
+        "features": {part: features.keys for part, features in data.items()},
         "input_size": extractor.reader.input_size,
         "dtype": extractor.dtype,
         "parameters": sum(p.numel() for p in model.parameters()),

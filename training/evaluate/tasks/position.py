@@ -3,11 +3,16 @@
 share: of the variance of patch features within images, how much the mean over images at each place explains,
 in percent, beyond the 1 / images that it would by chance.
 
-zero_correlation: Pearson correlation of that mean map with the map of a zero tensor (an input that is zero
+zero_correlation: Pearson correlation of that mean map with the raw map of a zero tensor (an input that is zero
 after normalisation, so that the model sees position alone), over all places and channels, each channel
-centred over the places. Near 1: the artifacts are what the position embedding makes of no image at all.
+centred over the places. What the raw zero image shows is the artifact, so every state is held against it: near
+1 for raw features, the artifacts are what the position embedding makes of no image at all; near 0 for denoised
+ones, nothing of that is left; near 1 for what was removed, it was that.
 
-Both for the last block; of the raw features also for each block, as share/block00 and so on (Figs. 5 and S1).
+share/pixels: the share of the images' own patch colours. Where places do mean something (sky above, road below;
+objects that are cut off at the edges) it is above 0, and so may be that of clean features.
+
+All for the last block; of the raw features also for each block, as share/block00 and so on (Figs. 5 and S1).
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from training.backbone import FeatureReader
@@ -89,20 +95,25 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     extractor = features.extractor
     size = extractor.reader.input_size
     zero = extractor.reader.mean.cpu().expand(1, 3, size, size)
+    pixels = PositionStatistics()
     if run.state == "raw":
         reader = FeatureReader(extractor.model, range(extractor.reader.depth), input_size=size, dtype=extractor.dtype)
-        read = reader.patch_features
+        read_raw = reader.patch_features
     else:
         last = extractor.reader.depth - 1
+        read_raw = extractor.reader.patch_features
 
-        def read(images: Tensor) -> dict[int, Tensor]:
-            states = extractor(images)
-            return {last: states["denoised"] if run.state == "denoised" else states["raw"] - states["denoised"]}
-
-    zeros = {layer: maps[0].flatten(0, 1).cpu() for layer, maps in read(zero).items()}
+    zeros = {layer: maps[0].flatten(0, 1).cpu() for layer, maps in read_raw(zero).items()}
     statistics = {layer: PositionStatistics() for layer in zeros}
     for start in tqdm(range(0, len(chosen), features.batch_size), desc=f"position ({run.state})", leave=False):
-        for layer, maps in read(features.images(chosen[start:start + features.batch_size])).items():
+        indices = chosen[start:start + features.batch_size]
+        if run.state == "raw":
+            images = features.images(indices)
+            pixels.add(adaptive_avg_pool2d(images, features.grid).permute(0, 2, 3, 1))
+            found = reader.patch_features(images)
+        else:
+            found = {last: features.maps(indices, run.state)}
+        for layer, maps in found.items():
             statistics[layer].add(maps.cpu())
     last = max(zeros)
     numbers = {
@@ -110,6 +121,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         "zero_correlation": correlation(zeros[last], statistics[last].mean_map()),
     }
     if run.state == "raw":
+        numbers["share/pixels"] = 100 * pixels.share()
         for layer in zeros:
             numbers[f"share/block{layer:02d}"] = 100 * statistics[layer].share()
             numbers[f"zero_correlation/block{layer:02d}"] = correlation(zeros[layer], statistics[layer].mean_map())
