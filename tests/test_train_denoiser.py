@@ -14,6 +14,7 @@ from tests.processes import same, weights
 from tests.stage2 import denoiser_weights, run
 from training.optimisation import distance, learning_rate, make_adamw
 from training.pair_loader import open_pairs, positions
+from training.stage2 import raw_and_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,6 +42,34 @@ def test_the_loss_of_a_perfect_prediction_is_zero_and_its_gradient_finite():
     loss = distance(tokens, tokens.detach().clone()).sum()
     loss.backward()
     assert loss.abs() < 1e-5 and tokens.grad.isfinite().all()
+
+
+def test_targets_are_f_and_shares_of_the_residual():
+    raw, semantics, artifacts = torch.randn(3, 2, 1, 16, 8)
+    _, target = raw_and_target(torch.stack([raw, semantics]), "F")
+    assert torch.equal(target, semantics)
+    both = (raw.double() + semantics.double() - artifacts.double()) / 2
+    for name, want in (("mean", both), ("raw-G", raw.double() - artifacts.double())):
+        given, target = raw_and_target(torch.stack([raw, semantics, artifacts]), name)
+        assert torch.equal(given, raw)
+        torch.testing.assert_close(target.double(), want, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("target, share", [("F", 0.0), ("mean", 0.5), ("raw-G", 1.0)])
+def test_a_run_starts_from_the_mean_correction_to_its_target(target, share, tmp_path):
+    """With a residual in the pairs: at a learning rate of 0 the position embedding stays mean(target - raw)."""
+    folder = write_pairs(tmp_path / "pairs")
+    want = torch.zeros(16, 64)
+    for image in range(12):
+        maps = make_maps(image)[5]
+        residual = torch.randn(4, 4, 64, generator=torch.Generator().manual_seed(image)).half().float()
+        change_pair(pair_path(folder, image), raw=(maps["raw"] + residual).half())
+        correction = (share - 1) * residual - maps["artifacts"]
+        want += correction.flatten(0, 1) / 12
+    out = tmp_path / "out"
+    assert run(folder, out, "--target", target, "--lr", "0", "--steps", "1", "--val-fraction", "0") == 0
+    assert torch.allclose(denoiser_weights(out)["denoiser.pos_embed"][0], want, atol=4e-3)  # pairs in half precision
+    assert json.loads((out / "settings.json").read_text())["target"] == target
 
 
 def test_the_learning_rate_is_a_cosine_to_zero_behind_a_straight_rise():

@@ -41,6 +41,6 @@ def results(variant: Variant) -> dict[str, tuple[float, float]]:
 def trained_on(variant: Variant) -> str | None:
     """The images the denoiser was trained on."""
     if variant.name == FOCUS.name:
-        return "composed images (python -m training.stamps)"
+        return "freely licensed photographs and images composed of such"
     folder = (variant.hub_file or "").split("/")[0]
     return {"voc": "PASCAL VOC", "imgnet": "ImageNet-1k"}.get(folder.split("_")[0])

@@ -45,6 +45,14 @@ def add_stage1_arguments(parser: argparse.ArgumentParser, views: int = Stage1Set
         "--views", type=int, default=views, help="forward passes an image (default: %(default)s)"
     )
     group.add_argument(
+        "--area",
+        type=float,
+        nargs=2,
+        default=Stage1Settings.area,
+        metavar=("LEAST", "MOST"),
+        help="of a view, as a share of the image's (default: the paper's %(default)s)",
+    )
+    group.add_argument(
         "--field-steps",
         type=int,
         metavar="N",
@@ -193,6 +201,7 @@ def stage1_settings(args: argparse.Namespace, model: nn.Module) -> Stage1Setting
         stride=reader.stride,
         batch_size=args.batch_size,
         dtype=args.dtype,
+        area=tuple(args.area),
         field=FieldSettings(steps=args.field_steps),
     )
 

@@ -15,6 +15,18 @@ from training.optimisation import distance
 from training.pair_loader import PairError, PairReader, PairSet
 from training.training_log import TrainingLog
 
+# What stage 2 learns to predict, as the share of the residual that is added to F; a pair is raw = F + G + residual.
+#
+#     F        the paper's target (Eq. 11): what the views of an image agree on
+#     mean     F + residual / 2 = (F + raw - G) / 2
+#     raw-G    F + residual = raw - G: only what is tied to places is taken away
+#
+# F is an average over crops, so it lacks what single views scatter in, noise, and what only the whole image shows,
+# content. A regression learns the mean of its target given the raw map, and raw = F + G + residual is given: a block
+# that knows F and G knows the residual. So trained on F + s * residual it comes to (1 - s) F + s (raw - G), a mixture
+# of the denoised map and of the raw one without its artifacts.
+TARGETS = {"F": 0.0, "mean": 0.5, "raw-G": 1.0}
+
 PICTURES = 4  # pairs in a picture
 MOST_VALIDATION = 512  # pairs that a validation reads
 START_PAIRS = 2000  # the mean of so many correction maps is known to 2% of their spread
@@ -51,12 +63,14 @@ class Stage2(nn.Module):
 class Validation:
     """The loss on pairs that are not trained on, and a picture of some of them."""
 
-    def __init__(self, reader: PairReader, device: torch.device, lower: Callable[[], AbstractContextManager]) -> None:
+    def __init__(
+        self, reader: PairReader, target: str, device: torch.device, lower: Callable[[], AbstractContextManager]
+    ) -> None:
         """
         Args:
-            reader: of raw and clean maps. lower: autocast, or nothing.
+            reader: of the maps of `parts_for(target)`. lower: autocast, or nothing.
         """
-        self.reader, self.device, self.lower = reader, device, lower
+        self.reader, self.target, self.device, self.lower = reader, target, device, lower
         self.places = list(range(min(len(reader.pairs.files), MOST_VALIDATION)))
 
     @torch.no_grad()
@@ -65,7 +79,8 @@ class Validation:
         module.eval()
         losses: list[Tensor] = []
         for first in range(0, len(self.places), CHUNK):
-            raw, clean = self.reader.read(self.places[first : first + CHUNK]).to(self.device, torch.float32)
+            maps = self.reader.read(self.places[first : first + CHUNK]).to(self.device, torch.float32)
+            raw, clean = raw_and_target(maps, self.target)
             with self.lower():
                 predicted = module.predict(raw)
             losses.append(torch.stack([distance(x, clean).mean((1, 2)) for x in (predicted, raw)]))
@@ -86,8 +101,23 @@ def make_denoisers(pairs: PairSet, arch: str, blocks: int, seed: int) -> dict[in
     return denoisers
 
 
-def start_as_static(denoisers: dict[int, Denoiser], reader: PairReader) -> None:
-    """Let transformer blocks start as the best fixed map: PE = mean of clean - raw, the blocks the identity.
+def parts_for(target: str) -> tuple[str, ...]:
+    """The maps of a pair that a target of `TARGETS` is made of, the raw one first."""
+    return ("raw", "clean", "artifacts") if TARGETS[target] else ("raw", "clean")
+
+
+def raw_and_target(maps: Tensor, target: str) -> tuple[Tensor, Tensor]:
+    """Maps (parts, B, layers, K*K, C) of `parts_for(target)` to raw features and target, (B, layers, K*K, C) each."""
+    share = TARGETS[target]
+    if not share:
+        raw, semantics = maps
+        return raw, semantics
+    raw, semantics, artifacts = maps
+    return raw, torch.lerp(semantics, raw - artifacts, share)
+
+
+def start_as_static(denoisers: dict[int, Denoiser], reader: PairReader, target: str) -> None:
+    """Let transformer blocks start as the best fixed map: PE = mean of target - raw, the blocks the identity.
 
     At a learning rate of 2e-4 no entry of the position embedding moves by more than 2e-4 a step, half that on the
     average of a cosine: a short run would be over before the artifacts, whose size is that of the features, are
@@ -95,7 +125,12 @@ def start_as_static(denoisers: dict[int, Denoiser], reader: PairReader) -> None:
     """
     count = len(reader.pairs.files)
     places = list(range(0, count, -(-count // START_PAIRS)))
-    corrections = _mean(reader, places, lambda raw, clean: clean - raw)
+
+    def correction_of(*maps: Tensor) -> Tensor:
+        raw, wanted = raw_and_target(torch.stack(maps), target)
+        return wanted - raw
+
+    corrections = _mean(reader, places, correction_of)
     denoiser: Any
     for denoiser, correction in zip(denoisers.values(), corrections, strict=True):
         with torch.no_grad():

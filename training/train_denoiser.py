@@ -41,7 +41,10 @@ from training.optimisation import (
 from training.options import add_model_arguments, add_training_arguments, run_length
 from training.pair_loader import PairError, PairReader, PairSet, open_pairs, positions, read_batches
 from training.reading_ahead import reading_threads
-from training.stage2 import Stage2, Validation, load_init, make_denoisers, start_as_static, subtract_mean_artifacts
+from training.stage2 import (
+    TARGETS, Stage2, Validation, load_init, make_denoisers, parts_for, raw_and_target, start_as_static,
+    subtract_mean_artifacts,
+)  # fmt: skip
 from training.training_log import TrainingLog
 
 
@@ -52,6 +55,7 @@ class Settings:
     Attributes:
         arch: of `timm_dvt.denoiser.ARCHITECTURES`.
         blocks: transformer blocks of a denoiser.
+        target: of `training.stage2.TARGETS`, what is predicted.
         start: "static" (see `training.stage2.start_as_static`) or "random".
         init: a folder to start from instead.
         steps: optimiser steps.
@@ -65,6 +69,7 @@ class Settings:
 
     arch: str = "block"
     blocks: int = 1
+    target: str = "F"
     start: str = "static"
     init: str | None = None
     steps: int = 1
@@ -113,6 +118,8 @@ def make_parser() -> argparse.ArgumentParser:
                        "mean artifact map subtracted, which needs no training")
     group.add_argument("--blocks", type=int, default=Settings.blocks,
                        help="transformer blocks (default: the paper's %(default)s)")
+    group.add_argument("--target", choices=TARGETS, default=Settings.target,
+                       help="what to predict: the paper's F (default), raw - G, or their mean; see training/stage2.py")
     group.add_argument("--start", choices=("static", "random"), default=Settings.start,
                        help="of a block: from the mean correction, the block an identity (default), or from random "
                        "weights alone; the paper does not say")
@@ -135,7 +142,7 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, ranks: Processes) ->
     count = len(pairs.files)
     steps, batch_size = run_length(args, count, f"{pairs.folder} holds {count} pair", ranks)
     return Settings(
-        args.arch, args.blocks, args.start, args.init, steps, batch_size, args.lr, args.warmup, args.weight_decay,
+        args.arch, args.blocks, args.target, args.start, args.init, steps, batch_size, args.lr, args.warmup, args.weight_decay,
         args.dtype, args.val_fraction, args.seed,
     )
 
@@ -202,7 +209,7 @@ def train(
     """
     keep_freed_memory(large=True)
     training, validation = pairs.split(settings.val_fraction, settings.seed)
-    reader = PairReader(training)
+    reader = PairReader(training, parts_for(settings.target))
     denoisers = make_denoisers(pairs, settings.arch, settings.blocks, settings.seed)
     if settings.arch == "static":
         subtract_mean_artifacts(denoisers, PairReader(training, ("artifacts",), room=0))
@@ -214,11 +221,11 @@ def train(
     if facts is None and settings.init:
         load_init(denoisers, settings.init, pairs, backbone)
     elif facts is None and settings.start == "static" and settings.arch.startswith("block") and ranks.first:
-        start_as_static(denoisers, reader)
+        start_as_static(denoisers, reader, settings.target)
     model = ranks.share(module)
     lower = lower_precision(device, settings.dtype)
     shown = validation if validation.files else training
-    validate = Validation(PairReader(shown), device, lower)
+    validate = Validation(PairReader(shown, parts_for(settings.target)), settings.target, device, lower)
 
     # Nothing is flipped or cropped: artifacts are tied to places, so that a flipped raw map is one that the backbone
     # never gives, and the denoiser would learn the mean of the artifacts and of their mirror image.
@@ -237,7 +244,7 @@ def train(
         for step in range(first, settings.steps):
             lr = learning_rate(step, settings.steps, settings.lr, settings.warmup)
             set_learning_rate(optimizer, lr)
-            raw, clean = next(batches).to(device, torch.float32)
+            raw, clean = raw_and_target(next(batches).to(device, torch.float32), settings.target)
             with lower():
                 losses = model(raw, clean)
             optimizer.zero_grad(set_to_none=True)

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from training.backbone import DTYPES
+from training.command import flush_subnormals
 from training.evaluate.datasets import DATASETS
 from training.evaluate.features import Extractor
 from training.evaluate.runner import TASKS, Request, evaluate, load_task, task_settings
@@ -27,6 +28,7 @@ from training.options import add_model_arguments
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
+    flush_subnormals()
     try:
         return run(args)
     except (ValueError, TypeError, OSError) as error:

@@ -32,6 +32,7 @@ from training.evaluate.splits import Boxes
 KIND = "boxes"
 STATES = ("raw", "denoised")
 FIXED_PE = ("denoised", "both", "none")
+EMBEDDINGS = ("sincos", "artifacts")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Settings:
 
     Attributes:
         decay_from: fractions of the steps from which the rate is a tenth, a hundredth (20,000 and 22,000).
-        fixed_pe: to which maps sinusoidal position embeddings are added: "denoised", "both" or "none".
+        fixed_pe: to which maps fixed position embeddings are added: "denoised", "both" or "none".
+        embedding: "sincos", sinusoidal ones, or "artifacts": what the denoiser removes, in the mean over the training
+            images. They hold the backbone's own position signal, at its own scale.
         width: channels of the pyramid.
         hidden: of the box head.
         proposals: sampled an image to train the box head; anchors sampled are half as many.
@@ -54,6 +57,7 @@ class Settings:
     warmup: int = 100
     decay_from: tuple[float, ...] = (20 / 24, 22 / 24)
     fixed_pe: str = "denoised"
+    embedding: str = "sincos"
     width: int = 256
     hidden: int = 1024
     proposals: int = 512
@@ -152,12 +156,16 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     """mAP (area) and mAP_11 (2007's 11 points), in percent."""
     if settings.fixed_pe not in FIXED_PE:
         raise ValueError(f"fixed_pe must be one of {FIXED_PE}, got {settings.fixed_pe!r}")
+    if settings.embedding not in EMBEDDINGS:
+        raise ValueError(f"embedding must be one of {EMBEDDINGS}, got {settings.embedding!r}")
     training, val = data["train"], data["val"]
     training.extract()
     val.extract()
     classes, size = len(val.split.classes), training.extractor.reader.input_size
-    added = settings.fixed_pe == "both" or settings.fixed_pe == run.state
-    position = fixed_positions(training.grid, training.channels) if added else torch.zeros(())
+    position = torch.zeros(())
+    if settings.fixed_pe in ("both", run.state):
+        learned = settings.embedding == "artifacts"
+        position = mean_artifacts(training) if learned else fixed_positions(training.grid, training.channels)
 
     def read(features: Features, indices: list[int]) -> Tensor:
         return (features.maps(indices, run.state) + position.to(run.device)).to(run.device)
@@ -189,6 +197,14 @@ def fixed_positions(grid: int, channels: int) -> Tensor:
     even = channels // 4 * 4
     positions[..., :even] = build_sincos2d_pos_embed([grid, grid], even).reshape(grid, grid, even)
     return positions
+
+
+def mean_artifacts(features: Features) -> Tensor:
+    """What the denoiser removes, raw - denoised, in the mean over a split: (K, K, C)."""
+    if "denoised" not in features.extractor.states:
+        raise ValueError("embedding=artifacts needs a model with a denoiser")
+    total = sum(maps.double().sum(0) for _, maps in features.batches("artifacts", "mean artifacts"))
+    return (total / len(features)).float()
 
 
 def _target(boxes: Boxes, size: int, device: torch.device) -> dict[str, Tensor]:
