@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         data=Path(args.data),
         out=out,
         cache={"off": None}.get(args.cache, Path(args.cache or out / "features")),
+        pairs=None if args.pairs is None else Path(args.pairs),
         settings=tuple(args.set),
         tags=tuple(args.tag),
         limit=args.limit,
@@ -98,6 +99,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cache", metavar="DIR", help="where features are kept (default: OUT/features); off to keep none"
+    )
+    parser.add_argument(
+        "--pairs", metavar="DIR", help="evaluate stage 1's outputs instead: raw, F, raw - G, their mean, G (Tabs. 1, 5)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="at most N images a split, evenly spread over it")
     parser.add_argument(

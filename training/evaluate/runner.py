@@ -31,9 +31,12 @@ from torch import nn
 import training.evaluate.tasks as package
 from timm_dvt.version import __version__
 from training.evaluate.datasets import open_dataset
+from training.evaluate import pair_features
 from training.evaluate.features import Extractor, Features
+from training.evaluate.pair_features import PairFeatures
 from training.evaluate.tables import summarise, write_json
 
+PAIR_TASKS = ("knn-seg", "linear-seg", "mic", "position")  # those for which --pairs says something
 TASKS = tuple(sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__)))
 
 
@@ -64,6 +67,7 @@ class Request:
     data: Path
     out: Path
     cache: Path | None
+    pairs: Path | None = None
     settings: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     limit: int | None = None
@@ -139,10 +143,15 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
     task = load_task(request.task)
     settings = task_settings(request.task, request.dataset, request.settings)
     splits = open_dataset(request.dataset, request.data, task.KIND)
-    data = {
-        part: Features(extractor, split.limit(request.limit), request.cache, request.batch_size)
-        for part, split in splits.items()
-    }
+    if request.pairs is not None and request.task not in PAIR_TASKS:
+        raise ValueError(f"--pairs is for {', '.join(PAIR_TASKS)}, not for {request.task}")
+    limited = {part: split.limit(request.limit) for part, split in splits.items()}
+    data: dict[str, Any] = {}
+    for part, split in limited.items():
+        if request.pairs is None:
+            data[part] = Features(extractor, split, request.cache, request.batch_size)
+        elif part == "val" or task.KIND != "images":
+            data[part] = PairFeatures(request.pairs, split, extractor, request.batch_size)
     facts = {
         "task": request.task,
         "model": request.model,
@@ -156,16 +165,18 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
         "version": __version__,
     }
     available = {*extractor.states, *(["artifacts"] if "denoised" in extractor.states else [])}
+    wanted = [state for state in task.STATES if state in available]
+    if request.pairs is not None:
+        wanted = [*pair_features.STATES]
     states: dict[str, list[dict[str, float]]] = {}
     seconds = 0.0
-    for state in task.STATES:
-        if state in available:
-            runs = [
-                _run_once(task, data, settings, facts, state, seed, request)
-                for seed in range(request.seed, request.seed + request.repeats)
-            ]
-            states[_label(state, request.model, extractor)] = [run["numbers"] for run in runs]
-            seconds += sum(run["seconds"] for run in runs)
+    for state in wanted:
+        runs = [
+            _run_once(task, data, settings, facts, state, seed, request)
+            for seed in range(request.seed, request.seed + request.repeats)
+        ]
+        states[_label(state, request.model, extractor)] = [run["numbers"] for run in runs]
+        seconds += sum(run["seconds"] for run in runs)
     result = {
         **facts,
         "limit": request.limit,
@@ -177,7 +188,8 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
         "difference": _difference(states),
         "seconds": round(seconds, 1),
     }
-    path = request.out / f"{_slug(request.task, request.dataset, request.model)}-{_key(facts)[:8]}.json"
+    pairs = [] if request.pairs is None else ["pairs"]
+    path = request.out / f"{_slug(request.task, request.dataset, request.model, *pairs)}-{_key(facts)[:8]}.json"
     write_json(path, result)
     return result, path
 
@@ -225,9 +237,10 @@ def _summaries(numbers: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def _difference(states: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    if not {"raw", "denoised"} <= set(states):
+    after = next((state for state in ("denoised", "F") if state in states), None)
+    if after is None or "raw" not in states:
         return {}
-    raw, denoised = states["raw"], states["denoised"]
+    raw, denoised = states["raw"], states[after]
     shared = [name for name in raw[0] if name in denoised[0]]
     return {name: summarise([b[name] - a[name] for a, b in zip(raw, denoised)]) for name in shared}
 

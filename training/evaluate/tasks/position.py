@@ -12,7 +12,7 @@ ones, nothing of that is left; near 1 for what was removed, it was that.
 share/pixels: the share of the images' own patch colours. Where places do mean something (sky above, road below;
 objects that are cut off at the edges) it is above 0, and so may be that of clean features.
 
-All for the last block; of the raw features also for each block, as share/block00 and so on (Figs. 5 and S1).
+All for the last block; of a model's raw features also for each block, as share/block00 and so on (Figs. 5 and S1).
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     size = extractor.reader.input_size
     zero = extractor.reader.mean.cpu().expand(1, 3, size, size)
     pixels = PositionStatistics()
-    if run.state == "raw":
+    every_block = run.state == "raw" and isinstance(features, Features)
+    if every_block:
         reader = FeatureReader(extractor.model, range(extractor.reader.depth), input_size=size, dtype=extractor.dtype)
         read_raw = reader.patch_features
     else:
@@ -107,7 +108,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     statistics = {layer: PositionStatistics() for layer in zeros}
     for start in tqdm(range(0, len(chosen), features.batch_size), desc=f"position ({run.state})", leave=False):
         indices = chosen[start:start + features.batch_size]
-        if run.state == "raw":
+        if every_block:
             images = features.images(indices)
             pixels.add(adaptive_avg_pool2d(images, features.grid).permute(0, 2, 3, 1))
             found = reader.patch_features(images)
@@ -120,7 +121,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         "share": 100 * statistics[last].share(),
         "zero_correlation": correlation(zeros[last], statistics[last].mean_map()),
     }
-    if run.state == "raw":
+    if every_block:
         numbers["share/pixels"] = 100 * pixels.share()
         for layer in zeros:
             numbers[f"share/block{layer:02d}"] = 100 * statistics[layer].share()
