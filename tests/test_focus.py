@@ -136,7 +136,7 @@ def test_switching_off_gives_the_backbone_bit_for_bit(model):
 @needs_focus
 @torch.no_grad()
 def test_what_the_denoiser_leaves_is_not_what_the_zero_image_shows(model):
-    """At a quarter of the area, so that it takes seconds: the mean map of random images against the raw zero image's."""
+    """At a quarter of the area, for speed: the mean map of random images against the raw zero image's."""
     images = torch.nn.functional.interpolate(torch.randn(6, 3, 16, 16), 252, mode="bicubic")
 
     def tokens(pixels):

@@ -40,8 +40,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="draw features with the denoiser off and on",
         description="Draw a model's features of images with its denoiser off and on: as colours (PCA), in groups "
-        "(k-means), their length, their similarity to the patch in the middle, and what was removed. Prints shapes, times "
-        "and the file written.",
+        "(k-means), their length, their similarity to the patch in the middle, and what was removed. Prints shapes, "
+        "times and the file written.",
     )
     demo.add_argument("images", nargs="*", help="image files (default: two photographs that come with the package)")
     demo.add_argument(

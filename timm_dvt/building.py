@@ -111,8 +111,9 @@ def _backbone(variant: Variant, cfg: dict, checkpoint: Checkpoint | None, cache_
         _load_backbone(model, checkpoint, cfg)
         return model
     tag = split_model_name_tag(variant.backbone)[1]
+    build = model_entrypoint(variant.architecture)  # routed: the tag may be a backbone's of ours
     try:
-        return model_entrypoint(variant.architecture)(pretrained=True, pretrained_cfg=tag or None, cache_dir=cache_dir, **kwargs)
+        return build(pretrained=True, pretrained_cfg=tag or None, cache_dir=cache_dir, **kwargs)
     except WeightsNotFoundError:
         raise
     except Exception as e:  # the client raises its own, the network library's and the system's errors

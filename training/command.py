@@ -26,8 +26,8 @@ def help_from(doc: str | None) -> dict[str, Any]:
 def flush_subnormals() -> None:
     """Let this process's CPU take numbers below 1e-38 for 0, which they are to any training.
 
-    Second moments of AdamW get there (they are squares of gradients), and some processors are ten to twenty times slower
-    on them. To be called before threads compute: they take the setting over from the one that starts them.
+    Second moments of AdamW get there (they are squares of gradients), and some processors are ten to twenty times
+    slower on them. To be called before threads compute: they take the setting over from the one that starts them.
     """
     torch.set_flush_denormal(True)
 

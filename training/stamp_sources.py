@@ -91,7 +91,10 @@ def load_sources(split: str, share: str | Path = SHARE, size: int = 518) -> Sour
     stamps = _stamp_files(_need(share / STAMPS))
     return Sources(
         photos=[_open_photo(path, round(_PHOTO_SIDE * size)) for path in _photo_part(photos, split)],
-        stamps=[[_open_stamp(path, round(_LARGEST_STAMP * size)) for path in _part(stamps[name], split)] for name in STAMP_CLASSES],
+        stamps=[
+            [_open_stamp(path, round(_LARGEST_STAMP * size)) for path in _part(stamps[name], split)]
+            for name in STAMP_CLASSES
+        ],
         clothes=_clothes(_need(share / CLOTHES), split),
     )
 

@@ -142,8 +142,8 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, ranks: Processes) ->
     count = len(pairs.files)
     steps, batch_size = run_length(args, count, f"{pairs.folder} holds {count} pair", ranks)
     return Settings(
-        args.arch, args.blocks, args.target, args.start, args.init, steps, batch_size, args.lr, args.warmup, args.weight_decay,
-        args.dtype, args.val_fraction, args.seed,
+        args.arch, args.blocks, args.target, args.start, args.init, steps, batch_size, args.lr, args.warmup,
+        args.weight_decay, args.dtype, args.val_fraction, args.seed,
     )
 
 

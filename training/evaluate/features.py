@@ -8,9 +8,10 @@ ones of the raw ones. On disk they lie in half precision, `SHARD` images a safet
     CACHE/OTHER/000003.safetensors      a denoiser's: "denoised" (n, K, K, C)
 
 A key covers all that decides the numbers: weights, sizes, precision, the images and their files' sizes and times.
-Denoisers of one backbone share its features: to compare several, the backbone runs once. A shard is there whole or not at all, so a killed run goes on at the shard it died in, and two runs at
-once do some work twice but no harm. Without a cache, or before `extract` has filled it, the backbone runs whenever
-features are read; they are rounded to half precision then too, so that both ways give the same numbers.
+Denoisers of one backbone share its features: to compare several, the backbone runs once. A shard is there whole or not
+at all, so a killed run goes on at the shard it died in, and two runs at once do some work twice but no harm. Without a
+cache, or before `extract` has filled it, the backbone runs whenever features are read; they are rounded to half
+precision then too, so that both ways give the same numbers.
 """
 
 from __future__ import annotations

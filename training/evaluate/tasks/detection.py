@@ -203,7 +203,9 @@ def mean_artifacts(features: Features) -> Tensor:
     """What the denoiser removes, raw - denoised, in the mean over a split: (K, K, C)."""
     if "denoised" not in features.extractor.states:
         raise ValueError("embedding=artifacts needs a model with a denoiser")
-    total = sum(maps.double().sum(0) for _, maps in features.batches("artifacts", "mean artifacts"))
+    total = torch.zeros(features.grid, features.grid, features.channels, dtype=torch.float64)
+    for _, maps in features.batches("artifacts", "mean artifacts"):
+        total += maps.double().sum(0).cpu()
     return (total / len(features)).float()
 
 
