@@ -81,16 +81,17 @@ def card(
     license = variant.license or "other"
     repo = repo_id or f"{NAMESPACE}/{variant.name}"
     results, images = published.results(variant), published.trained_on(variant)
+    base_link = f"[{base}](https://huggingface.co/{base})" if base else f"`{variant.backbone}`"
     content = "backbone and denoiser" if not variant.distilled else "the whole ViT"
     if denoiser_only:
-        content = f"the denoiser; the backbone's own weights are fetched from [{base}](https://huggingface.co/{base})"
+        content = f"the denoiser; the backbone's own weights are those of {base_link}"
     text = ModelCard.from_template(
         _data(variant, license, base, images, results),
         template_str=(resources.files("timm_dvt") / "assets" / "card.md").read_text(encoding="utf-8"),
         name=variant.name,
         note="" if repo_id else NOTE,
         repo_id=repo,
-        base=f"[{base}](https://huggingface.co/{base})" if base else f"`{variant.backbone}`",
+        base=base_link,
         license=license,
         license_note=_license_note(variant, license),
         source=_source(variant),
