@@ -53,6 +53,9 @@ def test_targets_are_f_and_shares_of_the_residual():
         given, target = raw_and_target(torch.stack([raw, semantics, artifacts]), name)
         assert torch.equal(given, raw)
         torch.testing.assert_close(target.double(), want, atol=1e-6, rtol=0)
+    _, target = raw_and_target(torch.stack([raw, semantics, artifacts]), "rescaled")
+    torch.testing.assert_close(target.norm(dim=-1), (raw - artifacts).norm(dim=-1))
+    assert torch.cosine_similarity(target, semantics, dim=-1).min() > 1 - 1e-6
 
 
 @pytest.mark.parametrize("target, share", [("F", 0.0), ("mean", 0.5), ("raw-G", 1.0)])

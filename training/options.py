@@ -42,7 +42,7 @@ def add_stage1_arguments(parser: argparse.ArgumentParser, views: int = Stage1Set
         help="linear: least squares, seconds an image (default); field: the paper's neural fields",
     )
     group.add_argument(
-        "--views", type=int, default=views, help="forward passes an image (default: %(default)s)"
+        "--views", type=int, default=views, help="forward passes an image (default: %(default)s; the paper's: 768)"
     )
     group.add_argument(
         "--area",

@@ -15,22 +15,35 @@ from training.optimisation import distance
 from training.pair_loader import PairError, PairReader, PairSet
 from training.training_log import TrainingLog
 
-# What stage 2 learns to predict, as the share of the residual that is added to F; a pair is raw = F + G + residual.
-#
-#     F        the paper's target (Eq. 11): what the views of an image agree on
-#     mean     F + residual / 2 = (F + raw - G) / 2
-#     raw-G    F + residual = raw - G: only what is tied to places is taken away
-#
-# F is an average over crops, so it lacks what single views scatter in, noise, and what only the whole image shows,
-# content. A regression learns the mean of its target given the raw map, and raw = F + G + residual is given: a block
-# that knows F and G knows the residual. So trained on F + s * residual it comes to (1 - s) F + s (raw - G), a mixture
-# of the denoised map and of the raw one without its artifacts.
-TARGETS = {"F": 0.0, "mean": 0.5, "raw-G": 1.0}
-
 PICTURES = 4  # pairs in a picture
 MOST_VALIDATION = 512  # pairs that a validation reads
 START_PAIRS = 2000  # the mean of so many correction maps is known to 2% of their spread
 CHUNK = 16  # pairs in memory at once while a mean is taken
+
+
+def _rescaled(raw: Tensor, semantics: Tensor, artifacts: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(raw - artifacts, dim=-1, keepdim=True)
+    return semantics * (length / torch.linalg.vector_norm(semantics, dim=-1, keepdim=True).clamp_min(1e-6))
+
+
+# What stage 2 learns to predict, from a pair's raw = F + G + residual, each (..., C).
+#
+#     F         the paper's target (Eq. 11): what the views of an image agree on
+#     rescaled  F |raw - G| / |F|: the direction that the views agree on, at the length that the whole image has
+#     mean      (F + raw - G) / 2 = F + residual / 2
+#     raw-G     F + residual: only what is tied to places is taken away
+#
+# F is an average over crops, and the average of vectors that disagree is shorter than they are: where crops see a thing
+# differently, an object above all, F is short, and a token's length says no more what stands out in the image.
+# `rescaled` gives the length back. The last two are mixtures: a regression learns the mean of its target given the raw
+# map, and a block that knows F and G knows the residual, so trained on F + s * residual it comes to
+# (1 - s) F + s (raw - G).
+TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "F": lambda raw, semantics, artifacts: semantics,
+    "rescaled": _rescaled,
+    "mean": lambda raw, semantics, artifacts: torch.lerp(semantics, raw - artifacts, 0.5),
+    "raw-G": lambda raw, semantics, artifacts: raw - artifacts,
+}
 
 
 class Stage2(nn.Module):
@@ -103,17 +116,13 @@ def make_denoisers(pairs: PairSet, arch: str, blocks: int, seed: int) -> dict[in
 
 def parts_for(target: str) -> tuple[str, ...]:
     """The maps of a pair that a target of `TARGETS` is made of, the raw one first."""
-    return ("raw", "clean", "artifacts") if TARGETS[target] else ("raw", "clean")
+    return ("raw", "clean") if target == "F" else ("raw", "clean", "artifacts")
 
 
 def raw_and_target(maps: Tensor, target: str) -> tuple[Tensor, Tensor]:
     """Maps (parts, B, layers, K*K, C) of `parts_for(target)` to raw features and target, (B, layers, K*K, C) each."""
-    share = TARGETS[target]
-    if not share:
-        raw, semantics = maps
-        return raw, semantics
-    raw, semantics, artifacts = maps
-    return raw, torch.lerp(semantics, raw - artifacts, share)
+    raw, semantics = maps[0], maps[1]
+    return raw, TARGETS[target](raw, semantics, maps[-1])
 
 
 def start_as_static(denoisers: dict[int, Denoiser], reader: PairReader, target: str) -> None:

@@ -119,7 +119,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--blocks", type=int, default=Settings.blocks,
                        help="transformer blocks (default: the paper's %(default)s)")
     group.add_argument("--target", choices=TARGETS, default=Settings.target,
-                       help="what to predict: the paper's F (default), raw - G, or their mean; see training/stage2.py")
+                       help="what to predict: the paper's F, F at the length of raw - G, raw - G, or the mean of "
+                       "the first and the last (default: %(default)s); see training/stage2.py")
     group.add_argument("--start", choices=("static", "random"), default=Settings.start,
                        help="of a block: from the mean correction, the block an identity (default), or from random "
                        "weights alone; the paper does not say")

@@ -204,7 +204,7 @@ def _run_once(
     request: Request,
 ) -> dict[str, Any]:
     """{"numbers", "seconds"} of one state and seed, or what an earlier run found for exactly this."""
-    key = _key({**facts, "state": state, "seed": seed})[:20]
+    key = _key({**_facts_of(state, facts), "state": state, "seed": seed})[:20]
     done = request.out / "parts" / f"{key}.json"
     if done.exists():
         return json.loads(done.read_text())
@@ -216,6 +216,15 @@ def _run_once(
     write_json(done, found)
     checkpoint.unlink(missing_ok=True)
     return found
+
+
+def _facts_of(state: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the numbers of a state. Those of raw features are a backbone's, whatever denoiser is beside it."""
+    if state != "raw" or facts["settings"].get("embedding") == "artifacts":
+        return dict(facts)
+    keys = {part: {name: key for name, key in keys.items() if name != "denoised"}
+            for part, keys in facts["features"].items()}  # fmt: skip
+    return {name: fact for name, fact in facts.items() if name not in ("model", "parameters")} | {"features": keys}
 
 
 def _known_tags(model: str) -> dict[str, str]:
