@@ -98,6 +98,18 @@ def test_repeats_give_a_spread_and_seeds_are_reproducible(model, data, tmp_path)
     assert again["states"]["raw"]["mIoU"]["values"] == [summary["values"][1]]
 
 
+def test_raw_features_are_evaluated_once_for_all_denoisers_of_a_backbone(model, data, tmp_path):
+    other = timm.create_model(model, pretrained=True)
+    other.denoiser.pos_embed.data += 1
+    timm_dvt.save_pretrained(other, tmp_path / "other", model_args=ARGS)
+    first = evaluate("knn-seg", "stamps", model, data, tmp_path / "out")["knn-seg"]
+    assert len(list((tmp_path / "out" / "parts").glob("*.json"))) == 2
+    evaluate("knn-seg", "stamps", f"local-dir:{tmp_path / 'other'}", data, tmp_path / "out")
+    assert len(list((tmp_path / "out" / "parts").glob("*.json"))) == 3
+    results = [json.loads(path.read_text())["states"]["raw"] for path in (tmp_path / "out").glob("*.json")]
+    assert results == [first["states"]["raw"]] * 2
+
+
 def test_without_a_cache_the_numbers_are_the_same(model, data, tmp_path):
     kept = evaluate("linear-seg", "stamps", model, data, tmp_path / "a")["linear-seg"]
     streamed = evaluate("linear-seg", "stamps", model, data, tmp_path / "b", "--cache", "off")["linear-seg"]
