@@ -84,7 +84,7 @@ def card(
     base_link = f"[{base}](https://huggingface.co/{base})" if base else f"`{variant.backbone}`"
     content = "backbone and denoiser" if not variant.distilled else "the whole ViT"
     if denoiser_only:
-        content = f"the denoiser; the backbone's own weights are those of {base_link}"
+        content = f"the denoiser; the backbone's own weights are fetched from {base_link}"
     text = ModelCard.from_template(
         _data(variant, license, base, images, results),
         template_str=(resources.files("timm_dvt") / "assets" / "card.md").read_text(encoding="utf-8"),
