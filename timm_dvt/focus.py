@@ -31,7 +31,6 @@ CONFIG: Any = replace(
     tag="focus",
     url="",
     hf_hub_id=None,
-    origin_url=f"https://pypi.org/project/{PACKAGE}/{VERSION}/",
 )
 
 
