@@ -35,7 +35,7 @@ from training.progress import Progress, is_first_process
 from training.shared_folder import OutputError
 
 # Of one image of many. Stage 2 learns the mean over images: with DINOv2-S, 27 composed images of 16 views and
-# 53 of 8 gave denoisers that are level in k-NN, linear probe and matching. The paper's is 768 (Stage1Settings.views).
+# 53 of 8 gave denoisers that are level in k-NN (README). The paper's is 768 (Stage1Settings.views).
 VIEWS = 32
 
 # What costs one image its pair, while the others go on.
