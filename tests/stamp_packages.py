@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training.stamp_sources import STAMP_CLASSES
+from training.common.stamp_sources import STAMP_CLASSES
 
 
 def fabricate(root: Path) -> Path:

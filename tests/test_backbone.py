@@ -6,7 +6,7 @@ import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
-from training.backbone import FeatureReader, default_input_size
+from training.common.backbone import FeatureReader, default_input_size
 
 SMALL = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
 

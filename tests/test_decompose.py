@@ -8,10 +8,10 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from training.conditioning import IllConditioned
-from training.decompose import Decomposition, NonFiniteFeatures, Stage1Settings, decompose
-from training.field import FieldSettings
-from training.views import patch_centres
+from training.common.views import patch_centres
+from training.stage1.conditioning import IllConditioned
+from training.stage1.decompose import Decomposition, NonFiniteFeatures, Stage1Settings, decompose
+from training.stage1.field.field import FieldSettings
 
 
 def patch_means(pos_scale: float = 0.0, pixels: int = 64) -> VisionTransformer:

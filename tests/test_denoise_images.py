@@ -8,10 +8,10 @@ from PIL import Image
 
 from tests.stage1 import contents, draw_images, read_lines, run
 from training import denoise_images
-from training.decompose import Stage1Settings, decompose
-from training.images import load_image
-from training.models import load_model
-from training.pairs import read_header, read_index, read_pair, read_settings
+from training.common.images import load_image
+from training.common.models import load_model
+from training.pairs.folder import read_header, read_index, read_pair, read_settings
+from training.stage1.decompose import Stage1Settings, decompose
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

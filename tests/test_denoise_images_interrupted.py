@@ -12,8 +12,9 @@ from PIL import Image
 
 from tests.processes import start, torchrun
 from tests.stage1 import SLOW, contents, draw_images, read_lines, run
-from training import denoise_images, shared_folder
-from training.pairs import read_index
+from training import denoise_images
+from training.common import shared_folder
+from training.pairs.folder import read_index
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,7 +99,7 @@ def test_an_image_whose_process_died_is_taken_over(images, tmp_path):
     out = tmp_path / "out"
     script = """
 import os, sys, time
-from training.shared_folder import SharedFolder
+from training.common.shared_folder import SharedFolder
 with SharedFolder(sys.argv[1]) as folder, folder.claim("a/0.png"):
     print("claimed", flush=True)
     time.sleep(2)

@@ -13,8 +13,8 @@ from PIL import Image
 import timm_dvt
 from tests.processes import kill_at_random_moments, same, start, torchrun, weights
 from training import distill
-from training.image_crops import CropReader
-from training.images import list_images
+from training.common.images import list_images
+from training.stage3.crops import CropReader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = ("--batch-size", "2", "--lr", "1e-3", "--steps", "12", "--checkpoint-every", "3")

@@ -8,7 +8,6 @@ import timm_dvt
 from tests import small_datasets
 from training.evaluate.datasets import open_dataset
 from training.evaluate.features import SHARD, Extractor, Features
-from training.evaluate.probe import draw
 
 
 def model(name="vit_tiny_patch16_224", **kwargs):
@@ -114,12 +113,3 @@ def test_a_full_disk_is_found_out_before_the_work(split, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 9, 1))
     with pytest.raises(ValueError, match="--cache off"):
         Features(Extractor(model()), split, tmp_path).extract()
-
-
-def test_each_image_is_drawn_once_an_epoch_whatever_step_one_starts_at():
-    steps = [draw(10, 3, step, seed=1) for step in range(6)]
-    for epoch in (steps[:3], steps[3:]):
-        drawn = [i for batch in epoch for i in batch]
-        assert len(set(drawn)) == len(drawn) == 9
-    assert steps[0] != steps[3] and draw(10, 3, 4, seed=1) == steps[4] and draw(10, 3, 4, seed=2) != steps[4]
-    assert len(draw(2, 16, 0, 0)) == 2

@@ -9,12 +9,12 @@ import torch
 import timm_dvt
 from tests import small_datasets
 from training import denoise_images
+from training.common.images import Fingerprint, Source, read_file
 from training.evaluate.__main__ import main
 from training.evaluate.datasets import open_dataset
 from training.evaluate.features import Extractor
 from training.evaluate.pair_features import STATES, PairFeatures
-from training.images import Fingerprint, Source, read_file
-from training.pairs import PairFolder
+from training.pairs.folder import PairFolder
 
 ARGS = {"img_size": 64, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 0}
 

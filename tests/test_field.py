@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import training.field as field_module
-import training.field_losses as field_losses
-from training.field import FieldSettings, fit_field
-from training.field_losses import distance_loss, reconstruction_loss
-from training.hashgrid import HashGridSettings
+import training.stage1.field.field as field_module
+import training.stage1.field.losses as field_losses
+from training.stage1.field.field import FieldSettings, fit_field
+from training.stage1.field.hashgrid import HashGridSettings
+from training.stage1.field.losses import distance_loss, reconstruction_loss
 
 GRID = HashGridSettings(levels=4, log2_hashmap_size=12)
 SETTINGS = FieldSettings(steps=600, batch=512, grid=GRID)

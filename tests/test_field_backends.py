@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import training.field_backends as field_backends
-from training.field import FieldSettings, fit_field
-from training.field_backends import TinyCudaTrainer, TorchTrainer, grid_trainer
-from training.hashgrid import HashGrid, HashGridSettings, TouchedEntries
+import training.stage1.field.backends as field_backends
+from training.stage1.field.backends import TinyCudaTrainer, TorchTrainer, grid_trainer
+from training.stage1.field.field import FieldSettings, fit_field
+from training.stage1.field.hashgrid import HashGrid, HashGridSettings, TouchedEntries
 
 GRID = HashGridSettings(levels=3, features=2, log2_hashmap_size=9, per_level_scale=1.5)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.hashgrid import AllEntries, HashGrid, HashGridSettings, TouchedEntries, grid_levels
-from training.touched_adam import TouchedAdam
+from training.stage1.field.hashgrid import AllEntries, HashGrid, HashGridSettings, TouchedEntries, grid_levels
+from training.stage1.field.touched_adam import TouchedAdam
 
 # Name: settings and which of the levels they should hash.
 GRIDS = {

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from training.banded import BandedFactor, roughness, roughness_diagonals, roughness_probes
-from training.conditioning import IllConditioned, check_views
-from training.evidence import Strengths, factorise, solve
-from training.linear import LinearSettings, LinearSolver
-from training.scenes import Regime, Scene, relative_error
-from training.sums import Sums, interpolate
-from training.views import Views, patch_centres, sample_views, view_axes, whole_view
+from training.benchmark.scenes import Regime, Scene, relative_error
+from training.common.views import Views, patch_centres, sample_views, view_axes, whole_view
+from training.stage1.conditioning import IllConditioned, check_views
+from training.stage1.linear.banded import BandedFactor, roughness, roughness_diagonals, roughness_probes
+from training.stage1.linear.evidence import Strengths, factorise, solve
+from training.stage1.linear.normal_equations import Sums, interpolate
+from training.stage1.linear.solver import LinearSettings, LinearSolver
 
 GRID, NODES, CHANNELS = 4, 7, 3
 
@@ -244,9 +244,9 @@ def test_sums_of_a_sketch_are_those_of_the_sketched_features():
 @pytest.mark.parametrize("outlier_size", [6.0, 50.0])
 def test_a_sketch_of_the_channels_costs_no_accuracy(monkeypatch, outlier_size):
     regime = Regime("blobby", "high", grid=8, channels=256, outliers=0.05, outlier_size=outlier_size)
-    monkeypatch.setattr("training.linear.SKETCH", 256)
+    monkeypatch.setattr("training.stage1.linear.solver.SKETCH", 256)
     _, error, artifact_error, fit = run(regime, 40)
-    monkeypatch.setattr("training.linear.SKETCH", 96)
+    monkeypatch.setattr("training.stage1.linear.solver.SKETCH", 96)
     _, sketched_error, sketched_artifact_error, sketched = run(regime, 40)
     assert not torch.equal(fit.nodal, sketched.nodal)
     assert sketched_error < 1.02 * error and sketched_artifact_error < 1.02 * artifact_error

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from training.models import load_model, pick_device, weights_digest
+from training.common.models import load_model, pick_device, weights_digest
 
 
 def test_random_weights_are_the_same_for_the_same_seed():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.pairs import write_pairs
-from training.pair_loader import PairReader, open_pairs, positions, read_batches
+from training.loop.order import positions
+from training.pairs.reader import PairReader, open_pairs, read_batches
 
 
 def test_every_epoch_visits_every_pair_once_in_another_order_that_step_and_seed_decide():
@@ -23,7 +24,7 @@ def test_without_workers_the_next_batch_is_announced_and_what_is_kept_is_not(tmp
     monkeypatch.setattr(os, "posix_fadvise", lambda *given: advised.append(os.fstat(given[0]).st_ino), raising=False)
     pairs = open_pairs(write_pairs(tmp_path))
     nodes = [(pairs.folder / file).stat().st_ino for file in pairs.files]
-    reader = PairReader(pairs, room=0)
+    reader = PairReader(pairs, cache_bytes=0)
     list(read_batches(reader, lambda step: [step, step + 1], range(3), torch.float32, workers=0))
     assert advised == [nodes[place] for place in (1, 2, 2, 3)]
     advised.clear()
@@ -37,7 +38,7 @@ def test_without_workers_the_next_batch_is_announced_and_what_is_kept_is_not(tmp
 
 def test_pairs_kept_in_memory_are_those_on_disk(tmp_path):
     found = open_pairs(write_pairs(tmp_path))
-    kept, read = PairReader(found), PairReader(found, room=0)
+    kept, read = PairReader(found), PairReader(found, cache_bytes=0)
     for _ in range(2):
         assert torch.equal(kept.read([3, 1, 3]), read.read([3, 1, 3]))
     assert len(kept._kept) == 2 and not read._kept
@@ -46,7 +47,7 @@ def test_pairs_kept_in_memory_are_those_on_disk(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(tmp_path, workers):
     """However far the threads are ahead: the memory they write to is that of batches that are done with."""
-    reader = PairReader(open_pairs(write_pairs(tmp_path)), room=0)
+    reader = PairReader(open_pairs(write_pairs(tmp_path)), cache_bytes=0)
     count = len(reader.pairs.files)
     steps = range(3, 20)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from training.images import Source, read_file
-from training.pairs import (
+from training.common.images import Source, read_file
+from training.pairs.folder import (
     PairFolder,
     ValueTooLarge,
     pair_file,

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from training.reading_ahead import read_ahead, reading_threads
+from training.loop.reading_ahead import read_ahead, reading_threads
 
 
 def test_reading_ahead_keeps_the_order_and_raises_where_the_error_belongs():

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from training.published import DINOV2, LOST07, PUBLISHED, VOC
+from training.evaluate.published import DINOV2, LOST07, PUBLISHED, VOC
 from training.report import main, read_rows
 
 

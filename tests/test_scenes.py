@@ -7,8 +7,8 @@ import torch
 
 from training.benchmark import stage1
 from training.benchmark._stage1_real import position_share
-from training.scenes import REGIMES, Regime, Scene, relative_error
-from training.views import view_axes
+from training.benchmark.scenes import REGIMES, Regime, Scene, relative_error
+from training.common.views import view_axes
 
 
 @pytest.mark.parametrize("name", [name for name, regime in REGIMES.items() if regime.grid == 14])

@@ -9,7 +9,7 @@ from scipy.ndimage import binary_erosion
 
 from tests.stamp_packages import fabricate
 from training import stamps
-from training.stamp_sources import CLASSES, CLOTHES_CLASSES, STAMP_CLASSES, SourcesMissing, load_sources
+from training.common.stamp_sources import CLASSES, CLOTHES_CLASSES, STAMP_CLASSES, SourcesMissing, load_sources
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,11 @@ from PIL import Image
 from tests.pairs import change_pair, make_maps, pair_path, write_pairs
 from tests.processes import same, weights
 from tests.stage2 import denoiser_weights, run
-from training.optimisation import distance, learning_rate, make_adamw
-from training.pair_loader import open_pairs, positions
-from training.stage2 import raw_and_target
+from training.loop.distance import distance
+from training.loop.optimisation import make_adamw
+from training.loop.order import positions
+from training.pairs.reader import open_pairs
+from training.stage2.targets import raw_and_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,13 +75,6 @@ def test_a_run_starts_from_the_mean_correction_to_its_target(target, share, tmp_
     assert run(folder, out, "--target", target, "--lr", "0", "--steps", "1", "--val-fraction", "0") == 0
     assert torch.allclose(denoiser_weights(out)["denoiser.pos_embed"][0], want, atol=4e-3)  # pairs in half precision
     assert json.loads((out / "settings.json").read_text())["target"] == target
-
-
-def test_the_learning_rate_is_a_cosine_to_zero_behind_a_straight_rise():
-    assert learning_rate(0, 100, 2e-4) == 2e-4
-    assert learning_rate(50, 100, 2e-4) == pytest.approx(1e-4)
-    assert learning_rate(99, 100, 2e-4) == pytest.approx(2e-4 * (1 + math.cos(math.pi * 0.99)) / 2)
-    assert [learning_rate(step, 14, 1.0, 4) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 def test_position_embedding_norms_and_biases_are_not_decayed():

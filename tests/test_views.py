@@ -5,8 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from training.views import (
-    Views, patch_centres, render_views, sample_views, shrink_for_views, view_axes, whole_view,
+from training.common.views import (
+    Views,
+    patch_centres,
+    render_views,
+    sample_views,
+    shrink_for_views,
+    view_axes,
+    whole_view,
 )
 
 

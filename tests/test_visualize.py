@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from training import video, visualize
-from training.backbone import FeatureReader
 from timm_dvt.colors import fit_projection
-from training.decompose import Stage1Settings
-from training.images import list_images, load_image
-from training.models import load_model
-from training.panels import Row, draw_stage1
-from training.video import draw_video, frame_rate, read_frames, side_by_side
+from training import visualize
+from training.common.backbone import FeatureReader
+from training.common.images import list_images, load_image
+from training.common.models import load_model
+from training.figures import video
+from training.figures.panels import Row, draw_stage1
+from training.figures.video import draw_video, frame_rate, read_frames, side_by_side
+from training.stage1.decompose import Stage1Settings
 from training.visualize import positional_maps, video_maps
 
 SMALL = ["--model", "test_vit", "--no-pretrained", "--input-size", "64", "--views", "24"]

@@ -5,47 +5,44 @@
 
 Kill it whenever you like, and run the same command again to continue: the result is that of an uninterrupted
 run. Processes that are started by hand on the same OUT, here or on other machines, share the work. What
-lies in OUT, and how this goes to a million images, is described in training/pairs.py.
+lies in OUT, and how this goes to a million images, is described in training/pairs/folder.py.
 
 Exit code: 0 every image has its pair; 1 some have not, see OUT/failures.jsonl; 2 the command is wrong or does
 not fit what OUT was begun with; 3 OUT cannot be written (disk full); 130 stopped by Ctrl-C.
 """
 
 import argparse
-import hashlib
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
-from training.backbone import FeatureReader
-from training.command import complain, help_from
-from training.conditioning import IllConditioned
-from training.decompose import SOLVERS, Decomposition, NonFiniteFeatures, Stage1Settings, decompose
-from training.images import Fingerprint, ImageError, Source, decode_image, list_images, read_file
-from training.models import load_model, pick_device, weights_digest
-from training.options import add_model_arguments, add_stage1_arguments, stage1_settings
-from training.pairs import FAILURES, PRECISIONS, PairFolder, ValueTooLarge
-from training.progress import Progress, is_first_process
-from training.shared_folder import OutputError
+from training.common.backbone import FeatureReader
+from training.common.command import add_model_arguments, complain, help_from
+from training.common.images import Fingerprint, Source, decode_image, list_images, read_file
+from training.common.memory import keep_freed_memory
+from training.common.models import load_model, pick_device, weights_digest
+from training.common.shared_folder import OutputError
+from training.pairs.folder import FAILURES, PRECISIONS, PairFolder
+from training.stage1.decompose import SOLVERS, Stage1Settings, decompose
+from training.stage1.one_image import IMAGE_ERRORS, image_seed, pair_maps
+from training.stage1.options import add_stage1_arguments, stage1_settings
+from training.stage1.progress import Progress, is_first_process
 
 # Of one image of many. Stage 2 learns the mean over images: with DINOv2-S, 27 composed images of 16 views and
 # 53 of 8 gave denoisers that are level in k-NN (README). The paper's is 768 (Stage1Settings.views).
 VIEWS = 32
-
-# What costs one image its pair, while the others go on.
-IMAGE_ERRORS = (ImageError, NonFiniteFeatures, IllConditioned, ValueTooLarge)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    keep_freed_memory()
     try:
         sources = list_images(args.images, args.limit)
         device = pick_device(args.device)
@@ -188,16 +185,6 @@ def _denoise_one(
         _say(source, "stopped at this image")  # the traceback alone would not name it
         raise
     return None
-
-
-def image_seed(seed: int, digest: str) -> int:
-    """An image's own seed, from the run's and its file's sha256: the same in any order, on any process."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {digest}".encode()).digest()[:7], "big")
-
-
-def pair_maps(parts: Decomposition) -> dict[str, torch.Tensor]:
-    """The maps that a pair keeps; not the residual: with the linear solver it is raw - clean - artifacts."""
-    return {"raw": parts.raw, "clean": parts.semantics, "artifacts": parts.artifacts}
 
 
 def _say(source: Source, message: str) -> None:

@@ -36,47 +36,35 @@ from torch import Tensor, nn
 
 from timm_dvt.model import remove_denoiser
 from timm_dvt.saving import save_plain
-from training.checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
-from training.command import exit_code, help_from, only_run
-from training.distributed import ALONE, Processes, processes
-from training.image_crops import CropReader
-from training.images import Source, list_images
-from training.memory import keep_freed_memory
-from training.models import load_model, pick_device, weights_digest
-from training.optimisation import (
-    diverged, learning_rate, loss_limit, lower_precision, make_adamw, set_learning_rate,
-)  # fmt: skip
-from training.options import add_model_arguments, add_training_arguments, run_length
-from training.pair_loader import positions, split_places
-from training.reading_ahead import read_ahead, reading_threads
-from training.stage3 import MOST_VALIDATION, Student, Validation, freeze_unused
-from training.training_log import TrainingLog
+from training.common.command import add_model_arguments, help_from
+from training.common.images import Source, list_images
+from training.common.models import load_model, pick_device, weights_digest
+from training.figures.rows import draw_rows
+from training.loop.checkpoints import CHECKPOINT, Diverged
+from training.loop.distance import loss_limit
+from training.loop.distributed import ALONE, Processes, join_processes
+from training.loop.entry import exit_code, only_run
+from training.loop.log import TrainingLog
+from training.loop.optimisation import autocast, make_adamw
+from training.loop.options import add_training_arguments, run_length
+from training.loop.order import positions, split_places
+from training.loop.reading_ahead import read_ahead, reading_threads
+from training.loop.run import resume, run_steps
+from training.loop.settings import TrainingSettings
+from training.stage3.crops import CropReader
+from training.stage3.student import MOST_VALIDATION, Student, Validation, freeze_unused
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainingSettings):
     """All that decides the weights a run ends with, beside the model and the images.
 
     Attributes:
         input_size: side of the square inputs in pixels.
-        steps: optimiser steps.
-        batch_size: images a step, over all processes.
-        lr, warmup: the schedule's peak, and steps to reach it.
-        weight_decay: of AdamW, on matrices.
-        dtype: "float32", or "bfloat16" for autocast.
-        val_fraction: of the images, not trained on.
-        seed: of split, order and crops.
     """
 
     input_size: int
-    steps: int = 1
-    batch_size: int = 64
-    lr: float = 1e-4
-    warmup: int = 0
     weight_decay: float = 1e-5
-    dtype: str = "float32"
-    val_fraction: float = 0.05
-    seed: int = 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,13 +78,14 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     sources = list_images(args.images)
     teacher = load_teacher(args.model, args.pretrained, args.seed)
-    with processes(device) as ranks:
-        settings = make_settings(args, teacher, sources, ranks)
-        with only_run(args.out, ranks, lambda: describe(args, teacher, sources, settings)) as folder:
+    with join_processes(device) as processes:
+        settings = make_settings(args, teacher, sources, processes)
+        with only_run(args.out, processes, lambda: describe(args, teacher, sources, settings)) as folder:
             student = train(
-                teacher, sources, settings, folder, device, ranks, args.workers, args.checkpoint_every, args.val_every
+                teacher, sources, settings, folder, device, processes,
+                args.workers, args.checkpoint_every, args.val_every,
             )
-            if ranks.first:
+            if processes.first:
                 save_plain(student.cpu(), folder, teacher.backbone_name)
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
 
@@ -129,7 +118,9 @@ def load_teacher(name: str, pretrained: bool, seed: int) -> Any:
     return teacher
 
 
-def make_settings(args: argparse.Namespace, teacher: Any, sources: list[Source], ranks: Processes) -> Settings:
+def make_settings(
+    args: argparse.Namespace, teacher: Any, sources: list[Source], processes: Processes
+) -> Settings:
     """The settings of a command line, for so many images and processes. Raises ValueError for what cannot be."""
     size = teacher.patch_embed.img_size[0] if args.input_size is None else args.input_size
     patch = teacher.patch_embed.patch_size[0]
@@ -137,11 +128,14 @@ def make_settings(args: argparse.Namespace, teacher: Any, sources: list[Source],
         raise ValueError(f"input_size must be a multiple of the patch size {patch}, got {size}")
     if size != teacher.patch_embed.img_size[0] and not teacher.dynamic_img_size:
         raise ValueError(f"input_size must be this model's one, {teacher.patch_embed.img_size[0]}, got {size}")
-    steps, batch_size = run_length(args, len(sources), f"{args.images} holds {len(sources)} image", ranks)
+    steps, batch_size = run_length(args, len(sources), f"{args.images} holds {len(sources)} image", processes)
     # As main_distillation.py of the paper's repository has them, the batch being that of all processes.
     lr = 2e-4 * (batch_size / 256) ** 0.5 if args.lr is None else args.lr
     warmup = int(0.15 * steps) if args.warmup is None else args.warmup
-    return Settings(size, steps, batch_size, lr, warmup, args.weight_decay, args.dtype, args.val_fraction, args.seed)
+    return Settings(
+        input_size=size, steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, weight_decay=args.weight_decay,
+        dtype=args.dtype, val_fraction=args.val_fraction, seed=args.seed,
+    )
 
 
 def describe(args: argparse.Namespace, teacher: nn.Module, sources: list[Source], settings: Settings) -> dict[str, Any]:
@@ -159,7 +153,7 @@ def train(
     settings: Settings,
     folder: Path,
     device: torch.device,
-    ranks: Processes = ALONE,
+    processes: Processes = ALONE,
     workers: int | None = None,
     checkpoint_every: int = 200,
     val_every: int | None = None,
@@ -172,7 +166,7 @@ def train(
         settings: what to do.
         folder: gets log, pictures and checkpoint, and is continued from.
         device: where to compute.
-        ranks: this process and the others.
+        processes: this process and the others.
         workers: threads that read images ahead; None is as many as suit the device.
         checkpoint_every, val_every: in steps; None is ten times a run.
 
@@ -182,16 +176,15 @@ def train(
     Raises:
         ValueError: no image can be read.
         Diverged: loss or weights are beyond reason; the last checkpoint is left as it is.
-        BadCheckpoint, OutputError: see training/checkpoints.py.
+        BadCheckpoint, OutputError: see training/loop/checkpoints.py.
     """
-    keep_freed_memory(large=True)
     training, validation = split_places(len(sources), settings.val_fraction, settings.seed)
     crops = CropReader([sources[i] for i in training], settings.input_size, settings.seed)
     shown = [sources[i] for i in (validation or training)[:MOST_VALIDATION]]
     teacher = teacher.to(device).eval()
     config = resolve_model_data_config(teacher)
     mean, std = (torch.tensor(config[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
-    lower = lower_precision(device, settings.dtype)
+    autocasting = autocast(device, settings.dtype)
 
     def normalise(images: Tensor) -> Tensor:
         return (images.to(device) - mean) / std
@@ -200,47 +193,47 @@ def train(
     student = Student(remove_denoiser(copy.deepcopy(teacher)), teacher.norm_after_pool).eval().requires_grad_(True)
     freeze_unused(student, torch.zeros(1, 3, settings.input_size, settings.input_size, device=device))
     optimizer = make_adamw(student, settings.lr, settings.weight_decay)
-    facts = load_checkpoint(folder / CHECKPOINT, student, optimizer)
-    first = 0 if facts is None else facts["step"]
-    model = ranks.share(student)
-
-    validate = Validation(teacher, CropReader(shown, settings.input_size, settings.seed), normalise, lower)
+    first = resume(folder / CHECKPOINT, student, optimizer)
+    model = processes.share(student)
+    validation_loss = Validation(
+        teacher, CropReader(shown, settings.input_size, settings.seed), normalise, autocasting
+    )
 
     def read(step: int) -> Tensor:
-        part = ranks.part(step, settings.batch_size)
+        part = processes.part(step, settings.batch_size)
         return crops.random(positions(len(crops), part.start, part.stop, settings.seed), part.start)
 
     workers = reading_threads(device) if workers is None else workers
     batches = read_ahead((partial(read, step) for step in range(first, settings.steps)), workers)
-    val_every = val_every or max(1, settings.steps // 10)
-    with TrainingLog(folder, settings.steps, first, settings.batch_size, ranks.first) as log:
-        for step in range(first, settings.steps):
-            lr = learning_rate(step, settings.steps, settings.lr, settings.warmup)
-            set_learning_rate(optimizer, lr)
-            images = normalise(next(batches))
-            with lower():
-                with torch.no_grad():
-                    wanted = teacher.forward_features(images)
-                loss = model(images, wanted)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
 
-            done, value = step + 1, loss.item()
-            last = done == settings.steps
-            limit = loss_limit(wanted)
-            if not value < limit:
-                raise diverged(value, limit, done, lr, " (or the denoised model gives NaN)")
-            log.steps_done()
-            if done % 10 == 0 or last:
-                epoch = done * settings.batch_size / len(crops)
-                log.write(done, loss=value, lr=lr, epoch=epoch, images_per_second=log.images_per_second)
-            if (done % val_every == 0 or last) and ranks.first:
-                log.write(done, **validate(student, done, log))
-                log.resume()
-            if (done % checkpoint_every == 0 or last) and ranks.first:
-                save_checkpoint(folder / CHECKPOINT, student, optimizer, done, {})
-                log.resume()
+    wanted = torch.empty(0)  # the teacher's tokens of the last step
+
+    def loss(step: int) -> Tensor:
+        nonlocal wanted
+        images = normalise(next(batches))
+        with autocasting():
+            with torch.no_grad():
+                wanted = teacher.forward_features(images)
+            return model(images, wanted)
+
+    def not_sane(loss: float, limit: float, steps: range) -> Exception:
+        rate = settings.schedule.rate(steps.stop - 1)
+        return Diverged.beyond(loss, limit, steps.stop, rate, " (or the denoised model gives NaN)")
+
+    def validate(step: int) -> dict[str, float]:
+        numbers, rows = validation_loss(student)
+        log.picture(step, "backbone | student | teacher", draw_rows(rows))
+        return numbers
+
+    with TrainingLog(
+        folder, settings.steps, first, batch_size=settings.batch_size, samples=len(crops), speaks=processes.first
+    ) as log:
+        run_steps(
+            student, optimizer, settings.schedule, loss, log, first,
+            checkpoint=folder / CHECKPOINT, checkpoint_every=checkpoint_every,
+            limit=lambda: loss_limit(wanted), explain=not_sane,
+            validate=validate, val_every=val_every, processes=processes,
+        )
     return student.vit
 
 

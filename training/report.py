@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.published import PUBLISHED, Key
-from training.shared_folder import OutputError, write_atomically
+from training.common.shared_folder import OutputError, write_atomically
+from training.evaluate.published import PUBLISHED, Key
 
 # The paper's columns in its order (Tabs. 2, 3, 4, S3, 5, 1, and Fig. 3 in a number): task, number, heading.
 COLUMNS = (

@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
-from training.shared_folder import OutputError, write_atomically
-from training.stamp_sources import CLASSES, SHARE, SPLITS, STAMP_CLASSES, Sources, SourcesMissing, load_sources
+from training.common.shared_folder import OutputError, write_atomically
+from training.common.stamp_sources import CLASSES, SHARE, SPLITS, STAMP_CLASSES, Sources, SourcesMissing, load_sources
 
 SIZE = 518  # 37 patches of 14 pixels: the grid of the denoisers of DINOv2
 _OBJECTS = (2, 5)  # in an image

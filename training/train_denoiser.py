@@ -25,46 +25,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from timm_dvt import save_pretrained
 from timm_dvt.denoiser import ARCHITECTURES, Denoiser, combine
 from timm_dvt.model import attach_denoiser, timm_name
-from training.checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
-from training.command import exit_code, help_from, only_run
-from training.distributed import ALONE, Processes, processes
-from training.memory import keep_freed_memory
-from training.models import load_pairs_model, pick_device, weights_digest
-from training.optimisation import (
-    diverged, learning_rate, loss_limit, lower_precision, make_adamw, set_learning_rate,
-)  # fmt: skip
-from training.options import add_model_arguments, add_training_arguments, run_length
-from training.pair_loader import PairError, PairReader, PairSet, open_pairs, positions, read_batches
-from training.reading_ahead import reading_threads
-from training.stage2 import (
-    TARGETS, Stage2, Validation, load_init, make_denoisers, parts_for, raw_and_target, start_as_static,
-    subtract_mean_artifacts,
-)  # fmt: skip
-from training.training_log import TrainingLog
+from training.common.command import add_model_arguments, help_from
+from training.common.models import load_pairs_model, pick_device, weights_digest
+from training.figures.rows import draw_rows
+from training.loop.checkpoints import CHECKPOINT, Diverged
+from training.loop.distance import loss_limit
+from training.loop.distributed import ALONE, Processes, join_processes
+from training.loop.entry import exit_code, only_run
+from training.loop.log import TrainingLog
+from training.loop.optimisation import autocast, make_adamw
+from training.loop.options import add_training_arguments, run_length
+from training.loop.order import positions
+from training.loop.reading_ahead import reading_threads
+from training.loop.run import resume, run_steps
+from training.loop.settings import TrainingSettings
+from training.pairs.reader import PairError, PairReader, PairSet, open_pairs, read_batches
+from training.stage2.denoisers import Stage2, Validation, make_denoisers
+from training.stage2.starts import load_init, start_as_static, subtract_mean_artifacts
+from training.stage2.targets import TARGETS, parts_for, raw_and_target
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainingSettings):
     """All that decides the weights a run ends with, beside the pairs and the backbone.
 
     Attributes:
         arch: of `timm_dvt.denoiser.ARCHITECTURES`.
         blocks: transformer blocks of a denoiser.
-        target: of `training.stage2.TARGETS`, what is predicted.
-        start: "static" (see `training.stage2.start_as_static`) or "random".
+        target: of `training.stage2.targets.TARGETS`, what is predicted.
+        start: "static" (see `training.stage2.starts.start_as_static`) or "random".
         init: a folder to start from instead.
-        steps: optimiser steps.
-        batch_size: pairs a step, over all processes.
-        lr, warmup: the schedule's peak, and steps to reach it.
-        weight_decay: of AdamW, on matrices.
-        dtype: "float32", or "bfloat16" for autocast.
-        val_fraction: of the pairs, not trained on.
-        seed: of weights, split and order.
     """
 
     arch: str = "block"
@@ -72,14 +67,6 @@ class Settings:
     target: str = "F"
     start: str = "static"
     init: str | None = None
-    steps: int = 1
-    batch_size: int = 64
-    lr: float = 2e-4
-    warmup: int = 0
-    weight_decay: float = 0.01
-    dtype: str = "float32"
-    val_fraction: float = 0.05
-    seed: int = 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,12 +81,12 @@ def run(args: argparse.Namespace) -> None:
     pairs = open_pairs(args.pairs, args.layers)
     model = load_pairs_model(args.model, args.pretrained, pairs.settings, args.pairs)
     check_fit(model, pairs, args.model)
-    with processes(device) as ranks:
-        settings = make_settings(args, pairs, ranks)
-        with only_run(args.out, ranks, lambda: describe(args, model, pairs, settings)) as folder:
-            denoisers = train(pairs, settings, folder, device, ranks, args.workers,
+    with join_processes(device) as processes:
+        settings = make_settings(args, pairs, processes)
+        with only_run(args.out, processes, lambda: describe(args, model, pairs, settings)) as folder:
+            denoisers = train(pairs, settings, folder, device, processes, args.workers,
                               args.checkpoint_every, args.val_every, timm_name(model))
-            if ranks.first:
+            if processes.first:
                 save(model, denoisers, folder)
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
 
@@ -120,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
                        help="transformer blocks (default: the paper's %(default)s)")
     group.add_argument("--target", choices=TARGETS, default=Settings.target,
                        help="what to predict: the paper's F, F at the length of raw - G, raw - G, or the mean of "
-                       "the first and the last (default: %(default)s); see training/stage2.py")
+                       "the first and the last (default: %(default)s); see training/stage2/denoisers.py")
     group.add_argument("--start", choices=("static", "random"), default=Settings.start,
                        help="of a block: from the mean correction, the block an identity (default), or from random "
                        "weights alone; the paper does not say")
@@ -129,7 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_settings(args: argparse.Namespace, pairs: PairSet, ranks: Processes) -> Settings:
+def make_settings(args: argparse.Namespace, pairs: PairSet, processes: Processes) -> Settings:
     """The settings of a command line, for so many pairs and processes.
 
     Raises:
@@ -141,10 +128,11 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, ranks: Processes) ->
     if args.init and args.arch == "static":
         raise ValueError("--init starts a training, and --arch static needs none; leave out one of the two")
     count = len(pairs.files)
-    steps, batch_size = run_length(args, count, f"{pairs.folder} holds {count} pair", ranks)
+    steps, batch_size = run_length(args, count, f"{pairs.folder} holds {count} pair", processes)
     return Settings(
-        args.arch, args.blocks, args.target, args.start, args.init, steps, batch_size, args.lr, args.warmup,
-        args.weight_decay, args.dtype, args.val_fraction, args.seed,
+        arch=args.arch, blocks=args.blocks, target=args.target, start=args.start, init=args.init,
+        steps=steps, batch_size=batch_size, lr=args.lr, warmup=args.warmup, weight_decay=args.weight_decay,
+        dtype=args.dtype, val_fraction=args.val_fraction, seed=args.seed,
     )
 
 
@@ -182,7 +170,7 @@ def train(
     settings: Settings,
     folder: Path,
     device: torch.device,
-    ranks: Processes = ALONE,
+    processes: Processes = ALONE,
     workers: int | None = None,
     checkpoint_every: int = 200,
     val_every: int | None = None,
@@ -195,7 +183,7 @@ def train(
         settings: what to do.
         folder: gets log, pictures and checkpoint, and is continued from.
         device: where to compute.
-        ranks: this process and the others.
+        processes: this process and the others.
         workers: threads that read pairs ahead; None is as many as suit the device.
         checkpoint_every, val_every: in steps; None is ten times a run.
         backbone: by which `settings.init` is checked.
@@ -206,72 +194,69 @@ def train(
     Raises:
         PairError: a pair is damaged or holds NaN; names the file.
         Diverged: loss or weights are beyond reason; the last checkpoint is left as it is.
-        BadCheckpoint, OutputError: see training/checkpoints.py.
+        BadCheckpoint, OutputError: see training/loop/checkpoints.py.
     """
-    keep_freed_memory(large=True)
     training, validation = pairs.split(settings.val_fraction, settings.seed)
     reader = PairReader(training, parts_for(settings.target))
     denoisers = make_denoisers(pairs, settings.arch, settings.blocks, settings.seed)
     if settings.arch == "static":
-        subtract_mean_artifacts(denoisers, PairReader(training, ("artifacts",), room=0))
-        settings = replace(settings, steps=0)  # what follows only validates
+        subtract_mean_artifacts(denoisers, PairReader(training, ("artifacts",), cache_bytes=0))
+        settings = replace(settings, steps=0, warmup=0)  # what follows only validates
     module = Stage2(denoisers, pairs.grid).to(device)
     optimizer = make_adamw(module, settings.lr, settings.weight_decay)
-    facts = load_checkpoint(folder / CHECKPOINT, module, optimizer)
-    first = 0 if facts is None else facts["step"]
-    if facts is None and settings.init:
+    first = resume(folder / CHECKPOINT, module, optimizer)
+    if not first and settings.init:
         load_init(denoisers, settings.init, pairs, backbone)
-    elif facts is None and settings.start == "static" and settings.arch.startswith("block") and ranks.first:
+    elif not first and settings.start == "static" and settings.arch.startswith("block") and processes.first:
         start_as_static(denoisers, reader, settings.target)
-    model = ranks.share(module)
-    lower = lower_precision(device, settings.dtype)
+    model = processes.share(module)
+    autocasting = autocast(device, settings.dtype)
     shown = validation if validation.files else training
-    validate = Validation(PairReader(shown, parts_for(settings.target)), settings.target, device, lower)
+    validation_loss = Validation(PairReader(shown, parts_for(settings.target)), settings.target, device, autocasting)
 
     # Nothing is flipped or cropped: artifacts are tied to places, so that a flipped raw map is one that the backbone
     # never gives, and the denoiser would learn the mean of the artifacts and of their mirror image.
     def places(step: int) -> list[int]:
-        part = ranks.part(step, settings.batch_size)
+        part = processes.part(step, settings.batch_size)
         return positions(len(training.files), part.start, part.stop, settings.seed)
 
     # A GPU is sent what the files hold and makes float32 of it faster than a CPU does.
     precision = torch.float32 if device.type == "cpu" else reader.read(places(first)[:1]).dtype
     workers = reading_threads(device) if workers is None else workers
     batches = read_batches(reader, places, range(first, settings.steps), precision, workers)
-    val_every = val_every or max(1, settings.steps // 10)
-    check_every = 1 if device.type == "cpu" else 10  # looking at the loss makes a GPU wait
-    limit = 0.0  # of the loss
-    with TrainingLog(folder, settings.steps, first, settings.batch_size, ranks.first) as log:
-        for step in range(first, settings.steps):
-            lr = learning_rate(step, settings.steps, settings.lr, settings.warmup)
-            set_learning_rate(optimizer, lr)
-            raw, clean = raw_and_target(next(batches).to(device, torch.float32), settings.target)
-            with lower():
-                losses = model(raw, clean)
-            optimizer.zero_grad(set_to_none=True)
-            losses.sum().backward()  # the layers share nothing: each one's gradient is as if it were alone
-            optimizer.step()
 
-            done = step + 1
-            last = done == settings.steps
-            if done % check_every == 0 or last:
-                loss = losses.mean().item()
-                limit = limit or loss_limit(clean)
-                if not loss < limit:
-                    seen = [place for s in range(max(first, done - check_every), done) for place in places(s)]
-                    raise _not_sane(loss, limit, done, lr, reader, seen)
-                log.steps_done(check_every if done % check_every == 0 else done % check_every)
-            if done % 10 == 0 or last:
-                epoch = done * settings.batch_size / len(training.files)
-                log.write(done, loss=loss, lr=lr, epoch=epoch, images_per_second=log.images_per_second)
-            if (done % val_every == 0 or last) and ranks.first:
-                log.write(done, **validate(module, done, log))
-                log.resume()
-            if (done % checkpoint_every == 0 or last) and ranks.first:
-                save_checkpoint(folder / CHECKPOINT, module, optimizer, done, {})
-                log.resume()
-        if settings.steps == 0 and ranks.first:
-            log.write(0, **validate(module, 0, log))
+    clean = torch.empty(0)  # the target of the last step
+
+    def loss(step: int) -> Tensor:
+        nonlocal clean
+        raw, clean = raw_and_target(next(batches).to(device, torch.float32), settings.target)
+        with autocasting():
+            return model(raw, clean)  # of each layer; they share nothing, so each gradient is as if it were alone
+
+    def not_sane(loss: float, limit: float, steps: range) -> Exception:
+        broken = reader.not_finite([place for step in steps for place in places(step)])
+        if not broken:
+            return Diverged.beyond(loss, limit, steps.stop, settings.schedule.rate(steps.stop - 1))
+        names = ", ".join(map(str, broken[:3]))
+        return PairError(f"NaN or infinite features in {names}; delete the pair and run training.denoise_images again")
+
+    def validate(step: int) -> dict[str, float]:
+        numbers, rows = validation_loss(module)
+        log.picture(step, "raw | predicted | target", draw_rows(rows))
+        return numbers
+
+    with TrainingLog(
+        folder, settings.steps, first,
+        batch_size=settings.batch_size, samples=len(training.files), speaks=processes.first,
+    ) as log:
+        run_steps(
+            module, optimizer, settings.schedule, loss, log, first,
+            checkpoint=folder / CHECKPOINT, checkpoint_every=checkpoint_every,
+            limit=lambda: loss_limit(clean), explain=not_sane,
+            validate=validate, val_every=val_every, processes=processes,
+        )
+        if settings.steps == 0 and processes.first:
+            log.write(0, **validate(0))
     return {layer: denoiser.cpu() for layer, denoiser in denoisers.items()}
 
 
@@ -279,15 +264,6 @@ def save(model: Any, denoisers: dict[int, Denoiser], folder: Path) -> None:
     """Write the backbone with its denoisers as a folder that timm loads."""
     attach_denoiser(model, combine(denoisers, len(model.blocks) - 1))
     save_pretrained(model, folder, model_args=model.recorded_arguments)
-
-
-def _not_sane(loss: float, limit: float, step: int, lr: float, reader: PairReader, seen: list[int]) -> Exception:
-    """Why a loss is no number or too large: pairs that are not finite, or a run that diverges."""
-    broken = reader.not_finite(seen)
-    if broken:
-        names = ", ".join(map(str, broken[:3]))
-        return PairError(f"NaN or infinite features in {names}; delete the pair and run training.denoise_images again")
-    return diverged(loss, limit, step, lr)
 
 
 def _file_digest(folder: str) -> str:

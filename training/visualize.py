@@ -25,17 +25,17 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.backbone import FeatureReader
-from training.command import complain, help_from
-from training.decompose import Stage1Settings, decompose
-from training.denoise_images import IMAGE_ERRORS, image_seed
-from training.images import ImageError, Source, decode_image, list_images, read_file
-from training.models import load_model, pick_device
-from training.options import add_model_arguments, add_stage1_arguments, stage1_settings
-from training.panels import Row, draw_positional, draw_stage1, save_figure
-from training.progress import Progress
-from training.video import Maps, count_frames, draw_video
-from training.views import render_views, whole_view
+from training.common.backbone import FeatureReader
+from training.common.command import add_model_arguments, complain, help_from
+from training.common.images import ImageError, Source, decode_image, list_images, read_file
+from training.common.models import load_model, pick_device
+from training.common.views import render_views, whole_view
+from training.figures.panels import Row, draw_positional, draw_stage1, save_figure
+from training.figures.video import Maps, count_frames, draw_video
+from training.stage1.decompose import Stage1Settings, decompose
+from training.stage1.one_image import IMAGE_ERRORS, image_seed
+from training.stage1.options import add_stage1_arguments, stage1_settings
+from training.stage1.progress import Progress
 
 MOST_ROWS = 100  # a taller picture opens nowhere
 

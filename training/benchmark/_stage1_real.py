@@ -13,10 +13,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from training.backbone import FeatureReader
-from training.decompose import Stage1Settings, decompose, image_views
+from training.common.backbone import FeatureReader
+from training.common.views import render_views
 from training.evaluate.tasks.position import position_share
-from training.views import render_views
+from training.stage1.decompose import Stage1Settings, decompose, image_views
 
 
 def photographs() -> dict[str, Tensor]:

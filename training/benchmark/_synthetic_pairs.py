@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.images import Fingerprint, Source
-from training.pairs import PairFolder
-from training.scenes import Regime, Scene
+from training.benchmark.scenes import Regime, Scene
+from training.common.images import Fingerprint, Source
+from training.pairs.folder import PairFolder
 
 MODELS = {64: "test_vit", 192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224"}
 
@@ -19,7 +19,8 @@ class World:
     """The images of one synthetic backbone: what position does is the backbone's, what is shown is each image's.
 
     raw = F + (1 + v) G + residual (F A) * P + noise: F is each image's own; G, A and P are the same for all (in
-    training/scenes.py every scene has its own, which one forward pass could not know); v is drawn for each image.
+    training/benchmark/scenes.py every scene has its own, which one forward pass could not know); v is drawn for each
+    image.
     """
 
     def __init__(self, regime: Regime, seed: int = 0, variation: float = 0.1) -> None:

@@ -7,8 +7,9 @@ machine disturbs less. Each variant trains in a process of its own, for what one
 next; they take turns, and of each one's turns the fastest counts. A turn is the median of its steps.
 "touched" is the solver's own step. "dense Adam" is the same step, losses and precision of the MLPs included, with
 autograd's dense gradient of the tables and torch.optim.Adam as it comes, which takes 79 MB several times a step anew
-from the system. "memory kept" is that with an allocator told to keep what is freed (`training.memory`), "fused" that
-with Adam's fused=True kernel instead. The errors are means over seeds, for the solver's step in float32 too.
+from the system. "memory kept" is that with an allocator told to keep what is freed (`training.common.memory`),
+"fused" that with Adam's fused=True kernel instead. The errors are means over seeds, for the solver's step in float32
+too.
 """
 
 import argparse
@@ -22,9 +23,9 @@ import time
 import torch
 from torch import Tensor
 
-from training.field import FieldSettings, FieldTraining
-from training.hashgrid import HashGrid
-from training.memory import keep_freed_memory
+from training.common.memory import keep_freed_memory
+from training.stage1.field.field import FieldSettings, FieldTraining
+from training.stage1.field.hashgrid import HashGrid
 
 
 class DenseTrainer:
@@ -84,7 +85,7 @@ def one_turn(variant: str, channels: int, grid: int, threads: int) -> list[Times
     settings = FieldSettings()
     training = training_of(variant, channels, grid, settings)
     if variant.endswith("memory kept"):
-        keep_freed_memory(large=True)
+        keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
     medians = []
     for training.done in (0, settings.steps // 2):

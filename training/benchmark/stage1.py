@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.benchmark import _stage1_real as real
-from training.field import FieldSettings, fit_field
-from training.linear import LinearSettings, LinearSolver
-from training.scenes import REGIMES, Scene, relative_error
-from training.views import view_axes
+from training.benchmark.scenes import REGIMES, Scene, relative_error
+from training.common.views import view_axes
+from training.stage1.field.field import FieldSettings, fit_field
+from training.stage1.linear.solver import LinearSettings, LinearSolver
 
 QUICK = (
     "smooth, low", "blobby, high", "blobby, no noise", "5% outliers", "strong noise, blobby", "no artifacts"

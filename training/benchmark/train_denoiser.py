@@ -21,12 +21,16 @@ from pathlib import Path
 
 import torch
 
-from training import pair_loader, train_denoiser
+from training import train_denoiser
 from training.benchmark._synthetic_pairs import MODELS, World
-from training.optimisation import distance, learning_rate, make_adamw
-from training.pair_loader import PairReader, PairSet, open_pairs, positions
-from training.scenes import REGIMES
-from training.stage2 import make_denoisers
+from training.benchmark.scenes import REGIMES
+from training.common.memory import keep_freed_memory
+from training.loop.distance import distance
+from training.loop.optimisation import make_adamw, set_learning_rate
+from training.loop.order import positions
+from training.pairs import reader as pairs_reader
+from training.pairs.reader import PairReader, PairSet, open_pairs
+from training.stage2.denoisers import make_denoisers
 
 BAR = 0.95
 
@@ -44,7 +48,7 @@ def bare(pairs: PairSet, settings: train_denoiser.Settings, batches: list[torch.
     optimizer = make_adamw(denoiser, settings.lr, settings.weight_decay)
     start = time.perf_counter()
     for step in range(settings.steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, settings.steps, settings.lr)
+        set_learning_rate(optimizer, settings.schedule.rate(step))
         raw, clean = batches[step % len(batches)]
         loss = distance(denoiser(raw[:, 0], pairs.grid), clean[:, 0]).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -64,6 +68,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=4, help="turns of each (4)")
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args(argv)
+    keep_freed_memory()  # as the command does
     settings = train_denoiser.Settings(
         steps=args.steps, batch_size=args.batch_size, val_fraction=0.0, start="random"
     )
@@ -81,15 +86,15 @@ def main(argv: list[str]) -> int:
         bare(pairs, dataclasses.replace(settings, steps=2), batches)
         ratios: dict[str, list[float]] = {"read": [], "kept": []}
         print(f"C={args.channels}, K={args.grid}, batches of {args.batch_size}, {torch.get_num_threads()} threads")
-        free_memory = pair_loader._free_memory
+        free_memory = pairs_reader._free_memory
         for turn in range(args.rounds):
             for kind in ratios:
-                pair_loader._free_memory = free_memory if kind == "kept" else (lambda: 0)
+                pairs_reader._free_memory = free_memory if kind == "kept" else (lambda: 0)
                 rates = ours(pairs, settings, where / f"{kind}-{turn}"), bare(pairs, settings, batches)
                 ratios[kind].append(rates[0] / rates[1])
                 print(f"  {kind}: ours {rates[0]:.1f} pairs/s, bare {rates[1]:.1f}, ratio {ratios[kind][-1]:.3f}",
                       flush=True)
-        pair_loader._free_memory = free_memory
+        pairs_reader._free_memory = free_memory
     medians = {kind: statistics.median(values) for kind, values in ratios.items()}
     medians["ten epochs"] = 10 / (1 / medians["read"] + 9 / medians["kept"])  # the default run, where there is room
     for kind, median in medians.items():

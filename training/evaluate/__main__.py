@@ -6,7 +6,7 @@
 Each task prints a table (raw, denoised, difference) and writes it as JSON to OUT. Kill it whenever you like, and
 run the same command again to continue. python -m training.report OUT makes one table of all results in OUT.
 
-Exit code: 0 done; 2 the command or the data is wrong; 130 stopped by Ctrl-C.
+Exit code: 0 done; 1 a probe diverged; 2 the command or the data is wrong; 130 stopped by Ctrl-C.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from training.backbone import DTYPES
-from training.command import flush_subnormals
+from training.common.backbone import DTYPES
+from training.common.command import add_model_arguments, complain, flush_subnormals
+from training.common.models import load_model, pick_device
 from training.evaluate.datasets import DATASETS
 from training.evaluate.features import Extractor
 from training.evaluate.runner import TASKS, Request, evaluate, load_task, task_settings
 from training.evaluate.tables import result_table
-from training.models import load_model, pick_device
-from training.options import add_model_arguments
+from training.loop.checkpoints import Diverged
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,12 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     flush_subnormals()
     try:
         return run(args)
+    except Diverged as error:
+        return complain(1, error)
     except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(2, error)
     except KeyboardInterrupt:
-        print("stopped; run the same command again to continue.", file=sys.stderr)
-        return 130
+        return complain(130, "stopped; run the same command again to continue.")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -36,10 +36,10 @@ from tqdm import tqdm
 from timm_dvt.model import Denoised
 from timm_dvt.saving import write_whole
 from timm_dvt.version import __version__
-from training.backbone import FeatureReader
+from training.common.backbone import FeatureReader
+from training.common.models import weights_digest
 from training.evaluate.splits import Split
 from training.evaluate.tables import write_json
-from training.models import weights_digest
 
 SHARD = 64
 # Pillow decodes without the interpreter's lock, so threads keep a GPU fed.

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from training.common.images import read_file
 from training.evaluate.features import Extractor
 from training.evaluate.splits import Split
-from training.images import read_file
-from training.pairs import read_index, read_pair, read_settings
+from training.pairs.folder import read_index, read_pair, read_settings
 
 STATES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "raw": lambda raw, semantics, artifacts: raw,

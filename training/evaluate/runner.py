@@ -30,8 +30,8 @@ from torch import nn
 
 import training.evaluate.tasks as package
 from timm_dvt.version import __version__
-from training.evaluate.datasets import open_dataset
 from training.evaluate import pair_features
+from training.evaluate.datasets import open_dataset
 from training.evaluate.features import Extractor, Features
 from training.evaluate.pair_features import PairFeatures
 from training.evaluate.tables import summarise, write_json
@@ -209,7 +209,7 @@ def _run_once(
     if done.exists():
         return json.loads(done.read_text())
     device = next(iter(data.values())).extractor.reader.device
-    checkpoint = done.with_suffix(".pt")
+    checkpoint = done.with_suffix(".safetensors")
     start = time.monotonic()
     numbers = task.run(data, settings, Run(state, seed, device, checkpoint))
     found = {"numbers": numbers, "seconds": time.monotonic() - start}

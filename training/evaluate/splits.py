@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training.images import ImageError, load_image
+from training.common.images import ImageError, load_image
 
 IGNORE = 255
 

@@ -17,8 +17,9 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from timm_dvt.denoiser import default_num_heads
 from training.evaluate.features import Features
-from training.evaluate.probe import cosine, train
+from training.evaluate.probe import train
 from training.evaluate.runner import Run
+from training.loop.schedule import cosine
 
 KIND = "labels"
 STATES = ("raw", "denoised")

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from training.evaluate.features import Features
-from training.evaluate.probe import cosine, train
+from training.evaluate.probe import train
 from training.evaluate.runner import Run
 from training.evaluate.segmentation import upsample
+from training.loop.schedule import cosine
 
 KIND = "depth"
 STATES = ("raw", "denoised")

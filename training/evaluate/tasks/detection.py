@@ -25,9 +25,10 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from training.evaluate.average_precision import Detections, voc_map
 from training.evaluate.features import Features
-from training.evaluate.probe import stepped, train
+from training.evaluate.probe import train
 from training.evaluate.runner import Run
 from training.evaluate.splits import Boxes
+from training.loop.schedule import stepped
 
 KIND = "boxes"
 STATES = ("raw", "denoised")

@@ -25,6 +25,7 @@ from training.evaluate.probe import train
 from training.evaluate.runner import Run
 from training.evaluate.segmentation import SegmentationScore, resize_mask, upsample
 from training.evaluate.splits import IGNORE
+from training.loop.schedule import straight
 
 KIND = "masks"
 STATES = ("raw", "denoised")
@@ -90,7 +91,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     head = LinearHead(training.channels, classes, settings.batch_norm).to(run.device)
     train(
         head, loss, len(training), run, settings,
-        steps=settings.steps, decay=lambda done: 1 - done, label="linear-seg",
+        steps=settings.steps, decay=straight, label="linear-seg",
     )  # fmt: skip
     score = SegmentationScore(classes)
     with torch.no_grad():

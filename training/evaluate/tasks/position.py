@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
-from training.backbone import FeatureReader
+from training.common.backbone import FeatureReader
 from training.evaluate.features import Features
 from training.evaluate.runner import Run
 

@@ -1,0 +1,73 @@
+"""Claims about the rooms of `training`: imports flow one way, so that each can be read without those above it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+TRAINING = Path(__file__).parents[1] / "training"
+# From the ground up. Rooms of one storey do not import each other.
+STOREYS = (
+    {"common"},
+    {"loop"},
+    {"pairs"},
+    {"stage1", "stage2", "stage3", "figures", "evaluate"},
+    {"commands", "benchmark"},
+)
+STOREY_OF = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
+
+
+def room_of(module: str) -> str:
+    """training.stage1.linear.solver -> stage1; a module that lies in no room is a command."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 2 or (TRAINING / parts[1]).is_dir() else "commands"
+
+
+def imports() -> list[tuple[str, str]]:
+    """(importing module, imported module) of all of `training`."""
+    found = []
+    for path in sorted(TRAINING.rglob("*.py")):
+        module = ".".join(path.relative_to(TRAINING.parent).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [name if _is_module(name) else node.module for name in names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            found += [(module, name) for name in names if name.startswith("training.")]
+    return found
+
+
+def _is_module(name: str) -> bool:
+    path = TRAINING.parent.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def test_every_folder_of_training_is_a_room_with_a_storey():
+    rooms = {path.name for path in TRAINING.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms == set(STOREY_OF) - {"commands"}
+
+
+@pytest.mark.parametrize("room", sorted(STOREY_OF))
+def test_a_room_imports_only_itself_and_the_storeys_below(room):
+    upwards = [
+        f"{module} imports {name}"
+        for module, name in imports()
+        if room_of(module) == room != room_of(name) and STOREY_OF[room_of(name)] >= STOREY_OF[room]
+    ]
+    # A benchmark measures commands as users start them.
+    assert [line for line in upwards if room != "benchmark" or room_of(line.split()[-1]) != "commands"] == []
+
+
+def test_no_command_imports_a_command():
+    between = [(a, b) for a, b in imports() if room_of(a) == room_of(b) == "commands" and a != b]
+    assert between == []
+
+
+def test_the_plug_in_never_imports_training():
+    for path in (TRAINING.parent / "timm_dvt").rglob("*.py"):
+        assert "training" not in {
+            (node.module or "").split(".")[0] for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom)
+        }, path

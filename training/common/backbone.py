@@ -1,0 +1,181 @@
+"""Raw patch features of any timm ViT, at any input size, stride and choice of blocks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from training.common.views import patch_centres
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class FeatureReader:
+    """Reads patch features from a timm VisionTransformer or Eva, and leaves the model itself as it was.
+
+    The reader works on a copy of the module tree that shares the model's weights, in eval mode; only the
+    position embedding is its own, resampled once to the reader's grid (as timm resamples: bicubic,
+    antialiased). Features are raw: the denoiser of a `*_dvt` model is switched off in the copy.
+
+    Attributes:
+        layers: the blocks that are read, as non-negative indices in ascending order.
+        depth: number of blocks of the model.
+        input_size, patch, stride: pixels.
+        grid: K, patches along one side: (input_size - patch) // stride + 1 (paper A.1).
+        centres: (K,) patch centres as fractions of the input's side.
+        channels: C.
+        device: where images go.
+        mean, std: (1, 3, 1, 1) by which images are normalised, the model's own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int] | None = None,
+        *,
+        input_size: int | None = None,
+        stride: int | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        """
+        Args:
+            model: a timm VisionTransformer or Eva with a plain convolutional patch embedding.
+            layers: blocks to read; negative ones count from the end; None is the last block alone. The last
+                block's features have the final norm applied (also where timm moved it behind the pooling);
+                those of earlier blocks are as the block leaves them.
+            input_size: side of the square input; None is the multiple of the patch size nearest to 518 with
+                at most 37 patches a side (the paper's: 518 for patch 14, 512 for patch 16).
+            stride: step between patches; None is the patch size; smaller gives denser grids.
+            dtype: "float32", or "bfloat16" for autocast; features come back as float32 either way.
+
+        Raises:
+            TypeError: the model is of another kind.
+            ValueError: a layer, size, stride or dtype that cannot be.
+        """
+        if not isinstance(model, (VisionTransformer, Eva)) or not isinstance(model.patch_embed, PatchEmbed):
+            raise TypeError(
+                "model must be a timm VisionTransformer or Eva with a PatchEmbed, got "
+                f"{type(model).__name__} with {type(getattr(model, 'patch_embed', None)).__name__}"
+            )
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+        patch_height, patch_width = model.patch_embed.patch_size
+        if patch_height != patch_width:
+            raise ValueError(f"model must have square patches, got {patch_height} x {patch_width}")
+        self.patch = int(patch_height)
+        self.depth = len(model.blocks)
+        self.layers = _resolve_layers(layers, self.depth)
+        self.input_size = default_input_size(self.patch) if input_size is None else input_size
+        self.stride = self.patch if stride is None else stride
+        if not 1 <= self.stride <= self.patch:
+            raise ValueError(f"stride must be from 1 to the patch size {self.patch}, got {self.stride}")
+        if self.input_size < self.patch or self.input_size % self.patch:
+            raise ValueError(
+                f"input_size must be a multiple of the patch size {self.patch}, got {self.input_size}; "
+                f"nearest: {max(1, round(self.input_size / self.patch)) * self.patch}"
+            )
+        self.centres = patch_centres(self.input_size, self.patch, self.stride)
+        self.grid = len(self.centres)
+        self.channels = int(model.embed_dim)
+        self.dtype = DTYPES[dtype]
+        self._model = _copy_for_grid(model, self.grid, self.stride)
+        config = resolve_model_data_config(model)
+        weight = model.patch_embed.proj.weight
+        self.device = weight.device
+        self.mean = torch.tensor(config["mean"], device=weight.device).view(1, -1, 1, 1)
+        self.std = torch.tensor(config["std"], device=weight.device).view(1, -1, 1, 1)
+
+    @torch.no_grad()
+    def patch_features(self, images: Tensor) -> dict[int, Tensor]:
+        """Patch tokens of a batch, with gradients off.
+
+        Args:
+            images: (B, 3, input_size, input_size) in [0, 1], not normalised; moved to the model's device.
+
+        Returns:
+            {layer: (B, K, K, C) float32}, in row, column order, one entry for each of `layers`.
+        """
+        return self.tokens(images)[1]
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Prefix tokens (class and registers) of the last block read, and patch tokens as `patch_features`.
+
+        Returns:
+            (B, prefix, C) float32, final norm applied if the last block is read; {layer: (B, K, K, C)}.
+        """
+        if images.ndim != 4 or images.shape[-2:] != (self.input_size, self.input_size):
+            raise ValueError(
+                f"images must be (B, 3, {self.input_size}, {self.input_size}), got {tuple(images.shape)}"
+            )
+        weight = self._model.patch_embed.proj.weight
+        images = (images.to(self.device, torch.float32) - self.mean) / self.std
+        lower = self.dtype != torch.float32 and weight.dtype == torch.float32
+        with torch.autocast(self.device.type, self.dtype) if lower else nullcontext():
+            tokens = self._model.forward_intermediates(
+                images.to(weight.dtype),
+                indices=list(self.layers),
+                return_prefix_tokens=True,
+                stop_early=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+            # Without prefix tokens timm hands back the patches alone.
+            pairs = [pair if isinstance(pair, tuple) else (pair, pair[:, :0]) for pair in tokens]
+            features, prefix = {layer: pair[0] for layer, pair in zip(self.layers, pairs)}, pairs[-1][1]
+            if self.depth - 1 in features:
+                norm = self._final_norm()
+                features[self.depth - 1], prefix = norm(features[self.depth - 1]), norm(prefix)
+        maps = {layer: x.float().unflatten(1, (self.grid, self.grid)) for layer, x in features.items()}
+        return prefix.float(), maps
+
+    def _final_norm(self) -> nn.Module:
+        # In average-pooled classifiers timm moves the final norm behind the pooling and calls it fc_norm.
+        if isinstance(self._model.norm, nn.Identity):
+            return self._model.fc_norm
+        return self._model.norm
+
+
+def default_input_size(patch: int) -> int:
+    """The multiple of the patch size nearest to 518 with at most 37 patches a side (paper A.1: 518, 512)."""
+    return max(1, min(37, round(518 / patch))) * patch
+
+
+def _resolve_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    wanted = (depth - 1,) if layers is None else tuple(layers)
+    if not wanted or any(not -depth <= layer < depth for layer in wanted):
+        raise ValueError(f"layers must be block indices from {-depth} to {depth - 1}, got {wanted}")
+    return tuple(sorted({layer % depth for layer in wanted}))
+
+
+def _copy_for_grid(model: nn.Module, grid: int, stride: int) -> Any:
+    """A copy in eval mode that shares the weights and takes inputs of grid x grid patches, `stride` apart."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    twin: Any = copy.deepcopy(model, dict(shared)).eval()
+    if hasattr(twin, "set_denoise"):
+        twin.set_denoise(False)
+    embed = twin.patch_embed
+    if twin.pos_embed is not None:
+        resampled = resample_abs_pos_embed(
+            twin.pos_embed.detach(),
+            new_size=[grid, grid],
+            old_size=list(embed.grid_size),
+            num_prefix_tokens=0 if twin.no_embed_class else twin.num_prefix_tokens,
+        )
+        twin.pos_embed = nn.Parameter(resampled, requires_grad=False)
+    rope = getattr(twin, "rope", None)
+    if rope is not None and getattr(rope, "feat_shape", None) is not None:
+        rope.update_feat_shape([grid, grid])
+    embed.proj.stride = (stride, stride)
+    embed.strict_img_size = False
+    embed.grid_size, embed.num_patches = (grid, grid), grid * grid
+    return twin

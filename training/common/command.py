@@ -1,0 +1,71 @@
+"""What commands do alike: help from a module's docstring, the model's options, errors on standard error."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+
+def help_from(doc: str | None) -> dict[str, Any]:
+    """Arguments of an ArgumentParser: a docstring's first paragraph above the options, the rest as it is below."""
+    head, rest = (doc or "").split("\n\n", 1)
+    return {"description": head, "epilog": rest, "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+def flush_subnormals() -> None:
+    """Let this process's CPU take numbers below 1e-38 for 0, which they are to any training.
+
+    Second moments of AdamW get there (they are squares of gradients), and some processors are ten to twenty times
+    slower on them. To be called before threads compute: they take the setting over from the one that starts them.
+    """
+    torch.set_flush_denormal(True)
+
+
+def complain(code: int, error: Exception | str) -> int:
+    """Say what is wrong on standard error; returns the exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a command line --model, --pretrained / --no-pretrained, --seed and --device."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="any timm VisionTransformer or Eva: a timm name, hf-hub:OWNER/REPO or local-dir:FOLDER",
+    )
+    parser.add_argument(
+        "--pretrained",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="pretrained weights, or, with --no-pretrained, random ones drawn from --seed (needs no network)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps or auto: a GPU if there is one (default)"
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return int(text)
+
+
+def at_least_zero(text: str) -> float:
+    """A finite number of at least 0, for argparse."""
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return float(text)

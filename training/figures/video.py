@@ -1,0 +1,157 @@
+"""Videos of features: frame, raw and denoised side by side, in one colour projection (paper Fig. 3c)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import imageio.v2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from timm_dvt.colors import fit_projection
+from training.common.images import decode_image, list_images, read_file
+
+FITTED_FRAMES = 8  # as many frames, evenly spread, decide the colours
+CAPTIONS = ("frame", "raw features", "denoised")
+Maps = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def read_frames(source: str | Path) -> Iterator[np.ndarray]:
+    """The frames of a video file, or the images of a folder sorted by name: (H, W, 3) uint8, one at a time.
+
+    Raises:
+        ValueError: neither, or a frame that cannot be read; the message names it.
+    """
+    if Path(source).is_dir():
+        for image in list_images(source):
+            try:
+                yield to_bytes(decode_image(read_file(image.path)[0]))
+            except ValueError as error:
+                raise ValueError(f"frame {image.name}: {error}") from error
+        return
+    try:
+        reader: Any = imageio.v2.get_reader(source)
+    except Exception as error:  # imageio's plugins each raise their own kinds
+        raise ValueError(f"{source} is no folder of frames and no video that can be read: {error}") from error
+    with reader:
+        for frame in reader:
+            yield np.asarray(Image.fromarray(np.asarray(frame)).convert("RGB"))
+
+
+def frame_rate(source: str | Path, default: float = 10.0) -> float:
+    """Frames a second of a video file; the default for a folder, or where the file does not say."""
+    if Path(source).is_dir():
+        return default
+    reader: Any = imageio.v2.get_reader(source)
+    with reader:
+        meta = reader.get_meta_data()
+    milliseconds = meta.get("duration") if str(source).lower().endswith(".gif") else None
+    return float(meta.get("fps") or (1000 / milliseconds if milliseconds else default))
+
+
+def draw_video(
+    source: str | Path,
+    out: str | Path,
+    maps: Maps,
+    *,
+    fps: float | None = None,
+    limit: int | None = None,
+    height: int = 320,
+    progress: Callable[[float], object] | None = None,
+) -> int:
+    """Draw a video of frame, raw and denoised features. Frames are streamed: memory does not grow with them.
+
+    Args:
+        source: a folder of frames or a video file.
+        out: .mp4 or .gif; appears when it is finished.
+        maps: gives the raw and the denoised map, (K, K, C) each, of a frame (H, W, 3) uint8.
+        fps: frames a second; None is the source's.
+        limit: only the first so many frames.
+        height: of each picture, in pixels; the width follows from the first frame.
+        progress: called with 1 for each finished frame.
+
+    Returns:
+        The number of frames.
+
+    Raises:
+        ValueError: a source or suffix that cannot be.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in (".mp4", ".gif"):
+        raise ValueError(f"out must end in .mp4 or .gif, got {out}")
+    count = count_frames(source, limit)
+    chosen = set(np.linspace(0, count - 1, min(count, FITTED_FRAMES)).round().astype(int).tolist())
+    known = {i: maps(frame) for i, frame in enumerate(_first(source, count)) if i in chosen}
+    projection = fit_projection(np.stack([m for pair in known.values() for m in pair]))
+
+    def pictures() -> Iterator[np.ndarray]:
+        for i, frame in enumerate(_first(source, count)):
+            raw, clean = known.pop(i) if i in known else maps(frame)
+            yield side_by_side(frame, projection.colors(raw), projection.colors(clean), height)
+            if progress is not None:
+                progress(1)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.stem}.unfinished{out.suffix}")
+    try:
+        _write(unfinished, pictures(), fps or frame_rate(source))
+        os.replace(unfinished, out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return count
+
+
+def count_frames(source: str | Path, limit: int | None = None) -> int:
+    """How many frames there are, by reading them: what a file says of itself is often wrong."""
+    if Path(source).is_dir():
+        return len(list_images(source, limit))
+    count = sum(1 for i, _ in enumerate(read_frames(source)) if limit is None or i < limit)
+    if count == 0:
+        raise ValueError(f"{source} has no frames")
+    return count
+
+
+def side_by_side(frame: np.ndarray, raw: np.ndarray, clean: np.ndarray, height: int) -> np.ndarray:
+    """Three pictures under their captions: frame (H, W, 3) uint8, colours (K, K, 3) in [0, 1] -> uint8.
+
+    Maps take the frame's shape, patches unsmoothed. Sides are even, as video codecs want them.
+    """
+    width = 2 * max(1, round(height * frame.shape[1] / frame.shape[0] / 2))
+    band, gap = 26, 6
+    sheet = Image.new("RGB", (3 * width + 2 * gap, band + height + height % 2), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (caption, picture) in enumerate(zip(CAPTIONS, (frame, to_bytes(raw), to_bytes(clean)))):
+        smoothing = Image.Resampling.LANCZOS if i == 0 else Image.Resampling.NEAREST
+        left = i * (width + gap)
+        sheet.paste(Image.fromarray(picture).resize((width, height), smoothing), (left, band))
+        font = ImageFont.load_default(size=15)
+        draw.text((left + width / 2, band / 2), caption, fill="black", anchor="mm", font=font)
+    return np.asarray(sheet)
+
+
+def to_bytes(picture: np.ndarray | Tensor) -> np.ndarray:
+    """(H, W, 3) array or (3, H, W) tensor in [0, 1] to (H, W, 3) uint8."""
+    array = picture.permute(1, 2, 0).numpy() if isinstance(picture, Tensor) else picture
+    return (array * 255).round().astype(np.uint8)
+
+
+def _first(source: str | Path, count: int) -> Iterator[np.ndarray]:
+    for i, frame in enumerate(read_frames(source)):
+        if i >= count:
+            return
+        yield frame
+
+
+def _write(path: Path, pictures: Iterator[np.ndarray], fps: float) -> None:
+    if path.suffix.lower() == ".gif":
+        first, rest = Image.fromarray(next(pictures)), (Image.fromarray(picture) for picture in pictures)
+        first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+        return
+    writer: Any = imageio.v2.get_writer(path, format="FFMPEG", fps=fps, quality=8, macro_block_size=2)
+    with writer:
+        for picture in pictures:
+            writer.append_data(picture)

@@ -1,0 +1,93 @@
+"""Checkpoints of a training run: one safetensors file, there whole or not at all, from which it continues exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+from torch.optim import Optimizer
+
+from training.common.shared_folder import write_atomically
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class Diverged(ArithmeticError):
+    """The loss or the weights are no longer finite, or beyond reason."""
+
+    @classmethod
+    def beyond(cls, loss: float, limit: float, step: int, lr: float, otherwise: str = "") -> Diverged:
+        """For a loss beyond `loss_limit` after `step` steps; `otherwise` is what else it may come from."""
+        return cls(
+            f"the loss diverged: {loss:.4g} at step {step}, ten times what predicting nothing would give "
+            f"({limit / 10:.4g}), at a learning rate of {lr:.3g}; use a smaller --lr or a longer --warmup, "
+            f"and another --out{otherwise}"
+        )
+
+
+class BadCheckpoint(ValueError):
+    """A checkpoint that cannot be continued from; names the file."""
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, step: int, facts: dict[str, Any]) -> None:
+    """Write what a run needs to continue after `step` steps.
+
+    That is weights, the optimiser's moments and torch's random state; the data's order and the learning rate are
+    functions of the step. Tensors alone: no pickle, so reading a checkpoint runs nothing.
+
+    Args:
+        facts: what else should come back, anything JSON can hold.
+
+    Raises:
+        Diverged: a weight is not finite; the checkpoint before is left as it is.
+        OutputError: a full disk, say.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise Diverged(f"weights are not finite after step {step}: {', '.join(broken[:4])}")
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    # A copy of each: safetensors refuses tensors that share memory.
+    content = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(content, {"run": json.dumps({"step": step, **facts})}))
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
+    """Put a checkpoint's state into model and optimiser; returns `step` and the facts, or None if there is no file.
+
+    Raises:
+        BadCheckpoint: the file is damaged or belongs to another model.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["run"])
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+        model.load_state_dict(_below("model.", tensors))
+        states: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in _below("optimizer.", tensors).items():
+            number, name = key.split(".")
+            states.setdefault(int(number), {})[name] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise BadCheckpoint(
+            f"{path} cannot be continued from: {error}\nDelete it to begin this run again from its start"
+        ) from error
+    return facts
+
+
+def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

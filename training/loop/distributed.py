@@ -1,0 +1,68 @@
+"""One process or many: the same script runs alone or under torchrun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training.common.shared_folder import SharedFolder
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's number and how many there are."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.count > 1:
+            distributed.barrier()
+
+    def part(self, step: int, batch_size: int) -> range:
+        """Of the `batch_size` samples of a step, numbered through the whole run, those that this process takes.
+
+        With a seed they decide all that is random, so that a run that continues finds the same ones again.
+        """
+        size = batch_size // self.count
+        first = step * batch_size + self.rank * size
+        return range(first, first + size)
+
+    def share(self, model: nn.Module) -> nn.Module:
+        """A model whose gradients are averaged over all processes; all start with the first one's weights."""
+        return DistributedDataParallel(model) if self.count > 1 else model
+
+
+ALONE = Processes()
+
+
+def claim(folder: SharedFolder, processes: Processes) -> AbstractContextManager[bool]:
+    """Be the only run that trains into a folder; the first process holds it for all. Gives False if it is not."""
+    return folder.claim("training") if processes.first else nullcontext(True)
+
+
+@contextmanager
+def join_processes(device: torch.device) -> Iterator[Processes]:
+    """Join the other processes that torchrun started, if it did: by NCCL on GPUs (unproven here), by gloo on CPUs."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()

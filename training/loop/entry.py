@@ -1,0 +1,59 @@
+"""How a training command begins and ends: one run to a folder, errors as exit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from timm_dvt import CheckpointError
+from training.common.command import complain, flush_subnormals
+from training.common.memory import keep_freed_memory
+from training.common.shared_folder import OutputError, SharedFolder
+from training.loop.checkpoints import Diverged
+from training.loop.distributed import Processes, claim
+
+
+def exit_code(train: Callable[[], object]) -> int:
+    """Train, and return what the command exits with.
+
+    0 done; 1 the loss diverged; 2 the command, the model or the data are wrong; 3 the folder cannot be written;
+    130 stopped by Ctrl-C.
+    """
+    flush_subnormals()
+    keep_freed_memory()
+    try:
+        train()
+    except OutputError as error:
+        return complain(3, f"{error}\nOnce that is settled, run the same command again to continue.")
+    except Diverged as error:
+        return complain(1, error)
+    except (ValueError, TypeError, CheckpointError) as error:
+        return complain(2, error)
+    except KeyboardInterrupt:
+        return complain(130, "stopped; run the same command again to continue from the last checkpoint.")
+    return 0
+
+
+@contextmanager
+def only_run(out: str, processes: Processes, describe: Callable[[], dict[str, Any]]) -> Iterator[Path]:
+    """Have a folder for this run alone, begun with the same settings or new; all processes go in and out together.
+
+    Args:
+        out: the folder, made if need be.
+        processes: this one and the others; the first one claims the folder for all.
+        describe: makes what settings.json says; asked of the first process alone.
+
+    Raises:
+        ValueError: another run is training into the folder, or it was begun with other settings.
+        OutputError: the folder cannot be written.
+    """
+    with SharedFolder(out) as folder, claim(folder, processes) as mine:
+        if not mine:
+            raise ValueError(f"another process is training into {out}")
+        if processes.first:
+            folder.settle(describe())
+        processes.wait()
+        yield folder.path
+        processes.wait()

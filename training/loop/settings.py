@@ -1,0 +1,51 @@
+"""What the trainings of stages 2 and 3 are told alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from training.common.backbone import DTYPES
+from training.loop.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What decides the weights that a training ends with, beside its data and its model.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: samples a step, over all processes.
+        lr, warmup: the schedule's peak, and steps to reach it.
+        weight_decay: of AdamW, on matrices.
+        dtype: "float32", or "bfloat16" for autocast.
+        val_fraction: of the samples, not trained on.
+        seed: of all that is random.
+
+    Raises:
+        ValueError: a value that cannot be.
+    """
+
+    steps: int = 1
+    batch_size: int = 64
+    lr: float = 2e-4
+    warmup: int = 0
+    weight_decay: float = 0.01
+    dtype: str = "float32"
+    val_fraction: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be at least 0 and below 1, got {self.val_fraction}")
+        _ = self.schedule
+
+    @property
+    def schedule(self) -> Schedule:
+        """Cosine to 0 (paper A.2) after the rise. Raises ValueError for what cannot be."""
+        return Schedule(self.steps, self.lr, self.warmup)

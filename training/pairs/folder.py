@@ -1,0 +1,310 @@
+"""Pairs of raw and clean feature maps on disk: one safetensors file an image, and one index.
+
+    OUT/settings.json     what made the pairs: model, weights, layers, grid K, channels C, solver, ...
+    OUT/index.jsonl       one line a finished image: which image, which file
+    OUT/failures.jsonl    one line an image that gave no pair, with the reason
+    OUT/3f/cat-3f09...safetensors    the maps of one image; in the header, where they come from
+    OUT/.locks            see training/common/shared_folder.py
+
+A training run reads settings.json and index.jsonl, and opens a pair only to use it (`read_index`,
+`read_pair`). A pair's file is there, whole, before its line is, so a line never lies. A process killed
+between the two leaves a file without a line; the next run adds the line instead of doing the image again. A
+pair is named after its image's name and content: equal names in two folders do not collide, and a changed
+image is a new one.
+
+A million images, for ViT-B at 518 px (K = 37, C = 768; a pair is three maps of 2.1 MB in half precision):
+
+- Disk: 6.3 MB a pair, 6.3 TB in all; the paper's 10,000 images are 63 GB. Full precision doubles it, ViT-S
+  halves it.
+- Folders: 256, named by two hexadecimal digits, of 3,900 files each, so no listing is ever long.
+- Index: 243 bytes a line, 0.24 GB in all, read in 4 to 7 s (measured). A process keeps 0.4 GB to know its
+  list and what is done; continuing costs one `stat` an image, and no image is read again.
+- Time: a view is 0.30 TFLOP, 768 views 0.23 PFLOP: 2.3 s an image on a GPU that sustains 100 TFLOP/s, 27
+  days in all (reckoned, not measured). Images are independent, so N GPUs need 1/N of that, on any number of
+  machines that see the folder: the same command on each, no coordinator, one lock and one line an image.
+- No shared file system: give each machine a part of the list (`split -n l/8 list.txt`) and an OUT of its own.
+  The pairs can then be copied together and the indexes joined end to end: a pair's name depends on its image
+  alone.
+- Reading back: whole files of megabytes, in any order. A store that dislikes many small objects can hold each
+  of the 256 folders as one tar.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from timm_dvt.version import __version__
+from training.common.images import Fingerprint, Source
+from training.common.shared_folder import SharedFolder, read_lines, write_atomically
+
+PARTS = ("raw", "clean", "artifacts")
+PRECISIONS = {"half": torch.float16, "full": torch.float32}
+INDEX, FAILURES = "index.jsonl", "failures.jsonl"
+Maps = Mapping[int, Mapping[str, Tensor]]  # {layer: {part: (K, K, C)}}
+
+
+class ValueTooLarge(ValueError):
+    """A feature does not fit the precision on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """One line of the index.
+
+    Attributes:
+        image: the source image's name in its list.
+        file: the pair, relative to the folder.
+        sha256: of the source image's file.
+        bytes, mtime_ns: size and time of the source image's file, by which a later run sees that it is still
+            the same; the time is None after `rebuild_index`.
+    """
+
+    image: str
+    file: str
+    sha256: str
+    bytes: int
+    mtime_ns: int | None
+
+
+class PairFolder:
+    """A folder of pairs that this process, and others at the same time, fill. Use it as a context manager."""
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], precision: str = "half") -> None:
+        """
+        Args:
+            path: made if it does not exist.
+            settings: everything that decides what a pair holds; kept in settings.json.
+            precision: "half" or "full", of the maps on disk.
+
+        Raises:
+            ValueError: no such precision.
+            SettingsDiffer: the folder was begun with other settings.
+            OutputError: the folder cannot be made or written.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
+        self.path, self.precision = Path(path), precision
+        self.settings = {**settings, "precision": precision}
+        self._shared = SharedFolder(path)
+        try:
+            self._shared.settle(self.settings)
+        except BaseException:
+            self._shared.close()
+            raise
+        self._done: set[tuple[str, int, int | None]] = set()
+        self._read_to = 0
+        self._refresh(present=set(_pair_files(self.path)))
+
+    def __enter__(self) -> "PairFolder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._shared.close()
+
+    def claim(self, source: Source, wait: bool = False) -> AbstractContextManager[bool]:
+        """Be the only process at work on an image: see SharedFolder.claim."""
+        return self._shared.claim(source.name, wait)
+
+    def is_done(self, source: Source) -> bool:
+        """Whether the image has its pair, as far as this process knows, and has not changed since."""
+        try:
+            status = source.path.stat()
+        except OSError:
+            return False
+        return (source.name, status.st_size, status.st_mtime_ns) in self._done
+
+    def is_done_by_now(self, source: Source) -> bool:
+        """As `is_done`, after a look at what others finished meanwhile. Ask when it is claimed."""
+        self._refresh()
+        return self.is_done(source)
+
+    def adopt(self, source: Source, content: Fingerprint) -> bool:
+        """Enter an existing pair of exactly this image in the index; False if there is none.
+
+        A pair has no line if its process was killed right after writing it, if the index was lost, or if the
+        image's time, and only that, has changed.
+        """
+        file = pair_file(source.name, content.sha256)
+        if not (self.path / file).exists():
+            return False
+        self._enter(source, content, file)
+        return True
+
+    def save(self, source: Source, content: Fingerprint, maps: Maps, facts: Mapping[str, Any]) -> None:
+        """Write an image's pair, then its line in the index. The image must be claimed.
+
+        Args:
+            source: the image.
+            content: of its file.
+            maps: for each layer the `PARTS`, (K, K, C) each.
+            facts: what else the header should tell of this image; anything JSON can hold.
+
+        Raises:
+            ValueTooLarge: half precision cannot hold a value (its largest is 65504).
+            OutputError: no room, say; no half file is left.
+        """
+        file = pair_file(source.name, content.sha256)
+        header = {
+            "format": 1,
+            "version": __version__,
+            "image": source.name,
+            "sha256": content.sha256,
+            "bytes": content.bytes,
+            "settings": self.settings,
+            **facts,
+        }
+        data = encode_pair(maps, header, self.precision)
+        target = self.path / file
+        write_atomically(target, data)
+        self._enter(source, content, file)
+
+    def failure(self, source: Source, content: Fingerprint) -> str | None:
+        """Why this very file failed before, with this version of the package; None if it did not."""
+        record = self._failures().get(source.name)
+        if record is None or (record["sha256"], record["version"]) != (content.sha256, __version__):
+            return None
+        return record["reason"]
+
+    def fail(self, source: Source, content: Fingerprint | None, reason: str) -> None:
+        """Note in failures.jsonl why an image gives no pair, in place of what was noted of it before.
+
+        An image whose `content` is known is not tried again until its file or the package's version changes;
+        delete failures.jsonl to have all tried again.
+        """
+        known = None if content is None else content.sha256
+        self._note(source, {"image": source.name, "sha256": known, "reason": reason, "version": __version__})
+
+    def _note(self, source: Source, failure: dict[str, Any] | None) -> None:
+        # The file is small. Rewritten whole and sorted, it never holds what is no longer true, and it does
+        # not depend on which process came first.
+        with self._shared.alone():
+            failures = self._failures()
+            failures.pop(source.name, None)
+            if failure is not None:
+                failures[source.name] = failure
+            lines = [json.dumps(failures[name]) + "\n" for name in sorted(failures)]
+            write_atomically(self.path / FAILURES, "".join(lines).encode())
+
+    def _failures(self) -> dict[str, dict[str, Any]]:
+        return {record["image"]: record for record, _ in read_lines(self.path / FAILURES)}
+
+    def _enter(self, source: Source, content: Fingerprint, file: str) -> None:
+        entry = IndexEntry(source.name, file, content.sha256, content.bytes, content.mtime_ns)
+        self._shared.append(INDEX, asdict(entry))
+        self._refresh()
+        if source.name in self._failures():
+            self._note(source, None)
+
+    def _refresh(self, present: set[str] | None = None) -> None:
+        for record, end in read_lines(self.path / INDEX, self._read_to):
+            self._read_to = end
+            if present is None or record["file"] in present:
+                self._done.add((record["image"], record["bytes"], record["mtime_ns"]))
+
+
+def pair_file(name: str, digest: str) -> str:
+    """The pair's file, within its folder, of an image called `name` whose file has the sha256 `digest`."""
+    key = sha256(f"{digest} {name}".encode(errors="surrogateescape")).hexdigest()[:20]
+    readable = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in Path(name).stem)[:40]
+    return f"{key[:2]}/{readable}-{key}.safetensors"
+
+
+def encode_pair(maps: Maps, header: Mapping[str, Any], precision: str) -> bytes:
+    """A pair's file: tensors `LAYER.raw`, `LAYER.clean`, `LAYER.artifacts`, and the header as JSON.
+
+    Raises:
+        ValueTooLarge: half precision cannot hold a value.
+    """
+    tensors = {}
+    for layer, parts in maps.items():
+        for part in PARTS:
+            stored = parts[part].to("cpu", PRECISIONS[precision]).contiguous()
+            if not bool(stored.isfinite().all()):
+                largest = parts[part].abs().max().item()
+                raise ValueTooLarge(
+                    f"block {layer}: {part} holds {largest:.3g}, too large for {precision} precision on "
+                    "disk; use full precision (--precision full)"
+                )
+            tensors[f"{layer}.{part}"] = stored
+    # One entry, not one a field: safetensors orders entries at random, and equal pairs must be equal files.
+    return save(tensors, {"pair": json.dumps(header, sort_keys=True)})
+
+
+def read_pair(
+    path: str | Path, layer: int | None = None, parts: Iterable[str] = ("raw", "clean")
+) -> dict[str, Tensor]:
+    """Maps of one pair: {part: (K, K, C)} in the file's precision, for any of `PARTS`.
+
+    Args:
+        path: a pair's file.
+        layer: the block, counted from 0; may be left out if the pair holds one layer.
+        parts: which maps; the others are not read.
+
+    Raises:
+        ValueError: the pair does not hold that layer, or holds several and none was named.
+    """
+    with safe_open(path, "np") as file:
+        layers = sorted({int(key.split(".")[0]) for key in file.keys()})
+        if layer is None and len(layers) == 1:
+            layer = layers[0]
+        if layer not in layers:
+            raise ValueError(f"layer must be one of {layers}, which {path} holds, got {layer}")
+        return {part: _map(file, layer, part) for part in parts}
+
+
+def read_maps(path: str | Path, layers: Sequence[int], parts: Sequence[str]) -> list[list[Tensor]]:
+    """Maps (K, K, C) of one pair by part and layer, in the file's precision; SafetensorError if it lacks one."""
+    with safe_open(path, "np") as file:
+        return [[_map(file, layer, part) for layer in layers] for part in parts]
+
+
+def _map(file: Any, layer: int, part: str) -> Tensor:
+    # As NumPy's, which are read; torch's are mapped, and to page in what is read once takes longer than to read it.
+    return torch.from_numpy(file.get_tensor(f"{layer}.{part}"))
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What a pair says of itself: model, settings, seed, source image, hash, version. Reads no maps."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["pair"])
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """The settings that all pairs of a folder were made with."""
+    return json.loads((Path(folder) / "settings.json").read_text())
+
+
+def read_index(folder: str | Path) -> list[IndexEntry]:
+    """The finished pairs of a folder, each once, in order of finishing; also while it is being filled."""
+    lines = read_lines(Path(folder) / INDEX)
+    return list({record["file"]: IndexEntry(**record) for record, _ in lines}.values())
+
+
+def rebuild_index(folder: str | Path) -> list[IndexEntry]:
+    """Write the index anew from the pairs' headers. No other process may be at work in the folder."""
+    folder = Path(folder)
+    entries = []
+    for file in sorted(_pair_files(folder)):
+        header = read_header(folder / file)
+        entries.append(IndexEntry(header["image"], file, header["sha256"], header["bytes"], None))
+    lines = [json.dumps(asdict(entry)) + "\n" for entry in entries]
+    write_atomically(folder / INDEX, "".join(lines).encode())
+    return entries
+
+
+def _pair_files(folder: Path) -> Iterator[str]:
+    for shard in os.scandir(folder):
+        if shard.is_dir() and len(shard.name) == 2:
+            for file in os.scandir(shard):
+                if file.name.endswith(".safetensors"):
+                    yield f"{shard.name}/{file.name}"

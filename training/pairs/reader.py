@@ -1,0 +1,255 @@
+"""Pairs as training reads them: all checked before the first step, then read in an order fixed by the seed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from training.loop.order import split_places
+from training.loop.reading_ahead import read_ahead
+from training.pairs.folder import INDEX, read_index, read_maps, read_settings
+
+
+class PairError(ValueError):
+    """Pairs that cannot be trained on; the message names the file or the setting."""
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """The finished pairs of a folder, or some of them.
+
+    Attributes:
+        folder: where they lie.
+        files: relative to the folder, sorted: the index is in the order of finishing, which is chance.
+        layers: blocks to train for, counted from 0.
+        grid: rows and columns of every map.
+        channels: C.
+        settings: settings.json, what stage 1 made the pairs with.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    layers: tuple[int, ...]
+    grid: tuple[int, int]
+    channels: int
+    settings: dict[str, Any]
+
+    def digest(self) -> str:
+        """By what to know these pairs again: their names (which hash the images' content) and layers."""
+        return hashlib.sha256("\n".join([*self.files, repr(self.layers)]).encode()).hexdigest()
+
+    def split(self, fraction: float, seed: int) -> tuple[PairSet, PairSet]:
+        """Training and validation pairs, drawn at random: see `split_places`."""
+        parts = split_places(len(self.files), fraction, seed)
+        training, validation = (tuple(self.files[place] for place in places) for places in parts)
+        return replace(self, files=training), replace(self, files=validation)
+
+
+def open_pairs(folder: str | Path, layers: Sequence[int] | None = None) -> PairSet:
+    """Find the pairs of a folder and check every file's header: it is whole, and of one shape with the others.
+
+    Args:
+        folder: what training.denoise_images wrote.
+        layers: blocks counted from 0, or from the end of those held with a minus; None is all that the pairs hold.
+
+    Raises:
+        PairError: no pairs, a missing or damaged file, a layer the pairs do not hold, maps of several shapes.
+    """
+    folder = Path(folder)
+    try:
+        settings = read_settings(folder)
+    except FileNotFoundError:
+        raise PairError(
+            f"{folder} holds no pairs: there is no settings.json; python -m training.denoise_images makes them"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise PairError(f"{folder / 'settings.json'} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise PairError(f"{folder / 'settings.json'} holds no settings")
+    try:
+        files = tuple(sorted(entry.file for entry in read_index(folder)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise PairError(
+            f"{folder / INDEX} is damaged; training.pairs.folder.rebuild_index repairs it: {error}"
+        ) from error
+    if not files:
+        raise PairError(
+            f"{folder} holds no finished pairs: {INDEX} is missing or empty; "
+            "python -m training.denoise_images makes them"
+        )
+    held, shape = _shape(folder / files[0], None)
+    chosen = held if layers is None else _choose(layers, held, folder)
+    for file in files:
+        _, own = _shape(folder / file, chosen)
+        if own != shape:
+            raise PairError(
+                f"mixed grids: {folder / file} holds maps of {_show(own)}, {folder / files[0]} of {_show(shape)}; "
+                "pairs of one folder must be alike"
+            )
+    return PairSet(folder, files, chosen, shape[:2], shape[2], settings)
+
+
+def _choose(layers: Sequence[int], held: tuple[int, ...], folder: Path) -> tuple[int, ...]:
+    unknown = [layer for layer in layers if layer not in held and not -len(held) <= layer < 0]
+    if unknown or not layers:
+        raise PairError(
+            f"layers {list(layers)}: the pairs in {folder} hold {_blocks(held)}; "
+            "run training.denoise_images with the --layers that you want"
+        )
+    return tuple(sorted({layer if layer >= 0 else held[layer] for layer in layers}))
+
+
+def _blocks(layers: Sequence[int]) -> str:
+    return f"block{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+
+
+def _show(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _shape(path: Path, layers: tuple[int, ...] | None) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+    """The layers of a pair and the one shape of its maps, read from the header alone."""
+    try:
+        with safe_open(path, "pt") as file:
+            keys = set(file.keys())
+            held = tuple(sorted({int(key.split(".")[0]) for key in keys}))
+            wanted = [f"{layer}.{part}" for layer in layers or held for part in ("raw", "clean")]
+            missing = [key for key in wanted if key not in keys]
+            if missing:
+                raise PairError(f"{path} has no map {', '.join(missing)}: it holds {_blocks(held)}")
+            shapes = {tuple(file.get_slice(key).get_shape()) for key in wanted}
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, PairError):
+            raise
+        raise _unreadable(path, error) from error
+    shape = next(iter(shapes), ())
+    if len(shapes) != 1 or len(shape) != 3:
+        raise PairError(f"{path}: maps must be (K, K, C), all of one shape, got {sorted(shapes)}")
+    return held, shape
+
+
+def _unreadable(path: Path, error: Exception) -> PairError:
+    return PairError(
+        f"{path} cannot be read, it is damaged or incomplete ({error}); delete it and run training.denoise_images again"
+    )
+
+
+class PairReader:
+    """Reads maps of a set of pairs into batches, and keeps in memory what it has read as long as there is room."""
+
+    def __init__(self, pairs: PairSet, parts: Sequence[str] = ("raw", "clean"), cache_bytes: int | None = None) -> None:
+        """
+        Args:
+            pairs: at least one.
+            parts: the maps to read, of `training.pairs.folder.PARTS`.
+            cache_bytes: of memory to keep pairs in; None is a quarter of what is free, shared with this machine's
+                other processes of torchrun.
+        """
+        self.pairs, self.parts = pairs, tuple(parts)
+        self._folder, self._shape = str(pairs.folder), (*pairs.grid, pairs.channels)
+        self._free = _free_memory() // 4 if cache_bytes is None else cache_bytes
+        self._kept: dict[int, list[list[Tensor]]] = {}
+
+    def read(self, positions: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """Maps (parts, B, layers, K*K, C) of the pairs at these places of `pairs.files`, in the files' precision.
+
+        With `out` they are written there, in its precision. Safe in several threads at once.
+
+        Raises:
+            PairError: a pair is damaged; names the file.
+        """
+        for i, position in enumerate(positions):
+            maps = self._one(position)
+            if out is None:
+                out = maps[0][0].new_empty(self.batch_shape(len(positions)))
+            grids = out[:, i].unflatten(2, self.pairs.grid)
+            for part, layers in enumerate(maps):
+                for layer, one in enumerate(layers):
+                    grids[part, layer].copy_(one)
+        assert out is not None
+        return out
+
+    def batch_shape(self, count: int) -> tuple[int, ...]:
+        """(parts, B, layers, K*K, C) for B = count pairs."""
+        rows, columns = self.pairs.grid
+        return len(self.parts), count, len(self.pairs.layers), rows * columns, self.pairs.channels
+
+    def _one(self, position: int) -> list[list[Tensor]]:
+        """By part and layer: (K, K, C)."""
+        kept = self._kept.get(position)
+        if kept is not None:
+            return kept
+        path = self._path(position)
+        try:
+            maps = read_maps(path, self.pairs.layers, self.parts)
+            size = 0
+            for one in chain.from_iterable(maps):
+                if one.shape != self._shape:
+                    raise ValueError(f"maps of {_show(one.shape)} where there were {_show(self._shape)} before")
+                size += one.nbytes
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:  # TypeError: NumPy has no bfloat16
+            raise _unreadable(Path(path), error) from error
+        if self._free >= size:
+            self._free -= size
+            self._kept[position] = maps
+        return maps
+
+    def _path(self, position: int) -> str:
+        return os.path.join(self._folder, self.pairs.files[position])  # a Path takes ten times as long to make
+
+    def announce(self, positions: Iterable[int]) -> None:
+        """Have the system fetch the files of these pairs, which will be read soon, while others are computed with."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for position in positions:
+            if position in self._kept:
+                continue
+            try:
+                descriptor = os.open(self._path(position), os.O_RDONLY)
+            except OSError:
+                continue  # reading it will say what is wrong
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
+    def not_finite(self, positions: Iterable[int]) -> list[Path]:
+        """Which of these pairs hold NaN or infinity."""
+        files = {position: Path(self._path(position)) for position in positions}
+        return [file for position, file in files.items() if not bool(self.read([position]).isfinite().all())]
+
+
+def read_batches(
+    reader: PairReader, places: Callable[[int], Sequence[int]], steps: range, dtype: torch.dtype, workers: int = 2
+) -> Iterator[Tensor]:
+    """The batches of some steps, `reader.read(places(step))` in `dtype`, read ahead by threads if there are workers.
+
+    A batch is valid until the next one is asked for: its memory is used again, because to get as much from the
+    system anew for every step takes as long as reading does. All steps have batches of one size.
+    """
+    if not len(steps):
+        return
+    shape = reader.batch_shape(len(places(steps[0])))
+    ring = [torch.empty(shape, dtype=dtype) for _ in range(min(len(steps), 2 * workers + 1))]
+
+    def read(index: int, step: int) -> Tensor:
+        if not workers and step + 1 in steps:
+            reader.announce(places(step + 1))
+        return reader.read(places(step), ring[index % len(ring)])
+
+    yield from read_ahead((partial(read, index, step) for index, step in enumerate(steps)), workers)
+
+
+def _free_memory() -> int:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes

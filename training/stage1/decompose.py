@@ -1,0 +1,211 @@
+"""Stage 1 for one image: a model and an image go in; F, G and the residual come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.common.backbone import FeatureReader
+from training.common.views import Views, render_views, sample_views, shrink_for_views, view_axes, whole_view
+from training.stage1.conditioning import check_views
+from training.stage1.field.field import FieldSettings, fit_field
+from training.stage1.linear.solver import LinearSettings, LinearSolver
+
+SOLVERS = ("linear", "field")
+
+
+class NonFiniteFeatures(ValueError):
+    """The backbone gave NaN or infinite features for this image."""
+
+
+@dataclass(frozen=True)
+class Stage1Settings:
+    """How one image is decomposed.
+
+    Attributes:
+        solver: "linear" (least squares, streamed) or "field" (the paper's neural fields).
+        views: forward passes an image: the whole image, then views - 1 random crops. The whole image takes
+            part in the fit, because random crops hardly ever reach the corners.
+        seed: of the crops, and of the field's initialisation.
+        layers: blocks to decompose, all in one pass; None is the last block alone.
+        input_size: side of the square input in pixels; None is the paper's (518 for patch 14, 512 for 16).
+        stride: step between patches in pixels; None is the patch size.
+        batch_size: views a forward pass; does not change the result.
+        dtype: "float32" or "bfloat16", of the forward passes.
+        area, aspect, flip: of the crops, see `training.common.views.sample_views`.
+        linear, field: settings of the two solvers.
+    """
+
+    solver: str = "linear"
+    views: int = 768
+    seed: int = 0
+    layers: tuple[int, ...] | None = None
+    input_size: int | None = None
+    stride: int | None = None
+    batch_size: int = 8
+    dtype: str = "float32"
+    area: tuple[float, float] = (0.1, 0.5)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    linear: LinearSettings = LinearSettings()
+    field: FieldSettings = FieldSettings()
+
+
+@dataclass
+class Decomposition:
+    """One image's features at one block, taken apart (paper Eq. 5): raw = F + G + residual.
+
+    Attributes:
+        raw: (K, K, C) features of the whole image, as the backbone gives them.
+        semantics: (K, K, C) F at the patch centres of the whole image.
+        artifacts: (K, K, C) G, with zero mean over the patches.
+        residual: (K, K, C) raw - F - G with the linear solver; h(raw) with the field.
+        layer: the block, counted from 0.
+        settings: what was asked for.
+        diagnostics: what the solver chose and found.
+    All tensors are float32 on the CPU.
+    """
+
+    raw: Tensor
+    semantics: Tensor
+    artifacts: Tensor
+    residual: Tensor
+    layer: int
+    settings: Stage1Settings
+    diagnostics: dict[str, Any] = dataclass_field(default_factory=dict)
+
+
+def decompose(
+    model: nn.Module,
+    image: Tensor,
+    settings: Stage1Settings | None = None,
+    *,
+    device: torch.device | str | None = None,
+    progress: Callable[[int], Any] | None = None,
+    fit_progress: Callable[[int], Any] | None = None,
+) -> Decomposition | dict[int, Decomposition]:
+    """Take the features of one image apart into semantics F, artifacts G and a residual (paper 4.2).
+
+    Args:
+        model: any timm VisionTransformer or Eva; a `*_dvt` model's denoiser is not used.
+        image: (3, H, W) floating point in [0, 1], of any size and shape.
+        settings: see Stage1Settings; None is its defaults.
+        device: the model is moved there first; None leaves it where it is.
+        progress: called with the number of views done since the last call (a tqdm's `update`, say).
+
+        fit_progress: called with the number of steps done since the last call; solver "field" only.
+
+    The linear solver's memory does not grow with the number of views. The field keeps every view's features,
+    the paper's way: views * K * K * C * 4 bytes a layer, 3.2 GB at the paper's settings.
+
+    Returns:
+        A Decomposition of the last block, or {layer: Decomposition} if `settings.layers` is given.
+
+    Raises:
+        TypeError: the model is not one of timm's ViTs.
+        ValueError: an argument is out of its range; NonFiniteFeatures (a ValueError) if the backbone gives
+            NaN or infinity.
+        IllConditioned: the views cannot tell F and G apart; where they hardly can, a UserWarning.
+    """
+    settings = settings or Stage1Settings()
+    if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+        raise ValueError(f"image must be (3, H, W) floating point, got {image.dtype} {tuple(image.shape)}")
+    if settings.solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {SOLVERS}, got {settings.solver!r}")
+    if settings.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {settings.batch_size}")
+    if device is not None:
+        model = model.to(device)
+    reader = FeatureReader(
+        model, settings.layers, input_size=settings.input_size, stride=settings.stride, dtype=settings.dtype
+    )
+    image = shrink_for_views(image, reader.input_size, settings.area, settings.aspect)
+    views = image_views(settings, (image.shape[1], image.shape[2]))
+    xs, ys = view_axes(views, reader.centres)
+    check_views(xs, ys)
+    make = _StreamingLinear if settings.solver == "linear" else _CollectingField
+    solvers = {layer: make(reader, xs, ys, settings) for layer in reader.layers}
+    raw: dict[int, Tensor] = {}
+    for first in range(0, len(views), settings.batch_size):
+        batch = slice(first, first + settings.batch_size)
+        features = reader.patch_features(render_views(image, views[batch], reader.input_size))
+        for layer, maps in features.items():
+            if not bool(maps.sum().isfinite()) and not bool(maps.isfinite().all()):  # a sum is quicker to take
+                raise NonFiniteFeatures(
+                    f"block {layer} gave NaN or infinite features in views {first} to "
+                    f"{first + len(maps) - 1}; check the image and the weights, or use dtype='float32'"
+                )
+            raw.setdefault(layer, maps[0].clone())
+            for view, view_features in enumerate(maps, start=first):
+                solvers[layer].add(view, view_features)
+        if progress is not None:
+            progress(len(views[batch]))
+    results = {}
+    for layer, solver in solvers.items():
+        semantics, artifacts, residual = (part.cpu() for part in solver.solve(raw[layer], fit_progress))
+        results[layer] = Decomposition(
+            raw[layer].cpu(), semantics, artifacts, residual, layer, settings, solver.diagnostics
+        )
+    return results if settings.layers is not None else results[reader.layers[0]]
+
+
+def image_views(settings: Stage1Settings, image_size: tuple[int, int]) -> Views:
+    """The views of one image of (height, width) pixels: the whole image first, then random crops."""
+    if settings.views < 2:
+        raise ValueError(f"views must be at least 2 (the whole image and a crop), got {settings.views}")
+    whole = whole_view()
+    crops = sample_views(settings.views - 1, image_size, settings.seed,
+                         area=settings.area, aspect=settings.aspect, flip=settings.flip)
+    return Views(torch.cat([whole.boxes, crops.boxes]), torch.cat([whole.flips, crops.flips]))
+
+
+class _StreamingLinear:
+    """One layer's linear solver: view by view in; F, G and residual of the whole image out."""
+
+    def __init__(self, reader: FeatureReader, xs: Tensor, ys: Tensor, settings: Stage1Settings) -> None:
+        # The sums need float64, which Apple's GPUs lack.
+        self.device = torch.device("cpu") if reader.device.type == "mps" else reader.device
+        self.xs, self.ys, self.centres = (x.to(self.device) for x in (xs, ys, reader.centres))
+        self.solver = LinearSolver(reader.grid, reader.channels, settings.linear, self.device)
+        self.diagnostics: dict[str, Any] = {}
+
+    def add(self, view: int, features: Tensor) -> None:
+        self.solver.add(self.xs[view], self.ys[view], features)
+
+    def solve(self, raw: Tensor, progress: Callable[[int], Any] | None) -> tuple[Tensor, Tensor, Tensor]:
+        fit = self.solver.solve()
+        self.diagnostics = fit.diagnostics
+        semantics = fit.semantics(self.centres, self.centres)
+        return semantics, fit.artifacts, raw.to(self.device) - semantics - fit.artifacts
+
+
+class _CollectingField:
+    """One layer's neural field: all views' features in memory first, then the fit (paper A.1)."""
+
+    def __init__(self, reader: FeatureReader, xs: Tensor, ys: Tensor, settings: Stage1Settings) -> None:
+        self.reader, self.settings = reader, settings
+        count = len(xs)
+        self.features = torch.empty(count, reader.grid ** 2, reader.channels)
+        self.coords = torch.stack(
+            [xs[:, None, :].expand(-1, reader.grid, -1), ys[:, :, None].expand(-1, -1, reader.grid)], -1
+        ).reshape(-1, 2).float()
+        self.patches = torch.arange(reader.grid ** 2).repeat(count)
+        self.diagnostics: dict[str, Any] = {}
+
+    def add(self, view: int, features: Tensor) -> None:
+        self.features[view] = features.flatten(0, 1).cpu()
+
+    def solve(self, raw: Tensor, progress: Callable[[int], Any] | None) -> tuple[Tensor, Tensor, Tensor]:
+        fit = fit_field(
+            self.coords, self.patches, self.features.flatten(0, 1), self.reader.grid, self.settings.field,
+            seed=self.settings.seed, device=self.reader.device, progress=progress,
+        )
+        self.diagnostics = {"views": len(self.features), "loss": float(fit.losses[-100:].mean())}
+        centres = self.reader.centres.float()
+        at = torch.stack(torch.meshgrid(centres, centres, indexing="ij"), -1).flip(-1)
+        return fit.semantics(at), fit.artifacts, fit.residual(raw)

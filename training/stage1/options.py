@@ -1,0 +1,97 @@
+"""The settings of stage 1 on a command line."""
+
+import argparse
+from collections.abc import Sequence
+
+from torch import nn
+
+from training.common.backbone import DTYPES, FeatureReader
+from training.stage1.decompose import SOLVERS, Stage1Settings
+from training.stage1.field.field import FieldSettings
+
+
+def add_stage1_arguments(parser: argparse.ArgumentParser, views: int = Stage1Settings.views) -> None:
+    """Give a command line the settings of stage 1; `stage1_settings` reads them."""
+    group = parser.add_argument_group("stage 1")
+    group.add_argument(
+        "--solver",
+        choices=SOLVERS,
+        default="linear",
+        help="linear: least squares, seconds an image (default); field: the paper's neural fields",
+    )
+    group.add_argument(
+        "--views", type=int, default=views, help="forward passes an image (default: %(default)s; the paper's: 768)"
+    )
+    group.add_argument(
+        "--area",
+        type=float,
+        nargs=2,
+        default=Stage1Settings.area,
+        metavar=("LEAST", "MOST"),
+        help="of a view, as a share of the image's (default: the paper's %(default)s)",
+    )
+    group.add_argument(
+        "--field-steps",
+        type=int,
+        metavar="N",
+        default=FieldSettings.steps,
+        help="steps of the field (default: the paper's %(default)s)",
+    )
+    group.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="N",
+        help="blocks counted from 0, or from the end with a minus, or 'all' (default: the last)",
+    )
+    group.add_argument(
+        "--input-size", type=int, metavar="PX", help="(default: the paper's, 518 for patch 14, 512 for 16)"
+    )
+    group.add_argument(
+        "--stride", type=int, metavar="PX", help="between patches; below the patch size for denser maps"
+    )
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=Stage1Settings.batch_size,
+        help="views in one forward pass (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dtype", choices=list(DTYPES), default="float32", help="of forward passes (default: %(default)s)"
+    )
+
+
+def stage1_settings(args: argparse.Namespace, model: nn.Module) -> Stage1Settings:
+    """Stage 1's settings from a command line, with layers, input size and stride filled in for this model.
+
+    Raises:
+        ValueError: a value that cannot be.
+        TypeError: the model is none of timm's ViTs.
+    """
+    for name, least in (("views", 2), ("batch_size", 1), ("field_steps", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"{name} must be {least} or more, got {getattr(args, name)}")
+    layers = _parse_layers(args.layers, model)
+    reader = FeatureReader(model, layers, input_size=args.input_size, stride=args.stride, dtype=args.dtype)
+    return Stage1Settings(
+        solver=args.solver,
+        views=args.views,
+        seed=args.seed,
+        layers=reader.layers,
+        input_size=reader.input_size,
+        stride=reader.stride,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        area=tuple(args.area),
+        field=FieldSettings(steps=args.field_steps),
+    )
+
+
+def _parse_layers(words: Sequence[str] | None, model: nn.Module) -> list[int] | None:
+    if words is None:
+        return None
+    if list(words) == ["all"]:
+        return list(range(len(getattr(model, "blocks", ()))))
+    try:
+        return [int(number) for word in words for number in word.split(",") if number]
+    except ValueError:
+        raise ValueError(f"layers must be block numbers or 'all', got {' '.join(words)}") from None

@@ -1,0 +1,87 @@
+"""Where denoisers start from: a fixed map, the best there is, or weights trained before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_dvt.denoiser import Denoiser, LayerDenoisers
+from timm_dvt.weights import denoiser_for, read_checkpoint
+from training.pairs.reader import PairError, PairReader, PairSet
+from training.stage2.targets import raw_and_target
+
+START_PAIRS = 2000  # the mean of so many correction maps is known to 2% of their spread
+CHUNK = 16  # pairs in memory at once while a mean is taken
+
+
+def start_as_static(denoisers: dict[int, Denoiser], reader: PairReader, target: str) -> None:
+    """Let transformer blocks start as the best fixed map: PE = mean of target - raw, the blocks the identity.
+
+    At a learning rate of 2e-4 no entry of the position embedding moves by more than 2e-4 a step, half that on the
+    average of a cosine: a short run would be over before the artifacts, whose size is that of the features, are
+    learned. From here on every step goes into what a fixed map cannot do. The paper does not say how it starts.
+    """
+    count = len(reader.pairs.files)
+    places = list(range(0, count, -(-count // START_PAIRS)))
+
+    def correction_of(*maps: Tensor) -> Tensor:
+        raw, wanted = raw_and_target(torch.stack(maps), target)
+        return wanted - raw
+
+    corrections = _mean(reader, places, correction_of)
+    denoiser: Any
+    for denoiser, correction in zip(denoisers.values(), corrections, strict=True):
+        with torch.no_grad():
+            if denoiser.pos_embed is not None:
+                denoiser.pos_embed.copy_(correction)
+            for block in denoiser.blocks:
+                for last in (block.attn.proj, block.mlp.fc2):  # what the two residual branches add
+                    nn.init.zeros_(last.weight)
+
+
+def subtract_mean_artifacts(denoisers: dict[int, Denoiser], reader: PairReader) -> None:
+    """Make static denoisers: F = y - G, with the artifact field averaged over all pairs (`reader` reads artifacts)."""
+    means = _mean(reader, range(len(reader.pairs.files)), lambda artifacts: artifacts)
+    denoiser: Any
+    for denoiser, artifacts in zip(denoisers.values(), means, strict=True):
+        with torch.no_grad():
+            denoiser.pos_embed.copy_(-artifacts)
+
+
+def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backbone: str) -> None:
+    """Put the weights of a saved denoiser into new ones.
+
+    Raises:
+        CheckpointError: the folder holds none, or one for another backbone, width or grid.
+        ValueError: it has other layers, another architecture or number of blocks.
+    """
+    found = denoiser_for(read_checkpoint(folder), pairs.channels, pairs.grid, backbone=backbone)
+    if isinstance(found, LayerDenoisers):
+        by_layer = {int(block): one for block, one in found.layers.items()}
+    else:  # a folder of the last block alone does not number it
+        by_layer = {pairs.layers[-1]: found}
+    for layer, denoiser in denoisers.items():
+        one: Any = by_layer.get(layer)
+        if one is None:
+            raise ValueError(f"--init {folder} holds denoisers for blocks {list(by_layer)}, none for {layer}")
+        if (one.arch, len(one.blocks)) != (denoiser.arch, len(denoiser.blocks)):
+            raise ValueError(
+                f"--init {folder} holds {one.arch} of {len(one.blocks)} blocks, "
+                f"but this run trains {denoiser.arch} of {len(denoiser.blocks)}; see --arch and --blocks"
+            )
+        denoiser.load_state_dict(one.state_dict())
+
+
+def _mean(reader: PairReader, places: Sequence[int], of: Callable[..., Tensor]) -> Tensor:
+    """The mean over pairs of a function of their maps: (layers, K*K, C) float32, added up in float64."""
+    total: Tensor | float = 0.0
+    for first in range(0, len(places), CHUNK):
+        maps = reader.read(places[first : first + CHUNK]).double()
+        total = total + of(*maps).sum(0)
+    mean = torch.as_tensor(total) / len(places)
+    if not bool(mean.isfinite().all()):
+        raise PairError(f"NaN or infinite features in {', '.join(map(str, reader.not_finite(places)[:3]))}")
+    return mean.float()

@@ -1,0 +1,91 @@
+"""The student of stage 3 as it is trained: its tokens, its loss, and how near it is to the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from training.loop.distance import distance
+from training.stage3.crops import CropReader
+
+PICTURES = 4  # images in a picture
+MOST_VALIDATION = 256  # images that a validation reads
+CHUNK = 8  # images of one forward pass of a validation
+
+
+class Student(nn.Module):
+    """A plain ViT and its loss: Eq. 11 between its tokens and the teacher's."""
+
+    def __init__(self, vit: Any, norm_after_pool: bool) -> None:
+        super().__init__()
+        self.vit, self.norm_after_pool = vit, norm_after_pool
+
+    def forward(self, images: Tensor, wanted: Tensor) -> Tensor:
+        """Images (B, 3, h, w) and the teacher's tokens (B, prefix + N, C) to the mean loss of a token."""
+        return distance(self.tokens(images), wanted).mean()
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Tokens (B, prefix + N, C) that stand beside the teacher's: patch tokens normed, as timm norms or pools."""
+        tokens = self.vit.forward_features(images)
+        if not self.norm_after_pool:
+            return tokens
+        prefix = self.vit.num_prefix_tokens
+        return torch.cat([tokens[:, :prefix], self.vit.fc_norm(tokens[:, prefix:])], dim=1)
+
+
+def freeze_unused(student: Student, images: Tensor) -> None:
+    """Freeze what no token depends on (the classifier): DDP waits for gradients, and nothing should be decayed."""
+    student.tokens(images).float().square().mean().backward()
+    for parameter in student.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+
+
+class Validation:
+    """The loss on images that are not trained on, and a picture of some of them."""
+
+    def __init__(
+        self,
+        teacher: Any,
+        reader: CropReader,
+        normalise: Callable[[Tensor], Tensor],
+        autocasting: Callable[[], AbstractContextManager],
+    ) -> None:
+        """
+        Args:
+            teacher: the denoised model. reader: of the images.
+            normalise: images in [0, 1] to what the teacher takes, on its device.
+            autocasting: makes contexts for forward passes.
+        """
+        self.teacher, self.reader, self.normalise, self.autocasting = teacher, reader, normalise, autocasting
+
+    @torch.no_grad()
+    def __call__(self, student: Student) -> tuple[dict[str, float], list[tuple[np.ndarray, ...]]]:
+        """Eq. 11 between the teacher's tokens and the student's, and the backbone's; and maps to be looked at.
+
+        Returns:
+            The numbers, and for each of some images the (K, K, C) maps of backbone, student and teacher.
+        """
+        teacher, count, side = self.teacher, len(self.reader), self.reader.size
+        losses: list[Tensor] = []
+        rows: list[tuple[np.ndarray, ...]] = []
+        for first in range(0, count, CHUNK):
+            images = self.normalise(self.reader.whole(range(first, min(first + CHUNK, count))))
+            with self.autocasting():
+                wanted, got = teacher.forward_features(images), student.tokens(images)
+                with teacher.denoising(False):
+                    raw = teacher.forward_features(images)
+                raw = teacher.fc_norm(raw) if teacher.norm_after_pool else raw
+            losses.append(torch.stack([distance(x, wanted).mean(1) for x in (got, raw)]))
+            if first == 0:
+                grid = teacher.patch_embed.dynamic_feat_size((side, side))
+                prefix = teacher.num_prefix_tokens
+                shown = [x[:PICTURES, prefix:].float().unflatten(1, grid) for x in (raw, got, wanted)]
+                rows = list(zip(*(maps.cpu().numpy() for maps in shown)))
+        distilled, backbone = torch.cat(losses, 1).mean(1).tolist()
+        return {"val_loss": distilled, "val_loss_backbone": backbone}, rows
