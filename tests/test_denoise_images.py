@@ -11,7 +11,7 @@ from training import denoise_images
 from training.common.images import load_image
 from training.common.models import load_model
 from training.pairs.folder import read_header, read_index, read_pair, read_settings
-from training.stage1.decompose import Stage1Settings, decompose
+from training.stage1.decompose import NonFiniteFeatures, Stage1Settings, decompose
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,7 +83,7 @@ def test_an_image_that_failed_is_not_computed_again_until_it_changes(images, tmp
 
     def fail(model, image, settings, **options):
         calls.append(settings.seed)
-        raise denoise_images.NonFiniteFeatures("block 5 gave NaN")
+        raise NonFiniteFeatures("block 5 gave NaN")
 
     monkeypatch.setattr(denoise_images, "decompose", fail)
     assert run(images / "c.png", tmp_path / "out") == 1

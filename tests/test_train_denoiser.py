@@ -12,7 +12,7 @@ from PIL import Image
 from tests.pairs import change_pair, make_maps, pair_path, write_pairs
 from tests.processes import same, weights
 from tests.stage2 import denoiser_weights, run
-from training.loop.distance import distance
+from training.loop.distance import norm_distance as distance
 from training.loop.optimisation import make_adamw
 from training.loop.order import positions
 from training.pairs.reader import open_pairs

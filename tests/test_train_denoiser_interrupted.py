@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from tests.pairs import write_pairs
 from tests.processes import kill_at_random_moments, same, start, torchrun, weights
 from tests.stage2 import command, denoiser_weights, run
-from training import train_denoiser
-from training.loop import run
+from training.loop import run as loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = ("--steps", "200", "--checkpoint-every", "7", "--val-every", "50")
@@ -45,14 +44,14 @@ def test_killed_at_random_moments_and_run_again_ends_with_the_same_weights(pairs
 def test_stopped_after_any_checkpoint_it_continues_bit_for_bit(pairs, tmp_path, monkeypatch):
     options = ("--steps", "9", "--checkpoint-every", "2")
     assert run(pairs, tmp_path / "whole", *options) == 0
-    save = run.save_checkpoint
+    save = loop.save_checkpoint
 
     def save_and_die(path, model, optimizer, step, facts):
         save(path, model, optimizer, step, facts)
         raise KeyboardInterrupt
 
     for _ in (2, 4, 6, 8):
-        monkeypatch.setattr(run, "save_checkpoint", save_and_die)
+        monkeypatch.setattr(loop, "save_checkpoint", save_and_die)
         assert run(pairs, tmp_path / "out", *options) == 130
         monkeypatch.undo()
     assert run(pairs, tmp_path / "out", *options) == 0

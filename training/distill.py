@@ -39,6 +39,7 @@ from timm_dvt.saving import save_plain
 from training.common.command import add_model_arguments, help_from
 from training.common.images import Source, list_images
 from training.common.models import load_model, pick_device, weights_digest
+from training.common.recipes import STAGE3, add_recipe
 from training.figures.rows import draw_rows
 from training.loop.checkpoints import CHECKPOINT, Diverged
 from training.loop.distance import loss_limit
@@ -46,12 +47,12 @@ from training.loop.distributed import ALONE, Processes, join_processes
 from training.loop.entry import exit_code, only_run
 from training.loop.log import TrainingLog
 from training.loop.optimisation import autocast, make_adamw
-from training.loop.options import add_training_arguments, run_length
+from training.loop.options import add_training_arguments, training_settings
 from training.loop.order import positions, split_places
 from training.loop.reading_ahead import read_ahead, reading_threads
 from training.loop.run import resume, run_steps
 from training.loop.settings import TrainingSettings
-from training.stage3.crops import CropReader
+from training.stage3.crops import AUGMENTS, CropReader
 from training.stage3.student import MOST_VALIDATION, Student, Validation, freeze_unused
 
 
@@ -61,15 +62,19 @@ class Settings(TrainingSettings):
 
     Attributes:
         input_size: side of the square inputs in pixels.
+        augment: of `training.stage3.crops.AUGMENTS`.
+        tokens: what is learned, "all" or "patches".
     """
 
-    input_size: int
+    input_size: int = 0
     weight_decay: float = 1e-5
+    augment: str = "crop"
+    tokens: str = "all"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = make_parser().parse_args(argv)
+    args = make_parser(argv).parse_args(argv)
     return exit_code(lambda: run(args))
 
 
@@ -90,17 +95,23 @@ def run(args: argparse.Namespace) -> None:
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The options of this command."""
+def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The options of this command, with the defaults of the recipe that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m training.distill", **help_from(__doc__))
     parser.add_argument("--images", required=True, metavar="DIR", help="a folder, an image or a .txt list of paths")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="made, or continued if it exists")
     add_model_arguments(parser)
     parser.add_argument("--input-size", type=int, metavar="PX", help="(default: the denoised model's own)")
-    add_training_arguments(
-        parser, "images", Settings.weight_decay, Settings.val_fraction,
-        lr_help="2e-4 * sqrt(batch / 256)", warmup=None, warmup_help="15%% of all",
-    )  # fmt: skip
+    parser.add_argument(
+        "--augment", choices=AUGMENTS, default=Settings.augment,
+        help="random crops and flips, or whole images with random flips alone (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens", choices=("all", "patches"), default=Settings.tokens,
+        help="learn prefix tokens too, so that a classifier goes on working, or patch tokens alone (%(default)s)",
+    )
+    add_training_arguments(parser, "images", Settings(), base_lr=2e-4, warmup="15%")
+    add_recipe(parser, STAGE3, argv)
     return parser
 
 
@@ -128,14 +139,8 @@ def make_settings(
         raise ValueError(f"input_size must be a multiple of the patch size {patch}, got {size}")
     if size != teacher.patch_embed.img_size[0] and not teacher.dynamic_img_size:
         raise ValueError(f"input_size must be this model's one, {teacher.patch_embed.img_size[0]}, got {size}")
-    steps, batch_size = run_length(args, len(sources), f"{args.images} holds {len(sources)} image", processes)
-    # As main_distillation.py of the paper's repository has them, the batch being that of all processes.
-    lr = 2e-4 * (batch_size / 256) ** 0.5 if args.lr is None else args.lr
-    warmup = int(0.15 * steps) if args.warmup is None else args.warmup
-    return Settings(
-        input_size=size, steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, weight_decay=args.weight_decay,
-        dtype=args.dtype, val_fraction=args.val_fraction, seed=args.seed,
-    )
+    shared = training_settings(args, len(sources), f"{args.images} holds {len(sources)} image", processes)
+    return Settings(input_size=size, augment=args.augment, tokens=args.tokens, **shared)
 
 
 def describe(args: argparse.Namespace, teacher: nn.Module, sources: list[Source], settings: Settings) -> dict[str, Any]:
@@ -179,7 +184,7 @@ def train(
         BadCheckpoint, OutputError: see training/loop/checkpoints.py.
     """
     training, validation = split_places(len(sources), settings.val_fraction, settings.seed)
-    crops = CropReader([sources[i] for i in training], settings.input_size, settings.seed)
+    crops = CropReader([sources[i] for i in training], settings.input_size, settings.seed, settings.augment)
     shown = [sources[i] for i in (validation or training)[:MOST_VALIDATION]]
     teacher = teacher.to(device).eval()
     config = resolve_model_data_config(teacher)
@@ -190,9 +195,11 @@ def train(
         return (images.to(device) - mean) / std
 
     # In eval mode: a pretrained ViT has no layer that training would change, and nothing random to be continued.
-    student = Student(remove_denoiser(copy.deepcopy(teacher)), teacher.norm_after_pool).eval().requires_grad_(True)
+    learned_from = teacher.num_prefix_tokens if settings.tokens == "patches" else 0
+    vit = remove_denoiser(copy.deepcopy(teacher))
+    student = Student(vit, teacher.norm_after_pool, settings.loss, learned_from).eval().requires_grad_(True)
     freeze_unused(student, torch.zeros(1, 3, settings.input_size, settings.input_size, device=device))
-    optimizer = make_adamw(student, settings.lr, settings.weight_decay)
+    optimizer = make_adamw(student, settings.lr, settings.weight_decay, settings.decay_all)
     first = resume(folder / CHECKPOINT, student, optimizer)
     model = processes.share(student)
     validation_loss = Validation(
@@ -231,7 +238,7 @@ def train(
         run_steps(
             student, optimizer, settings.schedule, loss, log, first,
             checkpoint=folder / CHECKPOINT, checkpoint_every=checkpoint_every,
-            limit=lambda: loss_limit(wanted), explain=not_sane,
+            limit=lambda: loss_limit(student.distance, wanted[:, student.first :]), explain=not_sane,
             validate=validate, val_every=val_every, processes=processes,
         )
     return student.vit

@@ -32,6 +32,7 @@ from timm_dvt.denoiser import ARCHITECTURES, Denoiser, combine
 from timm_dvt.model import attach_denoiser, timm_name
 from training.common.command import add_model_arguments, help_from
 from training.common.models import load_pairs_model, pick_device, weights_digest
+from training.common.recipes import STAGE2, add_recipe
 from training.figures.rows import draw_rows
 from training.loop.checkpoints import CHECKPOINT, Diverged
 from training.loop.distance import loss_limit
@@ -39,7 +40,7 @@ from training.loop.distributed import ALONE, Processes, join_processes
 from training.loop.entry import exit_code, only_run
 from training.loop.log import TrainingLog
 from training.loop.optimisation import autocast, make_adamw
-from training.loop.options import add_training_arguments, run_length
+from training.loop.options import add_training_arguments, training_settings
 from training.loop.order import positions
 from training.loop.reading_ahead import reading_threads
 from training.loop.run import resume, run_steps
@@ -71,7 +72,7 @@ class Settings(TrainingSettings):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = make_parser().parse_args(argv)
+    args = make_parser(argv).parse_args(argv)
     return exit_code(lambda: run(args))
 
 
@@ -91,8 +92,8 @@ def run(args: argparse.Namespace) -> None:
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The options of this command."""
+def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The options of this command, with the defaults of the recipe that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m training.train_denoiser", **help_from(__doc__))
     parser.add_argument("--pairs", required=True, metavar="DIR", help="what training.denoise_images wrote")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="made, or continued if it exists")
@@ -112,7 +113,8 @@ def make_parser() -> argparse.ArgumentParser:
                        help="of a block: from the mean correction, the block an identity (default), or from random "
                        "weights alone; the paper does not say")
     group.add_argument("--init", metavar="FOLDER", help="start from a trained denoiser instead")
-    add_training_arguments(parser, "pairs", Settings.weight_decay, Settings.val_fraction, lr=Settings.lr)
+    add_training_arguments(parser, "pairs", Settings())
+    add_recipe(parser, STAGE2, argv)
     return parser
 
 
@@ -128,11 +130,9 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, processes: Processes
     if args.init and args.arch == "static":
         raise ValueError("--init starts a training, and --arch static needs none; leave out one of the two")
     count = len(pairs.files)
-    steps, batch_size = run_length(args, count, f"{pairs.folder} holds {count} pair", processes)
+    shared = training_settings(args, count, f"{pairs.folder} holds {count} pair", processes)
     return Settings(
-        arch=args.arch, blocks=args.blocks, target=args.target, start=args.start, init=args.init,
-        steps=steps, batch_size=batch_size, lr=args.lr, warmup=args.warmup, weight_decay=args.weight_decay,
-        dtype=args.dtype, val_fraction=args.val_fraction, seed=args.seed,
+        arch=args.arch, blocks=args.blocks, target=args.target, start=args.start, init=args.init, **shared
     )
 
 
@@ -202,8 +202,8 @@ def train(
     if settings.arch == "static":
         subtract_mean_artifacts(denoisers, PairReader(training, ("artifacts",), cache_bytes=0))
         settings = replace(settings, steps=0, warmup=0)  # what follows only validates
-    module = Stage2(denoisers, pairs.grid).to(device)
-    optimizer = make_adamw(module, settings.lr, settings.weight_decay)
+    module = Stage2(denoisers, pairs.grid, settings.loss).to(device)
+    optimizer = make_adamw(module, settings.lr, settings.weight_decay, settings.decay_all)
     first = resume(folder / CHECKPOINT, module, optimizer)
     if not first and settings.init:
         load_init(denoisers, settings.init, pairs, backbone)
@@ -252,7 +252,7 @@ def train(
         run_steps(
             module, optimizer, settings.schedule, loss, log, first,
             checkpoint=folder / CHECKPOINT, checkpoint_every=checkpoint_every,
-            limit=lambda: loss_limit(clean), explain=not_sane,
+            limit=lambda: loss_limit(module.distance, clean), explain=not_sane,
             validate=validate, val_every=val_every, processes=processes,
         )
         if settings.steps == 0 and processes.first:

@@ -25,7 +25,7 @@ from training import train_denoiser
 from training.benchmark._synthetic_pairs import MODELS, World
 from training.benchmark.scenes import REGIMES
 from training.common.memory import keep_freed_memory
-from training.loop.distance import distance
+from training.loop.distance import norm_distance
 from training.loop.optimisation import make_adamw, set_learning_rate
 from training.loop.order import positions
 from training.pairs import reader as pairs_reader
@@ -50,7 +50,7 @@ def bare(pairs: PairSet, settings: train_denoiser.Settings, batches: list[torch.
     for step in range(settings.steps):
         set_learning_rate(optimizer, settings.schedule.rate(step))
         raw, clean = batches[step % len(batches)]
-        loss = distance(denoiser(raw[:, 0], pairs.grid), clean[:, 0]).mean()
+        loss = norm_distance(denoiser(raw[:, 0], pairs.grid), clean[:, 0]).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

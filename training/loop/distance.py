@@ -1,13 +1,15 @@
-"""The distance that stages 2 and 3 make small (Eq. 11), and where a run of it has gone wrong."""
+"""The distances that stages 2 and 3 make small (Eq. 11), and where a run of one has gone wrong."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def distance(predicted: Tensor, target: Tensor) -> Tensor:
+def norm_distance(predicted: Tensor, target: Tensor) -> Tensor:
     """Eq. 11, 1 - cos(D(y), F) + ||D(y) - F||_2, of each token.
 
     The norm is not squared and runs over the channels, as the paper writes it. Always in float32.
@@ -23,10 +25,20 @@ def distance(predicted: Tensor, target: Tensor) -> Tensor:
     return 1 - cosine + torch.linalg.vector_norm(predicted - target, dim=-1)
 
 
-def loss_limit(target: Tensor) -> float:
-    """The loss beyond which a run diverges: ten times that of predicting nothing, which is 1 + ||F||_2 (Eq. 11).
+def mse_distance(predicted: Tensor, target: Tensor) -> Tensor:
+    """The same with the mean over the channels of the squared difference, as the paper's repository has it."""
+    predicted, target = predicted.float(), target.float()
+    cosine = F.cosine_similarity(predicted, target, dim=-1)
+    return 1 - cosine + (predicted - target).square().mean(-1)
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"norm": norm_distance, "mse": mse_distance}
+
+
+def loss_limit(distance: Callable[[Tensor, Tensor], Tensor], target: Tensor) -> float:
+    """The loss beyond which a run diverges: ten times that of predicting nothing.
 
     Args:
-        target: (..., C) what is to be predicted.
+        distance: of `DISTANCES`. target: (..., C) what is to be predicted.
     """
-    return 10 * (1 + torch.linalg.vector_norm(target.float(), dim=-1).mean().item())
+    return 10 * distance(torch.zeros_like(target), target).mean().item()

@@ -12,12 +12,13 @@ from torch import nn
 from training.common.backbone import DTYPES
 
 
-def make_adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over what is trainable; position embeddings, biases and norms are not decayed, as in timm."""
+def make_adamw(model: nn.Module, lr: float, weight_decay: float, decay_all: bool = False) -> torch.optim.AdamW:
+    """AdamW over what is trainable; position embeddings, biases and norms are not decayed, as in timm, or all are."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and not name.endswith(("pos_embed", "_token"))].append(parameter)
+            matrix = parameter.ndim > 1 and not name.endswith(("pos_embed", "_token"))
+            groups[decay_all or matrix].append(parameter)
     return torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": weight_decay if decayed else 0.0}

@@ -33,6 +33,7 @@ class Schedule:
         decay: fraction done -> factor of the peak.
         overlap: the decay counts from the first step, and the rise multiplies it, as in mmsegmentation and
             mmdetection, whose protocols the probes follow; else it counts from the end of the rise.
+        floor: the learning rate at the end of the decay.
 
     Raises:
         ValueError: a value that cannot be.
@@ -43,12 +44,15 @@ class Schedule:
     warmup: int = 0
     decay: Callable[[float], float] = cosine
     overlap: bool = False
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"steps must be 0 or more, got {self.steps}")
         if not 0 <= self.peak < math.inf:
             raise ValueError(f"lr must be 0 or more and finite, got {self.peak}")
+        if not 0 <= self.floor <= self.peak:
+            raise ValueError(f"min_lr must be from 0 to lr ({self.peak:g}), got {self.floor}")
         if self.warmup < 0:
             raise ValueError(f"warmup must be 0 or more, got {self.warmup}")
 
@@ -56,7 +60,10 @@ class Schedule:
         """The learning rate of a step, counted from 0."""
         rise = (step + 1) / self.warmup if step < self.warmup else 1.0
         if self.overlap:
-            return self.peak * rise * self.decay(step / self.steps)
+            return rise * self._decayed(step / self.steps)
         if step < self.warmup:
             return self.peak * rise
-        return self.peak * self.decay((step - self.warmup) / max(1, self.steps - self.warmup))
+        return self._decayed((step - self.warmup) / max(1, self.steps - self.warmup))
+
+    def _decayed(self, done: float) -> float:
+        return self.floor + (self.peak - self.floor) * self.decay(done)

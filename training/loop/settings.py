@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from training.common.backbone import DTYPES
+from training.loop.distance import DISTANCES
 from training.loop.schedule import Schedule
 
 
@@ -15,8 +16,9 @@ class TrainingSettings:
     Attributes:
         steps: optimiser steps.
         batch_size: samples a step, over all processes.
-        lr, warmup: the schedule's peak, and steps to reach it.
-        weight_decay: of AdamW, on matrices.
+        loss: of `training.loop.distance.DISTANCES`.
+        lr, warmup, min_lr: the schedule's peak, steps to reach it, and where it ends.
+        weight_decay: of AdamW, on matrices, or with decay_all on everything.
         dtype: "float32", or "bfloat16" for autocast.
         val_fraction: of the samples, not trained on.
         seed: of all that is random.
@@ -27,9 +29,12 @@ class TrainingSettings:
 
     steps: int = 1
     batch_size: int = 64
+    loss: str = "norm"
     lr: float = 2e-4
+    min_lr: float = 0.0
     warmup: int = 0
     weight_decay: float = 0.01
+    decay_all: bool = False
     dtype: str = "float32"
     val_fraction: float = 0.05
     seed: int = 0
@@ -43,9 +48,11 @@ class TrainingSettings:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {self.val_fraction}")
+        if self.loss not in DISTANCES:
+            raise ValueError(f"loss must be one of {', '.join(DISTANCES)}, got {self.loss!r}")
         _ = self.schedule
 
     @property
     def schedule(self) -> Schedule:
-        """Cosine to 0 (paper A.2) after the rise. Raises ValueError for what cannot be."""
-        return Schedule(self.steps, self.lr, self.warmup)
+        """Cosine (paper A.2) after the rise. Raises ValueError for what cannot be."""
+        return Schedule(self.steps, self.lr, self.warmup, floor=self.min_lr)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
-from training.loop.distance import distance
+from training.loop.distance import DISTANCES
 from training.pairs.reader import PairReader, PairSet
 from training.stage2.targets import raw_and_target
 
@@ -20,22 +20,24 @@ CHUNK = 16  # pairs of one forward pass of a validation
 
 
 class Stage2(nn.Module):
-    """Denoisers side by side, and the loss that trains them (Eq. 11).
+    """Denoisers side by side, and the distance that trains them (Eq. 11).
 
     Args:
         denoisers: by layer; the features of all have one grid.
         grid: its rows and columns.
+        loss: of `DISTANCES`.
     """
 
-    def __init__(self, denoisers: dict[int, Denoiser], grid: tuple[int, int]) -> None:
+    def __init__(self, denoisers: dict[int, Denoiser], grid: tuple[int, int], loss: str = "norm") -> None:
         super().__init__()
+        self.distance = DISTANCES[loss]
         self.denoisers = LayerDenoisers(denoisers, max(denoisers))
         self.grid = grid
 
     def forward(self, raw: Tensor, clean: Tensor) -> Tensor:
-        """Raw and clean features (B, layers, K*K, C) to the loss (layers,) of each: Eq. 11, mean over the tokens."""
+        """Raw and clean features (B, layers, K*K, C) to the loss (layers,) of each, mean over the tokens."""
         predicted = self._by_layer(raw)  # not stacked: copying them there and back took a tenth of a step
-        return torch.stack([distance(*maps).mean() for maps in zip(predicted, clean.unbind(1), strict=True)])
+        return torch.stack([self.distance(*maps).mean() for maps in zip(predicted, clean.unbind(1), strict=True)])
 
     def predict(self, raw: Tensor) -> Tensor:
         """Raw to denoised features, both (B, layers, K*K, C)."""
@@ -61,7 +63,7 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, module: Stage2) -> tuple[dict[str, float], list[tuple[np.ndarray, ...]]]:
-        """Eq. 11 of the denoised features and of the raw ones, mean over all layers; and maps to be looked at.
+        """The distance of the denoised features and of the raw ones, mean over all layers; and maps to be looked at.
 
         Returns:
             The numbers, and for each of some pairs the last layer's (K, K, C) maps: raw, predicted, target.
@@ -74,7 +76,7 @@ class Validation:
             raw, clean = raw_and_target(maps, self.target)
             with self.autocasting():
                 predicted = module.predict(raw)
-            losses.append(torch.stack([distance(x, clean).mean((1, 2)) for x in (predicted, raw)]))
+            losses.append(torch.stack([module.distance(x, clean).mean((1, 2)) for x in (predicted, raw)]))
             if first == 0:
                 shown = [x[:PICTURES, -1].float().unflatten(1, module.grid) for x in (raw, predicted, clean)]
                 rows = list(zip(*(maps.cpu().numpy() for maps in shown)))

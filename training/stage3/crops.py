@@ -12,20 +12,21 @@ from tqdm import tqdm
 from training.common.images import ImageError, Source, load_image
 from training.common.views import Views, render_views, sample_views, whole_view
 
+AUGMENTS = ("crop", "flip")  # random crops and flips, or whole images with random flips
 AREA = (0.4, 1.0)  # of a crop: from most of what stage 1 crops to the whole image, which the denoiser was trained on
 
 
 class CropReader:
     """Reads images of a list. One that cannot be read is named once, and the next in the list takes its place."""
 
-    def __init__(self, sources: Sequence[Source], size: int, seed: int) -> None:
+    def __init__(self, sources: Sequence[Source], size: int, seed: int, augment: str = "crop") -> None:
         """
         Args:
             sources: at least one image.
             size: side of the square result in pixels.
-            seed: of the crops.
+            seed: of the crops. augment: of `AUGMENTS`, what `random` does.
         """
-        self.sources, self.size, self.seed = list(sources), size, seed
+        self.sources, self.size, self.seed, self.augment = list(sources), size, seed, augment
         self._named: set[int] = set()
 
     def __len__(self) -> int:
@@ -50,7 +51,9 @@ class CropReader:
         image = self._image(place)
         # A seed of its own for every sample of a run; images, unlike features, may be flipped: the teacher sees it.
         seed = (self.seed << 40) + number
-        view: Views = sample_views(1, (image.shape[1], image.shape[2]), seed, area=AREA)
+        view = sample_views(1, (image.shape[1], image.shape[2]), seed, area=AREA)
+        if self.augment == "flip":
+            view = Views(whole_view().boxes, view.flips)
         return render_views(image, view, self.size)
 
     def _image(self, place: int) -> Tensor:

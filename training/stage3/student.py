@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.loop.distance import distance
+from training.loop.distance import DISTANCES
 from training.stage3.crops import CropReader
 
 PICTURES = 4  # images in a picture
@@ -19,15 +19,26 @@ CHUNK = 8  # images of one forward pass of a validation
 
 
 class Student(nn.Module):
-    """A plain ViT and its loss: Eq. 11 between its tokens and the teacher's."""
+    """A plain ViT and its loss: the distance (Eq. 11) between its tokens and the teacher's.
 
-    def __init__(self, vit: Any, norm_after_pool: bool) -> None:
+    Args:
+        vit: a plain timm ViT.
+        norm_after_pool: whether it norms its tokens behind the pool.
+        loss: of `DISTANCES`.
+        first: the first token that counts: 0, or the number of prefix tokens to learn patch tokens alone.
+    """
+
+    def __init__(self, vit: Any, norm_after_pool: bool, loss: str = "norm", first: int = 0) -> None:
         super().__init__()
-        self.vit, self.norm_after_pool = vit, norm_after_pool
+        self.vit, self.norm_after_pool, self.distance, self.first = vit, norm_after_pool, DISTANCES[loss], first
 
     def forward(self, images: Tensor, wanted: Tensor) -> Tensor:
         """Images (B, 3, h, w) and the teacher's tokens (B, prefix + N, C) to the mean loss of a token."""
-        return distance(self.tokens(images), wanted).mean()
+        return self.apart(self.tokens(images), wanted).mean()
+
+    def apart(self, tokens: Tensor, wanted: Tensor) -> Tensor:
+        """The distance of tokens (B, prefix + N, C) from others: (B, tokens that count)."""
+        return self.distance(tokens[:, self.first :], wanted[:, self.first :])
 
     def tokens(self, images: Tensor) -> Tensor:
         """Tokens (B, prefix + N, C) that stand beside the teacher's: patch tokens normed, as timm norms or pools."""
@@ -40,7 +51,7 @@ class Student(nn.Module):
 
 def freeze_unused(student: Student, images: Tensor) -> None:
     """Freeze what no token depends on (the classifier): DDP waits for gradients, and nothing should be decayed."""
-    student.tokens(images).float().square().mean().backward()
+    student.tokens(images)[:, student.first :].float().square().mean().backward()
     for parameter in student.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
@@ -66,7 +77,7 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, student: Student) -> tuple[dict[str, float], list[tuple[np.ndarray, ...]]]:
-        """Eq. 11 between the teacher's tokens and the student's, and the backbone's; and maps to be looked at.
+        """The distance between the teacher's tokens and the student's, and the backbone's; and maps to be looked at.
 
         Returns:
             The numbers, and for each of some images the (K, K, C) maps of backbone, student and teacher.
@@ -81,7 +92,7 @@ class Validation:
                 with teacher.denoising(False):
                     raw = teacher.forward_features(images)
                 raw = teacher.fc_norm(raw) if teacher.norm_after_pool else raw
-            losses.append(torch.stack([distance(x, wanted).mean(1) for x in (got, raw)]))
+            losses.append(torch.stack([student.apart(x, wanted).mean(1) for x in (got, raw)]))
             if first == 0:
                 grid = teacher.patch_embed.dynamic_feat_size((side, side))
                 prefix = teacher.num_prefix_tokens
