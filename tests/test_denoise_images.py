@@ -11,6 +11,7 @@ from training import denoise_images
 from training.common.images import load_image
 from training.common.models import load_model
 from training.pairs.folder import read_header, read_index, read_pair, read_settings
+from training.stage1 import many
 from training.stage1.decompose import NonFiniteFeatures, Stage1Settings, decompose
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,7 +86,7 @@ def test_an_image_that_failed_is_not_computed_again_until_it_changes(images, tmp
         calls.append(settings.seed)
         raise NonFiniteFeatures("block 5 gave NaN")
 
-    monkeypatch.setattr(denoise_images, "decompose", fail)
+    monkeypatch.setattr(many, "decompose", fail)
     assert run(images / "c.png", tmp_path / "out") == 1
     assert run(images / "c.png", tmp_path / "out") == 1
     assert len(calls) == 1
@@ -114,7 +115,7 @@ def test_an_unforeseen_error_stops_the_run_and_names_the_image(images, tmp_path,
     def fail(*args, **options):
         raise RuntimeError("the graphics card has gone")
 
-    monkeypatch.setattr(denoise_images, "decompose", fail)
+    monkeypatch.setattr(many, "decompose", fail)
     with pytest.raises(RuntimeError, match="graphics card"):
         run(images, tmp_path / "out")
     assert "a/0.png: stopped at this image" in capsys.readouterr().err

@@ -33,7 +33,7 @@ from training.common.views import render_views, whole_view
 from training.figures.panels import Row, draw_positional, draw_stage1, save_figure
 from training.figures.video import Maps, count_frames, draw_video
 from training.stage1.decompose import Stage1Settings, decompose
-from training.stage1.one_image import IMAGE_ERRORS, image_seed
+from training.stage1.many import IMAGE_ERRORS, image_seed
 from training.stage1.options import add_stage1_arguments, stage1_settings
 from training.stage1.progress import Progress
 

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-from training import train_denoiser
 from training.benchmark._synthetic_pairs import MODELS, World
 from training.benchmark.scenes import REGIMES
 from training.common.memory import keep_freed_memory
@@ -31,18 +30,19 @@ from training.loop.order import positions
 from training.pairs import reader as pairs_reader
 from training.pairs.reader import PairReader, PairSet, open_pairs
 from training.stage2.denoisers import make_denoisers
+from training.stage2.train import Stage2Settings, train
 
 BAR = 0.95
 
 
-def ours(pairs: PairSet, settings: train_denoiser.Settings, folder: Path) -> float:
+def ours(pairs: PairSet, settings: Stage2Settings, folder: Path) -> float:
     """Pairs a second of the command's own loop, log, checks and all."""
-    train_denoiser.train(pairs, settings, folder, torch.device("cpu"), checkpoint_every=10**9, val_every=10**9)
+    train(pairs, settings, folder, torch.device("cpu"), checkpoint_every=10**9, val_every=10**9)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [line["images_per_second"] for line in lines if "images_per_second" in line][-1]
 
 
-def bare(pairs: PairSet, settings: train_denoiser.Settings, batches: list[torch.Tensor]) -> float:
+def bare(pairs: PairSet, settings: Stage2Settings, batches: list[torch.Tensor]) -> float:
     """Pairs a second of nothing but the arithmetic, on batches (2, B, 1, N, C) float32 in memory."""
     (denoiser,) = make_denoisers(pairs, settings.arch, settings.blocks, settings.seed).values()
     optimizer = make_adamw(denoiser, settings.lr, settings.weight_decay)
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args(argv)
     keep_freed_memory()  # as the command does
-    settings = train_denoiser.Settings(
+    settings = Stage2Settings(
         steps=args.steps, batch_size=args.batch_size, val_fraction=0.0, start="random"
     )
     world = World(dataclasses.replace(REGIMES["blobby, high"], channels=args.channels, grid=args.grid))

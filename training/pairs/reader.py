@@ -189,19 +189,23 @@ class PairReader:
         kept = self._kept.get(position)
         if kept is not None:
             return kept
-        path = self._path(position)
-        try:
-            maps = read_maps(path, self.pairs.layers, self.parts)
-            size = 0
-            for one in chain.from_iterable(maps):
-                if one.shape != self._shape:
-                    raise ValueError(f"maps of {_show(one.shape)} where there were {_show(self._shape)} before")
-                size += one.nbytes
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:  # TypeError: NumPy has no bfloat16
-            raise _unreadable(Path(path), error) from error
+        maps = self._load(position)
+        size = sum(one.nbytes for one in chain.from_iterable(maps))
         if self._free >= size:
             self._free -= size
             self._kept[position] = maps
+        return maps
+
+    def _load(self, position: int) -> list[list[Tensor]]:
+        """Maps (K, K, C) by part and layer, from where they lie."""
+        path = self._path(position)
+        try:
+            maps = read_maps(path, self.pairs.layers, self.parts)
+            for one in chain.from_iterable(maps):
+                if one.shape != self._shape:
+                    raise ValueError(f"maps of {_show(one.shape)} where there were {_show(self._shape)} before")
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:  # TypeError: NumPy has no bfloat16
+            raise _unreadable(Path(path), error) from error
         return maps
 
     def _path(self, position: int) -> str:

@@ -1,0 +1,94 @@
+"""What a denoiser did to images that it has not seen: numbers, pictures, a card and a page in its folder."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from timm_dvt.panel import Shown, draw
+from training.common.images import ImageError, Source, load_image
+from training.common.shared_folder import write_atomically
+from training.evaluate.features import Extractor
+from training.evaluate.tasks.position import PositionStatistics, correlation
+from training.figures.page import Picture, Section, Table, Text, page
+
+PICTURES = 4
+WORDS = {
+    "share": "variance explained by position, %",
+    "zero": "correlation of the mean map with the zero image's",
+}
+
+
+def before_after(
+    model: torch.nn.Module, sources: Sequence[Source], folder: Path, name: str, facts: Mapping[str, str]
+) -> None:
+    """Write README.md and page.html into the folder of a trained denoiser.
+
+    Args:
+        model: with its denoiser, on its device, in eval mode.
+        sources: images held out, two or more; those that cannot be read are left out.
+        folder: where to write. name: what it is called on the pages.
+        facts: what it was trained on, in words.
+    """
+    extractor = Extractor(model)
+    numbers, pictures = measure(extractor, sources)
+    load = f'import timm, timm_dvt\n\nmodel = timm.create_model("local-dir:{name}", pretrained=True).eval()\n'
+    code = load + "tokens = model.forward_features(images)   # (B, prefix + H*W, C), patch tokens denoised\n"
+    code += "model.set_denoise(False)                 # the original output again, bit for bit\n"
+    rows = [[WORDS[key], *(f"{numbers[state][key]:.3g}" for state in ("raw", "denoised"))] for key in WORDS]
+    title = f"A denoiser of {getattr(model, 'backbone_name', '') or type(model).__name__}"
+    lead = "Its features with the denoiser off and on, on images that it was not trained on."
+    sections = [
+        Section("In numbers", [Table(["", "off", "on"], rows)]),
+        Section("In pictures", [Picture(png, caption) for png, caption in pictures]),
+        Section("How it was made", [Table(["", ""], list(facts.items()))]),
+        Section("How to use it", [Text(code, code=True)]),
+    ]
+    write_atomically(folder / "page.html", page(title, lead, sections))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (["", "off", "on"], ["---"] * 3, *rows))
+    made = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    card = f"---\nlibrary_name: timm\ntags:\n- timm\n- dvt\n---\n# {title}\n\n{lead}\n\n{table}\n\n{made}\n\n"
+    write_atomically(folder / "README.md", (card + f"```python\n{code}```\n").encode())
+
+
+def measure(
+    extractor: Extractor, sources: Sequence[Source]
+) -> tuple[dict[str, dict[str, float]], list[tuple[bytes, str]]]:
+    """Position's share and the zero image's correlation by state, and pictures of some images with their names.
+
+    Raises:
+        ValueError: fewer than two images can be read.
+    """
+    size, device = extractor.reader.input_size, extractor.reader.device
+    zero = extractor.backbone(extractor.reader.mean.expand(1, 3, size, size))["raw"][0].flatten(0, 1)
+    statistics = {"raw": PositionStatistics(), "denoised": PositionStatistics()}
+    pictures: list[tuple[bytes, str]] = []
+    for source in tqdm(sources, desc="held out", unit="image", leave=False):
+        try:
+            image = extractor.resize(load_image(source.path))
+        except ImageError as error:
+            tqdm.write(f"left out {source.name}: {error}")
+            continue
+        raw = extractor.backbone(image[None].to(device))["raw"]
+        denoised = extractor.denoise(raw)
+        for state, maps in (("raw", raw), ("denoised", denoised)):
+            statistics[state].add(maps.cpu())
+        if len(pictures) < PICTURES:
+            pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+            shown = Shown(Image.fromarray(pixels), raw[0].cpu().numpy(), denoised[0].cpu().numpy(), ("", ""))
+            data = io.BytesIO()
+            draw([shown], Path(source.name).name, []).save(data, "PNG")
+            pictures.append((data.getvalue(), Path(source.name).name))
+    if statistics["raw"].count < 2:
+        raise ValueError("fewer than two of the images held out can be read")
+    numbers = {
+        state: {"share": 100 * one.share(), "zero": correlation(zero.cpu(), one.mean_map())}
+        for state, one in statistics.items()
+    }
+    return numbers, pictures

@@ -1,0 +1,192 @@
+"""A denoiser of one's own, in one command: stages 1 and 2, and what came of them on images held out.
+
+    python -m training.make_denoiser --model vit_small_patch14_dinov2.lvd142m --images photos --out mine
+    torchrun --nproc-per-node 8 -m training.make_denoiser ... (the same; with --nnodes on several machines)
+
+It first says what it will cost on this machine. The defaults are those that were measured (README): 16 views of
+at most 128 images, for a ViT-S an hour on two cores, for a ViT-B minutes on a GPU. timm.create_model("local-dir:OUT",
+pretrained=True) loads the result; OUT/README.md is its card, OUT/page.html shows it before and after. Kill the run
+whenever you like, and run the same command again to continue.
+
+With --no-pairs nothing but the checkpoint is written on the way: pairs are solved in memory, and again after a kill.
+
+Exit code: 0 done; 1 the loss diverged; 2 the command, the model or the images are wrong; 3 OUT cannot be written;
+130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from timm_dvt.model import timm_name
+from training.common.backbone import DTYPES, FeatureReader
+from training.common.command import add_model_arguments, help_from, positive
+from training.common.hub_images import SCHEME, fetch_images
+from training.common.images import Source, list_images
+from training.common.models import load_model, load_pairs_model, pick_device
+from training.evaluate.before_after import before_after
+from training.loop.distributed import Processes, join_processes
+from training.loop.entry import exit_code, only_run
+from training.loop.order import split_places
+from training.pairs.folder import PairFolder
+from training.pairs.reader import PairReader, PairSet, open_pairs
+from training.stage1.decompose import Stage1Settings
+from training.stage1.many import denoise_images, describe_pairs
+from training.stage1.on_the_fly import SolvingReader, pairs_of_images
+from training.stage2.denoisers import make_denoisers
+from training.stage2.targets import TARGETS
+from training.stage2.train import Stage2Settings, check_fit, describe_training, save, train
+
+VIEWS, IMAGES = 16, 128
+HELD_OUT, MOST_HELD_OUT = 0.1, 16  # of the images, and no more
+BATCH, EPOCHS, LEAST_STEPS = 8, 10, 150  # of stage 2: a few pairs, seen often enough
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    return exit_code(lambda: run(args))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of this command."""
+    parser = argparse.ArgumentParser(prog="python -m training.make_denoiser", **help_from(__doc__))
+    parser.add_argument(
+        "--images", required=True, metavar="DIR", help="a folder, a .txt list of paths, or hf:OWNER/NAME, a data set"
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="made, or continued if it exists")
+    add_model_arguments(parser)
+    parser.add_argument("--limit", type=positive, default=IMAGES, help="at most so many images (%(default)s)")
+    parser.add_argument("--views", type=positive, default=VIEWS, help="forward passes an image (%(default)s)")
+    parser.add_argument("--input-size", type=positive, metavar="PX", help="(default: 518 for patch 14, 512 for 16)")
+    parser.add_argument("--steps", type=positive, help="of stage 2 (default: ten epochs at 8, 150 at least)")
+    parser.add_argument("--target", choices=TARGETS, default=Stage2Settings.target, help="of stage 2 (%(default)s)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of forward passes (%(default)s)")
+    parser.add_argument("--pairs", action=argparse.BooleanOptionalAction, default=True, help="keep pairs in OUT/pairs")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the parsed arguments ask for. Raises what `exit_code` knows."""
+    device = pick_device(args.device)
+    images = args.images
+    if images.startswith(SCHEME):
+        images = fetch_images(images, args.limit, Path(args.out) / "images")
+    sources = spread(list_images(images), args.limit)
+    backbone = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
+    if args.views < 2:
+        raise ValueError(f"views must be 2 or more, got {args.views}")
+    reader = FeatureReader(backbone, input_size=args.input_size, dtype=args.dtype)
+    stage1 = Stage1Settings(
+        views=args.views, seed=args.seed, layers=reader.layers, input_size=reader.input_size, stride=reader.stride,
+        dtype=args.dtype,
+    )
+    made_with = describe_pairs(args.model, args.pretrained, backbone, stage1)
+    seen, held_out = hold_out(sources, args.seed)
+    with join_processes(device) as processes:
+        stage2 = stage2_settings(args, len(seen), processes)
+        if processes.first:
+            print(cost(reader, stage1, stage2, len(seen), processes.count), flush=True)
+        pairs, make_reader = stage1_pairs(args, backbone, seen, stage1, made_with, processes)
+        model = load_pairs_model(args.model, args.pretrained, made_with, args.out)
+        check_fit(model, pairs, args.model)
+        with only_run(args.out, processes, lambda: describe_training(args.model, model, pairs, stage2)) as folder:
+            denoisers = train(
+                pairs, stage2, folder, device, processes, backbone=timm_name(model), make_reader=make_reader,
+                workers=None if args.pairs else 0,
+            )
+            if processes.first:
+                save(model, denoisers, folder)
+                facts = {
+                    "images": str(len(pairs.files)), "views of each": str(stage1.views),
+                    "forward passes": str(len(pairs.files) * stage1.views), "steps of stage 2": str(stage2.steps),
+                    "target": stage2.target,
+                }
+                before_after(model.to(device).eval(), held_out, folder, args.out, facts)
+                print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
+                print(f"{folder / 'page.html'}")
+
+
+def spread(sources: list[Source], most: int) -> list[Source]:
+    """At most so many of the images, evenly spread over them: neighbours in a folder are alike."""
+    if len(sources) <= most:
+        return sources
+    return [sources[i * len(sources) // most] for i in range(most)]
+
+
+def hold_out(sources: list[Source], seed: int) -> tuple[list[Source], list[Source]]:
+    """Images to learn from, and others to be judged by.
+
+    Raises:
+        ValueError: too few images for both.
+    """
+    if len(sources) < 4:
+        raise ValueError(f"images must be 4 or more, to learn from some and look at others, got {len(sources)}")
+    learn, judge = split_places(len(sources), min(HELD_OUT, MOST_HELD_OUT / len(sources)), seed)
+    while len(judge) < 2:  # position's share is one of several images
+        judge.append(learn.pop())
+    return [sources[i] for i in learn], [sources[i] for i in judge]
+
+
+def stage2_settings(args: argparse.Namespace, count: int, processes: Processes) -> Stage2Settings:
+    """Ten epochs over the pairs, and no fewer steps than a denoiser needs."""
+    batch_size = max(BATCH // processes.count, 1) * processes.count
+    steps = args.steps or max(LEAST_STEPS, -(-EPOCHS * count // batch_size))
+    return Stage2Settings(target=args.target, steps=steps, batch_size=batch_size, seed=args.seed)
+
+
+def stage1_pairs(
+    args: argparse.Namespace,
+    backbone: nn.Module,
+    sources: list[Source],
+    settings: Stage1Settings,
+    made_with: dict[str, Any],
+    processes: Processes,
+) -> tuple[PairSet, Any]:
+    """The pairs of the images, and what makes readers of them: solved now and on disk, or when they are asked for."""
+    where = Path(args.out) / "pairs"
+    if not args.pairs:
+        pairs, by_file = pairs_of_images(sources, where, backbone, settings, made_with)
+        return pairs, partial(SolvingReader, sources=by_file, model=backbone, settings=settings)
+    with PairFolder(where, made_with) as folder:
+        denoise_images(backbone, sources, folder, settings)
+    processes.wait()
+    return open_pairs(where), PairReader
+
+
+@torch.no_grad()
+def seconds_of(work: Any) -> float:
+    """How long some work takes, the second time it is done."""
+    work()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def cost(reader: FeatureReader, stage1: Stage1Settings, stage2: Stage2Settings, images: int, processes: int) -> str:
+    """What the run will take here, in words, from a timed batch of the backbone and of a denoiser."""
+    views = torch.rand(stage1.batch_size, 3, reader.input_size, reader.input_size)
+    each = seconds_of(lambda: reader.patch_features(views)[reader.layers[-1]].sum().item()) / len(views)
+    grid = (reader.grid, reader.grid)
+    pairs = PairSet(Path(), (), (0,), grid, reader.channels, {})
+    (denoiser,) = make_denoisers(pairs, stage2.arch, stage2.blocks, 0).values()
+    tokens = torch.rand(max(1, stage2.batch_size // processes), reader.grid**2, reader.channels, device=reader.device)
+    step = 3 * seconds_of(lambda: denoiser.to(reader.device)(tokens, grid).sum().item())  # backward is two forwards
+    first, second = images * stage1.views * each / processes / 60, stage2.steps * step / 60
+    return (
+        f"stage 1: {images} images x {stage1.views} views = {images * stage1.views} forward passes at {each:.3g} s, "
+        f"about {first:.3g} minutes; stage 2: {stage2.steps} steps at {step:.3g} s, about {second:.3g} minutes"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Stage 2, from pairs to a folder that timm loads: its settings, its checks, and what a step of it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_dvt import save_pretrained
+from timm_dvt.denoiser import Denoiser, combine
+from timm_dvt.model import attach_denoiser
+from training.common.models import weights_digest
+from training.figures.rows import draw_rows
+from training.loop.checkpoints import CHECKPOINT, Diverged
+from training.loop.distance import loss_limit
+from training.loop.distributed import ALONE, Processes
+from training.loop.log import TrainingLog
+from training.loop.optimisation import autocast, make_adamw
+from training.loop.order import positions
+from training.loop.reading_ahead import reading_threads
+from training.loop.run import resume, run_steps
+from training.loop.settings import TrainingSettings
+from training.pairs.reader import PairError, PairReader, PairSet, read_batches
+from training.stage2.denoisers import Stage2, Validation, make_denoisers
+from training.stage2.starts import load_init, start_as_static, subtract_mean_artifacts
+from training.stage2.targets import parts_for, raw_and_target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2Settings(TrainingSettings):
+    """All that decides the weights a run ends with, beside the pairs and the backbone.
+
+    Attributes:
+        arch: of `timm_dvt.denoiser.ARCHITECTURES`.
+        blocks: transformer blocks of a denoiser.
+        target: of `training.stage2.targets.TARGETS`, what is predicted.
+        start: "static" (see `training.stage2.starts.start_as_static`) or "random".
+        init: a folder to start from instead.
+    """
+
+    arch: str = "block"
+    blocks: int = 1
+    target: str = "F"
+    start: str = "static"
+    init: str | None = None
+
+
+def check_fit(model: Any, pairs: PairSet, name: str) -> None:
+    """Raise PairError unless the pairs can be of this model, by its width and number of blocks."""
+    if model.embed_dim != pairs.channels:
+        raise PairError(
+            f"{pairs.folder} holds features of {pairs.channels} channels, but --model {name} has {model.embed_dim}: "
+            f"they are of another model ({pairs.settings.get('model', 'unnamed')})"
+        )
+    if max(pairs.layers) >= len(model.blocks):
+        raise PairError(
+            f"{pairs.folder} holds features of block {max(pairs.layers)}, but the last of --model {name} is "
+            f"{len(model.blocks) - 1}: they are of another model ({pairs.settings.get('model', 'unnamed')})"
+        )
+
+
+def describe_training(name: str, model: nn.Module, pairs: PairSet, settings: Stage2Settings) -> dict[str, Any]:
+    """What settings.json says: a run is only continued if all of it is the same."""
+    init = {"init_weights": _file_digest(settings.init)} if settings.init else {}
+    return {
+        "task": "stage 2",
+        "model": name,
+        "weights": weights_digest(model),
+        "pairs": {"count": len(pairs.files), "digest": pairs.digest(), "layers": list(pairs.layers)},
+        "grid": list(pairs.grid),
+        "channels": pairs.channels,
+        **asdict(settings),
+        **init,
+    }
+
+
+def train(
+    pairs: PairSet,
+    settings: Stage2Settings,
+    folder: Path,
+    device: torch.device,
+    processes: Processes = ALONE,
+    workers: int | None = None,
+    checkpoint_every: int = 200,
+    val_every: int | None = None,
+    backbone: str = "",
+    make_reader: Callable[[PairSet, Sequence[str]], PairReader] = PairReader,
+) -> dict[int, Denoiser]:
+    """Train, or continue to train, denoisers for every layer of some pairs.
+
+    Args:
+        pairs: training and validation pairs together.
+        settings: what to do.
+        folder: gets log, pictures and checkpoint, and is continued from.
+        device: where to compute.
+        processes: this process and the others.
+        workers: threads that read pairs ahead; None is as many as suit the device.
+        checkpoint_every, val_every: in steps; None is ten times a run.
+        backbone: by which `settings.init` is checked.
+        make_reader: of some pairs' maps, from a folder or from elsewhere.
+
+    Returns:
+        Denoisers by layer, on the CPU.
+
+    Raises:
+        PairError: a pair is damaged or holds NaN; names the file.
+        Diverged: loss or weights are beyond reason; the last checkpoint is left as it is.
+        BadCheckpoint, OutputError: see training/loop/checkpoints.py.
+    """
+    training, validation = pairs.split(settings.val_fraction, settings.seed)
+    reader = make_reader(training, parts_for(settings.target))
+    denoisers = make_denoisers(pairs, settings.arch, settings.blocks, settings.seed)
+    if settings.arch == "static":
+        subtract_mean_artifacts(denoisers, make_reader(training, ("artifacts",)))
+        settings = replace(settings, steps=0, warmup=0)  # what follows only validates
+    module = Stage2(denoisers, pairs.grid, settings.loss).to(device)
+    optimizer = make_adamw(module, settings.lr, settings.weight_decay, settings.decay_all)
+    first = resume(folder / CHECKPOINT, module, optimizer)
+    if not first and settings.init:
+        load_init(denoisers, settings.init, pairs, backbone)
+    elif not first and settings.start == "static" and settings.arch.startswith("block") and processes.first:
+        start_as_static(denoisers, reader, settings.target)
+    model = processes.share(module)
+    autocasting = autocast(device, settings.dtype)
+    shown = validation if validation.files else training
+    validation_loss = Validation(make_reader(shown, parts_for(settings.target)), settings.target, device, autocasting)
+
+    # Nothing is flipped or cropped: artifacts are tied to places, so that a flipped raw map is one that the backbone
+    # never gives, and the denoiser would learn the mean of the artifacts and of their mirror image.
+    def places(step: int) -> list[int]:
+        part = processes.part(step, settings.batch_size)
+        return positions(len(training.files), part.start, part.stop, settings.seed)
+
+    # A GPU is sent what the files hold and makes float32 of it faster than a CPU does.
+    precision = torch.float32 if device.type == "cpu" else reader.read(places(first)[:1]).dtype
+    workers = reading_threads(device) if workers is None else workers
+    batches = read_batches(reader, places, range(first, settings.steps), precision, workers)
+
+    clean = torch.empty(0)  # the target of the last step
+
+    def loss(step: int) -> Tensor:
+        nonlocal clean
+        raw, clean = raw_and_target(next(batches).to(device, torch.float32), settings.target)
+        with autocasting():
+            return model(raw, clean)  # of each layer; they share nothing, so each gradient is as if it were alone
+
+    def not_sane(loss: float, limit: float, steps: range) -> Exception:
+        broken = reader.not_finite([place for step in steps for place in places(step)])
+        if not broken:
+            return Diverged.beyond(loss, limit, steps.stop, settings.schedule.rate(steps.stop - 1))
+        names = ", ".join(map(str, broken[:3]))
+        return PairError(f"NaN or infinite features in {names}; delete the pair and run training.denoise_images again")
+
+    def validate(step: int) -> dict[str, float]:
+        numbers, rows = validation_loss(module)
+        log.picture(step, "raw | predicted | target", draw_rows(rows))
+        return numbers
+
+    with TrainingLog(
+        folder, settings.steps, first,
+        batch_size=settings.batch_size, samples=len(training.files), speaks=processes.first,
+    ) as log:
+        run_steps(
+            module, optimizer, settings.schedule, loss, log, first,
+            checkpoint=folder / CHECKPOINT, checkpoint_every=checkpoint_every,
+            limit=lambda: loss_limit(module.distance, clean), explain=not_sane,
+            validate=validate, val_every=val_every, processes=processes,
+        )
+        if settings.steps == 0 and processes.first:
+            log.write(0, **validate(0))
+    return {layer: denoiser.cpu() for layer, denoiser in denoisers.items()}
+
+
+def save(model: Any, denoisers: dict[int, Denoiser], folder: Path) -> None:
+    """Write the backbone with its denoisers as a folder that timm loads."""
+    attach_denoiser(model, combine(denoisers, len(model.blocks) - 1))
+    save_pretrained(model, folder, model_args=model.recorded_arguments)
+
+
+def _file_digest(folder: str) -> str:
+    path = Path(folder) / "model.safetensors"
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"--init {folder}: {path} cannot be read ({error.strerror or error})") from error
