@@ -1,3 +1,3 @@
 """The package's one version number, importable without importing torch."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
