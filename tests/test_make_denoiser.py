@@ -18,7 +18,7 @@ from training.common.hub_images import fetch_images
 from training.figures.page import Picture, Section, Table, Text, page
 
 MODEL = ("--model", "vit_tiny_patch16_224", "--no-pretrained")
-SMALL = ("--input-size", "64", "--views", "4", "--steps", "12", "--device", "cpu")
+SMALL = ("--input-size", "64", "--views", "8", "--steps", "12", "--device", "cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -94,7 +94,7 @@ def test_killed_at_random_moments_and_run_again_it_ends_as_if_it_was_not(images,
 def test_it_says_what_it_will_cost_before_it_begins(images, tmp_path, capsys):
     assert run(images, tmp_path / "out", "--limit", "5") == 0
     said = capsys.readouterr().out.splitlines()[0]
-    assert re.match(r"stage 1: 3 images x 4 views = 12 forward passes at \S+ s, about \S+ minutes; stage 2: 12", said)
+    assert re.match(r"stage 1: 3 images x 8 views = 24 forward passes at \S+ s, about \S+ minutes; stage 2: 12", said)
 
 
 def test_an_image_that_cannot_be_read_is_left_out(images, made, tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from timm_dvt.version import __version__
 from training.common.images import Source, read_file
 from training.pairs.folder import (
     PairFolder,
@@ -57,7 +58,7 @@ def test_maps_come_back_in_half_precision_with_where_they_come_from(tmp_path, so
             assert arrays[f"{layer}.{part}"].dtype == np.float16
             np.testing.assert_array_equal(arrays[f"{layer}.{part}"], wanted.numpy().astype(np.float16))
     header = read_header(out / entry.file)
-    assert header["image"] == "a/cat.png" and header["seed"] == 7 and header["version"] == "0.1.0"
+    assert header["image"] == "a/cat.png" and header["seed"] == 7 and header["version"] == __version__
     assert header["sha256"] == entry.sha256 == read_file(sources[0].path)[1].sha256
     assert header["settings"] == read_settings(out) == {**SETTINGS, "precision": "half"}
 

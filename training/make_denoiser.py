@@ -31,7 +31,7 @@ from timm_dvt.model import timm_name
 from training.common.backbone import DTYPES, FeatureReader
 from training.common.command import add_model_arguments, help_from, positive
 from training.common.hub_images import SCHEME, fetch_images
-from training.common.images import Source, list_images
+from training.common.images import ImageError, Source, list_images, load_image
 from training.common.models import load_model, load_pairs_model, pick_device
 from training.evaluate.before_after import before_after
 from training.loop.distributed import Processes, join_processes
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     images = args.images
     if images.startswith(SCHEME):
         images = fetch_images(images, args.limit, Path(args.out) / "images")
-    sources = spread(list_images(images), args.limit)
+    sources = readable(spread(list_images(images), args.limit))
     backbone = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
     if args.views < 2:
         raise ValueError(f"views must be 2 or more, got {args.views}")
@@ -121,6 +121,18 @@ def spread(sources: list[Source], most: int) -> list[Source]:
     if len(sources) <= most:
         return sources
     return [sources[i * len(sources) // most] for i in range(most)]
+
+
+def readable(sources: list[Source]) -> list[Source]:
+    """Those of the images that can be decoded; the others are said."""
+    found = []
+    for source in sources:
+        try:
+            load_image(source.path)
+            found.append(source)
+        except ImageError as error:
+            print(f"left out {source.name}: {error}", file=sys.stderr)
+    return found
 
 
 def hold_out(sources: list[Source], seed: int) -> tuple[list[Source], list[Source]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training.common.backbone import FeatureReader
-from training.common.images import ImageError, Source, decode_image, read_file
+from training.common.images import Source, decode_image, read_file
 from training.pairs.folder import PRECISIONS, pair_file
 from training.pairs.reader import PairError, PairReader, PairSet
 from training.stage1.decompose import Stage1Settings, decompose
@@ -25,25 +23,14 @@ def pairs_of_images(
 ) -> tuple[PairSet, dict[str, Source]]:
     """The set of pairs that images would have on disk, to be read by a `SolvingReader`, and the image of each.
 
-    Images that cannot be read are said and left out.
-
     Args:
-        where: stands for the folder of pairs in messages. made_with: what its settings.json would say.
+        sources: images that can be read. where: stands for the folder of pairs in messages.
+        made_with: what its settings.json would say.
 
     Raises:
-        ValueError: not one image can be read.
+        ImageError: a file cannot be read.
     """
-    by_file: dict[str, Source] = {}
-    for source in sources:
-        try:
-            data, content = read_file(source.path)
-            decode_image(data)
-        except ImageError as error:
-            tqdm.write(f"left out {source.name}: {error}", file=sys.stderr)
-            continue
-        by_file[pair_file(source.name, content.sha256)] = source
-    if not by_file:
-        raise ValueError(f"none of the {len(sources)} images can be read")
+    by_file = {pair_file(source.name, read_file(source.path)[1].sha256): source for source in sources}
     reader = FeatureReader(model, settings.layers, input_size=settings.input_size, stride=settings.stride)
     grid = (reader.grid, reader.grid)
     pairs = PairSet(where, tuple(sorted(by_file)), reader.layers, grid, reader.channels, dict(made_with))
