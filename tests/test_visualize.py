@@ -52,6 +52,19 @@ def test_stage1_panel_has_a_row_for_each_image_and_layer(frames, tmp_path, optio
         np.testing.assert_allclose(row.raw, row.clean + row.artifacts + row.residual, atol=1e-4)
 
 
+def test_f_can_be_drawn_between_the_patches_and_a_name_without_a_suffix_is_a_png(
+    frames, tmp_path, monkeypatch, capsys
+):
+    drawn = []
+    monkeypatch.setattr(visualize, "draw_stage1", lambda r, *rest: drawn.extend(r) or draw_stage1(r, *rest))
+    command = [str(frames / "000.png"), *SMALL, "--out", str(tmp_path / "picture"), "--resolution", "13"]
+    assert visualize.main(command) == 0
+    (row,) = drawn
+    assert row.clean.shape == (13, 13, 64) and row.raw.shape == (4, 4, 64)
+    assert capsys.readouterr().out.strip() == str(tmp_path / "picture.png")
+    assert Image.open(tmp_path / "picture.png").size[0] > 1500
+
+
 def test_no_text_of_a_panel_is_cut_or_lies_on_another():
     generator = np.random.default_rng(0)
     maps = [generator.normal(size=(5, 5, 8)) * 1e5 for _ in range(4)]

@@ -2,6 +2,7 @@
 
     python -m training.visualize cat.jpg dog.jpg --model NAME             the paper's Figs. S4 to S10
     python -m training.visualize cat.jpg --model NAME --layers all        Fig. 5: one row a block
+    python -m training.visualize cat.jpg --model NAME --resolution 148    F between the patches, no upsampling
     python -m training.visualize photos --model NAME --positional         Figs. 3a and S1: what position does
     python -m training.visualize clip.mp4 --model NAME --video out.mp4    Fig. 3c: frame, raw, denoised
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.common.backbone import FeatureReader
-from training.common.command import add_model_arguments, complain, help_from
+from training.common.command import add_model_arguments, complain, help_from, positive
 from training.common.images import ImageError, Source, decode_image, list_images, read_file
 from training.common.models import load_model, pick_device
 from training.common.views import render_views, whole_view
@@ -68,16 +69,24 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clusters", type=int, default=6, help="of k-means (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="only the first so many images or frames")
     add_model_arguments(parser)
+    parser.add_argument(
+        "--resolution", type=positive, metavar="N", help="draw F at N x N places instead of at the patches"
+    )
     add_stage1_arguments(parser)
     return parser
 
 
 def stage1_rows(
-    model: nn.Module, source: Source, settings: Stage1Settings, progress: Progress | None = None
+    model: nn.Module,
+    source: Source,
+    settings: Stage1Settings,
+    progress: Progress | None = None,
+    resolution: int | None = None,
 ) -> list[Row]:
     """Stage 1 of an image, as rows for `draw_stage1`: one for each of `settings.layers`.
 
-    Its seed is the one that training.denoise_images gives the image.
+    Its seed is the one that training.denoise_images gives the image. With a resolution, F is read at so many places
+    either way instead of at the patches.
 
     Raises:
         IMAGE_ERRORS: the image cannot be read or decomposed.
@@ -91,7 +100,8 @@ def stage1_rows(
     rows = []
     for layer, part in (parts if isinstance(parts, dict) else {parts.layer: parts}).items():
         label = name if len(own.layers or ()) < 2 else f"{name}, block {layer}"
-        arrays = [x.numpy() for x in (part.raw, part.semantics, part.artifacts, part.residual)]
+        clean = part.semantics if resolution is None else part.at(resolution, resolution)
+        arrays = [x.numpy() for x in (part.raw, clean, part.artifacts, part.residual)]
         rows.append(Row(label, square, *arrays))
     return rows
 
@@ -171,7 +181,7 @@ def _stage1(
     with Progress(len(sources)) as bar:
         for done, source in enumerate(sources, start=1):
             try:
-                rows += stage1_rows(model, source, settings, bar)
+                rows += stage1_rows(model, source, settings, bar, args.resolution)
             except IMAGE_ERRORS as error:
                 _leave_out(source, error)
                 failed += 1
@@ -202,6 +212,7 @@ def _video(args: argparse.Namespace, model: nn.Module, settings: Stage1Settings)
 
 
 def _save(figure: Figure, out: str, failed: int) -> int:
+    out = out if Path(out).suffix else f"{out}.png"
     save_figure(figure, out)
     print(out)
     return 1 if failed else 0

@@ -35,7 +35,7 @@ class Row:
     Attributes:
         label: stands at the left of the row.
         image: (H, W, 3) in [0, 1], as the model saw it.
-        raw, clean, artifacts, residual: (K, K, C).
+        raw, artifacts, residual: (K, K, C). clean: the same, or F at another resolution (R, R, C).
     """
 
     label: str
@@ -60,9 +60,10 @@ def draw_stage1(rows: Sequence[Row], clusters: int = 6, seed: int = 0) -> Figure
         sheet.label_row(i, row.label)
         sheet.picture(i, 0, row.image)
         sheet.dot(i, 0, row.raw.shape[0])
-        raw_colors, clean_colors = _alike(row.raw, row.clean)
+        resolution = row.clean.shape[0]
+        raw_colors, clean_colors = _alike(_repeated(row.raw, resolution), row.clean)
         raw_labels = cluster_labels(row.raw, clusters, seed)
-        clean_labels = matched_labels(cluster_labels(row.clean, clusters, seed), raw_labels)
+        clean_labels = matched_labels(cluster_labels(row.clean, clusters, seed), _repeated(raw_labels, resolution))
         for column, features, colors, labels in (
             (1, row.raw, raw_colors, raw_labels),
             (5, row.clean, clean_colors, clean_labels),
@@ -110,6 +111,12 @@ def _alike(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """Colours of two maps of the same patches by their own components, the second matched to the first."""
     reference, own = fit_projection(first), fit_projection(second)
     return reference.colors(first), own.matched_to(reference, second, first).colors(second)
+
+
+def _repeated(patches: np.ndarray, resolution: int) -> np.ndarray:
+    """Patches (K, K, ...) at so many places either way, each place that of the patch it lies in."""
+    places = (np.arange(resolution) + 0.5) * len(patches) / resolution
+    return patches[places.astype(int)][:, places.astype(int)]
 
 
 class Sheet:

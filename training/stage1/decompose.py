@@ -56,6 +56,9 @@ class Stage1Settings:
     field: FieldSettings = FieldSettings()
 
 
+Field = Callable[[Tensor, Tensor], Tensor]  # xs (w,) and ys (h,) in [0, 1] of the whole image -> F (h, w, C)
+
+
 @dataclass
 class Decomposition:
     """One image's features at one block, taken apart (paper Eq. 5): raw = F + G + residual.
@@ -68,6 +71,7 @@ class Decomposition:
         layer: the block, counted from 0.
         settings: what was asked for.
         diagnostics: what the solver chose and found.
+        field: F at any places, see `at`.
     All tensors are float32 on the CPU.
     """
 
@@ -78,6 +82,24 @@ class Decomposition:
     layer: int
     settings: Stage1Settings
     diagnostics: dict[str, Any] = dataclass_field(default_factory=dict)
+    field: Field | None = dataclass_field(default=None, repr=False, compare=False)
+
+    def at(self, height: int, width: int) -> Tensor:
+        """F at the centres of height x width equal cells of the whole image: (height, width, C) float32 on the CPU.
+
+        F is a field over the image, seen in crops at every scale, so it can be read between patches: no feature map
+        has to be upsampled. Of the linear solver it is bilinear between M x M nodes, M = 2 K by default
+        (`LinearSettings`): beyond that it gets smoother, not sharper.
+
+        Raises:
+            ValueError: a size below 1, or a decomposition whose field was not kept.
+        """
+        if height < 1 or width < 1:
+            raise ValueError(f"height and width must be 1 or more, got {height} and {width}")
+        if self.field is None:
+            raise ValueError("this decomposition came without its field, so F is known at the patches alone")
+        xs, ys = ((torch.arange(count, dtype=torch.float64) + 0.5) / count for count in (width, height))
+        return self.field(xs, ys).float().cpu()
 
 
 def decompose(
@@ -149,7 +171,7 @@ def decompose(
     for layer, solver in solvers.items():
         semantics, artifacts, residual = (part.cpu() for part in solver.solve(raw[layer], fit_progress))
         results[layer] = Decomposition(
-            raw[layer].cpu(), semantics, artifacts, residual, layer, settings, solver.diagnostics
+            raw[layer].cpu(), semantics, artifacts, residual, layer, settings, solver.diagnostics, solver.field
         )
     return results if settings.layers is not None else results[reader.layers[0]]
 
@@ -173,6 +195,7 @@ class _StreamingLinear:
         self.xs, self.ys, self.centres = (x.to(self.device) for x in (xs, ys, reader.centres))
         self.solver = LinearSolver(reader.grid, reader.channels, settings.linear, self.device)
         self.diagnostics: dict[str, Any] = {}
+        self.field: Field | None = None
 
     def add(self, view: int, features: Tensor) -> None:
         self.solver.add(self.xs[view], self.ys[view], features)
@@ -181,6 +204,7 @@ class _StreamingLinear:
         fit = self.solver.solve()
         self.diagnostics = fit.diagnostics
         semantics = fit.semantics(self.centres, self.centres)
+        self.field = lambda xs, ys: fit.semantics(xs.to(self.device), ys.to(self.device))
         return semantics, fit.artifacts, raw.to(self.device) - semantics - fit.artifacts
 
 
@@ -196,6 +220,7 @@ class _CollectingField:
         ).reshape(-1, 2).float()
         self.patches = torch.arange(reader.grid ** 2).repeat(count)
         self.diagnostics: dict[str, Any] = {}
+        self.field: Field | None = None
 
     def add(self, view: int, features: Tensor) -> None:
         self.features[view] = features.flatten(0, 1).cpu()
@@ -206,6 +231,10 @@ class _CollectingField:
             seed=self.settings.seed, device=self.reader.device, progress=progress,
         )
         self.diagnostics = {"views": len(self.features), "loss": float(fit.losses[-100:].mean())}
-        centres = self.reader.centres.float()
-        at = torch.stack(torch.meshgrid(centres, centres, indexing="ij"), -1).flip(-1)
-        return fit.semantics(at), fit.artifacts, fit.residual(raw)
+
+        def field(xs: Tensor, ys: Tensor) -> Tensor:
+            rows = torch.meshgrid(ys.float(), xs.float(), indexing="ij")
+            return fit.semantics(torch.stack(rows, -1).flip(-1))
+
+        self.field = field
+        return field(self.reader.centres, self.reader.centres), fit.artifacts, fit.residual(raw)
