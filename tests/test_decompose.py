@@ -68,19 +68,14 @@ def test_features_that_are_coordinates_come_back_as_coordinates(size, stride):
 
 
 def test_between_the_patches_f_is_the_field_and_at_the_patches_it_is_f():
-    model, image = patch_means(), coordinate_image(90, 120)
-    part = decompose(model, image, Stage1Settings(views=64, input_size=64))
-    torch.testing.assert_close(part.at(4, 4), part.semantics)  # 4 x 4 patches of 16 pixels
+    part = decompose(patch_means(), coordinate_image(90, 120), Stage1Settings(views=48, input_size=64))
+    torch.testing.assert_close(part.at(8, 8), part.semantics)
     fine = part.at(10, 24)
-    assert fine.shape == (10, 24, 3)
     ys, xs = ((torch.arange(count) + 0.5) / count for count in (10, 24))
-    wanted = torch.stack([xs.expand(10, 24), ys[:, None].expand(10, 24)], -1)
-    # The features are the coordinates, in units that the model's normalisation gives them and up to a constant.
-    for channel in range(2):
-        line = torch.stack([wanted[..., channel].flatten(), torch.ones(240)], 1)
-        found = fine[..., channel].flatten()[:, None]
-        rest = found - line @ torch.linalg.lstsq(line, found).solution
-        assert rest.std() < 0.02 * found.std()
+    assert fine.shape == (10, 24, 16)
+    # As at the patches: the error is largest at the edges, which few crops reach.
+    assert float((fine[1:-1, 2:-2, 0] - xs[2:-2]).abs().max()) < 0.03 / 8
+    assert float((fine[1:-1, 2:-2, 1] - ys[1:-1, None]).abs().max()) < 0.03 / 8
     with pytest.raises(ValueError, match="height and width must be 1 or more, got 0 and 3"):
         part.at(0, 3)
 
