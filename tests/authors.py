@@ -30,7 +30,7 @@ def training_checkpoint(key: str, state: dict[str, torch.Tensor]) -> dict:
 
 
 def save(content: object, path: Path, form: str, numpy: str = "numpy._core") -> Path:
-    """torch.save in one of three formats: "zip", "first zip" (of torch 1.5), "legacy"; numpy's name of version 1 or 2."""
+    """torch.save as a "zip", a "first zip" of torch 1.5 or a "legacy" file; with numpy's name in version 1 or 2."""
     torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
     change(path, b"numpy._core.multiarray\n", f"{numpy}.multiarray\n".encode())
     if form == "first zip":  # nothing about the order of bytes, and addresses for keys

@@ -29,7 +29,8 @@ def test_a_training_checkpoint_loads_from_the_hub_where_it_is_published(variant,
     arch = timm.create_model(variant.backbone, device="meta")
     if variant.distilled:
         state = {k: torch.randn_like(v) * 0.05 for k, v in backbone.items() if not k.startswith("head.")}
-        publish(hub, variant.hub_file, authors.training_checkpoint("model", {f"model.{k}": v for k, v in state.items()}))
+        whole = {f"model.{key}": value for key, value in state.items()}
+        publish(hub, variant.hub_file, authors.training_checkpoint("model", whole))
     else:
         state = reference.published_state(arch.embed_dim, variant.resolution // arch.patch_embed.patch_size[0])
         publish(hub, variant.hub_file, authors.training_checkpoint("denoiser", state))
