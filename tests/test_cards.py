@@ -60,24 +60,54 @@ def test_a_card_is_valid_and_complete(name, hub):
     assert "{{" not in text and "{%" not in text and "None" not in text
 
 
+METRICS = {
+    ("pascal-voc-2012", "mean_iou"): published.VOC, ("pascal-voc-2012", "mean_accuracy"): published.VOC_ACC,
+    ("ade20k", "mean_iou"): published.ADE, ("ade20k", "mean_accuracy"): published.ADE_ACC,
+    ("nyu-depth-v2", "rmse"): published.RMSE, ("nyu-depth-v2", "abs_rel"): published.ABSREL,
+    ("nyu-depth-v2", "a1"): published.DELTA,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_results_are_the_readmes_and_marked_as_published(name):
+def test_results_are_the_published_ones_and_marked_as_such(name):
     variant = VARIANTS[name]
+    table = published.PUBLISHED[published.README]
+    states = {"raw": "raw", "distilled" if variant.distilled else "denoised": variant.hub_file.split("/")[0]}
+    want = {
+        (state, dataset, metric): table[variant.backbone, kind][key]
+        for state, kind in states.items()
+        for (dataset, metric), key in METRICS.items()
+        if key in table[variant.backbone, kind]
+    }
     listed = ModelCard(written(name)).data.eval_results
-    results = {(result.dataset_type, result.metric_name.split()[1]): result for result in listed}
-    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
-    tag = " (`_in1k`)" if "_in1k" in name.removeprefix(variant.backbone) else ""
-    (row,) = re.findall(rf"^\| `{re.escape(variant.backbone)}`{re.escape(tag)} \| (.*)$", readme, re.MULTILINE)
-    voc, ade, distilled = ([float(number) for number in re.findall(r"\d+\.\d+", cell)] for cell in row.split("|")[:3])
-    want = {("pascal-voc-2012", "raw"): voc[0]}
-    if variant.distilled:
-        want[("pascal-voc-2012", "distilled")] = distilled[0]
-    else:
-        want |= {("pascal-voc-2012", "denoised"): voc[1], ("ade20k", "raw"): ade[0], ("ade20k", "denoised"): ade[1]}
-    assert {key: result.metric_value for key, result in results.items()} == want
-    for result in results.values():
+    got = {(r.metric_name.split(", ")[1].split()[0], r.dataset_type, r.metric_type): r.metric_value for r in listed}
+    assert got == want and len(listed) == len(want) >= 8
+    for result in listed:
         assert "published" in result.metric_name and "not measured" in result.source_name
-        assert result.source_url == published.SOURCE_URL
+        assert result.source_url == published.README.url
+    line = r"^\| (raw|denoised|distilled) \| (authors' README|paper) \| (.*) \|$"
+    rows = re.findall(line, written(name), re.MULTILINE)
+    for state, source, cells in rows:
+        (numbers,) = [table for place, table in published.PUBLISHED.items() if place.short == source]
+        numbers = numbers[variant.backbone, states[state]]
+        got = [cell and float(cell) for cell in cells.split(" | ")]
+        assert got == [numbers.get(key, "") for key in METRICS.values()]
+    in_paper = (variant.backbone, states[rows[-1][0]]) in published.PUBLISHED[published.PAPER]
+    assert len(rows) == 4 if in_paper else 2
+    assert {state for state, *_ in rows} == set(states)
+
+
+def test_the_readme_has_the_published_numbers():
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)`( \(`_in1k`\))? \| (.*→.*) \|$", readme, re.MULTILINE)
+    assert len(rows) == 13
+    for backbone, in1k, cells in rows:
+        folder = "imgnet" if in1k else "voc"
+        kinds = [("raw"), f"{folder}_denoised", f"{folder}_distilled"]
+        known = [table for kind in kinds if (table := published.PUBLISHED[published.README].get((backbone, kind)))]
+        for cell, key in zip(cells.split(" | "), (published.VOC, published.ADE, published.DELTA)):
+            numbers = [None if number == "–" else float(number) for number in cell.split(" → ")]
+            assert numbers == [table.get(key) for table in known], (backbone, cell)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "small" in name or "distilled" in name])

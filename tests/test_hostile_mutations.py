@@ -13,7 +13,9 @@ import safetensors.torch
 import torch
 
 import timm_dvt
+from tests import authors, reference
 from tests.folders import ERRORS, load, small_files, write
+from timm_dvt.weights import read_checkpoint
 
 MANY = 10_000
 
@@ -112,3 +114,48 @@ def test_a_few_hundred_mutations_are_errors_or_correct_models(valid, tmp_path, h
 @torch.no_grad()
 def test_ten_thousand_mutations_are_errors_or_correct_models(valid, tmp_path, hub):
     check_mutations(valid, tmp_path, MANY)
+
+
+def check_pickles(tmp_path: Path, form: str, count: int) -> None:
+    """Mutations of a training checkpoint: CheckpointError, or what was in it but for values that were changed."""
+    dice, errors = random.Random(0), 0
+    content = authors.training_checkpoint("denoiser", reference.published_state(64, 2))
+    path = authors.save(content, tmp_path / "file.pth", form)
+    whole = path.read_bytes()
+    records = {"": whole} if form == "legacy" else authors.read(path)
+    name = "" if form == "legacy" else "data.pkl"
+    length = len(records[name]) if name else whole.index(b"cpu") + 20_000
+    for _ in range(count):
+        data = bytearray(records[name])
+        for _ in range(dice.choice([1, 2, 8])):
+            place = dice.randrange(min(length, len(data)))
+            how = dice.choice(["change", "change", "insert", "delete", "cut"])
+            if how == "cut":
+                del data[place:]
+                break
+            data[place : place + (how != "insert")] = b"" if how == "delete" else bytes([dice.randrange(256)])
+        if name:
+            authors.write(path, records | {name: bytes(data)})
+        else:
+            path.write_bytes(data)
+        start = time.monotonic()
+        try:
+            assert isinstance(read_checkpoint(path).denoiser, dict)
+        except timm_dvt.CheckpointError:
+            errors += 1
+        assert time.monotonic() - start < 20
+    assert errors > count // 4 and os.listdir(tmp_path) == ["file.pth"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8 << 20
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_a_mutated_pickle_is_an_error_or_harmless(form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_pickles(tmp_path, form, 300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_many_mutated_pickles_are_errors_or_harmless(form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_pickles(tmp_path, form, MANY)

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from training.evaluate.published import DINOV2, LOST07, PUBLISHED, VOC
+from timm_dvt.published import DINOV2, REG
 from training.report import main, read_rows
 
 
@@ -35,11 +35,40 @@ def test_measured_stands_above_what_is_published(tmp_path, capsys):
     assert (tmp_path / "report.md").read_text() in capsys.readouterr().out
     rows = table((tmp_path / "report.md").read_text())
     assert rows[0] == ["model", "state", "source", "VOC12 mIoU", "VOC12 mAcc", "voc2007 CorLoc"]
-    name = f"`{DINOV2}_dvt`"
+    name, readme, paper = f"`{DINOV2}_dvt`", "published, authors' README", "published, paper"
     assert rows[2] == [name, "raw", "measured", "83.40 ± 0.10", "90.50", "31.00"]
-    assert rows[3] == ["", "raw", "published", "83.6", "90.82", "30.8"]
-    assert rows[4] == [name, "denoised", "measured", "84.70 ± 0.20", "91.50", "57.00"]
-    assert rows[5] == ["", "denoised", "published", "84.84", "91.7", "58"]
+    assert rows[3] == ["", "raw", readme, "83.52", "90.6", ""]
+    assert rows[4] == ["", "raw", paper, "83.6", "90.82", "30.8"]
+    assert rows[5] == [name, "denoised", "measured", "84.70 ± 0.20", "91.50", "57.00"]
+    assert rows[6] == ["", "denoised", readme, "84.92", "91.74", ""]
+    assert rows[7] == ["", "denoised", paper, "84.84", "91.7", "58"]
+
+
+def test_depth_and_the_other_folders_of_checkpoints(tmp_path):
+    depth = {"RMSE": (0.38, 0), "AbsRel": (0.12, 0), "delta1": (88.0, 0)}
+    states = {"dvt_in1k": "denoised", "dvt_in1k_distilled": "distilled", "dvt_distilled": "distilled"}
+    for suffix, state in states.items():
+        result(tmp_path, suffix, f"{DINOV2}_{suffix}", {state: depth}, task="depth", dataset="nyu")
+    assert main([str(tmp_path)]) == 0
+    rows = table((tmp_path / "report.md").read_text())
+    assert rows[0][3:] == ["NYUv2 delta1", "NYUv2 AbsRel", "NYUv2 RMSE"]
+    published = [row[3:] for row in rows[:8] if row[2] == "published, authors' README"]
+    assert published == [["88.25", "0.1207", "0.385"], ["88.5", "0.1152", "0.3832"], ["89.74", "0.1115", "0.3704"]]
+
+
+def test_all_that_is_published_of_a_backbone_stands_below(tmp_path):
+    result(tmp_path, "a", f"{DINOV2}_dvt", {"raw": {"mIoU": (83.4, 0.1)}})
+    result(tmp_path, "b", REG, {"raw": {"mIoU": (83.4, 0.1)}})
+    main([str(tmp_path)])
+    rows = table((tmp_path / "report.md").read_text().split("Published linear probes:")[1])
+    assert len(rows[0]) == 3 + 7 and rows[0][3:5] == ["VOC12 mIoU", "VOC12 mAcc"] and rows[0][7] == "NYUv2 RMSE"
+    kinds = ("raw", "voc_denoised", "imgnet_denoised", "voc_distilled", "imgnet_distilled")
+    assert [row[:2] for row in rows[2:] if "README" in row[2]] == [
+        *([f"`{DINOV2}`", kind] for kind in kinds),
+        *([f"`{REG}`", kind] for kind in kinds if "imgnet" not in kind),
+    ]
+    assert rows[2][3:] == ["83.52", "90.6", "47.02", "58.45", "0.3965", "0.1197", "87.59"]
+    assert rows[3][2:] == ["published, paper", "83.6", "90.82", "47.29", "59.18", "", "0.1238", "86.88"]
 
 
 def test_numbers_off_the_protocol_are_marked(tmp_path):
@@ -48,13 +77,6 @@ def test_numbers_off_the_protocol_are_marked(tmp_path):
     main([str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     assert "10.00\\* |" in text and "| 20.00 |" in text and "not the full protocol" in text
-
-
-def test_published_numbers_are_the_papers():
-    assert PUBLISHED[(DINOV2, "denoised")][VOC] == 84.84
-    assert PUBLISHED[(DINOV2, "raw")][LOST07] == 30.8
-    assert all(0 < value < 100 for numbers in PUBLISHED.values() for value in numbers.values())
-    assert len(PUBLISHED) == 12 * 2 + 3 + 8  # raw and denoised, G of three, distilled ones
 
 
 def test_figure_7_is_drawn_along_each_axis_that_has_two_places(tmp_path, capsys):

@@ -12,7 +12,7 @@ import timm
 import torch
 
 import timm_dvt
-from tests import reference
+from tests import authors, reference
 from tests.fabricated import images_for, publish, publish_backbone
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import DVT_REPO, published_variants
@@ -24,15 +24,16 @@ PUBLISHED = [variant for variant in published_variants() if variant.hub_file]
 
 @pytest.mark.parametrize("variant", PUBLISHED, ids=lambda variant: variant.name)
 @torch.no_grad()
-def test_a_published_checkpoint_loads_from_the_hub(variant, hub, tmp_path):
+def test_a_training_checkpoint_loads_from_the_hub_where_it_is_published(variant, hub, tmp_path):
     backbone = publish_backbone(hub, variant.backbone, depth=1)
     arch = timm.create_model(variant.backbone, device="meta")
     if variant.distilled:
         state = {k: torch.randn_like(v) * 0.05 for k, v in backbone.items() if not k.startswith("head.")}
-        publish(hub, variant.hub_file, {"model": {f"model.{k}": v for k, v in state.items()}})
+        whole = {f"model.{key}": value for key, value in state.items()}
+        publish(hub, variant.hub_file, authors.training_checkpoint("model", whole))
     else:
         state = reference.published_state(arch.embed_dim, variant.resolution // arch.patch_embed.patch_size[0])
-        publish(hub, variant.hub_file, {"denoiser": state, "optimizer": {"state": {}}, "step": 7})
+        publish(hub, variant.hub_file, authors.training_checkpoint("denoiser", state))
     hub.requests.clear()
     model = timm.create_model(variant.name, pretrained=True, depth=1, cache_dir=tmp_path).eval()
     assert f"HEAD /{DVT_REPO}/resolve/main/{variant.hub_file}" in hub.requests
@@ -93,7 +94,7 @@ def published(blocks=1, pos_embed=True, side=37, dim=384) -> dict:
 
 LAYOUTS = {
     "denoiser": lambda: {"denoiser": published()},
-    "with training state": lambda: {"denoiser": published(), "optimizer": {"param_groups": [{"lr": 1.0}]}, "step": 3},
+    "with training state": lambda: authors.training_checkpoint("denoiser", published()),
     "several blocks": lambda: {"denoiser": published(3)},
     "no position embedding": lambda: {"denoiser": published(1, False)},
     "several blocks, no position embedding": lambda: {"denoiser": published(2, False)},

@@ -23,7 +23,22 @@ NOTE = (
 )
 TAGS = ["timm", "timm-dvt", "vision-transformer", "dense-features", "denoising-vision-transformers"]
 DATASETS = {"PASCAL VOC": "pascal-voc", "ImageNet-1k": "ILSVRC/imagenet-1k"}
-PROBES = {"VOC12": ("pascal-voc-2012", "PASCAL VOC 2012"), "ADE20k": ("ade20k", "ADE20k")}
+TASKS = {
+    "linear-seg": ("image-segmentation", "Semantic segmentation, linear probe"),
+    "depth": ("depth-estimation", "Depth estimation, linear probe"),
+}
+PROBES = {  # dataset: type and name for the Hub, name in a heading
+    "voc": ("pascal-voc-2012", "PASCAL VOC 2012", "VOC12"),
+    "ade20k": ("ade20k", "ADE20k", "ADE20k"),
+    "nyu": ("nyu-depth-v2", "NYU Depth v2", "NYUd"),
+}
+METRICS = {  # number: type for the Hub, name, format
+    "mIoU": ("mean_iou", "mIoU", "{:.2f}"),
+    "mAcc": ("mean_accuracy", "mAcc", "{:.2f}"),
+    "RMSE": ("rmse", "RMSE", "{:.4f}"),
+    "AbsRel": ("abs_rel", "abs rel", "{:.4f}"),
+    "delta1": ("a1", "a1", "{:.2f}"),
+}
 BYTES = 4  # of a weight: float32
 
 
@@ -106,8 +121,8 @@ def card(
         prefix=facts.prefix,
         size=readable(facts.denoiser if denoiser_only else facts.whole),
         content=content,
-        results=results,
-        source_url=published.SOURCE_URL,
+        columns=[f"{PROBES[dataset][2]} {METRICS[number][1]}" for _, dataset, number in published.SEVEN],
+        results=[(features, source, _cells(numbers)) for features, source, numbers in results],
     )
     return text
 
@@ -116,22 +131,28 @@ def _source(variant: Variant) -> str:
     return f"[{DVT_REPO}](https://huggingface.co/{DVT_REPO}) (`{variant.hub_file}`)" if variant.hub_file else ""
 
 
-def _data(variant: Variant, license: str, base: str | None, images: str | None, results: dict) -> ModelCardData:
+def _cells(numbers: published.Numbers) -> list[str]:
+    return [METRICS[key[2]][2].format(numbers[key]) if key in numbers else "" for key in published.SEVEN]
+
+
+def _data(variant: Variant, license: str, base: str | None, images: str | None, results: list) -> ModelCardData:
     scores = []
-    for dataset, (raw, ours) in results.items():
-        kind, title = PROBES[dataset]
-        for features, value in (("raw", raw), ("distilled" if variant.distilled else "denoised", ours)):
+    for features, source, numbers in results:
+        if source != published.README:  # the Hub takes one number a metric: that of the checkpoint that can be had
+            continue
+        for (task, dataset, number), value in numbers.items():
+            kind, title, _ = PROBES[dataset]
             scores.append(
                 EvalResult(
-                    task_type="image-segmentation",
-                    task_name="Semantic segmentation, linear probe",
+                    task_type=TASKS[task][0],
+                    task_name=TASKS[task][1],
                     dataset_type=kind,
                     dataset_name=title,
-                    metric_type="mean_iou",
-                    metric_name=f"mIoU, {features} features (published)",
+                    metric_type=METRICS[number][0],
+                    metric_name=f"{METRICS[number][1]}, {features} features (published)",
                     metric_value=value,
-                    source_name=published.SOURCE_NAME,
-                    source_url=published.SOURCE_URL,
+                    source_name=source.name,
+                    source_url=source.url,
                 )
             )
     return ModelCardData(
@@ -141,7 +162,7 @@ def _data(variant: Variant, license: str, base: str | None, images: str | None, 
         tags=TAGS,
         base_model=base,
         base_model_relation=None if base is None else "finetune" if variant.distilled else "adapter",
-        datasets=[DATASETS[images]] if images in DATASETS else None,
+        datasets=[id for name, id in DATASETS.items() if name in (images or "")] or None,
         model_name=variant.name,
         eval_results=scores or None,
     )

@@ -1,7 +1,6 @@
 """Weights: reading published checkpoints and our own, finding them on the Hub, loading all or nothing."""
 
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch import nn
 
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from timm_dvt.fetching import WEIGHTS_NAME, WeightsNotFoundError, backbone_files, fetch, first_line
+from timm_dvt.pickles import RefusedError, read_pickle
 from timm_dvt.variants import ROWS
 
 State = dict[str, torch.Tensor]
@@ -38,7 +38,7 @@ class Checkpoint:
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Read a published `.pth` (denoiser of one or n blocks, without PE, distilled; old keys too) or our safetensors.
 
-    Nothing in the file is executed: pickles are read with `weights_only=True`.
+    Nothing in the file is executed: pickles are read with torch's weights-only unpickler (`timm_dvt.pickles`).
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds something else.
@@ -54,13 +54,13 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
                 metadata = file.metadata() or {}
                 state = {key: file.get_tensor(key) for key in file.keys()}
         else:
-            metadata, state = {}, _unwrap(torch.load(path, map_location="cpu", weights_only=True), path)
+            metadata, state = {}, _unwrap(read_pickle(path), path)
     except CheckpointError:
         raise
-    except pickle.UnpicklingError as e:
+    except RefusedError as e:
         raise CheckpointError(
             f"{path}: refused. It is damaged, or a pickle that holds more than tensors; such a file could run code "
-            f"when read, so it is never opened any other way. ({first_line(e)})"
+            f"when read, so it is never opened any other way. (It holds {first_line(e)}.)"
         ) from e
     except Exception as e:  # a damaged archive can raise anything from zipfile, torch or safetensors
         raise CheckpointError(f"{path}: damaged, incomplete or not a checkpoint. ({first_line(e)})") from e

@@ -1,6 +1,7 @@
 """One Markdown table, and a plot a figure, of the results that training.evaluate wrote: python -m training.report DIR
 
-    DIR/report.md      rows: model and state, measured, and published where the paper or its repository say something
+    DIR/report.md      rows: model and state, measured, and published where the paper or its repository say something;
+                       below them all that is published of these backbones' linear probes
     DIR/fig7a.png      numbers over model size                                           (paper, Fig. 7)
     DIR/fig7b.png      over the number of training pairs: results tagged pairs=N
     DIR/fig7c.png      over the number of views in stage 1: results tagged views=N
@@ -22,8 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from timm_dvt.published import SEVEN, Key, Numbers, Source, numbers_for
+from timm_dvt.variants import SUFFIXES
 from training.common.shared_folder import OutputError, write_atomically
-from training.evaluate.published import PUBLISHED, Key
 
 # The paper's columns in its order (Tabs. 2, 3, 4, S3, 5, 1, and Fig. 3 in a number): task, number, heading.
 COLUMNS = (
@@ -31,6 +33,7 @@ COLUMNS = (
     ("linear-seg", "mAcc", "mAcc"),
     ("depth", "delta1", "delta1"),
     ("depth", "AbsRel", "AbsRel"),
+    ("depth", "RMSE", "RMSE"),
     ("detection", "mAP", "mAP"),
     ("discovery", "CorLoc/", "CorLoc"),
     ("attentive-probe", "top1", "top-1"),
@@ -148,13 +151,35 @@ def markdown(rows: Sequence[Row]) -> str:
         tags = "".join(f", {name} {value}" for name, value in sorted(row.tags.items()))
         cells = [_cell(*row.cells[key]) if key in row.cells else "" for key in columns]
         lines.append([f"`{row.model}`{tags}", row.state, "measured", *cells])
-        known = PUBLISHED.get((backbone(row.model), row.state), {})
-        if any(key in known for key in columns):
-            lines.append(["", row.state, "published", *(f"{known[key]:g}" if key in known else "" for key in columns)])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        lines += _published(["", row.state], numbers_for(backbone(row.model), kind(row)), columns)
+    text = _table(lines)
     if any(not whole for row in rows for _, _, whole in row.cells.values()):
         text += "\n\\* not the full protocol: images limited or settings changed.\n"
-    return text
+    lines = [["backbone", "features", "source", *map(heading, SEVEN)], ["---"] * (3 + len(SEVEN))]
+    for name in sorted({backbone(row.model) for row in rows}):
+        for features in ("raw", *SUFFIXES):
+            lines += _published([f"`{name}`", features], numbers_for(name, features), SEVEN)
+    return text + "\nPublished linear probes:\n\n" + _table(lines) if len(lines) > 2 else text
+
+
+def _published(head: list[str], known: dict[Source, Numbers], columns: Sequence[Key]) -> list[list[str]]:
+    """A line a source that has something in these columns."""
+    return [
+        [*head, f"published, {source.short}", *(f"{numbers[key]:g}" if key in numbers else "" for key in columns)]
+        for source, numbers in known.items()
+        if any(key in numbers for key in columns)
+    ]
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def kind(row: Row) -> str:
+    """What `numbers_for` calls a row's features: those of a folder of published checkpoints, raw ones or artifacts."""
+    if row.state in ("denoised", "distilled"):
+        return f"{'imgnet' if '_dvt_in1k' in row.model else 'voc'}_{row.state}"
+    return row.state
 
 
 def backbone(model: str) -> str:
@@ -214,10 +239,11 @@ def _lines(rows: Sequence[Row], key: Key, axis: str) -> dict[tuple[str, str], li
         if key in row.cells and place is not None and row.state in ("raw", "denoised"):
             mean, spread, _ = row.cells[key]
             lines.setdefault((_family(row, axis), row.state), []).append((place, mean, spread or 0.0))
-            known = PUBLISHED.get((backbone(row.model), row.state), {})
-            if axis == "parameters" and key in known:
+            known = numbers_for(backbone(row.model), kind(row))
+            values = [numbers[key] for numbers in known.values() if key in numbers]
+            if axis == "parameters" and values:  # of two sources the first, as all sizes are in it
                 published = lines.setdefault((_family(row, axis), f"{row.state}, published"), [])
-                published.append((place, known[key], 0.0))
+                published.append((place, values[0], 0.0))
     return {name: points for name, points in lines.items() if len({x for x, *_ in points}) > 1}
 
 
