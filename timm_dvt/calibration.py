@@ -1,7 +1,6 @@
 """A denoiser without training: the mean artifact map, or the directions in which position shows, from a few images."""
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +101,7 @@ def calibrate(
     training = model.training
     try:
         add_denoiser(model, arch="static", layers=layers if layers is not None else sorted(before) or None)
-        reader = _Reader(model.eval(), batch_size)
+        reader = ViewReader(model.eval(), batch_size)
         sums, count = _look(reader, found, views, tolerance, progress)
         told = {block: one.estimate() for block, one in sums.items()}
         facts = dict(method=method, images=0 if found is None else min(len(found), count), views=reader.views)
@@ -134,7 +133,7 @@ def _take_denoiser(model: nn.Module) -> tuple[dict[int, Denoiser], Any]:
     return before, old
 
 
-class _Reader:
+class ViewReader:
     """Reads what the denoisers of a model see: their own identity, so that its outputs are their inputs.
 
     Attributes:
@@ -158,25 +157,33 @@ class _Reader:
         self.views = 0  # the one of zeros was to learn the grid
         self.patch = tuple(side // count for side, count in zip(self.size, self.grid))
 
+    def normalised(self, image: torch.Tensor) -> torch.Tensor:
+        """An RGB image (3, h, w) in [0, 1] as the model takes it."""
+        return (image - self.mean) / self.std
+
     @torch.no_grad()
     def __call__(self, inputs: torch.Tensor) -> dict[int, torch.Tensor]:
         """Inputs (V, channels, *size), normalised, to maps (V, H, W, C) by block, float32."""
         read = []
+        # Inner blocks are read as they leave them. The last one's is normed in any case, but with norm=True it is timm
+        # that norms, prefix tokens and all, as in forward_features.
+        norm = self.blocks == [self.model.final_block]
         for batch in inputs.split(self.batch_size):
             batch = batch.to(self.device, self.dtype)
-            read.append(self.model.forward_intermediates(batch, indices=self.blocks, intermediates_only=True))
+            maps = self.model.forward_intermediates(batch, indices=self.blocks, norm=norm, intermediates_only=True)
+            read.append(maps)
         self.views += len(inputs)
-        maps = {block: torch.cat(parts).permute(0, 2, 3, 1).float() for block, parts in zip(self.blocks, zip(*read))}
-        for block, one in maps.items():
+        found = {block: torch.cat(parts).permute(0, 2, 3, 1).float() for block, parts in zip(self.blocks, zip(*read))}
+        for block, one in found.items():
             if not torch.isfinite(one).all():
                 raise CalibrationError(
                     f"Features of block {block} are not finite, in {self.dtype}; calibrate in float32 and convert then."
                 )
-        return maps
+        return found
 
 
 def _look(
-    reader: _Reader, found: list[Source] | None, views: int, tolerance: float, progress: bool
+    reader: ViewReader, found: list[Source] | None, views: int, tolerance: float, progress: bool
 ) -> tuple[dict[int, PositionSums], int]:
     """Sum up canvases until the error is small enough or the views are spent; also returns how many there were."""
     windows = Windows.whole() if found is None else Windows.draw(WINDOWS, tuple(side // 2 for side in reader.grid))
@@ -201,20 +208,20 @@ def _look(
 
 
 def _inputs(
-    reader: _Reader, windows: Windows, found: list[Source] | None, visit: int
+    reader: ViewReader, windows: Windows, found: list[Source] | None, visit: int
 ) -> tuple[int, torch.Tensor]:
     """The number by which an image is grouped, and its windows as the model's input (V, channels, *size)."""
     if found is None:  # by turns of two kinds: two in a row make a fair sample of blank images
         return visit // 2, blank(reader.channels, reader.size, visit)[None]
     if reader.channels != 3:
-        raise ImageError(f"The model takes images of {reader.channels} channels; calibrate on blank ones (images=None).")
+        raise ImageError(f"The model takes images of {reader.channels} channels; use blank ones (images=None).")
     size = tuple(side + more * patch for side, more, patch in zip(reader.size, windows.margin, reader.patch))
     image = visit % len(found) if len(found) >= 4 else visit
-    part = (canvas(found[visit % len(found)], size, visit) - reader.mean) / reader.std
+    part = reader.normalised(canvas(found[visit % len(found)], size, visit))
     return image, torch.stack([_cut(part, place, reader) for place in windows.places])
 
 
-def _cut(part: torch.Tensor, place: tuple[int, int, bool], reader: _Reader) -> torch.Tensor:
+def _cut(part: torch.Tensor, place: tuple[int, int, bool], reader: ViewReader) -> torch.Tensor:
     y, x, mirrored = place[0] * reader.patch[0], place[1] * reader.patch[1], place[2]
     view = part[:, y : y + reader.size[0], x : x + reader.size[1]]
     return view.flip(-1) if mirrored else view

@@ -85,14 +85,14 @@ class Windows:
 class Position:
     """What position adds, as far as the images told it: float64, on the CPU.
 
-    Each group g of images has an estimate G_g of its own, and their mean has weights w_g. Because the noise of different
-    groups is independent,
+    Each group g of images has an estimate G_g of its own, and their mean has weights w_g. As the noise of one group is
+    independent of another's,
 
         E[sum over g != h of w_g w_h G_g^T G_h] = (1 - sum of w_g^2) G^T G
 
-    has none of it, and says how large G is, and in which directions; with signs that split the groups into halves, there
+    has none of it, and says how large G is, and in which directions. With signs that split the groups into halves there
     is no G in that sum, and it says what noise alone looks like. The mean is shrunk by s = |G|^2 / (|G|^2 + noise^2),
-    which makes its expected error the smallest, s noise^2, and never larger than doing nothing.
+    which makes its expected error the smallest, s noise^2, and never larger than if nothing were subtracted.
 
     Attributes:
         artifacts: (H, W, C) G, each channel with zero mean over the places.
@@ -140,16 +140,20 @@ class Position:
         return _fraction(signal, self._places * total)
 
     def components(self) -> torch.Tensor:
-        """(C, r) orthonormal directions in which places differ by more than noise alone would make them.
+        """(C, r) orthonormal directions in which position shows, and more than in others.
 
-        A direction counts if its eigenvalue is above the largest one that any of `SPLITS` differences of halves has.
+        The eigenvalue of such a direction is above the largest one that any of `SPLITS` differences of halves has, so
+        that noise alone would not make it; and position explains more there than it does on the whole, or to lose the
+        direction would be to lose content.
         """
         values, vectors = torch.linalg.eigh(self._products())
         draw = np.random.default_rng(0)
         signs = [(-1.0) ** group for group in range(len(self._weighted))]
         noise = [torch.linalg.eigvalsh(self._products(draw.permutation(signs)))[-1] for _ in range(SPLITS)]
         # What rounding leaves is no noise of the images, and no signal either.
-        return vectors[:, values > max(*map(float, noise), 1e-6 * float(values[-1]), 0.0)]
+        least = max(*map(float, noise), 1e-6 * float(values[-1]), 0.0)
+        usual = self.share * self._places * (vectors * (self.total @ vectors)).sum(0)
+        return vectors[:, (values > least) & (values > usual)]
 
     @property
     def _places(self) -> int:

@@ -107,7 +107,7 @@ def _tensor(image: torch.Tensor) -> torch.Tensor:
         raise ImageError(f"A tensor of {image.dtype} is not an image; pass uint8, or floats in [0, 1].")
     low, high = float(image.min()), float(image.max())
     if not -1e-3 <= low <= high <= 1.001:  # also where one is NaN
-        raise ImageError(f"A tensor has values from {low:.3g} to {high:.3g}; pass images in [0, 1], not normalised yet.")
+        raise ImageError(f"A tensor has values from {low:.3g} to {high:.3g}; pass images in [0, 1], not normalised.")
     return image.float()
 
 
