@@ -1,4 +1,4 @@
-"""The command line: look at a variant (demo, list), convert its weights, write its card, publish it on the Hub."""
+"""The command line: look at a variant (demo, list), make one (calibrate), convert weights, publish them on the Hub."""
 
 import argparse
 import json
@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from timm_dvt.calibrate_command import add_command as add_calibrate
+from timm_dvt.calibration import CalibrationError
 from timm_dvt.cards import stale_cards, write_cards
 from timm_dvt.convert import ConvertError, convert
 from timm_dvt.demo import DEFAULT_MODEL, DemoError, run
@@ -22,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
         sys.stdout.flush()
-    except (DemoError, ConvertError, PushError, CheckpointError, WeightsNotFoundError) as e:
+    except (DemoError, CalibrationError, ConvertError, PushError, CheckpointError, WeightsNotFoundError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m timm_dvt", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,list,convert,cards,push}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,list,calibrate,convert,cards,push}")
     demo = commands.add_parser(
         "demo",
         help="draw features with the denoiser off and on",
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="print the variants and where their weights come from")
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(run=lambda args: print(as_json() if args.json else as_table()))
+    add_calibrate(commands)
     _add_hub_commands(commands)
     return parser
 

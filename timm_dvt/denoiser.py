@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 # Grids whose resampled embedding is kept. A stream of images has one or a few; a cap keeps odd sizes from piling up.
 MAX_CACHED_GRIDS = 8
 
-# Paper, Tab. 6 d, e, b and c, and the baseline that costs nothing.
-ARCHITECTURES = ("block", "block-no-pe", "conv1x1", "conv3x3", "static")
+# Paper, Tab. 6 d, e, b and c, and the baselines that cost nothing.
+ARCHITECTURES = ("block", "block-no-pe", "conv1x1", "conv3x3", "static", "project")
 
 
 class Denoiser(nn.Module):
@@ -28,7 +28,8 @@ class Denoiser(nn.Module):
         arch: one of `ARCHITECTURES`. "block" is the paper's denoiser; "block-no-pe" the same without position
             embedding (Tab. 6 e); "conv1x1" and "conv3x3" three convolutions of C channels with ReLUs between them,
             zero-padded, with neither position embedding nor a path around them (Tab. 6 b, c); "static" a position
-            embedding alone, F = y + PE: for PE = -G, the artifact field subtracted.
+            embedding alone, F = y + PE: for PE = -G, the artifact field subtracted; "project" an affine map of each
+            token, F = W y + b: for W = I - U U^T, the directions U of position projected out.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class Denoiser(nn.Module):
             size = 1 if arch == "conv1x1" else 3
             conv = partial(nn.Conv2d, dim, dim, size, padding=size // 2, **factory)
             self.blocks = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
+        elif self.arch == "project":
+            self.blocks = nn.Sequential(nn.Linear(dim, dim, **factory))
         else:
             self.blocks = nn.Sequential(*[block(**factory) for _ in range(0 if arch == "static" else depth)])
         self._source: torch.Tensor | None = None
@@ -76,7 +79,10 @@ class Denoiser(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise as timm initialises a ViT: truncated normals of deviation 0.02, zero biases; static: zeros."""
+        """Initialise as timm initialises a ViT: truncated normals of deviation 0.02, zero biases.
+
+        "static" and "project" start as the identity.
+        """
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)
         if self.arch == "static":
@@ -85,6 +91,8 @@ class Denoiser(nn.Module):
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        if self.arch == "project":
+            nn.init.eye_(self.blocks[0].weight)
 
     def forward(self, x: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """Denoise patch tokens (B, H*W, C) of a grid (H, W); returns (B, H*W, C).

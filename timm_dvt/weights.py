@@ -161,7 +161,7 @@ def _one_denoiser(state: State, new: Callable[..., Denoiser], path: str, prefix:
         raise CheckpointError(f"{path}: block {depth - 1} of a denoiser is beyond reason; the file is damaged.")
     arch = "block" if "pos_embed" in state else "block-no-pe"
     if kernel is not None:
-        arch = "conv3x3" if kernel.shape[-1] == 3 else "conv1x1"
+        arch = "project" if kernel.ndim == 2 else "conv3x3" if kernel.shape[-1] == 3 else "conv1x1"
     elif set(state) == {"pos_embed"}:
         arch = "static"
     denoiser = new(depth=depth, arch=arch)

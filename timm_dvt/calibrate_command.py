@@ -1,0 +1,170 @@
+"""python -m timm_dvt calibrate: a model by name, calibrated, saved as a folder, and drawn before and after."""
+
+import argparse
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+
+from timm_dvt.calibration import METHODS, Calibration, CalibrationError, ViewReader, calibrate
+from timm_dvt.demo import PHOTOGRAPHS, DemoError, read_image, without_dead_network
+from timm_dvt.panel import Shown, draw
+from timm_dvt.sample_images import ImageError, sources
+from timm_dvt.saving import save_pretrained, write_whole
+
+PANEL = "before_after.png"
+MOST_SHOWN = 2
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Add `calibrate` to the commands of `python -m timm_dvt`."""
+    command = commands.add_parser(
+        "calibrate",
+        help="give any supported timm ViT a denoiser, without training",
+        description="Calibrate a denoiser for a timm ViT from images, or from blank ones, and write a folder that "
+        "timm.create_model('local-dir:FOLDER', pretrained=True) loads, with a picture of features before and after.",
+    )
+    command.add_argument("--model", metavar="NAME", required=True, help="a timm model, local-dir:FOLDER or hf-hub:REPO")
+    command.add_argument("--out", metavar="FOLDER", required=True, help="made if it does not exist")
+    command.add_argument(
+        "--images", nargs="+", metavar="PATH",
+        help="image files or folders; 16 images do, 64 do better (default: blank and noise images)",
+    )  # fmt: skip
+    command.add_argument(
+        "--method", choices=METHODS, default="static",
+        help="static: subtract the mean artifact map; project: take out the directions in which position shows "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument(
+        "--views", type=int, default=256, metavar="N", help="forward passes at the most (default: %(default)s)"
+    )
+    command.add_argument("--no-pretrained", action="store_true", help="random weights: fetch nothing")
+    command.set_defaults(
+        run=lambda args: run(args.model, args.out, args.images, args.method, args.views, not args.no_pretrained)
+    )
+
+
+def run(
+    name: str,
+    out: str,
+    images: Sequence[str] | None = None,
+    method: str = "static",
+    views: int = 256,
+    pretrained: bool = True,
+) -> Path:
+    """Calibrate a model by name and save it; prints what was found, returns the folder written.
+
+    Raises:
+        CalibrationError: an image, the model or the folder cannot be used; the message says what to do.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shown = [read_image(Path(one)) for one in _to_show(images)]  # before anything slow
+    except OSError as e:
+        raise CalibrationError(f"cannot write to {out}: {e.strerror or e}; name a folder for --out.") from e
+    except (DemoError, ImageError) as e:
+        raise CalibrationError(str(e)) from e
+    model = load_model(name, pretrained)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"model: {name} on {device}" + ("" if pretrained else ", random weights, as asked for"))
+    start = time.perf_counter()
+    try:
+        calibrate(model.to(device).eval(), images, method=method, views=views, progress=True)
+    except TypeError as e:  # a class that cannot have a denoiser
+        raise CalibrationError(str(e)) from e
+    facts = model.denoiser.calibration
+    print(f"calibrated in {time.perf_counter() - start:.0f} s: {describe(facts)}")
+    if facts.error > 0.5:
+        print("note: little is known of the artifacts; " + ("use more images" if images else "use images (--images)"))
+    sheet = picture(model, shown, f"{name}, before and after: {method}")
+    encoded = io.BytesIO()
+    sheet.save(encoded, format="PNG")
+    try:
+        save_pretrained(model, folder, model_args=_recorded_arguments(name))
+        write_whole(folder / PANEL, lambda path: path.write_bytes(encoded.getvalue()))
+        text = json.dumps(asdict(facts), indent=2) + "\n"
+        write_whole(folder / "calibration.json", lambda path: path.write_text(text))
+    except OSError as e:
+        raise CalibrationError(f"cannot write to {out}: {e.strerror or e}.") from e
+    print(f"wrote {folder}: config.json, model.safetensors, calibration.json, {PANEL}")
+    print(f"load it with timm.create_model({f'local-dir:{folder}'!r}, pretrained=True), after import timm_dvt")
+    return folder
+
+
+def describe(facts: Calibration) -> str:
+    """The facts in a sentence or two."""
+    looked_at = f"{facts.images} image{'s' * (facts.images != 1)}" if facts.images else "blank and noise images"
+    what = f"{facts.components} directions projected out" if facts.method == "project" else "the mean artifact map"
+    return (
+        f"{what}, from {facts.views} views of {looked_at}; estimated error of the map {facts.error:.0%}. Position "
+        f"explains {facts.share_before:.2%} of the variance within these views before, {facts.share_after:.2%} after."
+    )
+
+
+def load_model(name: str, pretrained: bool) -> Any:
+    """timm's model of that name, for images of any size where its class has them. Raises CalibrationError."""
+    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
+        raise CalibrationError(f"{name!r} is not a model; timm.list_models('*vit*') names those there are")
+    torch.manual_seed(0)
+    with without_dead_network():
+        try:
+            try:
+                return timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
+            except TypeError:  # a class without that argument
+                return timm.create_model(name, pretrained=pretrained)
+        except Exception as e:  # timm's, the hub client's, json's: a name, a folder or weights that are not there
+            reason = next(iter(str(e).strip().splitlines()), "")
+            raise CalibrationError(
+                f"cannot create {name!r}: {type(e).__name__}: {reason}; without a network name a folder that holds "
+                "it (local-dir:FOLDER), or take random weights (--no-pretrained)"
+            ) from e
+
+
+def picture(model: Any, photographs: Sequence[Image.Image], title: str) -> Image.Image:
+    """The features of photographs before and after the denoiser of a model, drawn side by side."""
+    reader = ViewReader(model, 1)
+    shown = []
+    for photograph in photographs:
+        fitted = ImageOps.fit(photograph, reader.size[::-1], Image.Resampling.BICUBIC)
+        shown.append(_shown(model, reader, fitted))
+    facts = model.denoiser.calibration
+    lines = describe(facts).split("; ", 1)
+    return draw(shown, title, lines)
+
+
+def _shown(model: Any, reader: ViewReader, image: Image.Image) -> Shown:
+    seen = {}
+
+    def look(denoiser: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        seen.update(off=inputs[0], on=output)
+
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*reader.size, 3).permute(2, 0, 1)
+    hook = model.denoiser.register_forward_hook(look)
+    try:
+        reader(reader.normalised(pixels / 255)[None])
+    finally:
+        hook.remove()
+    off, on = (seen[state][0].float().cpu().unflatten(0, reader.grid).numpy() for state in ("off", "on"))
+    return Shown(image, off, on, ("", ""))
+
+
+def _to_show(images: Sequence[str] | None) -> Sequence[Any]:
+    return PHOTOGRAPHS if images is None else sources(list(images), MOST_SHOWN)
+
+
+def _recorded_arguments(name: str) -> dict[str, Any]:
+    """Arguments that a local folder's config.json gives its model; older timm versions do not keep them."""
+    scheme, _, folder = name.partition(":")
+    if scheme != "local-dir":
+        return {}
+    arguments = json.loads((Path(folder) / "config.json").read_text()).get("model_args") or {}
+    return {key: value for key, value in arguments.items() if key not in ("backbone", "denoiser")}

@@ -1,0 +1,249 @@
+"""A denoiser without training: the mean artifact map, or the directions in which position shows, from a few images."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+from tqdm import tqdm
+
+from timm_dvt.denoiser import Denoiser, combine
+from timm_dvt.model import Denoised, add_denoiser, attach_denoiser, remove_denoiser
+from timm_dvt.positions import MOST_GROUPS, Position, PositionSums, Windows
+from timm_dvt.sample_images import ImageError, Source, blank, canvas, sources
+
+METHODS = ("static", "project")
+WINDOWS = 8  # views of a canvas
+
+
+class CalibrationError(ValueError):
+    """What keeps a model from being calibrated; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a denoiser was calibrated; its attribute `calibration`.
+
+    Attributes:
+        method: "static" or "project".
+        images: how many were looked at; 0 for blank and noise images.
+        views: forward passes.
+        error: estimated error of the mean artifact map, as a fraction of the map. From fewer than 4 images it leaves
+            out what those images have in common.
+        components: directions projected out; 0 for "static".
+        share_before, share_after: estimated fraction of the variance within a view that position explains. Of blank and
+            noise images, if these were looked at.
+    """
+
+    method: str
+    images: int
+    views: int
+    error: float
+    components: int
+    share_before: float
+    share_after: float
+
+
+def calibrate(
+    model: nn.Module,
+    images: Source | Iterable[Source] | None = None,
+    *,
+    method: str = "static",
+    layers: Sequence[int] | None = None,
+    views: int = 256,
+    tolerance: float = 0.1,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> nn.Module:
+    """Give a timm ViT a denoiser that works, without training; in place, and return the model.
+
+    Random windows of the images go through the model at its own input size, on its device, and are summed up; memory
+    does not grow with their number. What windows of one image share is content and cancels, what all windows have at
+    the same place is the artifact map (`timm_dvt.positions`). What was found is told by `model.denoiser.calibration`,
+    a `Calibration`; with several layers, by `model.denoisers()[block].calibration`.
+
+    Args:
+        model: any model that `add_denoiser` takes. A denoiser that it has already is replaced.
+        images: a folder, paths, PIL images, or RGB tensors (3, h, w) or (B, 3, h, w) in [0, 1] or uint8, alone or in an
+            iterable. None: blank and noise images, which take no data but show only a part of the artifacts.
+        method: "static" subtracts the mean artifact map, (H, W, C), resampled at other grids as a position embedding.
+            "project" takes the directions out of the tokens in which places differ by more than noise: a (C, C) matrix
+            for any grid, which leaves all other directions as they are.
+        layers: blocks to be denoised, as for `add_denoiser`; default the last one, or those that have a denoiser.
+        views: forward passes at the most.
+        tolerance: stop as soon as the map's own estimate of its error is not above this fraction of the map.
+        batch_size: views in a forward pass.
+        progress: show a bar with the error so far.
+
+    Raises:
+        CalibrationError: an argument is out of range, images are too few or cannot be used, or features not finite.
+        TypeError, ValueError: the model is none that can have a denoiser; see `add_denoiser`.
+    """
+    if method not in METHODS:
+        raise CalibrationError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
+    if views < 2 * WINDOWS or batch_size < 1 or not tolerance >= 0:
+        raise CalibrationError(
+            f"views is {views}, tolerance {tolerance}, batch_size {batch_size}; they must be at least "
+            f"{2 * WINDOWS}, 0 and 1."
+        )
+    try:
+        found = None if images is None else sources(images, views // WINDOWS)
+    except ImageError as e:
+        raise CalibrationError(str(e)) from e
+    if method == "project" and found is not None and len(found) < 4:
+        raise CalibrationError(
+            f"method 'project' compares images, and {len(found)} {'is' if len(found) == 1 else 'are'} too few; pass 4 "
+            "or more, or none (blank ones)."
+        )
+    before, old = _take_denoiser(model)
+    training = model.training
+    try:
+        add_denoiser(model, arch="static", layers=layers if layers is not None else sorted(before) or None)
+        reader = ViewReader(model.eval(), batch_size)
+        sums, count = _look(reader, found, views, tolerance, progress)
+        told = {block: one.estimate() for block, one in sums.items()}
+        facts = dict(method=method, images=0 if found is None else min(len(found), count), views=reader.views)
+        new = {block: _denoiser(position, facts) for block, position in told.items()}
+        final = model.final_block
+        remove_denoiser(model)
+        attach_denoiser(model, combine(new, final))
+    except BaseException as e:
+        if isinstance(model, Denoised):
+            remove_denoiser(model)
+        if old is not None:
+            attach_denoiser(model, old)
+        if isinstance(e, ImageError):
+            raise CalibrationError(str(e)) from e
+        raise
+    finally:
+        model.train(training)
+    return model
+
+
+def _take_denoiser(model: nn.Module) -> tuple[dict[int, Denoiser], Any]:
+    """The denoisers that a model has, by block and as a whole, taken off it."""
+    if not isinstance(model, Denoised):
+        return {}, None
+    before, old = model.denoisers(), model.denoiser
+    if old is None or any(not isinstance(one.norm, nn.Identity) for one in before.values()):
+        raise CalibrationError("Blocks or the final norm of this model were pruned away; calibrate before pruning.")
+    remove_denoiser(model)
+    return before, old
+
+
+class ViewReader:
+    """Reads what the denoisers of a model see: their own identity, so that its outputs are their inputs.
+
+    Attributes:
+        size: (height, width) of an input, in pixels.
+        grid: (H, W) of the maps.
+        views: how many were read.
+    """
+
+    def __init__(self, model: Any, batch_size: int) -> None:
+        self.model, self.batch_size, self.views = model, batch_size, 0
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        config = resolve_model_data_config(model)
+        embed = getattr(model, "patch_embed", None)
+        self.size = tuple(getattr(embed, "img_size", None) or config["input_size"][-2:])
+        self.channels = getattr(model, "in_chans", 3)
+        self.mean, self.std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+        self.blocks = sorted(model.denoisers())
+        zeros = torch.zeros(1, self.channels, *self.size)
+        self.grid = tuple(self(zeros)[self.blocks[-1]].shape[1:3])
+        self.views = 0  # the one of zeros was to learn the grid
+        self.patch = tuple(side // count for side, count in zip(self.size, self.grid))
+
+    def normalised(self, image: torch.Tensor) -> torch.Tensor:
+        """An RGB image (3, h, w) in [0, 1] as the model takes it."""
+        return (image - self.mean) / self.std
+
+    @torch.no_grad()
+    def __call__(self, inputs: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Inputs (V, channels, *size), normalised, to maps (V, H, W, C) by block, float32."""
+        read = []
+        # Inner blocks are read as they leave them. The last one's is normed in any case, but with norm=True it is timm
+        # that norms, prefix tokens and all, as in forward_features.
+        norm = self.blocks == [self.model.final_block]
+        for batch in inputs.split(self.batch_size):
+            batch = batch.to(self.device, self.dtype)
+            maps = self.model.forward_intermediates(batch, indices=self.blocks, norm=norm, intermediates_only=True)
+            read.append(maps)
+        self.views += len(inputs)
+        found = {block: torch.cat(parts).permute(0, 2, 3, 1).float() for block, parts in zip(self.blocks, zip(*read))}
+        for block, one in found.items():
+            if not torch.isfinite(one).all():
+                raise CalibrationError(
+                    f"Features of block {block} are not finite, in {self.dtype}; calibrate in float32 and convert then."
+                )
+        return found
+
+
+def _look(
+    reader: ViewReader, found: list[Source] | None, views: int, tolerance: float, progress: bool
+) -> tuple[dict[int, PositionSums], int]:
+    """Sum up canvases until the error is small enough or the views are spent; also returns how many there were."""
+    windows = Windows.whole() if found is None else Windows.draw(WINDOWS, tuple(side // 2 for side in reader.grid))
+    # Images of one group share no content with those of another. Below 4 images, canvases must do.
+    groups = MOST_GROUPS if found is None or not 4 <= len(found) < MOST_GROUPS else len(found)
+    most = views // len(windows.places)
+    sums = {block: PositionSums(windows, groups) for block in reader.blocks}
+    check = groups
+    with tqdm(total=most, unit="image", desc="calibrate", disable=not progress) as bar:
+        for visit in range(most):
+            image, inputs = _inputs(reader, windows, found, visit)
+            for block, maps in reader(inputs).items():
+                sums[block].add(maps, image % groups)
+            bar.update()
+            if visit + 1 == check and visit + 1 < most:
+                error = max(one.estimate().error for one in sums.values())
+                bar.set_postfix_str(f"error {error:.0%}")
+                if error <= tolerance:
+                    break
+                check += check
+    return sums, visit + 1
+
+
+def _inputs(
+    reader: ViewReader, windows: Windows, found: list[Source] | None, visit: int
+) -> tuple[int, torch.Tensor]:
+    """The number by which an image is grouped, and its windows as the model's input (V, channels, *size)."""
+    if found is None:  # by turns of two kinds: two in a row make a fair sample of blank images
+        return visit // 2, blank(reader.channels, reader.size, visit)[None]
+    if reader.channels != 3:
+        raise ImageError(f"The model takes images of {reader.channels} channels; use blank ones (images=None).")
+    size = tuple(side + more * patch for side, more, patch in zip(reader.size, windows.margin, reader.patch))
+    image = visit % len(found) if len(found) >= 4 else visit
+    part = reader.normalised(canvas(found[visit % len(found)], size, visit))
+    return image, torch.stack([_cut(part, place, reader) for place in windows.places])
+
+
+def _cut(part: torch.Tensor, place: tuple[int, int, bool], reader: ViewReader) -> torch.Tensor:
+    y, x, mirrored = place[0] * reader.patch[0], place[1] * reader.patch[1], place[2]
+    view = part[:, y : y + reader.size[0], x : x + reader.size[1]]
+    return view.flip(-1) if mirrored else view
+
+
+def _denoiser(position: Position, facts: dict) -> Denoiser:
+    """A denoiser of the method, in float32 on the CPU, with what there is to tell of it."""
+    components = 0
+    if facts["method"] == "static":
+        after = position.share_without_artifacts
+        denoiser = Denoiser(position.artifacts.shape[-1], position.artifacts.shape[:2], arch="static")
+        values = {"pos_embed": -position.artifacts.flatten(0, 1)[None]}
+    else:
+        basis = position.components()
+        components = basis.shape[1]
+        taken = basis @ basis.T
+        matrix = torch.eye(len(taken), dtype=taken.dtype) - taken
+        after = position.share_after(matrix)
+        denoiser = Denoiser(len(taken), position.artifacts.shape[:2], arch="project")
+        values = {"blocks.0.weight": matrix, "blocks.0.bias": taken @ position.mean}
+    denoiser.load_state_dict(values)
+    denoiser.calibration = Calibration(
+        **facts, error=position.error, components=components, share_before=position.share, share_after=after
+    )
+    return denoiser
