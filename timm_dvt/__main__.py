@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m timm_dvt", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,list,convert,cards,push}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
         help="draw features with the denoiser off and on",
@@ -58,11 +58,27 @@ def _parser() -> argparse.ArgumentParser:
         help="resize the image to about PIXELS x PIXELS in area, its aspect ratio kept (default: the model's own size)",
     )
     demo.set_defaults(run=lambda args: run(args.images, args.model, args.out, not args.no_pretrained, args.size))
+    _add_app_command(commands)
     listing = commands.add_parser("list", help="print the variants and where their weights come from")
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(run=lambda args: print(as_json() if args.json else as_table()))
     _add_hub_commands(commands)
     return parser
+
+
+def _add_app_command(commands: argparse._SubParsersAction) -> None:
+    page = commands.add_parser(
+        "app",
+        help="serve a page to play with in a browser",
+        description="Serve a page: drop an image, choose a variant, and compare its features with the denoiser off "
+        "and on. Needs the extra app.",
+    )
+    page.add_argument("--model", metavar="NAME", help=f"the variant chosen first (default: {DEFAULT_MODEL})")
+    page.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s, this one alone)"
+    )
+    page.add_argument("--port", type=_port, help="(default: the first free one from 7860)")
+    page.set_defaults(run=_app)
 
 
 def _add_hub_commands(commands: argparse._SubParsersAction) -> None:
@@ -106,6 +122,12 @@ def _add_hub_commands(commands: argparse._SubParsersAction) -> None:
     pushing.set_defaults(run=_push)
 
 
+def _app(args: argparse.Namespace) -> None:
+    from timm_dvt.app import serve  # the only module that imports Gradio
+
+    serve(args.model, args.host, args.port)
+
+
 def _convert(args: argparse.Namespace) -> None:
     folder = convert(args.source, args.model, args.out, args.denoiser_only)
     print(f"wrote {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
@@ -133,6 +155,12 @@ def _push(args: argparse.Namespace) -> None:
 def _size(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 4096:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of pixels from 1 to 4096")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, a number from 1 to 65535")
     return int(text)
 
 
