@@ -292,7 +292,7 @@ def test_every_control_is_reached_by_the_tabulator(page):
         webdriver.ActionChains(page).send_keys(webdriver.Keys.TAB).perform()
         seen |= set(page.switch_to.active_element.get_attribute("class").split())
         seen |= set(page.execute_script(
-            "let ids = []; for (let e = document.activeElement; e; e = e.parentElement) ids.push('#' + e.id); return ids"
+            "let e = document.activeElement, ids = []; for (; e; e = e.parentElement) ids.push('#' + e.id); return ids"
         ))  # fmt: skip
     assert wanted <= seen
 

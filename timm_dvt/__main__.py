@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from timm_dvt.cards import stale_cards, write_cards
 from timm_dvt.convert import ConvertError, convert
@@ -34,7 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m timm_dvt", description=__doc__)
+    installed = Path(sys.argv[0]).stem == "timm-dvt"  # the command, or the module of the same verbs
+    parser = argparse.ArgumentParser(
+        prog="timm-dvt" if installed else "python -m timm_dvt",
+        description=__doc__,
+        epilog="%(prog)s COMMAND --help shows an example of each.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
@@ -42,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Draw a model's features of images with its denoiser off and on: as colours (PCA), in groups "
         "(k-means), their length, their similarity to the patch in the middle, and what was removed. Prints shapes, "
         "times and the file written.",
+        epilog="Example: %(prog)s photo.jpg --out photo.png",
     )
     demo.add_argument("images", nargs="*", help="image files (default: two photographs that come with the package)")
     demo.add_argument(
@@ -59,7 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=lambda args: run(args.images, args.model, args.out, not args.no_pretrained, args.size))
     _add_app_command(commands)
-    listing = commands.add_parser("list", help="print the variants and where their weights come from")
+    listing = commands.add_parser(
+        "list",
+        help="print the variants and where their weights come from",
+        description="Print the variants and where their weights come from.",
+        epilog="Example: %(prog)s --json",
+    )
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(run=lambda args: print(as_json() if args.json else as_table()))
     _add_hub_commands(commands)
@@ -72,6 +84,7 @@ def _add_app_command(commands: argparse._SubParsersAction) -> None:
         help="serve a page to play with in a browser",
         description="Serve a page: drop an image, choose a variant, and compare its features with the denoiser off "
         "and on. Needs the extra app.",
+        epilog="Example: %(prog)s --model vit_base_patch14_dinov2.lvd142m_dvt --port 8000",
     )
     page.add_argument("--model", metavar="NAME", help=f"the variant chosen first (default: {DEFAULT_MODEL})")
     page.add_argument(
@@ -87,6 +100,7 @@ def _add_hub_commands(commands: argparse._SubParsersAction) -> None:
         help="write a variant's published weights as a folder of safetensors",
         description="Write a variant as a folder of model.safetensors, config.json and README.md (its card), which "
         "timm.create_model('local-dir:FOLDER', pretrained=True) loads with equal outputs.",
+        epilog="Example: %(prog)s --model vit_base_patch14_dinov2.lvd142m_dvt --out vitb_dvt",
     )
     conversion.add_argument(
         "source", nargs="?", metavar="SOURCE",
@@ -100,7 +114,12 @@ def _add_hub_commands(commands: argparse._SubParsersAction) -> None:
     )
     conversion.set_defaults(run=_convert)
 
-    cards = commands.add_parser("cards", help="write the model cards of all variants")
+    cards = commands.add_parser(
+        "cards",
+        help="write the model cards of all variants",
+        description="Write the model cards of all variants.",
+        epilog="Example: %(prog)s --check",
+    )
     cards.add_argument("--out", metavar="FOLDER", default="hub_cards", help="(default: %(default)s)")
     cards.add_argument("--check", action="store_true", help="write nothing; fail if the cards there are stale")
     cards.set_defaults(run=_cards)
@@ -111,6 +130,7 @@ def _add_hub_commands(commands: argparse._SubParsersAction) -> None:
         description="Publish weights, config.json and card in one commit. Files that the repo has already, by their "
         "hashes, are left out, so a run that was cut short is continued by the same command. Log in first: hf auth "
         "login (huggingface-cli login below huggingface_hub 1.0), or set HF_TOKEN.",
+        epilog="Example: %(prog)s vitb_dvt --repo me/vitb_dvt --dry-run",
     )
     pushing.add_argument("target", nargs="?", metavar="FOLDER|NAME", help="a folder of convert, or a variant's name")
     pushing.add_argument("--repo", metavar="ORG/NAME", help="the repo; made if it does not exist")
