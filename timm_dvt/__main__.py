@@ -13,6 +13,8 @@ from timm_dvt.demo import DEFAULT_MODEL, DemoError, run
 from timm_dvt.fetching import WeightsNotFoundError
 from timm_dvt.push import PushError, push, push_all
 from timm_dvt.registry import VARIANTS
+from timm_dvt.space import FOLDER as SPACE
+from timm_dvt.space import push_space
 from timm_dvt.variants import DVT_LICENSE, DVT_REPO, Variant
 from timm_dvt.weights import CheckpointError
 
@@ -126,7 +128,7 @@ def _add_hub_commands(commands: argparse._SubParsersAction) -> None:
 
     pushing = commands.add_parser(
         "push",
-        help="publish a folder or variants on the Hub",
+        help="publish a folder, variants or the page on the Hub",
         description="Publish weights, config.json and card in one commit. Files that the repo has already, by their "
         "hashes, are left out, so a run that was cut short is continued by the same command. Log in first: hf auth "
         "login (huggingface-cli login below huggingface_hub 1.0), or set HF_TOKEN.",
@@ -134,6 +136,7 @@ def _add_hub_commands(commands: argparse._SubParsersAction) -> None:
     )
     pushing.add_argument("target", nargs="?", metavar="FOLDER|NAME", help="a folder of convert, or a variant's name")
     pushing.add_argument("--repo", metavar="ORG/NAME", help="the repo; made if it does not exist")
+    pushing.add_argument("--space", action="store_true", help=f"publish the page as a Space (FOLDER: {SPACE})")
     pushing.add_argument("--all", action="store_true", help="publish every variant, each in a repo of its name")
     pushing.add_argument("--namespace", metavar="NS", help="with --all: the account or organisation")
     pushing.add_argument("--private", action="store_true", help="make the repo a private one")
@@ -161,6 +164,11 @@ def _cards(args: argparse.Namespace) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
+    if args.space:
+        if not args.repo or args.all:
+            raise PushError("say where to publish the page: --space --repo ORG/NAME")
+        push_space(args.target or SPACE, args.repo, args.private, args.create_pr, args.dry_run)
+        return
     one, every = args.target and args.repo, args.all and args.namespace
     if bool(one) == bool(every) or (every and (args.target or args.repo)):
         raise PushError("say what to publish and where: FOLDER|NAME --repo ORG/NAME, or --all --namespace NS")
