@@ -34,16 +34,18 @@ class Studio:
         self.lock = threading.Lock()
         self.models: OrderedDict[str, nn.Module] = OrderedDict()
         self.looks: OrderedDict[str, Look] = OrderedDict()
+        self.kept: dict[str, Look] = {}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.names = [v.name for v in VARIANTS.values() if not v.distilled and v.source != "no weights"]
         if model not in self.names:
             self.names.insert(0, model)
         self.first_look = self.example(0, model)
+        self.kept[self.first_look] = self.looks.pop(self.first_look)  # each visit starts with it
 
     def example(self, number: int, name: str) -> str:
         """The key of a look at one of the package's photographs, computed once for all visitors."""
         key = f"{PHOTOGRAPHS[number].stem}-{self.names.index(name)}"
-        if key not in self.looks:
+        if key not in self.looks and key not in self.kept:
             self.look(read_image(PHOTOGRAPHS[number]), name, key)
         return key
 
@@ -63,7 +65,7 @@ class Studio:
 
     def find(self, key: str) -> Look:
         """The look of a key. Raises DemoError where it had to make room for others."""
-        found = self.looks.get(key)  # without the lock: a click must not wait for another visitor's model
+        found = self.looks.get(key) or self.kept.get(key)  # no lock: a click must not wait for another's model
         if found is None:
             raise DemoError("This image is no longer kept, because others came since. Choose it again")
         return found
