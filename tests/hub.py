@@ -17,7 +17,7 @@ class Hub:
     Attributes:
         requests: what was asked, as "METHOD path"; `ranges` the Range headers among them.
         tokens: a token -> the namespaces it may write to. private: ids of repos that only a token opens.
-        renamed: an old repo id -> the new one.
+        renamed: an old repo id -> the new one. kinds: of repos that were made, and a Space's SDK.
     """
 
     def __init__(self, folder: Path):
@@ -44,6 +44,7 @@ class Hub:
         self.faults: list[list] = []
         self.tokens: dict[str, set[str]] = {}
         self.private: set[str] = set()
+        self.kinds: dict[str, tuple] = {}
         self.renamed: dict[str, str] = {}
 
     def fail(self, request: str, how: int | str, times: int = 1) -> None:

@@ -171,6 +171,7 @@ class Handler(BaseHTTPRequestHandler):
         if (self.hub.folder / repo).is_dir():
             return self.send(409, answer | {"error": "You already created this model repo"})
         (self.hub.folder / repo).mkdir(parents=True)
+        self.hub.kinds[repo] = (wanted.get("type") or "model", wanted.get("sdk"))
         (self.hub.folder / repo / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
         if wanted.get("private") or wanted.get("visibility") == "private":
             self.hub.private.add(repo)
@@ -238,13 +239,13 @@ REPO = r"([^/]+/[^/]+)"
 ROUTES: list[tuple[str, Callable]] = [
     (rf"(?:GET|HEAD) /{REPO}/resolve/(refs/pr/\d+|[^/]+)/(.+)", Handler.resolve),
     (r"(?:GET|HEAD) /cdn/([0-9a-f]{64})", Handler.cdn),
-    (rf"GET /api/models/{REPO}(?:/revision/(.+))?", Handler.info),
-    (rf"GET /api/models/{REPO}/tree/(.+)", Handler.list_tree),
+    (rf"GET /api/(?:models|spaces)/{REPO}(?:/revision/(.+))?", Handler.info),
+    (rf"GET /api/(?:models|spaces)/{REPO}/tree/(.+)", Handler.list_tree),
     (r"GET /api/whoami-v2", Handler.who),
     (r"POST /api/repos/create", Handler.create),
     (r"POST /api/validate-yaml", Handler.validate_yaml),
-    (rf"POST /api/models/{REPO}/preupload/(.+)", Handler.preupload),
-    (rf"POST /{REPO}\.git/info/lfs/objects/batch", Handler.batch),
+    (rf"POST /api/(?:models|spaces)/{REPO}/preupload/(.+)", Handler.preupload),
+    (rf"POST /(?:spaces/)?{REPO}\.git/info/lfs/objects/batch", Handler.batch),
     (r"PUT /lfs/([0-9a-f]{64})", Handler.store),
-    (rf"POST /api/models/{REPO}/commit/(.+)", Handler.commit),
+    (rf"POST /api/(?:models|spaces)/{REPO}/commit/(.+)", Handler.commit),
 ]

@@ -1,8 +1,14 @@
 """The real huggingface_hub client and its command lines against the stand-in hub: all that a download can meet."""
 
+import contextlib
+import fcntl
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 import time
 import venv
 from pathlib import Path
@@ -258,3 +264,19 @@ def test_without_network_a_cached_repo_loads_and_another_says_how(hub, repo, tmp
     name = "vit_base_patch16_224.mae_dvt"
     error = run([sys.executable, "-c", code], name, tmp_path, **NO_NETWORK).stderr.strip().splitlines()[-1]
     assert "no network" in error and f"hf download jjiaweiyang/DVT voc_denoised/{name[:-4]}.pth && " in error
+
+
+def test_a_fetch_shows_a_person_its_rate_and_what_is_left(repo, tmp_path):
+    """Bars are drawn on terminals only, so this gives it one."""
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # 24 lines of 120 columns
+    code = f"from timm_dvt.fetching import fetch; fetch({REPO!r}, 'model.safetensors')"
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    environment |= {"HF_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], stderr=end, env=environment, check=True)
+    os.close(end)
+    shown = ""
+    with open(terminal, "rb", buffering=0) as file, contextlib.suppress(OSError):  # how a terminal's end is told
+        while part := file.read(1 << 12):
+            shown += part.decode(errors="replace")
+    assert re.search(r"100%.*MB?.*\[\d\d:\d\d<\d\d:\d\d, .*B/s", shown)

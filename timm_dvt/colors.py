@@ -167,11 +167,16 @@ def norms(features: np.ndarray) -> np.ndarray:
     return np.linalg.norm(np.asarray(features, dtype=np.float64), axis=-1)
 
 
-def centre_similarity(features: np.ndarray) -> np.ndarray:
-    """Cosine similarity (K, K) of every patch of a (K, K, C) map to the patch in the middle, K // 2."""
+def similarity(features: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
+    """Cosine similarity (H, W) of every patch of a (H, W, C) map to one of them, at (row, column)."""
     rows = np.asarray(features, dtype=np.float64)
     unit = rows / np.maximum(norms(rows)[..., None], 1e-12)
-    return unit @ unit[rows.shape[0] // 2, rows.shape[1] // 2]
+    return unit @ unit[patch]
+
+
+def centre_similarity(features: np.ndarray) -> np.ndarray:
+    """Cosine similarity (K, K) of every patch of a (K, K, C) map to the patch in the middle, K // 2."""
+    return similarity(features, (features.shape[0] // 2, features.shape[1] // 2))
 
 
 def map_correlation(first: np.ndarray, second: np.ndarray) -> float:

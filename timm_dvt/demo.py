@@ -1,6 +1,7 @@
 """A first look: a model's features with the denoiser off and on, timed and drawn side by side."""
 
 import io
+import math
 import os
 import statistics
 import time
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import BinaryIO
 
 import timm
 import torch
@@ -122,7 +124,29 @@ def check_output(out: str) -> tuple[Path, str]:
 def read_image(source: Path) -> Image.Image:
     """The image as RGB, upright, what is transparent on white. Raises DemoError."""
     try:
-        with source.open("rb") as file, Image.open(file) as image:
+        with source.open("rb") as file:
+            return decode(file, str(source))
+    except OSError as e:
+        raise DemoError(f"{source}: {e.strerror or e}") from e
+
+
+def decode(
+    file: BinaryIO, name: str, formats: Sequence[str] | None = None, max_pixels: float = math.inf
+) -> Image.Image:
+    """As `read_image`, of an open file.
+
+    Args:
+        name: what errors call it.
+        formats: those that Pillow may try; default all.
+        max_pixels: more are refused before they are decoded.
+    """
+    try:
+        with Image.open(file, formats=formats) as image:
+            if image.width * image.height > max_pixels:
+                raise DemoError(
+                    f"{name}: {image.width * image.height / 1e6:.0f} megapixels ({image.width} x {image.height}); the "
+                    f"most that is taken is {max_pixels / 1e6:.0f}. Make it smaller and try again"
+                )
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith(("I", "F")):  # 16 bits and more: bring the values there are to 0..255
                 low, high = image.getextrema()
@@ -133,11 +157,11 @@ def read_image(source: Path) -> Image.Image:
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
     except Image.UnidentifiedImageError as e:
-        raise DemoError(f"{source}: not an image that Pillow can read") from e
+        raise DemoError(f"{name}: not an image that Pillow can read") from e
     except OSError as e:
-        raise DemoError(f"{source}: {e.strerror or e}") from e
+        raise DemoError(f"{name}: {e.strerror or e}") from e
     except (ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's words for damaged and huge files
-        raise DemoError(f"{source}: not an image that can be read ({e})") from e
+        raise DemoError(f"{name}: not an image that can be read ({e})") from e
 
 
 def load_model(name: str | None, pretrained: bool = True) -> tuple[nn.Module, str]:
@@ -215,11 +239,18 @@ def prepare(model: nn.Module, image: Image.Image, size: int | None = None) -> tu
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, pixels: torch.Tensor, rounds: int) -> tuple[Measured, Measured]:
-    """The patch tokens of an input (1, 3, h, w) with the denoiser off and on, and how long each takes."""
+def measure(
+    model: nn.Module, pixels: torch.Tensor, rounds: int, warm_up: bool = True
+) -> tuple[Measured, Measured]:
+    """The patch tokens of an input (1, 3, h, w) with the denoiser off and on, and how long each takes.
+
+    Args:
+        rounds: forwards of each state, of which the median counts.
+        warm_up: False where the model has computed before, to save a forward of each state.
+    """
     seconds: dict[bool, list[float]] = {False: [], True: []}
     features = {}
-    for i in range(rounds + 1):
+    for i in range(0 if warm_up else 1, rounds + 1):
         for state in (False, True):
             with model.denoising(state):
                 start = time.perf_counter()

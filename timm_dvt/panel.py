@@ -6,29 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from timm_dvt.colors import (
-    PALETTE,
-    centre_similarity,
-    cluster_labels,
-    fit_projection,
-    heat,
-    matched_labels,
-    norms,
-)
+from timm_dvt import looks
+from timm_dvt.colors import heat
 
 CELL_AREA = 300 * 300  # pixels of one map, about, whatever its aspect ratio
 MIN_PITCH = 244  # a column is wide enough for its title
 MARGIN, GAP, HEAD, TITLE, LINE, BAR = 28, 16, 116, 44, 30, 10
 INK, FAINT, PAPER, MARK, WARNING = (20, 22, 26), (100, 105, 112), (255, 255, 255), (235, 45, 60), (176, 60, 0)
-CLUSTERS = 6
-COLUMNS = (
-    ("photograph", "as the model sees it"),
-    ("features as colours", "their three principal components"),
-    ("features in groups", f"{CLUSTERS} clusters (k-means)"),
-    ("length of the features", "their norm"),
-    ("similarity", "to the patch with the red frame"),
-    ("what the denoiser removed", "off minus on: colours, length"),
-)
 
 
 @dataclass(frozen=True)
@@ -37,20 +21,23 @@ class Shown:
 
     Attributes:
         remarks: two, that stand beside "denoiser off" and "denoiser on".
+        patch: row and column of the one that the similarity is to; default the one in the middle.
+        clusters: of k-means.
     """
 
     image: Image.Image
     off: np.ndarray
     on: np.ndarray
     remarks: tuple[str, str]
+    patch: tuple[int, int] | None = None
+    clusters: int = looks.CLUSTERS
 
 
 def draw(shown: Sequence[Shown], title: str, lines: Sequence[str], note: str = "") -> Image.Image:
     """Two rows for each photograph: its features with the denoiser off, and on.
 
-    Each map has the colours of its own components and clusters: on a common projection a pattern that one of them has
-    and the other has not would be hidden. Those of the denoised map take the order, signs and names of the raw ones
-    that they are most alike. Norms are on one scale a photograph, similarities too.
+    Each map has the colours of its own components and clusters; norms are on one scale a photograph, similarities too
+    (`timm_dvt.looks`).
 
     Args:
         shown: of one grid or of several.
@@ -77,59 +64,53 @@ def _block(shown: Shown) -> Image.Image:
     patch = max(1, round((CELL_AREA / (rows * columns)) ** 0.5))  # whole pixels: all patches are drawn alike
     width, height = patch * columns, patch * rows
     pitch = max(width, MIN_PITCH) + GAP
-    size = (2 * MARGIN + len(COLUMNS) * pitch - GAP, TITLE + 2 * (LINE + height) + LINE + 2 * BAR)
+    titles = [
+        ("photograph", "as the model sees it"),
+        *((name, explained.format(clusters=shown.clusters)) for name, explained in looks.WORDS.values()),
+    ]
+    size = (2 * MARGIN + len(titles) * pitch - GAP, TITLE + 2 * (LINE + height) + LINE + 2 * BAR)
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
-    for column, (name, explained) in enumerate(COLUMNS):
+    for column, (name, explained) in enumerate(titles):
         pen.text((MARGIN + column * pitch, 4), name, fill=INK, font=_font(17))
         pen.text((MARGIN + column * pitch, 25), explained, fill=FAINT, font=_font(14))
 
-    maps = (shown.off, shown.on)
-    lengths, alike = [norms(m) for m in maps], [centre_similarity(m) for m in maps]
-    removed = shown.off - shown.on
-    scales = {3: _range(lengths), 4: _range(alike), 5: _range([norms(removed)])}
-    projections = [fit_projection(m) for m in maps]
-    projections[1] = projections[1].matched_to(projections[0], shown.on, shown.off)
-    groups = [cluster_labels(m, CLUSTERS) for m in maps]
-    groups[1] = matched_labels(groups[1], groups[0])
-    last = (fit_projection(removed).colors(removed), heat(norms(removed), *scales[5]))
+    maps, patch_shown = (shown.off, shown.on), shown.patch or looks.centre(shown.off)
+    pairs = [looks.colours(*maps), looks.groups(*maps, shown.clusters)]
+    scaled = (looks.lengths(*maps), looks.similarities(*maps, patch_shown), looks.removed(*maps))
+    pairs += [pair for pair, _ in scaled]
+    scales = {column: scale for column, (_, scale) in enumerate(scaled, start=3)}
     for row, (state, remark) in enumerate(zip(("denoiser off", "denoiser on"), shown.remarks)):
         top = TITLE + row * (LINE + height) + LINE
         pen.text((MARGIN, top - 24), state, fill=INK, font=_font(17))
         pen.text((MARGIN + pen.textlength(state, _font(17)) + 10, top - 22), remark, fill=FAINT, font=_font(15))
-        cells = (
-            projections[row].colors(maps[row]), PALETTE[groups[row]], heat(lengths[row], *scales[3]),
-            heat(alike[row], *scales[4]), last[row],
-        )
         sheet.paste(shown.image.resize((width, height), Image.Resampling.LANCZOS), (MARGIN, top))
-        for column, cell in enumerate(cells, start=1):
-            pixels = Image.fromarray((cell * 255).round().astype(np.uint8))
-            sheet.paste(pixels.resize((width, height), Image.Resampling.NEAREST), (MARGIN + column * pitch, top))
+        for column, pair in enumerate(pairs, start=1):
+            cell = as_image(pair[row]).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(cell, (MARGIN + column * pitch, top))
         for column in (0, 4):
-            _mark_centre(pen, (MARGIN + column * pitch, top), patch, (rows, columns))
+            _mark(pen, (MARGIN + column * pitch, top), patch, patch_shown)
     for column, ends in scales.items():
         _scale(sheet, pen, (MARGIN + column * pitch, size[1] - LINE - BAR), width, ends)
     return sheet
 
 
-def _range(values: Sequence[np.ndarray]) -> tuple[float, float]:
-    """The first and last percentile: a few outlier tokens must not decide the contrast of all others."""
-    low, high = np.percentile(np.concatenate([v.ravel() for v in values]), (1, 99))
-    return float(low), float(high)
+def as_image(colours: np.ndarray) -> Image.Image:
+    """Colours (H, W, 3) in [0, 1] as an image of as many pixels."""
+    return Image.fromarray((colours * 255).round().astype(np.uint8))
 
 
-def _mark_centre(pen: ImageDraw.ImageDraw, corner: tuple[int, int], patch: int, grid: tuple[int, int]) -> None:
-    """A frame around the patch in the middle of a cell."""
-    x, y = corner[0] + grid[1] // 2 * patch, corner[1] + grid[0] // 2 * patch
-    pen.rectangle([x - 2, y - 2, x + patch + 1, y + patch + 1], outline=MARK, width=2)
+def _mark(pen: ImageDraw.ImageDraw, corner: tuple[int, int], side: int, patch: tuple[int, int]) -> None:
+    """A frame around a patch (row, column) of a cell."""
+    x, y = corner[0] + patch[1] * side, corner[1] + patch[0] * side
+    pen.rectangle([x - 2, y - 2, x + side + 1, y + side + 1], outline=MARK, width=2)
 
 
 def _scale(
     sheet: Image.Image, pen: ImageDraw.ImageDraw, at: tuple[int, int], width: int, ends: tuple[float, float]
 ) -> None:
     """A colour bar with the values of its ends."""
-    ramp = heat(np.broadcast_to(np.linspace(0, 1, width), (BAR, width)), 0.0, 1.0)
-    sheet.paste(Image.fromarray((ramp * 255).round().astype(np.uint8)), at)
+    sheet.paste(as_image(heat(np.broadcast_to(np.linspace(0, 1, width), (BAR, width)), 0.0, 1.0)), at)
     low, high = (f"{end:.3g}" for end in ends)
     y = at[1] + BAR + 3
     pen.text((at[0], y), low, fill=FAINT, font=_font(14))

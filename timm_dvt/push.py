@@ -52,20 +52,15 @@ def push(
     Raises:
         PushError: the target, the repo or the account cannot be used. WeightsNotFoundError, CheckpointError.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as e:
-        raise PushError(f"{repo_id!r} is not the id of a repo, ORG/NAME") from e
-    if "/" not in repo_id:
-        raise PushError(f"{repo_id!r} names no account; an id is ORG/NAME")
+    check_id(repo_id)
     is_folder = Path(target).is_dir()
     if not is_folder and target not in VARIANTS:
         raise PushError(f"{target!r} is neither a folder nor a variant; python -m timm_dvt list prints the variants")
     if not is_folder and not has_weights(VARIANTS[target]):
         raise PushError(f"nothing has been published for {target}, so there is nothing to push")
     api = HfApi()
-    with _told(repo_id):
-        there = _files_there(api, repo_id, private, create_pr)
+    with told(repo_id):
+        there = files_there(api, repo_id, private, create_pr)
         if dry_run and not is_folder:
             return _say_variant(VARIANTS[target], repo_id, there, say)
         if not dry_run:
@@ -73,25 +68,48 @@ def push(
     with tempfile.TemporaryDirectory(prefix="timm_dvt_") as temporary:
         folder = Path(target) if is_folder else convert(None, target, Path(temporary) / "model")
         files = _gather(folder, repo_id, Path(temporary))
-        new = {name: content for name, content in files.items() if (there or {}).get(name) not in _hashes(content)}
-        if not new:
-            say(f"{repo_id}: nothing to do, all files are there with equal hashes")
-            return False
-        sizes = ", ".join(f"{name} ({readable(content.stat().st_size)})" for name, content in new.items())
-        if dry_run:
-            say(f"{repo_id}: would {'create the repo and ' if there is None else ''}commit {sizes}")
-            return True
-        with _told(repo_id):
-            if there is None:
-                api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.create_commit(
-                repo_id,
-                [CommitOperationAdd(name, content) for name, content in new.items()],
-                commit_message=f"Publish {Path(target).name if is_folder else target}",
-                create_pr=create_pr,
-            )
-        say(f"{repo_id}: {commit.pr_url or commit.commit_url} ({sizes})")
+        message = f"Publish {Path(target).name if is_folder else target}"
+        return commit(api, repo_id, files, there, message, private, create_pr, dry_run, say)
+
+
+def commit(
+    api: HfApi,
+    repo_id: str,
+    files: dict[str, Path],
+    there: dict[str, str] | None,
+    message: str,
+    private: bool,
+    create_pr: bool,
+    dry_run: bool,
+    say: Callable[[str], None],
+    kind: str = "model",
+) -> bool:
+    """Commit what differs of files, by their names in the repo, from those `there`; made if there is None.
+
+    Returns:
+        Whether there was anything to publish.
+    """
+    new = {name: content for name, content in files.items() if (there or {}).get(name) not in _hashes(content)}
+    if not new:
+        say(f"{repo_id}: nothing to do, all files are there with equal hashes")
+        return False
+    sizes = ", ".join(f"{name} ({readable(content.stat().st_size)})" for name, content in new.items())
+    if dry_run:
+        say(f"{repo_id}: would {'create the repo and ' if there is None else ''}commit {sizes}")
         return True
+    with told(repo_id):
+        if there is None:
+            sdk = "gradio" if kind == "space" else None
+            api.create_repo(repo_id, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk)
+        made = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content) for name, content in new.items()],
+            commit_message=message,
+            create_pr=create_pr,
+            repo_type=kind,
+        )
+    say(f"{repo_id}: {made.pr_url or made.commit_url} ({sizes})")
+    return True
 
 
 def push_all(namespace: str, private: bool = False, dry_run: bool = False, say: Callable[[str], None] = print) -> int:
@@ -117,7 +135,7 @@ def push_all(namespace: str, private: bool = False, dry_run: bool = False, say: 
 
 
 @contextmanager
-def _told(repo_id: str) -> Iterator[None]:
+def told(repo_id: str) -> Iterator[None]:
     """Tell what the Hub refuses in one line."""
     try:
         yield
@@ -127,10 +145,22 @@ def _told(repo_id: str) -> Iterator[None]:
         raise PushError(f"cannot publish {repo_id}: {explain(e, repo_id)}") from e
 
 
-def _files_there(api: HfApi, repo_id: str, private: bool, create_pr: bool) -> dict[str, str] | None:
+def check_id(repo_id: str) -> None:
+    """Raise PushError for what is not ORG/NAME."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as e:
+        raise PushError(f"{repo_id!r} is not the id of a repo, ORG/NAME") from e
+    if "/" not in repo_id:
+        raise PushError(f"{repo_id!r} names no account; an id is ORG/NAME")
+
+
+def files_there(
+    api: HfApi, repo_id: str, private: bool, create_pr: bool, kind: str = "model"
+) -> dict[str, str] | None:
     """Hashes of a repo's files, or None where it does not exist. Raises PushError where it is not as asked for."""
     try:
-        info = api.model_info(repo_id, files_metadata=True)
+        info = api.repo_info(repo_id, repo_type=kind, files_metadata=True)
     except RepositoryNotFoundError:
         if create_pr:
             raise PushError(f"{repo_id} does not exist, or is private to others; leave --create-pr out to make it")
