@@ -18,7 +18,7 @@ from pathlib import Path
 from training.common.backbone import DTYPES
 from training.common.command import add_model_arguments, complain, flush_subnormals
 from training.common.models import load_model, pick_device
-from training.evaluate.datasets import DATASETS
+from training.evaluate.datasets import DATASETS, kinds_of
 from training.evaluate.features import Extractor
 from training.evaluate.runner import TASKS, Request, evaluate, load_task, task_settings
 from training.evaluate.tables import result_table
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--tag takes NAME=VALUE, got {bad[0]!r}")
     names = [args.task]
     if args.task == "all":
-        names = [name for name in TASKS if load_task(name).KIND in DATASETS[args.dataset].kinds]
+        names = [name for name in TASKS if load_task(name).KIND in kinds_of(args.dataset, args.data)]
     for name in names:  # before anything slow
         task_settings(name, args.dataset, args.set)
     out = Path(args.out)

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CocoDetection, ImageFolder, VOCDetection, VOCSegmentation
 
+from training.evaluate import folder as own_folder
 from training.evaluate.splits import Boxes, Split, boxes_from, join, read_mask
 
 
@@ -32,11 +33,19 @@ class Dataset:
         read: (folder, kind) -> {part: Split}.
         kinds: of annotation that it has: images, masks, boxes, discovery, labels, depth.
         layout: what must lie in the folder, for the error message.
+        present: folder -> those of the kinds that it has, where that differs from one to the next; None is all.
     """
 
     read: Callable[[Path, str], dict[str, Split]]
     kinds: Sequence[str]
     layout: str
+    present: Callable[[Path], Sequence[str]] | None = None
+
+
+def kinds_of(name: str, folder: str | Path) -> Sequence[str]:
+    """The kinds of annotation that a dataset has in this folder."""
+    dataset = DATASETS[name]
+    return dataset.kinds if dataset.present is None else dataset.present(Path(folder))
 
 
 def open_dataset(name: str, folder: str | Path, kind: str) -> dict[str, Split]:
@@ -313,5 +322,8 @@ DATASETS = {
   DATA/{train,val}/masks/NNNNN.png         class a pixel, 255 ignored
   DATA/{train,val}/objects.json            {"NNNNN": [{"class": 3, "box": [x0, y0, x1, y1]}]}
   (python -m training.stamps --out DATA writes it)""",
+    ),
+    "folder": Dataset(
+        own_folder.read_folder, ("images", "masks", "boxes", "discovery"), own_folder.LAYOUT, own_folder.kinds_present
     ),
 }
