@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Dataset:
         present: folder -> those of the kinds that it has, where that differs from one to the next; None is all.
     """
 
-    read: Callable[[Path, str], dict[str, Split]]
+    read: Callable[..., dict[str, Split]]
     kinds: Sequence[str]
     layout: str
     present: Callable[[Path], Sequence[str]] | None = None
@@ -48,8 +49,11 @@ def kinds_of(name: str, folder: str | Path) -> Sequence[str]:
     return dataset.kinds if dataset.present is None else dataset.present(Path(folder))
 
 
-def open_dataset(name: str, folder: str | Path, kind: str) -> dict[str, Split]:
+def open_dataset(name: str, folder: str | Path, kind: str, trainaug: bool | None = None) -> dict[str, Split]:
     """The splits of a dataset for one kind of annotation.
+
+    Args:
+        trainaug: train with VOC2012's augmented list, or (False) with train.txt; None takes it where it is there.
 
     Raises:
         ValueError: no such dataset, no such annotation in it, or a file or folder is missing or empty; the
@@ -62,8 +66,11 @@ def open_dataset(name: str, folder: str | Path, kind: str) -> dict[str, Split]:
         able = [other for other, entry in DATASETS.items() if kind in entry.kinds]
         raise ValueError(f"dataset {name} has no {kind}; those that have: {', '.join(able)}")
     folder = Path(folder)
+    if trainaug and name != "voc":
+        raise ValueError(f"trainaug is a list of images of dataset voc, not of {name}")
+    read = partial(dataset.read, trainaug=trainaug) if name == "voc" else dataset.read
     try:
-        splits = dataset.read(folder, kind)
+        splits = read(folder, kind)
         empty = [split.name for split in splits.values() if not len(split)]
         if empty:
             raise FileNotFoundError(f"no images for {', '.join(empty)}")
@@ -80,7 +87,7 @@ VOC_CLASSES = (
 ).split()
 
 
-def _voc(folder: Path, kind: str) -> dict[str, Split]:
+def _voc(folder: Path, kind: str, trainaug: bool | None = None) -> dict[str, Split]:
     if kind == "boxes":  # the paper's: trainval of 07 and 12, tested on 07 (Tab. 3)
         seven, twelve = (_voc_boxes(folder, year, "trainval") for year in ("2007", "2012"))
         return {"train": join("VOC07+12 trainval", seven, twelve), "val": _voc_boxes(folder, "2007", "test")}
@@ -92,7 +99,10 @@ def _voc(folder: Path, kind: str) -> dict[str, Split]:
     if kind == "masks":
         base = folder / "VOCdevkit" / "VOC2012"
         augmented = base / "ImageSets" / "Segmentation" / "trainaug.txt"
-        if augmented.is_file() and (base / "SegmentationClassAug").is_dir():
+        there = augmented.is_file() and (base / "SegmentationClassAug").is_dir()
+        if trainaug and not there:
+            raise FileNotFoundError(f"there is no file {augmented}, or no folder SegmentationClassAug")
+        if there and trainaug is not False:
             names = augmented.read_text().split()
             images = [str(base / "JPEGImages" / f"{name}.jpg") for name in names]
             masks = [str(base / "SegmentationClassAug" / f"{name}.png") for name in names]

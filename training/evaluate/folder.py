@@ -117,7 +117,8 @@ def _class_names(path: Path) -> list[str] | None:
         return None
     names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     if not all(names):
-        raise ValueError(f"{path}: line {names.index('')}, counted from 0, is empty: it should name class {names.index('')}")
+        line = names.index("")
+        raise ValueError(f"{path}: line {line}, counted from 0, is empty: it should name class {line}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{path}: the class {twice!r} is named twice")
