@@ -80,7 +80,7 @@ def saturate(image: Tensor, factor: float) -> Tensor:
     """
     value = image.amax(0)
     saturation = (value - image.amin(0)) / value.clamp(min=1e-12)
-    return value - (value - image) * torch.clamp(1 / saturation.clamp(min=1e-12), max=factor)
+    return (value - (value - image) * torch.clamp(1 / saturation.clamp(min=1e-12), max=factor)).clamp(min=0)
 
 
 def turn(image: Tensor, depth: Tensor, draw: np.random.Generator, degrees: float = 2.5) -> tuple[Tensor, Tensor]:
