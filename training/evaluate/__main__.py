@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         out=out,
         protocol=args.protocol,
         cache={"off": None}.get(args.cache, Path(args.cache or out / "features")),
-        pairs=None if args.pairs is None else Path(args.pairs),
+        pairs=tuple(Path(folder) for folder in args.pairs),
         settings=tuple(args.set),
         tags=tuple(args.tag),
         limit=args.limit,
@@ -110,7 +110,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--cache", metavar="DIR", help="where features are kept (default: OUT/features); off to keep none"
     )
     parser.add_argument(
-        "--pairs", metavar="DIR", help="evaluate stage 1's outputs instead: raw, F, raw - G, their mean, G (Tabs. 1, 5)"
+        "--pairs",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="evaluate stage 1's outputs instead: raw, F, F + residual = raw - G, mean of both, G (Tabs. 1, 5); a "
+        "second folder, solved without G, adds the view-average",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="at most N images a split, evenly spread over it")
     parser.add_argument(

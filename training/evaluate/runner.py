@@ -32,10 +32,9 @@ from torch import nn
 import training.evaluate.repository as repository_package
 import training.evaluate.tasks as fast_package
 from timm_dvt.version import __version__
-from training.evaluate import pair_features
 from training.evaluate.datasets import open_dataset
 from training.evaluate.features import Extractor, Features
-from training.evaluate.pair_features import PairFeatures
+from training.evaluate.pair_features import SAME, STATES, pair_data
 from training.evaluate.tables import summarise, write_json
 
 PAIR_TASKS = ("knn-seg", "linear-seg", "mic", "position")  # those for which --pairs says something
@@ -80,7 +79,7 @@ class Request:
     out: Path
     cache: Path | None
     protocol: str = "fast"
-    pairs: Path | None = None
+    pairs: tuple[Path, ...] = ()
     settings: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     limit: int | None = None
@@ -150,7 +149,7 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
         {"task", "model", "dataset", "settings", ..., "states": {state: {name: summary}},
          "difference": {name: summary}}, a summary being {"mean", "std", "values"}
 
-    with one value a seed; the difference is denoised - raw, seed by seed.
+    with one value a seed; the difference is denoised - raw (of pairs F - raw), seed by seed.
 
     Raises:
         ValueError: a name, setting or dataset that cannot be.
@@ -159,17 +158,22 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
     settings = task_settings(request.task, request.dataset, request.settings, request.protocol)
     trainaug = getattr(settings, "trainaug", None)
     splits = open_dataset(request.dataset, request.data, task.KIND, trainaug)
-    if request.pairs is not None and request.task not in PAIR_TASKS:
+    if request.pairs and request.task not in PAIR_TASKS:
         raise ValueError(f"--pairs is for {', '.join(PAIR_TASKS)}, not for {request.task}")
-    if request.pairs is not None and request.protocol != "fast":
+    if request.pairs and request.protocol != "fast":
         raise ValueError("--pairs holds maps of whole images: it goes with --protocol fast alone")
     limited = {part: split.limit(request.limit) for part, split in splits.items()}
-    data: dict[str, Any] = {}
-    for part, split in limited.items():
-        if request.pairs is None:
-            data[part] = Features(extractor, split, request.cache, request.batch_size)
-        elif part == "val" or task.KIND != "images":
-            data[part] = PairFeatures(request.pairs, split, extractor, request.batch_size)
+    groups: list[tuple[Mapping[str, Any], Sequence[str]]]
+    if request.pairs:
+        parts = {part: split for part, split in limited.items() if part == "val" or task.KIND != "images"}
+        groups = [*pair_data(request.pairs, parts, extractor, request.batch_size)]
+    else:
+        available = {*extractor.states, *(["artifacts"] if "denoised" in extractor.states else [])}
+        features = {
+            part: Features(extractor, split, request.cache, request.batch_size) for part, split in limited.items()
+        }
+        groups = [(features, [state for state in task.STATES if state in available])]
+    data = groups[0][0]
     facts = {
         "task": request.task,
         "protocol": request.protocol,
@@ -183,19 +187,23 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
         "parameters": sum(p.numel() for p in model.parameters()),
         "version": __version__,
     }
-    available = {*extractor.states, *(["artifacts"] if "denoised" in extractor.states else [])}
-    wanted = [state for state in task.STATES if state in available]
-    if request.pairs is not None:
-        wanted = [*pair_features.STATES]
     states: dict[str, list[dict[str, float]]] = {}
     seconds = 0.0
-    for state in wanted:
-        runs = [
-            _run_once(task, data, settings, facts, state, seed, request)
-            for seed in range(request.seed, request.seed + request.repeats)
-        ]
-        states[_label(state, request.model, extractor)] = [run["numbers"] for run in runs]
-        seconds += sum(run["seconds"] for run in runs)
+    for data, wanted in groups:
+        own = {**facts, "features": {part: features.keys for part, features in data.items()}}
+        for state in wanted:
+            if SAME.get(state) in states:
+                states[state] = states[SAME[state]]
+                continue
+            runs = [
+                _run_once(task, data, settings, own, state, seed, request)
+                for seed in range(request.seed, request.seed + request.repeats)
+            ]
+            states[_label(state, request.model, extractor)] = [run["numbers"] for run in runs]
+            seconds += sum(run["seconds"] for run in runs)
+    if request.pairs:
+        facts["pairs"] = [group["val"].keys["pairs"] for group, _ in groups]
+        states = {state: states[state] for state in STATES if state in states}
     result = {
         **facts,
         "limit": request.limit,
@@ -207,7 +215,7 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
         "difference": _difference(states),
         "seconds": round(seconds, 1),
     }
-    how = [*([] if request.pairs is None else ["pairs"]), *([] if request.protocol == "fast" else [request.protocol])]
+    how = [*(["pairs"] if request.pairs else []), *([] if request.protocol == "fast" else [request.protocol])]
     path = request.out / f"{_slug(request.task, request.dataset, request.model, *how)}-{_key(facts)[:8]}.json"
     write_json(path, result)
     return result, path
@@ -266,7 +274,7 @@ def _summaries(numbers: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def _difference(states: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    after = next((state for state in ("denoised", "F") if state in states), None)
+    after = next((state for state in ("denoised", "F", "view-average") if state in states), None)
     if after is None or "raw" not in states:
         return {}
     raw, denoised = states["raw"], states[after]
