@@ -124,3 +124,25 @@ def imagefolder(folder: Path, train: int, val: int) -> None:
     for part, count in (("train", train), ("val", val)):
         for i, scene in enumerate(scenes(part, count)):
             save(folder / part / ("red", "green", "blue")[scene.label - 1] / f"{i:04d}.png", scene.image)
+
+
+def folder(where: Path, train: int, val: int) -> None:
+    """One's own: JPEG images, one of them in a subfolder, palette masks, boxes in COCO's JSON."""
+    write(where / "classes.txt", "background\nred\ngreen\nblue\n")
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(("red", "green", "blue"))]
+    for part, count in (("train", train), ("val", val)):
+        images, annotations = [], []
+        for i, scene in enumerate(scenes(part, count)):
+            name = f"{'more/' if i == 1 else ''}{i:03d}.jpg"
+            save(where / part / "images" / name, scene.image)
+            mask = Image.fromarray(scene.mask, "P")
+            mask.putpalette([channel for value in range(256) for channel in (value, 255 - value, 7 * value % 256)])
+            path = (where / part / "masks" / name).with_suffix(".png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mask.save(path)
+            images.append({"id": i, "file_name": name, "width": SIZE, "height": SIZE})
+            for label, (x0, y0, x1, y1) in scene.objects:
+                box = {"image_id": i, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+                annotations.append({"id": len(annotations), **box})
+        record = {"images": images, "annotations": annotations, "categories": categories}
+        write(where / part / "boxes.json", json.dumps(record))

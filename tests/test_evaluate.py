@@ -8,6 +8,7 @@ import sys
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 
 import timm_dvt
 from tests import small_datasets
@@ -31,9 +32,11 @@ RUNS = [
     ("knn-seg", "voc", "mIoU", 25.0),
     ("linear-seg", "voc", "mIoU", 25.0),
     ("linear-seg", "ade20k", "mIoU", 25.0),
+    ("linear-seg", "folder", "mIoU", 25.0),
     ("depth", "nyu", "delta1", 60.0),
     ("discovery", "voc", "CorLoc/voc2007", None),
     ("discovery", "coco", "CorLoc/coco20k", None),
+    ("discovery", "folder", "CorLoc/folder", None),
     ("detection", "voc", "mAP", None),  # what it learns: tests/test_evaluate_metrics.py
     ("detection", "coco", "mAP", None),
     ("attentive-probe", "imagefolder", "top1", 50.0),
@@ -142,21 +145,23 @@ def test_killed_run_continues_to_the_same_result(model, data, tmp_path):
     ]  # fmt: skip
     # Dies without warning in the middle of the training of the second state, with a checkpoint behind it.
     crash = (
-        "import os, sys, training.evaluate.probe as probe\nfrom training.evaluate.__main__ import main\n"
-        "probe.CHECKPOINT_SECONDS = 0\nsave, count = probe._save, [0]\n"
+        "import os, sys, training.evaluate.probe as probe, training.loop.run as loop\n"
+        "from training.evaluate.__main__ import main\n"
+        "probe.CHECKPOINT_EVERY = 1\nsave, count = loop.save_checkpoint, [0]\n"
         "def dying(*args):\n    save(*args); count[0] += 1\n    os._exit(9) if count[0] == 90 else None\n"
-        "probe._save = dying\nmain(sys.argv[1:])\n"
+        "loop.save_checkpoint = dying\nmain(sys.argv[1:])\n"
     )
     out = tmp_path / "killed"
     died = subprocess.run([sys.executable, "-c", crash, *command[3:], "--out", str(out)], stderr=subprocess.DEVNULL)
     assert died.returncode == 9
     assert not list(out.glob("*.json")) and len(list((out / "parts").glob("*.json"))) == 1
-    assert torch.load(next((out / "parts").glob("*.pt")), weights_only=True)["step"] == 30
+    with safe_open(next((out / "parts").glob("*.safetensors")), "pt") as checkpoint:
+        assert json.loads(checkpoint.metadata()["run"])["step"] == 30
     assert main([*command[3:], "--out", str(out)]) == 0
     assert main([*command[3:], "--out", str(tmp_path / "whole")]) == 0
     results = [json.loads(next(folder.glob("*.json")).read_text()) for folder in (out, tmp_path / "whole")]
     assert results[0]["states"] == results[1]["states"]
-    assert not list((out / "parts").glob("*.pt"))
+    assert not list((out / "parts").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("name", DATASETS)

@@ -9,6 +9,7 @@ from sklearn.metrics import jaccard_score
 from torch.nn.functional import interpolate
 
 from training.evaluate.average_precision import Detections, voc_map
+from training.evaluate.detector import SimplePyramid, fixed_positions
 from training.evaluate.lost import is_correct, lost, pairwise_iou
 from training.evaluate.segmentation import SegmentationScore
 from training.evaluate.splits import Boxes
@@ -193,15 +194,15 @@ def test_map_agrees_with_torchmetrics_where_its_101_points_do_not_matter():
 
 
 def test_the_pyramid_has_four_scales_and_one_more():
-    levels = detection.SimplePyramid(16, 8)(torch.randn(1, 16, 6, 6))
+    levels = SimplePyramid(16, 8)(torch.randn(1, 16, 6, 6))
     assert [tuple(level.shape[1:]) for level in levels.values()] == [
         (8, 24, 24), (8, 12, 12), (8, 6, 6), (8, 3, 3), (8, 2, 2)
     ]  # fmt: skip
 
 
 def test_fixed_positions_tell_places_apart_and_are_the_same_at_each_call():
-    positions = detection.fixed_positions(5, 18)
-    assert torch.equal(positions, detection.fixed_positions(5, 18)) and not positions[..., 16:].any()
+    positions = fixed_positions(5, 18)
+    assert torch.equal(positions, fixed_positions(5, 18)) and not positions[..., 16:].any()
     assert torch.pdist(positions.flatten(0, 1)).min() > 0.1
 
 

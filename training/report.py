@@ -34,7 +34,7 @@ COLUMNS = (
     ("depth", "delta1", "delta1"),
     ("depth", "AbsRel", "AbsRel"),
     ("depth", "RMSE", "RMSE"),
-    ("detection", "mAP", "mAP"),
+    ("detection", "mAP_11", "mAP, 11 points"),
     ("discovery", "CorLoc/", "CorLoc"),
     ("attentive-probe", "top1", "top-1"),
     ("knn-seg", "mIoU", "k-NN mIoU"),
@@ -127,7 +127,7 @@ def columns_of(rows: Sequence[Row]) -> list[Key]:
     for task, number, _ in COLUMNS:
         ordered += sorted(
             (key for key in present if key[0] == task and _is_number(key[2], number)),
-            key=lambda key: [*NAMES, "stamps"].index(key[1]),
+            key=lambda key: [*NAMES, "stamps", "folder"].index(key[1]),
         )
     return ordered
 
@@ -138,7 +138,7 @@ def heading(key: Key) -> str:
     if task == "discovery":
         return f"{number.removeprefix('CorLoc/')} CorLoc"
     if (task, dataset) == ("detection", "voc"):
-        return "VOC07 mAP"
+        return "VOC07 mAP (11 points)"
     title = next(title for t, n, title in COLUMNS if t == task and _is_number(number, n))
     return f"{NAMES.get(dataset, dataset)} {title}"
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from training.common.backbone import DTYPES
 from training.common.command import add_model_arguments, complain, flush_subnormals
 from training.common.models import load_model, pick_device
-from training.evaluate.datasets import DATASETS
+from training.evaluate.datasets import DATASETS, kinds_of
 from training.evaluate.features import Extractor
-from training.evaluate.runner import TASKS, Request, evaluate, load_task, task_settings
+from training.evaluate.runner import PROTOCOLS, TASKS, Request, evaluate, load_task, task_settings, tasks_of
 from training.evaluate.tables import result_table
 from training.loop.checkpoints import Diverged
 
@@ -49,9 +49,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--tag takes NAME=VALUE, got {bad[0]!r}")
     names = [args.task]
     if args.task == "all":
-        names = [name for name in TASKS if load_task(name).KIND in DATASETS[args.dataset].kinds]
+        kinds = kinds_of(args.dataset, args.data)
+        names = [name for name in tasks_of(args.protocol) if load_task(name, args.protocol).KIND in kinds]
     for name in names:  # before anything slow
-        task_settings(name, args.dataset, args.set)
+        task_settings(name, args.dataset, args.set, args.protocol)
     out = Path(args.out)
     request = Request(
         task=args.task,
@@ -59,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
         dataset=args.dataset,
         data=Path(args.data),
         out=out,
+        protocol=args.protocol,
         cache={"off": None}.get(args.cache, Path(args.cache or out / "features")),
-        pairs=None if args.pairs is None else Path(args.pairs),
+        pairs=tuple(Path(folder) for folder in args.pairs),
         settings=tuple(args.set),
         tags=tuple(args.tag),
         limit=args.limit,
@@ -92,6 +94,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("task", choices=[*TASKS, "all"], metavar="TASK", help=", ".join([*TASKS, "all"]))
     add_model_arguments(parser)
+    parser.add_argument(
+        "--protocol",
+        choices=list(PROTOCOLS),
+        default="fast",
+        help="fast: features extracted once, images squared (default); repository: augmentation, windows and sizes of "
+        "the authors' code, for " + ", ".join(tasks_of("repository")),
+    )
     parser.add_argument("--dataset", required=True, choices=list(DATASETS))
     parser.add_argument("--data", required=True, metavar="DIR", help="the dataset in its standard layout")
     parser.add_argument(
@@ -101,7 +110,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--cache", metavar="DIR", help="where features are kept (default: OUT/features); off to keep none"
     )
     parser.add_argument(
-        "--pairs", metavar="DIR", help="evaluate stage 1's outputs instead: raw, F, raw - G, their mean, G (Tabs. 1, 5)"
+        "--pairs",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="evaluate stage 1's outputs instead: raw, F, F + residual = raw - G, mean of both, G (Tabs. 1, 5); a "
+        "second folder, solved without G, adds the view-average",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="at most N images a split, evenly spread over it")
     parser.add_argument(
@@ -127,12 +141,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def describe_settings() -> str:
-    """One line a task: its settings with their defaults."""
+    """One line a task and protocol: its settings with their defaults."""
     lines = []
     for name in TASKS:
         paper, stamps = (asdict(task_settings(name, dataset)) for dataset in ("voc", "stamps"))
         words = [f"{k}={v}" if v == stamps[k] else f"{k}={v}/{stamps[k]}" for k, v in paper.items()]
         lines.append(f"  {name}: {', '.join(words)}")
+    for name in tasks_of("repository"):
+        settings = asdict(task_settings(name, "voc", protocol="repository"))
+        lines.append(f"  {name} --protocol repository: {', '.join(f'{k}={v}' for k, v in settings.items())}")
     return "\n".join(lines)
 
 

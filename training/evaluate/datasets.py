@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import CocoDetection, ImageFolder, VOCDetection, VOCSegmentation
+from torchvision.datasets import CocoDetection, ImageFolder
 
-from training.evaluate.splits import Boxes, Split, boxes_from, join, read_mask
+from training.evaluate import folder as own_folder
+from training.evaluate import voc
+from training.evaluate.splits import Boxes, Split, boxes_from, read_mask
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,26 @@ class Dataset:
         read: (folder, kind) -> {part: Split}.
         kinds: of annotation that it has: images, masks, boxes, discovery, labels, depth.
         layout: what must lie in the folder, for the error message.
+        present: folder -> those of the kinds that it has, where that differs from one to the next; None is all.
     """
 
-    read: Callable[[Path, str], dict[str, Split]]
+    read: Callable[..., dict[str, Split]]
     kinds: Sequence[str]
     layout: str
+    present: Callable[[Path], Sequence[str]] | None = None
 
 
-def open_dataset(name: str, folder: str | Path, kind: str) -> dict[str, Split]:
+def kinds_of(name: str, folder: str | Path) -> Sequence[str]:
+    """The kinds of annotation that a dataset has in this folder."""
+    dataset = DATASETS[name]
+    return dataset.kinds if dataset.present is None else dataset.present(Path(folder))
+
+
+def open_dataset(name: str, folder: str | Path, kind: str, trainaug: bool | None = None) -> dict[str, Split]:
     """The splits of a dataset for one kind of annotation.
+
+    Args:
+        trainaug: train with VOC2012's augmented list, or (False) with train.txt; None takes it where it is there.
 
     Raises:
         ValueError: no such dataset, no such annotation in it, or a file or folder is missing or empty; the
@@ -53,75 +67,17 @@ def open_dataset(name: str, folder: str | Path, kind: str) -> dict[str, Split]:
         able = [other for other, entry in DATASETS.items() if kind in entry.kinds]
         raise ValueError(f"dataset {name} has no {kind}; those that have: {', '.join(able)}")
     folder = Path(folder)
+    if trainaug and name != "voc":
+        raise ValueError(f"trainaug is a list of images of dataset voc, not of {name}")
+    read = partial(dataset.read, trainaug=trainaug) if name == "voc" else dataset.read
     try:
-        splits = dataset.read(folder, kind)
+        splits = read(folder, kind)
         empty = [split.name for split in splits.values() if not len(split)]
         if empty:
             raise FileNotFoundError(f"no images for {', '.join(empty)}")
     except (OSError, RuntimeError, KeyError) as error:  # torchvision raises RuntimeError for a missing folder
         raise ValueError(f"{name} under {folder}: {error}\nExpected layout:\n{dataset.layout}") from error
     return splits
-
-
-# ---- VOC
-
-VOC_CLASSES = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-    "pottedplant sheep sofa train tvmonitor"
-).split()
-
-
-def _voc(folder: Path, kind: str) -> dict[str, Split]:
-    if kind == "boxes":  # the paper's: trainval of 07 and 12, tested on 07 (Tab. 3)
-        seven, twelve = (_voc_boxes(folder, year, "trainval") for year in ("2007", "2012"))
-        return {"train": join("VOC07+12 trainval", seven, twelve), "val": _voc_boxes(folder, "2007", "test")}
-    if kind == "discovery":
-        years = [year for year in ("2007", "2012") if (folder / "VOCdevkit" / f"VOC{year}").is_dir()] or ["2007"]
-        return {f"voc{year}": _voc_boxes(folder, year, "trainval") for year in years}
-    val = VOCSegmentation(str(folder), "2012", "val")
-    parts = {"val": _voc_masks("VOC2012 val", val.images, val.masks)}
-    if kind == "masks":
-        base = folder / "VOCdevkit" / "VOC2012"
-        augmented = base / "ImageSets" / "Segmentation" / "trainaug.txt"
-        if augmented.is_file() and (base / "SegmentationClassAug").is_dir():
-            names = augmented.read_text().split()
-            images = [str(base / "JPEGImages" / f"{name}.jpg") for name in names]
-            masks = [str(base / "SegmentationClassAug" / f"{name}.png") for name in names]
-            parts["train"] = _voc_masks("VOC2012 trainaug", images, masks)
-        else:
-            train = VOCSegmentation(str(folder), "2012", "train")
-            parts["train"] = _voc_masks("VOC2012 train", train.images, train.masks)
-    return parts
-
-
-def _voc_masks(name: str, images: Sequence[str], masks: Sequence[str]) -> Split:
-    return Split(name, [Path(p) for p in images], ["background", *VOC_CLASSES], lambda i: read_mask(masks[i]))
-
-
-def _voc_boxes(folder: Path, year: str, part: str) -> Split:
-    reader = VOCDetection(str(folder), year, part)
-    index = {name: i for i, name in enumerate(VOC_CLASSES)}
-
-    def read(i: int) -> Boxes:
-        with open(reader.annotations[i], "rb") as file:
-            record = reader.parse_voc_xml(_parse_xml(file))["annotation"]
-        corners, classes, hard = [], [], []
-        for thing in record.get("object", []):
-            box = {key: float(value) for key, value in thing["bndbox"].items()}
-            # VOC counts pixels from 1 and includes the last one.
-            corners.append([box["xmin"] - 1, box["ymin"] - 1, box["xmax"], box["ymax"]])
-            classes.append(index[thing["name"]])
-            hard.append(thing.get("difficult", "0") == "1")
-        size = int(record["size"]["width"]), int(record["size"]["height"])
-        return boxes_from(corners, classes, size, hard)
-
-    return Split(f"VOC{year} {part}", [Path(p) for p in reader.images], VOC_CLASSES, read)
-
-
-def _parse_xml(file) -> Any:
-    from xml.etree.ElementTree import parse
-
-    return parse(file).getroot()
 
 
 # ---- ADE20k
@@ -272,16 +228,7 @@ def _area(thing: Mapping[str, Any]) -> int:
 
 
 DATASETS = {
-    "voc": Dataset(
-        _voc,
-        ("images", "masks", "boxes", "discovery"),
-        """  DATA/VOCdevkit/VOC2012/{JPEGImages,Annotations,SegmentationClass}
-  DATA/VOCdevkit/VOC2012/ImageSets/{Main/trainval.txt,Segmentation/{train,val}.txt}
-  DATA/VOCdevkit/VOC2007/{JPEGImages,Annotations}              boxes alone, trainval and test together
-  DATA/VOCdevkit/VOC2007/ImageSets/Main/{trainval,test}.txt
-  and, where there are, for the augmented training set:
-  DATA/VOCdevkit/VOC2012/SegmentationClassAug, ImageSets/Segmentation/trainaug.txt""",
-    ),
+    "voc": Dataset(voc.read_voc, ("images", "masks", "boxes", "discovery"), voc.LAYOUT),
     "ade20k": Dataset(
         _ade20k,
         ("images", "masks"),
@@ -313,5 +260,8 @@ DATASETS = {
   DATA/{train,val}/masks/NNNNN.png         class a pixel, 255 ignored
   DATA/{train,val}/objects.json            {"NNNNN": [{"class": 3, "box": [x0, y0, x1, y1]}]}
   (python -m training.stamps --out DATA writes it)""",
+    ),
+    "folder": Dataset(
+        own_folder.read_folder, ("images", "masks", "boxes", "discovery"), own_folder.LAYOUT, own_folder.kinds_present
     ),
 }

@@ -1,19 +1,22 @@
 """Stage 1's own outputs as features: the maps of pairs, in place of what a model gives (Tabs. 1 and 5).
 
-A pair is raw = F + G + residual. Its states, in the order of Tab. 5:
+A pair is raw = F + G + residual (Eq. 5). Its states, in the order of Tab. 5:
 
-    raw      (a) the backbone's features of the whole image
-    F        (c) the semantics; (b), the view-average, if the pairs were solved without G
-    raw-G    (d) F + residual: only what is tied to places is taken away
-    mean     (F + raw - G) / 2, between the two
-    G        the artifacts, for mic and position
+    raw            (a) the backbone's features of the whole image
+    view-average   (b) F of pairs that were solved without G (`LinearSettings.artifacts` False), in place of all below
+    F              (c) the semantics
+    F+residual     (d) with what F and G leave of raw
+    raw-G          the same number: only what is tied to places is taken away
+    mean           (F + raw - G) / 2, between the two
+    G              the artifacts, for mic and position
 
+The linear solver's residual is what a pair leaves; h of the field is not kept, and what its pairs leave stands for it.
 Images are matched with pairs by the content of their files; those without a pair are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -26,13 +29,39 @@ from training.evaluate.features import Extractor
 from training.evaluate.splits import Split
 from training.pairs.folder import read_index, read_pair, read_settings
 
-STATES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]  # of raw, F and G
+STATES: dict[str, Mix] = {
     "raw": lambda raw, semantics, artifacts: raw,
+    "view-average": lambda raw, semantics, artifacts: semantics,
     "F": lambda raw, semantics, artifacts: semantics,
+    "F+residual": lambda raw, semantics, artifacts: raw - artifacts,
     "raw-G": lambda raw, semantics, artifacts: raw - artifacts,
     "mean": lambda raw, semantics, artifacts: (semantics + raw - artifacts) / 2,
     "G": lambda raw, semantics, artifacts: artifacts,
 }
+SAME = {"raw-G": "F+residual"}  # which need not be evaluated twice
+
+
+def pair_data(
+    folders: Sequence[Path], splits: Mapping[str, Split], extractor: Extractor, batch_size: int
+) -> list[tuple[dict[str, PairFeatures], tuple[str, ...]]]:
+    """For each folder its features by part, and the states to take of it: those that no folder before it has.
+
+    Raises:
+        ValueError: as `PairFeatures`; or folders of pairs of different images, or with nothing new.
+    """
+    groups: list[tuple[dict[str, PairFeatures], tuple[str, ...]]] = []
+    taken: set[str] = set()
+    for folder in folders:
+        data = {part: PairFeatures(folder, split, extractor, batch_size) for part, split in splits.items()}
+        if groups and any(data[part].split.images != groups[0][0][part].split.images for part in data):
+            raise ValueError(f"--pairs {folders[0]} and {folder} hold pairs of different images: no rows to compare")
+        states = tuple(state for state in next(iter(data.values())).states if state not in taken)
+        if not states:
+            raise ValueError(f"--pairs {folder} holds what a folder before it holds: {', '.join(sorted(taken))}")
+        taken.update(states)
+        groups.append((data, states))
+    return groups
 
 
 class PairFeatures:
@@ -43,6 +72,7 @@ class PairFeatures:
         extractor: of the model that the pairs are of.
         grid, channels, batch_size: as of Features.
         keys: {"pairs": a hash of all that decides the numbers}.
+        states: those of `STATES` that the pairs have.
     """
 
     def __init__(self, folder: Path, split: Split, extractor: Extractor, batch_size: int = 16) -> None:
@@ -59,6 +89,10 @@ class PairFeatures:
             raise ValueError(f"--pairs {folder} holds no pairs: {error}") from error
         self.extractor, self.batch_size = extractor, batch_size
         self.grid, self.channels = int(settings["grid"]), int(settings["channels"])
+        with_artifacts = settings.get("linear", {}).get("artifacts", True)
+        self.states = tuple(
+            state for state in STATES if state == "raw" or (state == "view-average") is not bool(with_artifacts)
+        )
         own = (extractor.reader.grid, extractor.reader.channels)
         if own != (self.grid, self.channels):
             raise ValueError(

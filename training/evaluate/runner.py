@@ -4,11 +4,12 @@ A task is a module of training/evaluate/tasks with
 
     KIND                what annotation it needs: a kind of datasets.py
     Settings            a frozen dataclass: the paper's protocol
-    STAMPS              the same, sized for the stamps and two cores
+    STAMPS              the same, sized for the stamps and two cores (may be left out)
     STATES              which of "raw", "denoised", "artifacts" it is for; those that the model has are run
     run(data, settings, run) -> {name: number}
 
-where `data` is {part: Features} and `run` a `Run`. Numbers called mIoU, CorLoc, ... are percentages.
+where `data` is {part: Features} and `run` a `Run`. Numbers called mIoU, CorLoc, ... are percentages. Those of
+training/evaluate/repository are the same tasks by the protocol of the authors' repository.
 """
 
 from __future__ import annotations
@@ -28,16 +29,26 @@ from typing import Any
 import torch
 from torch import nn
 
-import training.evaluate.tasks as package
+import training.evaluate.repository as repository_package
+import training.evaluate.tasks as fast_package
 from timm_dvt.version import __version__
-from training.evaluate import pair_features
 from training.evaluate.datasets import open_dataset
 from training.evaluate.features import Extractor, Features
-from training.evaluate.pair_features import PairFeatures
+from training.evaluate.pair_features import SAME, STATES, pair_data
 from training.evaluate.tables import summarise, write_json
 
 PAIR_TASKS = ("knn-seg", "linear-seg", "mic", "position")  # those for which --pairs says something
-TASKS = tuple(sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__)))
+# fast: features extracted once, from whole images resized to a square; repository: as the authors' code evaluates.
+PROTOCOLS = {"fast": fast_package, "repository": repository_package}
+
+
+def tasks_of(protocol: str) -> tuple[str, ...]:
+    """The tasks that a protocol is there for."""
+    modules = pkgutil.iter_modules(PROTOCOLS[protocol].__path__)
+    return tuple(sorted(module.name.replace("_", "-") for module in modules))
+
+
+TASKS = tasks_of("fast")
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,8 @@ class Request:
     data: Path
     out: Path
     cache: Path | None
-    pairs: Path | None = None
+    protocol: str = "fast"
+    pairs: tuple[Path, ...] = ()
     settings: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     limit: int | None = None
@@ -76,25 +88,27 @@ class Request:
     batch_size: int = 16
 
 
-def load_task(name: str) -> Any:
+def load_task(name: str, protocol: str = "fast") -> Any:
     """The module of a task by its name.
 
     Raises:
-        ValueError: no such task.
+        ValueError: no such task, or not by this protocol.
     """
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, or all, got {name!r}")
-    return importlib.import_module(f"{package.__name__}.{name.replace('-', '_')}")
+    if name not in tasks_of(protocol):
+        raise ValueError(f"--protocol {protocol} is for {', '.join(tasks_of(protocol))}, not for {name}")
+    return importlib.import_module(f"{PROTOCOLS[protocol].__name__}.{name.replace('-', '_')}")
 
 
-def task_settings(name: str, dataset: str, words: Sequence[str] = ()) -> Any:
+def task_settings(name: str, dataset: str, words: Sequence[str] = (), protocol: str = "fast") -> Any:
     """A task's settings for a dataset, with `NAME=VALUE` or `TASK.NAME=VALUE` overriding them.
 
     Raises:
         ValueError: no such setting, or a value of the wrong type; a `TASK.` of another task is left alone.
     """
-    task = load_task(name)
-    settings = task.STAMPS if dataset == "stamps" else task.Settings()
+    task = load_task(name, protocol)
+    settings = getattr(task, "STAMPS", task.Settings()) if dataset == "stamps" else task.Settings()
     known = {field.name: getattr(settings, field.name) for field in fields(settings)}
     changes = {}
     for word in words:
@@ -135,25 +149,34 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
         {"task", "model", "dataset", "settings", ..., "states": {state: {name: summary}},
          "difference": {name: summary}}, a summary being {"mean", "std", "values"}
 
-    with one value a seed; the difference is denoised - raw, seed by seed.
+    with one value a seed; the difference is denoised - raw (of pairs F - raw), seed by seed.
 
     Raises:
         ValueError: a name, setting or dataset that cannot be.
     """
-    task = load_task(request.task)
-    settings = task_settings(request.task, request.dataset, request.settings)
-    splits = open_dataset(request.dataset, request.data, task.KIND)
-    if request.pairs is not None and request.task not in PAIR_TASKS:
+    task = load_task(request.task, request.protocol)
+    settings = task_settings(request.task, request.dataset, request.settings, request.protocol)
+    trainaug = getattr(settings, "trainaug", None)
+    splits = open_dataset(request.dataset, request.data, task.KIND, trainaug)
+    if request.pairs and request.task not in PAIR_TASKS:
         raise ValueError(f"--pairs is for {', '.join(PAIR_TASKS)}, not for {request.task}")
+    if request.pairs and request.protocol != "fast":
+        raise ValueError("--pairs holds maps of whole images: it goes with --protocol fast alone")
     limited = {part: split.limit(request.limit) for part, split in splits.items()}
-    data: dict[str, Any] = {}
-    for part, split in limited.items():
-        if request.pairs is None:
-            data[part] = Features(extractor, split, request.cache, request.batch_size)
-        elif part == "val" or task.KIND != "images":
-            data[part] = PairFeatures(request.pairs, split, extractor, request.batch_size)
+    groups: list[tuple[Mapping[str, Any], Sequence[str]]]
+    if request.pairs:
+        parts = {part: split for part, split in limited.items() if part == "val" or task.KIND != "images"}
+        groups = [*pair_data(request.pairs, parts, extractor, request.batch_size)]
+    else:
+        available = {*extractor.states, *(["artifacts"] if "denoised" in extractor.states else [])}
+        features = {
+            part: Features(extractor, split, request.cache, request.batch_size) for part, split in limited.items()
+        }
+        groups = [(features, [state for state in task.STATES if state in available])]
+    data = groups[0][0]
     facts = {
         "task": request.task,
+        "protocol": request.protocol,
         "model": request.model,
         "dataset": request.dataset,
         "settings": asdict(settings),
@@ -164,19 +187,23 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
         "parameters": sum(p.numel() for p in model.parameters()),
         "version": __version__,
     }
-    available = {*extractor.states, *(["artifacts"] if "denoised" in extractor.states else [])}
-    wanted = [state for state in task.STATES if state in available]
-    if request.pairs is not None:
-        wanted = [*pair_features.STATES]
     states: dict[str, list[dict[str, float]]] = {}
     seconds = 0.0
-    for state in wanted:
-        runs = [
-            _run_once(task, data, settings, facts, state, seed, request)
-            for seed in range(request.seed, request.seed + request.repeats)
-        ]
-        states[_label(state, request.model, extractor)] = [run["numbers"] for run in runs]
-        seconds += sum(run["seconds"] for run in runs)
+    for data, wanted in groups:
+        own = {**facts, "features": {part: features.keys for part, features in data.items()}}
+        for state in wanted:
+            if SAME.get(state) in states:
+                states[state] = states[SAME[state]]
+                continue
+            runs = [
+                _run_once(task, data, settings, own, state, seed, request)
+                for seed in range(request.seed, request.seed + request.repeats)
+            ]
+            states[_label(state, request.model, extractor)] = [run["numbers"] for run in runs]
+            seconds += sum(run["seconds"] for run in runs)
+    if request.pairs:
+        facts["pairs"] = [group["val"].keys["pairs"] for group, _ in groups]
+        states = {state: states[state] for state in STATES if state in states}
     result = {
         **facts,
         "limit": request.limit,
@@ -188,8 +215,8 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
         "difference": _difference(states),
         "seconds": round(seconds, 1),
     }
-    pairs = [] if request.pairs is None else ["pairs"]
-    path = request.out / f"{_slug(request.task, request.dataset, request.model, *pairs)}-{_key(facts)[:8]}.json"
+    how = [*(["pairs"] if request.pairs else []), *([] if request.protocol == "fast" else [request.protocol])]
+    path = request.out / f"{_slug(request.task, request.dataset, request.model, *how)}-{_key(facts)[:8]}.json"
     write_json(path, result)
     return result, path
 
@@ -214,7 +241,8 @@ def _run_once(
     numbers = task.run(data, settings, Run(state, seed, device, checkpoint))
     found = {"numbers": numbers, "seconds": time.monotonic() - start}
     write_json(done, found)
-    checkpoint.unlink(missing_ok=True)
+    for left in (checkpoint, checkpoint.with_suffix(".validations")):
+        left.unlink(missing_ok=True)
     return found
 
 
@@ -246,7 +274,7 @@ def _summaries(numbers: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def _difference(states: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    after = next((state for state in ("denoised", "F") if state in states), None)
+    after = next((state for state in ("denoised", "F", "view-average") if state in states), None)
     if after is None or "raw" not in states:
         return {}
     raw, denoised = states["raw"], states[after]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -39,6 +41,17 @@ class SegmentationScore:
             "mAcc": 100 * float((right / true)[true > 0].mean()),
             "aAcc": 100 * float(right.sum() / true.sum()),
         }
+
+    def class_numbers(self, names: Sequence[str]) -> dict[str, float]:
+        """IoU/NAME and Acc/NAME in percent of each class that occurs as true."""
+        matrix = self.confusion.double()
+        right, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+        numbers = {}
+        for i, name in enumerate(names):
+            if true[i] > 0:
+                numbers[f"IoU/{name}"] = 100 * float(right[i] / (true[i] + predicted[i] - right[i]))
+                numbers[f"Acc/{name}"] = 100 * float(right[i] / true[i])
+        return numbers
 
 
 def resize_mask(mask: Tensor, size: int) -> Tensor:

@@ -5,8 +5,8 @@ upsampled by 4, and a linear layer gives 256 logits a place, one a uniform bin o
 bilinear interpolation commute, so the layer comes first. Trained as classification: cross-entropy against the bin
 that the true depth falls in; the prediction is the mean of the bins' centres under the softmax, upsampled to the
 image. AdamW at 5e-3, weight decay 0.01, 38,400 steps of 16 images, 12,800 of them warm-up, then cosine: as in the
-authors' repository (evaluation/configs/vitb_nyu_linear_config.py), whose loss is on the depth itself, scale-invariant
-and of its gradients, and which crops, rotates and flips images; here nothing is augmented.
+authors' repository (evaluation/configs/vitb_nyu_linear_config.py), whose loss is on the depth itself and which crops,
+rotates and flips images (../repository/depth.py, --protocol repository); here nothing is augmented.
 
 Test: depth from 1 mm to 10 m, within the border that Eigen et al. crop of NYU's 480 x 640; numbers are means over
 images of AbsRel = mean |d* - d| / d, RMSE in metres, and delta_i = percent of pixels with max(d*/d, d/d*) < 1.25^i.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,17 @@ def depth_bins(depth: Tensor, settings: Settings) -> Tensor:
     return torch.where(known, (fraction * settings.bins).long().clamp(0, settings.bins - 1), -1)
 
 
-def depth_numbers(predicted: Tensor, true: Tensor, settings: Settings) -> dict[str, float] | None:
+class Range(Protocol):
+    """Settings that say from which to which depth, in metres, pixels count."""
+
+    @property
+    def least(self) -> float: ...
+
+    @property
+    def most(self) -> float: ...
+
+
+def depth_numbers(predicted: Tensor, true: Tensor, settings: Range) -> dict[str, float] | None:
     """Numbers of one image, both (h, w) in metres; None if no pixel counts."""
     height, width = true.shape
     crop = torch.zeros_like(true, dtype=torch.bool)

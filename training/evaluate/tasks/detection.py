@@ -6,7 +6,9 @@ anchors. Denoised maps get fixed sinusoidal position embeddings added again, whi
 not the raw ones. AdamW at 1e-4, weight decay 0.1, 100 steps of warm-up, 24,000 steps of 16 images, a tenth of the rate
 from 20,000 and again from 22,000 on, two convolutions in the region proposal network: as in the authors' repository
 (evaluation/configs/vitb_voc2012_vitdet_pe_config.py), whose box head has four convolutions where torchvision's has
-none. Trained on VOC 07+12 trainval, tested on VOC 07 test; mAP at an IoU of 0.5.
+none, and which keeps the images' aspect and flips them (../repository/detection.py, --protocol repository). Trained on
+VOC 07+12 trainval, tested on VOC 07 test; mAP at an IoU of 0.5, the area under the curve. What the paper publishes is
+mAP_11, VOC07's mean of 11 points, which is what mmdetection computes for VOC 07 test.
 """
 
 from __future__ import annotations
@@ -15,15 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from timm.layers import LayerNorm2d, build_sincos2d_pos_embed
-from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
+from torch import Tensor
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
-from torchvision.ops import MultiScaleRoIAlign
 
 from training.evaluate.average_precision import Detections, voc_map
+from training.evaluate.detector import MapDetector, fixed_positions
 from training.evaluate.features import Features
 from training.evaluate.probe import train
 from training.evaluate.runner import Run
@@ -68,89 +66,32 @@ class Settings:
 STAMPS = Settings(steps=400, batch_size=8, lr=1e-3, width=48, hidden=128, proposals=64, candidates=100)
 
 
-class SimplePyramid(nn.Module):
-    """Maps (B, C, K, K) to five of `out_channels`, at 4, 2, 1, 1/2 and 1/4 of the patch grid (ViTDet, Sec. 3)."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.out_channels = width
-        half, quarter = max(1, channels // 2), max(1, channels // 4)
-        up = nn.Sequential(
-            nn.ConvTranspose2d(channels, half, 2, 2),
-            LayerNorm2d(half),
-            nn.GELU(),
-            nn.ConvTranspose2d(half, quarter, 2, 2),
-        )
-        twice = nn.ConvTranspose2d(channels, half, 2, 2)
-        self.scales = nn.ModuleList([up, twice, nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)])
-        self.outputs = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(inputs, width, 1, bias=False),
-                LayerNorm2d(width),
-                nn.Conv2d(width, width, 3, padding=1, bias=False),
-                LayerNorm2d(width),
-            )
-            for inputs in (quarter, half, channels, channels)
-        )
-
-    def forward(self, maps: Tensor) -> dict[str, Tensor]:
-        levels = [output(scale(maps)) for scale, output in zip(self.scales, self.outputs)]
-        levels.append(nn.functional.max_pool2d(levels[-1], 1, 2))
-        return {str(i): level for i, level in enumerate(levels)}
-
-
-class Detector(nn.Module):
-    """Faster R-CNN that starts from maps instead of images."""
+class Detector(MapDetector):
+    """Faster R-CNN on square maps of K x K patches, with boxes in pixels of the input."""
 
     def __init__(self, channels: int, classes: int, grid: int, input_size: int, settings: Settings) -> None:
-        super().__init__()
-        patch = input_size / grid
-        # One size a level: half a square image down to two patches, as ViTDet's 32 to 512 px at 1024 px.
-        sizes = tuple((int(2 * patch * scale),) for scale in (0.5, 1, 2, 4, 8))
-        levels = [str(i) for i in range(4)]
-        self.input_size = input_size
-        width = settings.width
-        anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-        self.rcnn = FasterRCNN(
-            SimplePyramid(channels, width),
-            num_classes=None,
-            min_size=input_size,
-            max_size=input_size,
-            rpn_anchor_generator=anchors,
-            rpn_head=RPNHead(width, anchors.num_anchors_per_location()[0], conv_depth=2),
-            box_roi_pool=MultiScaleRoIAlign(levels, 7, 2),
+        width, some = settings.width, settings.candidates
+        super().__init__(
+            channels,
+            classes,
+            # One size a level, from a patch to half a square map, as ViTDet's 32 to 512 px at 1024 px.
+            anchors=(1, 2, 4, 8, 16),
             box_head=TwoMLPHead(width * 49, settings.hidden),
-            box_predictor=_Predictor(settings.hidden, classes + 1),
-            rpn_pre_nms_top_n_train=settings.candidates,
-            rpn_post_nms_top_n_train=settings.candidates,
-            rpn_pre_nms_top_n_test=max(1, settings.candidates // 2),  # torchvision's own proportion
-            rpn_post_nms_top_n_test=max(1, settings.candidates // 2),
-            rpn_batch_size_per_image=settings.proposals // 2,
-            box_batch_size_per_image=settings.proposals,
+            width=width,
+            hidden=settings.hidden,
+            proposals=settings.proposals,
+            candidates=(some, some, max(1, some // 2), max(1, some // 2)),  # torchvision's own proportion
         )
+        self.patch = input_size / grid
 
     def forward(self, maps: Tensor, targets: list[dict[str, Tensor]] | None = None):
         """Losses {name: value} of maps (B, K, K, C) with targets in training, else a list of detections."""
-        levels = self.rcnn.backbone(maps.permute(0, 3, 1, 2))
-        size = self.input_size
-        # The networks take from the images their number and size alone.
-        pixels = maps.new_zeros(()).expand(len(maps), 3, size, size)
-        images = ImageList(pixels, [(size, size)] * len(maps))
-        proposals, first = self.rcnn.rpn(images, levels, targets)
-        detections, second = self.rcnn.roi_heads(levels, proposals, images.image_sizes, targets)
-        return {**first, **second} if self.training else detections
-
-
-class _Predictor(nn.Module):
-    """Class scores, background first, and box corrections."""
-
-    def __init__(self, hidden: int, classes: int) -> None:
-        super().__init__()
-        self.score = nn.Linear(hidden, classes)
-        self.correction = nn.Linear(hidden, 4 * classes)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.score(x), self.correction(x)
+        if targets is not None:
+            targets = [{**target, "boxes": target["boxes"] / self.patch} for target in targets]
+        found = super().forward(maps, targets)
+        if self.training:
+            return found
+        return [{**detected, "boxes": detected["boxes"] * self.patch} for detected in found]
 
 
 def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str, float]:
@@ -190,14 +131,6 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
                 found.append(Detections(boxes, detected["labels"].cpu() - 1, detected["scores"].cpu()))
             true.extend(val.split.annotation(i) for i in indices)
     return voc_map(found, true, classes)
-
-
-def fixed_positions(grid: int, channels: int) -> Tensor:
-    """Sinusoidal position embeddings (K, K, C); channels that 4 does not divide stay 0 at the end."""
-    positions = torch.zeros(grid, grid, channels)
-    even = channels // 4 * 4
-    positions[..., :even] = build_sincos2d_pos_embed([grid, grid], even).reshape(grid, grid, even)
-    return positions
 
 
 def mean_artifacts(features: Features) -> Tensor:

@@ -1,0 +1,1 @@
+"""The tasks by the protocols of the authors' repository (--protocol repository): modules as those of tasks/."""
