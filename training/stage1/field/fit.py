@@ -142,8 +142,8 @@ def fit_field(
             reported = step + 1
     with torch.no_grad():
         mean = networks.artifacts.mean(dim=0)
-        networks.artifacts -= mean
-        networks.mlp[-1].bias += mean
+        networks.artifacts.sub_(mean)
+        networks.get_parameter("mlp.2.bias").add_(mean)
     return FieldResult(networks.requires_grad_(False), networks.artifacts.view(*shape, -1), losses)
 
 
