@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from training.common.views import patch_centres
 from training.stage1.conditioning import IllConditioned
 from training.stage1.decompose import Decomposition, NonFiniteFeatures, Stage1Settings, decompose
-from training.stage1.field.field import FieldSettings
+from training.stage1.field.fit import FieldSettings
 
 
 def patch_means(pos_scale: float = 0.0, pixels: int = 64) -> VisionTransformer:

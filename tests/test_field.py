@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-import training.stage1.field.field as field_module
-import training.stage1.field.losses as field_losses
-from training.stage1.field.field import FieldSettings, fit_field
+import training.stage1.field.fit as field_fit
+from training.stage1.field.fit import FieldSettings, Networks, fit_field
 from training.stage1.field.hashgrid import HashGridSettings
 from training.stage1.field.losses import distance_loss, reconstruction_loss
 
 GRID = HashGridSettings(levels=4, log2_hashmap_size=12)
-SETTINGS = FieldSettings(steps=600, batch=512, grid=GRID)
+# Three times the paper's learning rate: few steps have to do.
+SETTINGS = FieldSettings(steps=300, batch=256, lr=0.03, grid=GRID)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -47,81 +47,45 @@ def numpy_reconstruction(prediction, delta, target, alpha, beta):
     return numpy_distance(prediction + delta, target) + terms.mean()
 
 
-def parts_of_a_batch(count=9, positions=4, channels=7):
-    """F, G, Delta (float64), the patches' places and y: some places several times, one not at all."""
-    semantics, residual, y = (normal(count, channels, seed=seed) for seed in range(3))
-    patches = torch.randint(positions - 1, (count,), generator=torch.Generator().manual_seed(4))
-    return semantics, normal(positions, channels, seed=3), residual, patches, y
+def test_distance_is_equation_7_with_its_gradient():
+    y_hat, y = normal(9, 7).requires_grad_(), normal(9, 7, seed=1)
+    loss = distance_loss(y, y_hat)
+    loss.backward()
+    prediction, target = y_hat.detach().numpy(), y.numpy()
+    assert abs(loss.item() - numpy_distance(prediction, target)) < 1e-12
+    expected = numeric_gradient(lambda at: numpy_distance(at, target), prediction)
+    np.testing.assert_allclose(y_hat.grad.numpy(), expected, atol=1e-8)
 
 
-@pytest.fixture(name="block", params=[512, 4])
-def fixture_block(request, monkeypatch):
-    """The losses take a batch whole, and in blocks of which the last is not full."""
-    monkeypatch.setattr(field_losses, "BLOCK", request.param)
-
-
-@pytest.mark.usefixtures("block")
-def test_distance_is_equation_7_with_its_gradients():
-    semantics, artifacts, _, patches, y = parts_of_a_batch()
-    loss = distance_loss(semantics, artifacts, patches, y)
-    f, g, target = semantics.numpy(), artifacts.numpy(), y.numpy()
-    assert abs(loss.value.item() - numpy_distance(f + g[patches], target)) < 1e-12
-    of_f = numeric_gradient(lambda at: numpy_distance(at + g[patches], target), f)
-    np.testing.assert_allclose(loss.semantics.numpy(), of_f, atol=1e-8)
-    of_g = numeric_gradient(lambda at: numpy_distance(f + at[patches], target), g)
-    np.testing.assert_allclose(loss.artifacts.numpy(), of_g, atol=1e-8)
-    assert loss.artifacts[:3].any() and not loss.artifacts[3].any()
-    assert loss.residual is None
-
-
-def test_distance_of_equal_or_zero_features_has_finite_gradients():
-    prediction = torch.stack((torch.ones(4), torch.zeros(4), torch.ones(4)))
-    target = torch.stack((torch.ones(4), torch.ones(4), torch.zeros(4)))
-    loss = distance_loss(prediction, torch.zeros(1, 4), torch.zeros(3, dtype=torch.int64), target)
-    # cos = 1, 0, 0 and distance = 0, 2, 2.
-    assert abs(loss.value.item() - (0 + 3 + 3) / 3) < 1e-6
-    assert torch.isfinite(loss.semantics).all() and torch.isfinite(loss.artifacts).all()
-
-
-@pytest.mark.usefixtures("block")
 def test_reconstruction_is_equation_6_with_gradients_that_stop_where_the_paper_stops_them():
-    semantics, artifacts, residual, patches, y = parts_of_a_batch()
-    loss = reconstruction_loss(semantics, artifacts, residual, patches, y, 0.3, 0.7)
-    f, g, delta, target = semantics.numpy(), artifacts.numpy()[patches], residual.numpy(), y.numpy()
-    assert abs(loss.value.item() - numpy_reconstruction(f + g, delta, target, 0.3, 0.7)) < 1e-12
+    y, y_hat_prime, delta = (normal(9, 7, seed=seed) for seed in range(3))
+    y_hat_prime.requires_grad_()
+    delta.requires_grad_()
+    loss = reconstruction_loss(y, y_hat_prime, delta, 0.3, 0.7)
+    loss.backward()
+    target, prediction, residual = (x.detach().numpy() for x in (y, y_hat_prime, delta))
+    assert abs(loss.item() - numpy_reconstruction(prediction, residual, target, 0.3, 0.7)) < 1e-12
     # F learns as if Delta were a constant, from the distance alone: alpha and beta do not matter (Eqs. 8, 9).
-    of_f = numeric_gradient(lambda at: numpy_distance(at + g + delta, target), f)
-    np.testing.assert_allclose(loss.semantics.numpy(), of_f, atol=1e-8)
+    of_f = numeric_gradient(lambda at: numpy_distance(at + residual, target), prediction)
+    np.testing.assert_allclose(y_hat_prime.grad.numpy(), of_f, atol=1e-8)
+
     # h learns from L_residual and L_sparsity alone: the distance through y_hat does not reach it.
-    left = target - f - g
-
     def of_delta(at):
-        return np.mean(0.3 * np.sqrt(((left - at) ** 2).sum(1)) + 0.7 * np.abs(at).sum(1))
+        return np.mean(0.3 * np.sqrt(((target - prediction - at) ** 2).sum(1)) + 0.7 * np.abs(at).sum(1))
 
-    np.testing.assert_allclose(loss.residual.numpy(), numeric_gradient(of_delta, delta), atol=1e-8)
-    assert loss.artifacts is None
-
-
-def test_reconstruction_where_delta_explains_all_has_finite_gradients():
-    ones, zeros, patches = torch.ones(2, 4), torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)
-    loss = reconstruction_loss(ones, torch.zeros(1, 4), zeros, patches, ones)
-    assert abs(loss.value.item()) < 1e-6
-    assert torch.isfinite(loss.semantics).all() and not loss.residual.any()
+    np.testing.assert_allclose(delta.grad.numpy(), numeric_gradient(of_delta, residual), atol=1e-8)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gradients_have_the_type_of_what_they_are_of(dtype):
-    """The MLPs' outputs are bfloat16 under autocast; G and y are not."""
-    semantics, artifacts, residual, patches, y = (
-        x.float() if x.is_floating_point() else x for x in parts_of_a_batch()
-    )
-    semantics, residual = semantics.to(dtype), residual.to(dtype)
-    loss = reconstruction_loss(semantics, artifacts, residual, patches, y)
-    assert loss.semantics.dtype == loss.residual.dtype == dtype and loss.value.dtype == torch.float32
-    doubles = (x.double() if x.is_floating_point() else x for x in (semantics, artifacts, residual, patches, y))
-    exact = reconstruction_loss(*doubles)
-    for found, expected in ((loss.semantics, exact.semantics), (loss.residual, exact.residual)):
-        torch.testing.assert_close(found, expected.to(dtype))
+def test_equal_or_zero_features_have_finite_gradients():
+    y_hat = torch.stack((torch.ones(4), torch.zeros(4), torch.ones(4))).requires_grad_()
+    y = torch.stack((torch.ones(4), torch.ones(4), torch.zeros(4)))
+    delta = torch.zeros(3, 4, requires_grad=True)
+    distance = distance_loss(y, y_hat)
+    # cos = 1, 0, 0 and distance = 0, 2, 2.
+    assert abs(distance.item() - (0 + 3 + 3) / 3) < 1e-6
+    (distance + reconstruction_loss(y, y_hat, delta, 0.1, 0.02)).backward()
+    assert torch.isfinite(y_hat.grad).all() and torch.isfinite(delta.grad).all()
+    assert not delta.grad[0].any()
 
 
 class Scene:
@@ -174,15 +138,10 @@ def test_known_semantics_and_artifacts_are_recovered(scene):
     truth = scene.semantics(scene.image_coords)
     assert raw_error > 0.9
     assert relative_error(result.semantics(scene.image_coords), truth) < raw_error / 6
-    assert relative_error(result.artifacts, scene.artifacts) < 0.2
-    together = torch.stack((result.artifacts.flatten(), scene.artifacts.flatten()))
-    assert torch.corrcoef(together)[0, 1] > 0.98
-    assert result.losses[-50:].mean() < result.losses[:10].mean() / 10
-
-
-def test_artifacts_have_zero_mean_and_the_constant_is_in_the_semantics(scene):
-    result = scene.fit()
     assert result.artifacts.shape == scene.artifacts.shape
+    assert relative_error(result.artifacts, scene.artifacts) < 0.2
+    assert result.losses[-50:].mean() < result.losses[:10].mean() / 10
+    # G has zero mean, and the constant is in F.
     assert result.artifacts.mean(dim=(0, 1)).abs().max() < 1e-6
     fitted = result.semantics(scene.coords) + result.artifacts.flatten(0, 1)[scene.patches]
     assert (fitted - scene.features).norm() < 0.1 * scene.features.norm()
@@ -193,11 +152,11 @@ def test_residual_is_the_outliers_that_neither_place_explains_and_zero_elsewhere
     outliers = torch.rand(len(scene.features), generator=torch.Generator().manual_seed(3)) < 0.1
     scene.features[outliers, 5] += 20
     # A grid too coarse to learn single outliers by heart.
-    result = scene.fit(FieldSettings(steps=600, batch=512, grid=HashGridSettings(levels=3)))
+    result = scene.fit(FieldSettings(steps=400, batch=256, grid=HashGridSettings(levels=3)))
     delta = result.residual(scene.features)
     assert delta.shape == scene.features.shape
-    assert abs(delta[outliers, 5].mean().item() - 20) < 0.5
-    assert delta[outliers].norm(dim=-1).mean() < 20.5
+    assert abs(delta[outliers, 5].mean().item() - 20) < 1
+    assert delta[outliers].norm(dim=-1).mean() < 21
     assert delta[~outliers].norm(dim=-1).mean() < 0.1
     assert relative_error(result.semantics(scene.image_coords), scene.semantics(scene.image_coords)) < 0.2
 
@@ -213,86 +172,55 @@ def test_same_seed_same_result_and_another_seed_another(scene):
     assert not torch.equal(one.losses, other.losses)
 
 
-def test_second_phase_trains_f_and_h_and_leaves_g(scene, monkeypatch):
+def test_each_phase_moves_what_the_paper_trains_while_the_learning_rate_falls_linearly(scene, monkeypatch):
+    networks, rates, moved = [], [], []
+
+    class Watched(Networks):
+        def __init__(self, *given):
+            super().__init__(*given)
+            networks.append(self)
+
+    def watched_step(optimizer, step=torch.optim.Adam.step):
+        before = {name: value.detach().clone() for name, value in networks[0].named_parameters()}
+        step(optimizer)
+        rates.append(optimizer.param_groups[0]["lr"])
+        after = networks[0].named_parameters()
+        moved.append({name.split(".")[0] for name, value in after if not torch.equal(value, before[name])})
+
+    monkeypatch.setattr(field_fit, "Networks", Watched)
+    monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
+    scene.fit(FieldSettings(steps=5, batch=64, grid=GRID))
+    first, second = {"encoding", "mlp", "artifacts"}, {"encoding", "mlp", "residual"}
+    assert moved == [first] * 2 + [second] * 3
+    assert rates == pytest.approx([0.01, 0.008, 0.006, 0.004, 0.002])
+
+
+def test_alpha_and_beta_matter_in_the_second_phase_alone(scene):
     short = FieldSettings(steps=10, batch=64, grid=GRID)
-    paper = scene.fit(short)
-
-    def patched(of_semantics, of_residual):
-        def loss(semantics, artifacts, residual, *_):
-            ones = torch.ones_like(semantics)
-            return field_losses.Loss(semantics.sum(), of_semantics * ones, None, of_residual * ones)
-
-        monkeypatch.setattr(field_module, "reconstruction_loss", loss)
-        return scene.fit(short)
-
-    without_h, without_f = patched(1, 0), patched(0, 1)
-    at = scene.image_coords
+    paper, without_h = scene.fit(short), scene.fit(replace(short, alpha=0, beta=0))
     assert torch.equal(paper.losses[:5], without_h.losses[:5])
+    assert (paper.losses[5:] > without_h.losses[5:]).all()
     assert torch.equal(paper.artifacts, without_h.artifacts)
-    assert torch.equal(paper.artifacts, without_f.artifacts)
-    assert not torch.allclose(paper.semantics(at), without_h.semantics(at))
-    assert not without_h.residual(scene.features).any()
-    assert paper.residual(scene.features).any()
+    assert paper.residual(scene.features).any() and not without_h.residual(scene.features).any()
 
 
-def test_first_phase_uses_the_distance_alone_and_half_of_the_steps(scene, monkeypatch):
-    calls = []
-    for name in ("distance_loss", "reconstruction_loss"):
-        loss = getattr(field_module, name)
-
-        def spy(*given, loss=loss, name=name):
-            calls.append(name)
-            return loss(*given)
-
-        monkeypatch.setattr(field_module, name, spy)
-    scene.fit(FieldSettings(steps=7, batch=64, grid=GRID))
-    assert calls == ["distance_loss"] * 3 + ["reconstruction_loss"] * 4
-
-
-def test_bfloat16_products_end_at_the_error_of_float32(scene):
-    """Over three seeds: a seed alone moves the error of F by a tenth."""
-    errors = {"float32": [], "bfloat16": []}
-    for precision, found in errors.items():
-        for seed in range(3):
-            result = scene.fit(replace(SETTINGS, precision=precision), seed=seed)
-            semantics = result.semantics(scene.image_coords)
-            assert semantics.dtype == result.artifacts.dtype == torch.float32
-            of_f = relative_error(semantics, scene.semantics(scene.image_coords))
-            found.append((of_f, relative_error(result.artifacts, scene.artifacts)))
-    assert errors["bfloat16"] != errors["float32"]
-    np.testing.assert_allclose(*(np.mean(found, axis=0) for found in errors.values()), rtol=0.1)
-
-
-def test_networks_have_the_papers_widths(scene):
-    result = scene.fit(FieldSettings(steps=2, batch=8))
-    shapes = {name: tuple(value.shape) for name, value in result.mlp.named_parameters()}
-    assert shapes == {"0.weight": (12, 128), "0.bias": (12,), "2.weight": (24, 12), "2.bias": (24,)}
-    weights = [tuple(value.shape) for value in result.residual_mlp.parameters() if value.ndim == 2]
-    assert weights == [(6, 24), (6, 6), (24, 6)]
+def test_networks_have_the_papers_widths():
+    networks = Networks(24, 64, FieldSettings(grid=HashGridSettings(log2_hashmap_size=8)), torch.device("cpu"))
+    for mlp, widths in ((networks.mlp, (128, 12, 24)), (networks.residual, (24, 6, 6, 24))):
+        assert [tuple(layer.weight.shape) for layer in mlp[::2]] == list(zip(widths[1:], widths))
     paper = FieldSettings()
     assert (paper.steps, paper.batch, paper.lr, paper.alpha, paper.beta) == (20_000, 2048, 0.01, 0.1, 0.02)
 
 
-def test_learning_rate_falls_linearly_to_zero(scene, monkeypatch):
-    """Of both: the networks' optimiser and that of the grid's coarse levels, one after the other."""
-    rates = []
-    step = torch.optim.Adam.step
-    monkeypatch.setattr(
-        torch.optim.Adam, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self)
-    )
-    scene.fit(FieldSettings(steps=4, batch=8, grid=GRID))
-    assert rates[::2] == rates[1::2] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
-
-
 def test_half_precision_features_and_uneven_grids_are_taken(scene):
     steps = []
-    settings = FieldSettings(steps=120, batch=64, grid=GRID)
+    settings = FieldSettings(steps=60, batch=64, grid=GRID)
     coords, features = scene.coords.double(), scene.features.bfloat16()
     result = fit_field(coords, scene.patches, features, (4, 16), settings, progress=steps.append)
     assert result.artifacts.shape == (4, 16, 24)
     assert result.semantics(scene.image_coords).dtype == torch.float32
     assert result.semantics(torch.tensor([0.5, 1.0])).shape == (24,)
-    assert sum(steps) == 120 and len(result.losses) == 120
+    assert sum(steps) == len(result.losses) == 60
 
 
 def test_arguments_that_do_not_fit_are_named(scene):
@@ -304,7 +232,6 @@ def test_arguments_that_do_not_fit_are_named(scene):
         ((coords, patches, features, 7), "patches must lie in 0 to 48"),
         ((coords, patches, features[None], 8), "features"),
         ((coords, patches, features, 8, FieldSettings(steps=1)), "steps must be at least 2, got 1"),
-        ((coords, patches, features, 8, FieldSettings(precision="half")), "precision must be one of auto, float32"),
         ((coords, patches, features, 8, FieldSettings(backend="cuda")), "backend must be one of"),
     ):
         with pytest.raises(ValueError, match=message):

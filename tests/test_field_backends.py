@@ -1,4 +1,4 @@
-"""The tinycudann adapter, against a stand-in that has tinycudann's interface and computes in numpy."""
+"""The tinycudann back-end, against a stand-in that has tinycudann's interface and computes in numpy."""
 
 import sys
 import types
@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-import training.stage1.field.backends as field_backends
-from training.stage1.field.backends import TinyCudaTrainer, TorchTrainer, grid_trainer
-from training.stage1.field.field import FieldSettings, fit_field
-from training.stage1.field.hashgrid import HashGrid, HashGridSettings, TouchedEntries
+from training.stage1.field.backends import make_encoding
+from training.stage1.field.fit import FieldSettings, fit_field
+from training.stage1.field.hashgrid import HashGrid, HashGridSettings
 
+CPU = torch.device("cpu")
 GRID = HashGridSettings(levels=3, features=2, log2_hashmap_size=9, per_level_scale=1.5)
 
 
 class FakeEncoding(torch.nn.Module):
-    """tinycudann.Encoding as the adapter knows it: constructor, flat `params`, forward and backward."""
+    """tinycudann.Encoding as the back-end knows it: constructor, flat `params`, forward and backward."""
 
     def __init__(self, n_input_dims, encoding_config, seed=1337, dtype=None):
         super().__init__()
@@ -75,42 +75,6 @@ def fixture_tinycudann(monkeypatch):
     return module
 
 
-# Levels of GRID have 256, 512 and 512 entries, the last two hashed.
-@pytest.mark.parametrize("coarse", [0, 300, 40_000], ids=["none-coarse", "one-coarse", "all-coarse"])
-def test_the_grid_ends_where_dense_adam_ends_whichever_levels_are_moved_whole(coarse, monkeypatch):
-    monkeypatch.setattr(field_backends, "COARSE", coarse)
-    generator = torch.Generator().manual_seed(0)
-    grid, dense = (HashGrid(GRID, torch.Generator().manual_seed(5)) for _ in range(2))
-    start = grid.params.detach().clone()
-    trainer, adam = TorchTrainer(grid, max_steps=60), torch.optim.Adam([dense.params])
-    assert trainer.coarse_levels == {0: 0, 300: 1, 40_000: 3}[coarse]
-    target = torch.randn(GRID.width, generator=generator)
-    for step in range(60):
-        coords = torch.rand(20, 2, generator=generator)
-        encoded = trainer.encode(coords)
-        # The gradient depends on the values, so that a difference would feed back.
-        ((encoded - target) ** 2).sum().backward()
-        trainer.step(0.01 * (1 - step / 60))
-        reference = dense(coords)
-        torch.testing.assert_close(encoded.detach(), reference.detach(), rtol=0, atol=1e-5)
-        adam.zero_grad()
-        ((reference - target) ** 2).sum().backward()
-        adam.param_groups[0]["lr"] = 0.01 * (1 - step / 60)
-        adam.step()
-    assert trainer.finish() is grid
-    assert (grid.params - start).abs().max() > 0.1
-    torch.testing.assert_close(grid.params, dense.params, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("coarse", [0, 40_000])
-def test_a_step_without_a_backward_pass_says_so(coarse, monkeypatch):
-    monkeypatch.setattr(field_backends, "COARSE", coarse)
-    trainer = TorchTrainer(HashGrid(GRID), max_steps=1)
-    trainer.encode(torch.rand(4, 2))
-    with pytest.raises(RuntimeError, match="backward"):
-        trainer.step(0.01)
-
-
 def train(backend):
     generator = torch.Generator().manual_seed(0)
     coords = torch.rand(200, 2, generator=generator)
@@ -121,36 +85,26 @@ def train(backend):
 
 
 @pytest.mark.usefixtures("tinycudann")
-@pytest.mark.parametrize("coarse", [0, 40_000])
-def test_both_back_ends_train_the_same_field(coarse, monkeypatch):
-    monkeypatch.setattr(field_backends, "COARSE", coarse)
+def test_both_back_ends_train_the_same_field():
     torch_field, coords = train("torch")
     tiny_field, _ = train("tinycudann")
+    assert isinstance(tiny_field.networks.encoding, FakeEncoding)
     torch.testing.assert_close(tiny_field.losses, torch_field.losses, rtol=1e-3, atol=0)
     torch.testing.assert_close(tiny_field.artifacts, torch_field.artifacts, rtol=0, atol=1e-3)
-    assert (tiny_field.grid.params - torch_field.grid.params).abs().max() < 2e-3
     torch.testing.assert_close(tiny_field.semantics(coords), torch_field.semantics(coords), rtol=0, atol=1e-2)
 
 
 @pytest.mark.usefixtures("tinycudann")
-def test_parameters_go_to_tinycudann_and_come_back_in_the_same_layout():
-    grid = HashGrid(GRID, torch.Generator().manual_seed(5))
-    start = grid.params.detach().clone()
-    trainer = grid_trainer("tinycudann", grid, max_steps=1)
-    assert isinstance(trainer, TinyCudaTrainer)
-    assert torch.equal(trainer.encoding.params, start)
-    coords = torch.rand(9, 2, generator=torch.Generator().manual_seed(6))
-    torch.testing.assert_close(trainer.encode(coords), grid(coords), rtol=0, atol=1e-10)
-    trainer.encode(coords).sum().backward()
-    trainer.step(0.01)
-    finished = trainer.finish()
-    changed = (finished.params != start).view(-1, GRID.features).any(1).nonzero()[:, 0]
-    assert changed.tolist() == TouchedEntries(*grid.lookups(coords)).rows.tolist()
+def test_tinycudann_starts_from_the_parameters_of_the_torch_grid():
+    torch.manual_seed(5)
+    grid = HashGrid(GRID)
+    torch.manual_seed(5)
+    encoding = make_encoding(GRID, "tinycudann", CPU)
+    assert isinstance(encoding, FakeEncoding)
+    assert torch.equal(encoding.params, grid.params)
 
 
 def test_another_formula_or_layout_in_tinycudann_is_an_error(tinycudann, monkeypatch):
-    grid = HashGrid(GRID)
-
     class OtherHash(FakeEncoding):
         def lookups(self, coords):
             rows, weights, entries = super().lookups(coords)
@@ -158,7 +112,7 @@ def test_another_formula_or_layout_in_tinycudann_is_an_error(tinycudann, monkeyp
 
     monkeypatch.setattr(tinycudann, "Encoding", OtherHash)
     with pytest.raises(RuntimeError, match="encodes otherwise"):
-        grid_trainer("tinycudann", grid, 1)
+        make_encoding(GRID, "tinycudann", CPU)
 
     class OtherLayout(FakeEncoding):
         def lookups(self, coords):
@@ -167,7 +121,7 @@ def test_another_formula_or_layout_in_tinycudann_is_an_error(tinycudann, monkeyp
 
     monkeypatch.setattr(tinycudann, "Encoding", OtherLayout)
     with pytest.raises(RuntimeError, match="lays the grid out in"):
-        grid_trainer("tinycudann", grid, 1)
+        make_encoding(GRID, "tinycudann", CPU)
 
 
 def test_asking_for_a_tinycudann_that_does_not_import_says_what_to_do(monkeypatch):
@@ -176,8 +130,6 @@ def test_asking_for_a_tinycudann_that_does_not_import_says_what_to_do(monkeypatc
         train("tinycudann")
 
 
-def test_auto_is_torch_where_tinycudann_is_missing_or_the_grid_is_on_the_cpu(tinycudann, monkeypatch):
-    assert tinycudann.Encoding is FakeEncoding
-    assert isinstance(grid_trainer("auto", HashGrid(GRID), 1), TorchTrainer)
-    monkeypatch.setitem(sys.modules, "tinycudann", None)
-    assert isinstance(grid_trainer("auto", HashGrid(GRID), 1), TorchTrainer)
+@pytest.mark.usefixtures("tinycudann")
+def test_auto_is_torch_on_the_cpu():
+    assert isinstance(make_encoding(GRID, "auto", CPU), HashGrid)

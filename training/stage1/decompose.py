@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from training.common.backbone import FeatureReader
 from training.common.views import Views, render_views, sample_views, shrink_for_views, view_axes, whole_view
 from training.stage1.conditioning import check_views
-from training.stage1.field.field import FieldSettings, fit_field
+from training.stage1.field.fit import FieldSettings, fit_field
 from training.stage1.linear.solver import LinearSettings, LinearSolver
 
 SOLVERS = ("linear", "field")

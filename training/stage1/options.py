@@ -7,7 +7,7 @@ from torch import nn
 
 from training.common.backbone import DTYPES, FeatureReader
 from training.stage1.decompose import SOLVERS, Stage1Settings
-from training.stage1.field.field import FieldSettings
+from training.stage1.field.fit import FieldSettings
 
 
 def add_stage1_arguments(parser: argparse.ArgumentParser, views: int = Stage1Settings.views) -> None:
