@@ -1,19 +1,27 @@
 """Claims about --recipe: what the paper and its repository set, and that every other option still overrides."""
 
 import math
+from dataclasses import replace
 
 import pytest
+import timm
 import torch
 
-from training import distill, train_denoiser
+from training import denoise_images, distill, train_denoiser
+from training.common.views import view_axes
 from training.loop.distance import mse_distance, norm_distance
 from training.loop.distributed import Processes
 from training.loop.optimisation import make_adamw
 from training.loop.options import training_settings
 from training.loop.settings import TrainingSettings
+from training.stage1 import decompose as stage1
+from training.stage1.decompose import Stage1Settings, decompose
+from training.stage1.field.losses import distance_loss, reconstruction_loss
+from training.stage1.options import stage1_settings
 
 STAGES = {
     train_denoiser: ["--pairs", "p", "--model", "m", "--out", "o"],
+    denoise_images: ["--images", "i", "--model", "m", "--out", "o"],
     distill: ["--images", "i", "--model", "m", "--out", "o"],
 }
 
@@ -48,6 +56,44 @@ def test_the_repository_s_stage_3():
     assert (theirs["steps"], theirs["batch_size"], theirs["warmup"]) == (500, 512, 75)
     assert theirs["lr"] == pytest.approx(2e-4 * math.sqrt(2)) and theirs["loss"] == "mse"
     assert (args.augment, args.tokens) == ("flip", "patches")
+
+
+def test_the_recipes_of_stage_1():
+    model = timm.create_model("test_vit")
+    paper, theirs, ours = (
+        stage1_settings(parsed(denoise_images, "--recipe", name, "--input-size", "64"), model)
+        for name in ("paper", "repository", "ours")
+    )
+    assert (paper.solver, paper.views, paper.field.steps, paper.field.recipe) == ("field", 768, 20_000, "paper")
+    assert (theirs.solver, theirs.views) == ("field", 769)
+    assert (theirs.field.steps, theirs.field.recipe) == (25_000, "repository")
+    assert theirs.corner_aligned and theirs.square_first and not (paper.corner_aligned or paper.square_first)
+    assert ours.solver == "linear" and ours == replace(ours, corner_aligned=False, square_first=False)
+
+
+def test_corner_aligned_places_run_from_edge_to_edge(monkeypatch):
+    seen = []
+    monkeypatch.setattr(stage1, "view_axes", lambda views, centres: seen.append(centres) or view_axes(views, centres))
+    for corner_aligned in (True, False):
+        settings = Stage1Settings(views=12, input_size=64, corner_aligned=corner_aligned, square_first=corner_aligned)
+        decompose(timm.create_model("test_vit").eval(), torch.rand(3, 70, 90), settings)
+    # main_img_denoising.py: torch.linspace over a crop's own extent
+    torch.testing.assert_close(seen[0], torch.linspace(0, 1, 4, dtype=torch.float64))
+    torch.testing.assert_close(seen[1], (torch.arange(4, dtype=torch.float64) + 0.5) / 4)
+
+
+def test_the_repository_s_losses_of_stage_1_are_means_over_channels():
+    torch.manual_seed(0)
+    y, y_hat, delta = torch.randn(3, 6, 10)
+    cosine = torch.stack([a @ b / (a.norm() * b.norm()) for a, b in zip(y, y_hat)])
+    expected = (1 - cosine.mean()) + ((y - y_hat) ** 2).mean()
+    torch.testing.assert_close(distance_loss(y, y_hat, mean=True), expected)
+    # offline_denoiser.py: 0.1 * mse of the residual, 0.02 * mean of its absolute values
+    whole = y_hat + delta
+    cosine = torch.stack([a @ b / (a.norm() * b.norm()) for a, b in zip(y, whole)])
+    expected = (1 - cosine.mean()) + ((y - whole) ** 2).mean()
+    expected = expected + 0.1 * ((y - y_hat - delta) ** 2).mean() + 0.02 * delta.abs().mean()
+    torch.testing.assert_close(reconstruction_loss(y, y_hat, delta, 0.1, 0.02, mean=True), expected)
 
 
 def test_a_recipe_s_batch_is_that_of_all_processes(monkeypatch):

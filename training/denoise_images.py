@@ -19,6 +19,7 @@ from training.common.command import add_model_arguments, complain, help_from
 from training.common.images import list_images
 from training.common.memory import keep_freed_memory
 from training.common.models import load_model, pick_device
+from training.common.recipes import STAGE1, add_recipe
 from training.common.shared_folder import OutputError
 from training.pairs.folder import FAILURES, PRECISIONS, PairFolder
 from training.stage1.many import VIEWS, denoise_images, describe_pairs
@@ -28,8 +29,7 @@ from training.stage1.progress import is_first_process
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    args = make_parser(argv).parse_args(argv)
     keep_freed_memory()
     try:
         sources = list_images(args.images, args.limit)
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The options of this command."""
+def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The options of this command, with the defaults of the recipe that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m training.denoise_images", **help_from(__doc__))
     parser.add_argument("--images", required=True, help="a folder, an image or a .txt list of paths")
     parser.add_argument("--out", required=True, help="folder of the pairs; made, or continued if it exists")
@@ -64,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="half", help="of the maps on disk (default: %(default)s)"
     )
+    add_recipe(parser, STAGE1, argv)
     return parser
 
 

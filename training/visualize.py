@@ -30,6 +30,7 @@ from training.common.backbone import FeatureReader
 from training.common.command import add_model_arguments, complain, help_from, positive
 from training.common.images import ImageError, Source, decode_image, list_images, read_file
 from training.common.models import load_model, pick_device
+from training.common.recipes import STAGE1, add_recipe
 from training.common.views import render_views, whole_view
 from training.figures.panels import Row, draw_positional, draw_stage1, save_figure
 from training.figures.video import Maps, count_frames, draw_video
@@ -43,7 +44,7 @@ MOST_ROWS = 100  # a taller picture opens nowhere
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = make_parser().parse_args(argv)
+    args = make_parser(argv).parse_args(argv)
     try:
         device = pick_device(args.device)
         model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
@@ -58,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(2, error)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The options of this command."""
+def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The options of this command, with the defaults of the recipe that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m training.visualize", **help_from(__doc__))
     parser.add_argument("images", nargs="+", help="images, folders, .txt lists of paths, or a video")
     parser.add_argument("--out", help="picture to write (default: stage1.png or positional.png)")
@@ -73,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--resolution", type=positive, metavar="N", help="draw F at N x N places instead of at the patches"
     )
     add_stage1_arguments(parser)
+    add_recipe(parser, STAGE1, argv)
     return parser
 
 

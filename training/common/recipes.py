@@ -56,6 +56,10 @@ from typing import Any
 NAMES = ("ours", "paper", "repository")
 Recipes = Mapping[str, Mapping[str, Any]]
 
+STAGE1: Recipes = {
+    "paper": {"solver": "field", "views": 768},
+    "repository": {"solver": "field", "views": 769, "field_steps": 25_000},  # 768 and the whole image
+}
 STAGE2: Recipes = {
     "paper": {"epochs": 10, "batch_size": 64, "lr": 2e-4, "loss": "norm", "start": "random"},
     "repository": {

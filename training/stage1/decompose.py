@@ -37,6 +37,8 @@ class Stage1Settings:
         stride: step between patches in pixels; None is the patch size.
         batch_size: views a forward pass; does not change the result.
         dtype: "float32" or "bfloat16", of the forward passes.
+        corner_aligned, square_first: as the paper's repository has it, patches' places run from edge to edge of a
+            view instead of from centre to centre, and the image is resized to the input's square before it is cut.
         area, aspect, flip: of the crops, see `training.common.views.sample_views`.
         linear, field: settings of the two solvers.
     """
@@ -52,6 +54,8 @@ class Stage1Settings:
     area: tuple[float, float] = (0.1, 0.5)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    corner_aligned: bool = False
+    square_first: bool = False
     linear: LinearSettings = LinearSettings()
     field: FieldSettings = FieldSettings()
 
@@ -146,12 +150,15 @@ def decompose(
     reader = FeatureReader(
         model, settings.layers, input_size=settings.input_size, stride=settings.stride, dtype=settings.dtype
     )
+    if settings.square_first:
+        image = render_views(image, whole_view(), reader.input_size)[0]
     image = shrink_for_views(image, reader.input_size, settings.area, settings.aspect)
     views = image_views(settings, (image.shape[1], image.shape[2]))
-    xs, ys = view_axes(views, reader.centres)
+    centres = torch.linspace(0, 1, reader.grid, dtype=torch.float64) if settings.corner_aligned else reader.centres
+    xs, ys = view_axes(views, centres)
     check_views(xs, ys)
     make = _StreamingLinear if settings.solver == "linear" else _CollectingField
-    solvers = {layer: make(reader, xs, ys, settings) for layer in reader.layers}
+    solvers = {layer: make(reader, centres, xs, ys, settings) for layer in reader.layers}
     raw: dict[int, Tensor] = {}
     for first in range(0, len(views), settings.batch_size):
         batch = slice(first, first + settings.batch_size)
@@ -189,10 +196,12 @@ def image_views(settings: Stage1Settings, image_size: tuple[int, int]) -> Views:
 class _StreamingLinear:
     """One layer's linear solver: view by view in; F, G and residual of the whole image out."""
 
-    def __init__(self, reader: FeatureReader, xs: Tensor, ys: Tensor, settings: Stage1Settings) -> None:
+    def __init__(
+        self, reader: FeatureReader, centres: Tensor, xs: Tensor, ys: Tensor, settings: Stage1Settings
+    ) -> None:
         # The sums need float64, which Apple's GPUs lack.
         self.device = torch.device("cpu") if reader.device.type == "mps" else reader.device
-        self.xs, self.ys, self.centres = (x.to(self.device) for x in (xs, ys, reader.centres))
+        self.xs, self.ys, self.centres = (x.to(self.device) for x in (xs, ys, centres))
         self.solver = LinearSolver(reader.grid, reader.channels, settings.linear, self.device)
         self.diagnostics: dict[str, Any] = {}
         self.field: Field | None = None
@@ -211,8 +220,10 @@ class _StreamingLinear:
 class _CollectingField:
     """One layer's neural field: all views' features in memory first, then the fit (paper A.1)."""
 
-    def __init__(self, reader: FeatureReader, xs: Tensor, ys: Tensor, settings: Stage1Settings) -> None:
-        self.reader, self.settings = reader, settings
+    def __init__(
+        self, reader: FeatureReader, centres: Tensor, xs: Tensor, ys: Tensor, settings: Stage1Settings
+    ) -> None:
+        self.reader, self.centres, self.settings = reader, centres, settings
         count = len(xs)
         self.features = torch.empty(count, reader.grid ** 2, reader.channels)
         self.coords = torch.stack(
@@ -237,4 +248,4 @@ class _CollectingField:
             return fit.semantics(torch.stack(rows, -1).flip(-1))
 
         self.field = field
-        return field(self.reader.centres, self.reader.centres), fit.artifacts, fit.residual(raw)
+        return field(self.centres, self.centres), fit.artifacts, fit.residual(raw)

@@ -34,6 +34,9 @@ def describe_pairs(name: str, pretrained: bool, model: nn.Module, settings: Stag
     chosen = asdict(settings)
     solver = {name: chosen.pop(name) for name in SOLVERS if name in chosen}
     chosen.pop("batch_size")
+    for name in ("corner_aligned", "square_first"):  # said where they are so: folders begun before them go on
+        if not chosen[name]:
+            chosen.pop(name)
     return {
         "model": name,
         "pretrained": pretrained,

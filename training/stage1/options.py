@@ -82,7 +82,9 @@ def stage1_settings(args: argparse.Namespace, model: nn.Module) -> Stage1Setting
         batch_size=args.batch_size,
         dtype=args.dtype,
         area=tuple(args.area),
-        field=FieldSettings(steps=args.field_steps),
+        corner_aligned=args.recipe == "repository",
+        square_first=args.recipe == "repository",
+        field=FieldSettings(steps=args.field_steps, recipe="repository" if args.recipe == "repository" else "paper"),
     )
 
 

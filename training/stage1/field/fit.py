@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.loop.optimisation import set_learning_rate
+from training.loop.schedule import Schedule, straight
 from training.stage1.field.backends import make_encoding
 from training.stage1.field.hashgrid import HashGridSettings
 from training.stage1.field.losses import distance_loss, reconstruction_loss
@@ -19,7 +21,8 @@ class FieldSettings:
     """Settings of the neural-field solver; the defaults are the paper's (A.1).
 
     steps: half of them train F and G, the other half F and h. batch: patches a step. lr: Adam's first
-    learning rate. alpha, beta: weights of Eq. 6. backend: "auto", "torch" or "tinycudann".
+    learning rate. alpha, beta: weights of Eq. 6. backend: "auto", "torch" or "tinycudann". recipe: "paper", or
+    "repository" for what the published code does otherwise (training/common/recipes.py, stage 1).
     """
 
     steps: int = 20_000
@@ -29,6 +32,7 @@ class FieldSettings:
     beta: float = 0.02
     grid: HashGridSettings = field(default_factory=HashGridSettings)
     backend: str = "auto"
+    recipe: str = "paper"
 
 
 class Networks(nn.Module):
@@ -43,11 +47,14 @@ class Networks(nn.Module):
         self.encoding = make_encoding(settings.grid, settings.backend, device)
         self.mlp = _mlp(settings.grid.width, channels // 2, channels).to(device)
         self.residual = _mlp(channels, channels // 4, channels // 4, channels).to(device)
+        if settings.recipe == "repository":
+            self.artifacts = nn.Parameter((0.02 * torch.randn(patches, channels)).to(device))
+            return
+        self.artifacts = nn.Parameter(torch.zeros(patches, channels, device=device))
         # Delta starts at zero, its sparsest: from random values on, the pull of Eq. 8's 1-norm, the same in
         # every channel, would switch all hidden units off in the first steps, for good.
         for parameter in self.residual[-1].parameters():
             nn.init.zeros_(parameter)
-        self.artifacts = nn.Parameter(torch.zeros(patches, channels, device=device))
 
     def semantics(self, coords: Tensor) -> Tensor:
         """F at coords (B, 2): (B, C)."""
@@ -95,9 +102,7 @@ def fit_field(
 
     The first half of the steps trains F and G on L_distance; the second freezes G and trains F and h on
     L_recon. Each takes a batch of patches at random. Adam, its learning rate falling linearly to zero over all
-    steps. Where the published code differs, the paper is followed: Adam's usual betas and eps (0.9, 0.999,
-    1e-8; code: 0.9, 0.99, 1e-15), the 2-norm and 1-norm of a patch (code: means over its channels), no
-    warm-up. With the paper's norms h is sparse: zero but for channels that hold more than beta / alpha of a
+    steps. With the paper's norms h is sparse: zero but for channels that hold more than beta / alpha of a
     patch's unexplained norm, such as those of outlier tokens.
 
     The same seed gives the same result on the same CPU and thread count. F and G are only determined up to a
@@ -111,8 +116,8 @@ def fit_field(
     with torch.random.fork_rng(devices=[]):  # on the CPU: the same start on every device
         torch.manual_seed(seed)
         networks = Networks(features.shape[1], shape[0] * shape[1], settings, device)
-    optimizer = torch.optim.Adam(networks.parameters(), settings.lr, fused=device.type in ("cpu", "cuda"))
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=settings.steps)
+    optimizer, schedule = _optimiser(networks, settings, device)
+    mean = settings.recipe == "repository"
     generator = torch.Generator(features.device).manual_seed(seed)
     losses = torch.zeros(settings.steps, device=device)
     reported = 0
@@ -120,16 +125,16 @@ def fit_field(
         batch = torch.randint(len(features), (settings.batch,), generator=generator, device=features.device)
         y = features[batch].to(device, torch.float32)
         batch = batch.to(device)
+        set_learning_rate(optimizer, schedule.rate(step))
         optimizer.zero_grad()  # to None: Adam skips what gets no gradient, h in the first phase, G in the second
         y_hat = networks.semantics(coords[batch]) + F.embedding(patches[batch], networks.artifacts)
         if step < settings.steps // 2:
-            loss = distance_loss(y, y_hat)
+            loss = distance_loss(y, y_hat, mean)
         else:
             networks.artifacts.requires_grad_(False)
-            loss = reconstruction_loss(y, y_hat, networks.residual(y), settings.alpha, settings.beta)
+            loss = reconstruction_loss(y, y_hat, networks.residual(y), settings.alpha, settings.beta, mean)
         loss.backward()
         optimizer.step()
-        decay.step()
         losses[step] = loss.detach()
         if (step + 1) % REPORT_EVERY == 0 or step + 1 == settings.steps:
             if not torch.isfinite(losses[reported : step + 1]).all():
@@ -141,10 +146,24 @@ def fit_field(
                 progress(step + 1 - reported)
             reported = step + 1
     with torch.no_grad():
-        mean = networks.artifacts.mean(dim=0)
-        networks.artifacts.sub_(mean)
-        networks.get_parameter("mlp.2.bias").add_(mean)
+        constant = networks.artifacts.mean(dim=0)
+        networks.artifacts.sub_(constant)
+        networks.get_parameter("mlp.2.bias").add_(constant)
     return FieldResult(networks.requires_grad_(False), networks.artifacts.view(*shape, -1), losses)
+
+
+def _optimiser(
+    networks: Networks, settings: FieldSettings, device: torch.device
+) -> tuple[torch.optim.Adam, Schedule]:
+    """Adam and its learning rates: a line to 0 (A.1), or the repository's rise over a tenth and cosine to a tenth."""
+    fused = device.type in ("cpu", "cuda")
+    if settings.recipe == "paper":
+        adam = torch.optim.Adam(networks.parameters(), settings.lr, fused=fused)
+        return adam, Schedule(settings.steps, settings.lr, decay=straight)
+    adam = torch.optim.Adam(
+        networks.parameters(), settings.lr, betas=(0.9, 0.99), eps=1e-15, weight_decay=1e-5, fused=fused
+    )
+    return adam, Schedule(settings.steps, settings.lr, settings.steps // 10, floor=settings.lr / 10)
 
 
 def _mlp(*widths: int) -> nn.Sequential:
@@ -169,6 +188,8 @@ def _check(coords: Tensor, patches: Tensor, features: Tensor, positions: int, se
     if int(patches.min()) < 0 or int(patches.max()) >= positions:
         given = f"{int(patches.min())} to {int(patches.max())}"
         raise ValueError(f"patches must lie in 0 to {positions - 1} for this grid, got {given}")
+    if settings.recipe not in ("paper", "repository"):
+        raise ValueError(f"recipe must be paper or repository, got {settings.recipe!r}")
     for name, least in (("steps", 2), ("batch", 1), ("lr", 0), ("alpha", 0), ("beta", 0)):
         if not getattr(settings, name) >= least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(settings, name)}")
