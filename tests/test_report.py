@@ -42,6 +42,9 @@ def test_measured_stands_above_what_is_published(tmp_path, capsys):
     assert rows[5] == [name, "denoised", "measured", "84.70 ± 0.20", "91.50", "57.00"]
     assert rows[6] == ["", "denoised", readme, "84.92", "91.74", ""]
     assert rows[7] == ["", "denoised", paper, "84.84", "91.7", "58"]
+    html = (tmp_path / "report.html").read_text()
+    assert all(f"<td>{cell}</td>" in html for row in rows[2:8] for cell in row[2:])
+    assert "published linear probes" in html.lower() and "http" not in html and "`" not in html
 
 
 def test_depth_and_the_other_folders_of_checkpoints(tmp_path):

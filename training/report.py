@@ -1,10 +1,11 @@
-"""One Markdown table, and a plot a figure, of the results that training.evaluate wrote: python -m training.report DIR
+"""Tables, plots and a page of the results that training.evaluate wrote: python -m training.report DIR
 
     DIR/report.md      rows: model and state, measured, and published where the paper or its repository say something;
                        below them all that is published of these backbones' linear probes
     DIR/fig7a.png      numbers over model size                                           (paper, Fig. 7)
     DIR/fig7b.png      over the number of training pairs: results tagged pairs=N
     DIR/fig7c.png      over the number of views in stage 1: results tagged views=N
+    DIR/report.html    all of these as one page, for a browser
 
 A figure needs results at two places of its axis, else it is left out and that is said. A number marked * is not of
 the full protocol: images were limited or settings changed; its file in DIR says how. Of two results for the same
@@ -18,7 +19,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 from timm_dvt.published import SEVEN, Key, Numbers, Source, numbers_for
 from timm_dvt.variants import SUFFIXES
 from training.common.shared_folder import OutputError, write_atomically
+from training.figures.page import Picture, Section, Table, Text, page
 
 # The paper's columns in its order (Tabs. 2, 3, 4, S3, 5, 1, and Fig. 3 in a number): task, number, heading.
 COLUMNS = (
@@ -84,13 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = markdown(rows)
         print(table)
         write_atomically(folder / "report.md", table.encode())
+        pictures: dict[str, bytes] = {}
         for name, axis in (("fig7a", "parameters"), ("fig7b", "pairs"), ("fig7c", "views")):
             picture = draw(rows, axis)
             if picture is None:
                 print(f"{name}.png left out: fewer than two results differ in {axis}")
             else:
+                pictures[f"against {axis}"] = picture
                 write_atomically(folder / f"{name}.png", picture)
                 print(f"{folder / name}.png")
+        write_atomically(folder / "report.html", results_page(rows, pictures))
+        print(folder / "report.html")
     except (ValueError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -143,23 +149,53 @@ def heading(key: Key) -> str:
     return f"{NAMES.get(dataset, dataset)} {title}"
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The table; under a model's row stands, where there is one, what is published for it."""
+def tables(rows: Sequence[Row]) -> tuple[list[list[str]], list[list[str]]]:
+    """What is measured, under each row what is published for it; and the published linear probes of the backbones.
+
+    The first line of each is its headings; the second table may have no other.
+    """
     columns = columns_of(rows)
-    lines = [["model", "state", "source", *map(heading, columns)], ["---"] * (3 + len(columns))]
+    measured = [["model", "state", "source", *map(heading, columns)]]
     for row in rows:
         tags = "".join(f", {name} {value}" for name, value in sorted(row.tags.items()))
         cells = [_cell(*row.cells[key]) if key in row.cells else "" for key in columns]
-        lines.append([f"`{row.model}`{tags}", row.state, "measured", *cells])
-        lines += _published(["", row.state], numbers_for(backbone(row.model), kind(row)), columns)
-    text = _table(lines)
-    if any(not whole for row in rows for _, _, whole in row.cells.values()):
-        text += "\n\\* not the full protocol: images limited or settings changed.\n"
-    lines = [["backbone", "features", "source", *map(heading, SEVEN)], ["---"] * (3 + len(SEVEN))]
+        measured.append([f"`{row.model}`{tags}", row.state, "measured", *cells])
+        measured += _published(["", row.state], numbers_for(backbone(row.model), kind(row)), columns)
+    published = [["backbone", "features", "source", *map(heading, SEVEN)]]
     for name in sorted({backbone(row.model) for row in rows}):
         for features in ("raw", *SUFFIXES):
-            lines += _published([f"`{name}`", features], numbers_for(name, features), SEVEN)
-    return text + "\nPublished linear probes:\n\n" + _table(lines) if len(lines) > 2 else text
+            published += _published([f"`{name}`", features], numbers_for(name, features), SEVEN)
+    return measured, published
+
+
+def notes(rows: Sequence[Row]) -> str:
+    """What the cells' signs mean, where there are any."""
+    short = any(not whole for row in rows for _, _, whole in row.cells.values())
+    return "* not the full protocol: images limited or settings changed." if short else ""
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The tables as Markdown."""
+    measured, published = tables(rows)
+    text = _table([measured[0], ["---"] * len(measured[0]), *measured[1:]])
+    if notes(rows):
+        text += f"\n\\{notes(rows)}\n"
+    if len(published) > 1:
+        lines = [published[0], ["---"] * len(published[0]), *published[1:]]
+        text += "\nPublished linear probes:\n\n" + _table(lines)
+    return text
+
+
+def results_page(rows: Sequence[Row], pictures: Mapping[str, bytes]) -> bytes:
+    """The tables and pictures as one HTML page; see training/figures/page.py."""
+    measured, published = ([[cell.replace("`", "") for cell in line] for line in one] for one in tables(rows))
+    sections = [Section("Measured, beside published", [Table(measured[0], measured[1:]), Text(notes(rows))])]
+    if pictures:
+        sections.append(Section("Along one axis (Fig. 7)", [Picture(png, name) for name, png in pictures.items()]))
+    if len(published) > 1:
+        sections.append(Section("Published linear probes", [Table(published[0], published[1:])]))
+    lead = "Frozen features with the denoiser off (raw) and on (denoised); means and spreads over seeds."
+    return page("Evaluation of denoised features", lead, sections)
 
 
 def _published(head: list[str], known: dict[Source, Numbers], columns: Sequence[Key]) -> list[list[str]]:
