@@ -1,6 +1,7 @@
 """The report: measured beside published, and Fig. 7 where results differ along its axis."""
 
 import json
+from html import escape
 
 import pytest
 from PIL import Image
@@ -43,7 +44,7 @@ def test_measured_stands_above_what_is_published(tmp_path, capsys):
     assert rows[6] == ["", "denoised", readme, "84.92", "91.74", ""]
     assert rows[7] == ["", "denoised", paper, "84.84", "91.7", "58"]
     html = (tmp_path / "report.html").read_text()
-    assert all(f"<td>{cell}</td>" in html for row in rows[2:8] for cell in row[2:])
+    assert all(f"<td>{escape(cell)}</td>" in html for row in rows[2:8] for cell in row[2:])
     assert "published linear probes" in html.lower() and "http" not in html and "`" not in html
 
 

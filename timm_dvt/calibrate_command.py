@@ -31,6 +31,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         help="give any supported timm ViT a denoiser, without training",
         description="Calibrate a denoiser for a timm ViT from images, or from blank ones, and write a folder that "
         "timm.create_model('local-dir:FOLDER', pretrained=True) loads, with a picture of features before and after.",
+        epilog="Example: %(prog)s --model vit_base_patch16_siglip_512.v2_webli --images photos --out calibrated",
     )
     command.add_argument("--model", metavar="NAME", required=True, help="a timm model, local-dir:FOLDER or hf-hub:REPO")
     command.add_argument("--out", metavar="FOLDER", required=True, help="made if it does not exist")
