@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from scipy.signal import correlate2d
 from timm.layers import resample_abs_pos_embed
 
@@ -117,3 +118,34 @@ def test_what_cannot_be_is_refused():
         Denoiser(64, (4, 4), arch="conv5x5")
     with pytest.raises(ValueError, match="depth is 2; only a denoiser of transformer blocks"):
         Denoiser(64, (4, 4), depth=2, arch="static")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_denoiser_that_keeps_the_length_changes_directions_alone(arch):
+    torch.manual_seed(0)
+    free = Denoiser(64, (4, 4), arch=arch)
+    if arch == "static":
+        torch.nn.init.normal_(free.pos_embed)
+    tied = Denoiser(64, (4, 4), arch=arch, keep_length=True)
+    tied.load_state_dict({**free.state_dict(), "keeps_length": torch.ones(())})
+    x = torch.randn(2, 16, 64) * torch.rand(2, 16, 1) * 9
+    with torch.no_grad():
+        as_predicted, as_long = free(x, (4, 4)), tied(x, (4, 4))
+    expected = x.double().square().sum(-1).sqrt()
+    torch.testing.assert_close(as_long.double().square().sum(-1).sqrt(), expected, rtol=1e-5, atol=1e-6)
+    cosine = torch.cosine_similarity(as_predicted, as_long, dim=-1)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+
+
+def test_a_saved_denoiser_that_keeps_the_length_is_known_again(tmp_path):
+    model = timm_dvt.add_denoiser(timm.create_model("test_vit", dynamic_img_size=True), keep_length=True).eval()
+    timm_dvt.save_pretrained(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.rand(1, 3, 160, 160)
+    with torch.no_grad():
+        assert torch.equal(again.forward_features(x), model.forward_features(x))
+    assert again.denoiser.keep_length and "keeps_length" in load_denoiser_keys(tmp_path)
+
+
+def load_denoiser_keys(folder):
+    return {key.removeprefix("denoiser.") for key in load_file(folder / "model.safetensors")}

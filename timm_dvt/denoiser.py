@@ -30,6 +30,9 @@ class Denoiser(nn.Module):
             zero-padded, with neither position embedding nor a path around them (Tab. 6 b, c); "static" a position
             embedding alone, F = y + PE: for PE = -G, the artifact field subtracted; "project" an affine map of each
             token, F = W y + b: for W = I - U U^T, the directions U of position projected out.
+        keep_length: bring each clean token to the length of the raw one. A regression shrinks what it is unsure of, so
+            lengths of predictions tell where crops disagreed instead of what stands out. A saved denoiser of this kind
+            has one key more, `keeps_length`.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Denoiser(nn.Module):
         num_heads: int | None = None,
         pos_embed: bool = True,
         arch: str = "block",
+        keep_length: bool = False,
         device=None,
         dtype=None,
     ):
@@ -76,7 +80,17 @@ class Denoiser(nn.Module):
             self.blocks = nn.Sequential(*[block(**factory) for _ in range(0 if arch == "static" else depth)])
         self._source: torch.Tensor | None = None
         self._resampled: dict = {}
+        self.keep_length = False
+        if keep_length:
+            self.start_keeping_length()
         self.init_weights()
+
+    def start_keeping_length(self) -> None:
+        """From now on, bring each clean token to the length of the raw one."""
+        self.keep_length = True
+        like = next(self.parameters())
+        # A key in the state dict, by which a saved denoiser is known again.
+        self.register_buffer("keeps_length", torch.ones((), dtype=like.dtype, device=like.device))
 
     def init_weights(self) -> None:
         """Initialise as timm initialises a ViT: truncated normals of deviation 0.02, zero biases.
@@ -106,6 +120,15 @@ class Denoiser(nn.Module):
                 "the denoiser needs every patch (is patch dropout on?)"
             )
         x = self.norm(x)
+        clean = self._clean(x, grid_size)
+        if self.keep_length:
+            # In float32: the square of a token's length can be beyond half precision.
+            lengths = [torch.linalg.vector_norm(y.float(), dim=-1, keepdim=True) for y in (x, clean)]
+            clean = (clean.float() * (lengths[0] / lengths[1].clamp(min=1e-6))).to(x.dtype)
+        return clean
+
+    def _clean(self, x: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """Clean tokens (B, H*W, C) of normed ones, at the length that they are predicted with."""
         if self.pos_embed is not None:
             x = x + self.position(grid_size)
         if self.convolves:

@@ -201,6 +201,7 @@ def add_denoiser(
     pos_embed: bool = True,
     arch: str = "block",
     layers: Sequence[int] | None = None,
+    keep_length: bool = False,
 ) -> nn.Module:
     """Give a timm VisionTransformer or Eva a denoiser, in place, and return it. The denoiser is new: train or load it.
 
@@ -213,6 +214,7 @@ def add_denoiser(
         arch: "block", or one of the paper's ablations and baselines: see `timm_dvt.denoiser.Denoiser`.
         layers: blocks that get a denoiser each, counted from 0, or from the end with a minus; default the last block.
             Their denoised maps come out of forward_intermediates, get_intermediate_layers and features_only.
+        keep_length: give clean tokens the length of the raw ones, see `timm_dvt.denoiser.Denoiser`.
 
     Raises:
         TypeError: the model is not a timm VisionTransformer or Eva, or has a denoiser already.
@@ -228,7 +230,7 @@ def add_denoiser(
     grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
     factory = {"device": weight.device, "dtype": weight.dtype}
     new = {
-        block: Denoiser(model.embed_dim, grid, depth, num_heads, pos_embed, arch, **factory)
+        block: Denoiser(model.embed_dim, grid, depth, num_heads, pos_embed, arch, keep_length, **factory)
         for block in sorted({block % count for block in wanted})
     }
     return attach_denoiser(model, combine(new, final=count - 1))

@@ -76,6 +76,7 @@ def _write_config(model: Any, path: Path, model_args: dict) -> None:
             "depth": len(denoiser.blocks) if denoiser.arch.startswith("block") else 1,
             "num_heads": denoiser.num_heads,
             "arch": denoiser.arch,
+            **({"keep_length": True} if denoiser.keep_length else {}),
             **({} if list(denoisers) == [model.final_block] else {"layers": list(denoisers)}),
         },
     }

@@ -70,6 +70,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input-size", type=positive, metavar="PX", help="(default: 518 for patch 14, 512 for 16)")
     parser.add_argument("--steps", type=positive, help="of stage 2 (default: ten epochs at 8, 150 at least)")
     parser.add_argument("--target", choices=TARGETS, default=Stage2Settings.target, help="of stage 2 (%(default)s)")
+    parser.add_argument(
+        "--keep-length", action=argparse.BooleanOptionalAction, default=True,
+        help="bring clean tokens to the length of the raw ones (default: yes)",
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of forward passes (%(default)s)")
     parser.add_argument("--pairs", action=argparse.BooleanOptionalAction, default=True, help="keep pairs in OUT/pairs")
     return parser
@@ -153,7 +157,9 @@ def stage2_settings(args: argparse.Namespace, count: int, processes: Processes) 
     """Ten epochs over the pairs, and no fewer steps than a denoiser needs."""
     batch_size = max(BATCH // processes.count, 1) * processes.count
     steps = args.steps or max(LEAST_STEPS, -(-EPOCHS * count // batch_size))
-    return Stage2Settings(target=args.target, steps=steps, batch_size=batch_size, seed=args.seed)
+    return Stage2Settings(
+        target=args.target, steps=steps, batch_size=batch_size, seed=args.seed, keep_length=args.keep_length
+    )
 
 
 def stage1_pairs(

@@ -72,6 +72,9 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     group.add_argument("--target", choices=TARGETS, default=Stage2Settings.target,
                        help="what to predict: the paper's F, F at the length of raw - G, raw - G, or the mean of "
                        "the first and the last (default: %(default)s); see training/stage2/targets.py")
+    group.add_argument("--keep-length", action=argparse.BooleanOptionalAction, default=Stage2Settings.keep_length,
+                       help="once trained, bring tokens to the length of the raw ones: for what lives on lengths, as "
+                       "object discovery does (default: no, as in the paper)")
     group.add_argument("--start", choices=("static", "random"), default=Stage2Settings.start,
                        help="of a block: from the mean correction, the block an identity (default), or from random "
                        "weights alone; the paper does not say")
@@ -95,7 +98,8 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, processes: Processes
     count = len(pairs.files)
     shared = training_settings(args, count, f"{pairs.folder} holds {count} pair", processes)
     return Stage2Settings(
-        arch=args.arch, blocks=args.blocks, target=args.target, start=args.start, init=args.init, **shared
+        arch=args.arch, blocks=args.blocks, target=args.target, start=args.start, init=args.init,
+        keep_length=args.keep_length, **shared
     )
 
 

@@ -72,7 +72,9 @@ def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backb
                 f"--init {folder} holds {one.arch} of {len(one.blocks)} blocks, "
                 f"but this run trains {denoiser.arch} of {len(denoiser.blocks)}; see --arch and --blocks"
             )
-        denoiser.load_state_dict(one.state_dict())
+        state = one.state_dict()
+        state.pop("keeps_length", None)  # what this run is asked for decides it
+        denoiser.load_state_dict(state)
 
 
 def _mean(reader: PairReader, places: Sequence[int], of: Callable[..., Tensor]) -> Tensor:

@@ -39,6 +39,7 @@ class Stage2Settings(TrainingSettings):
         arch: of `timm_dvt.denoiser.ARCHITECTURES`.
         blocks: transformer blocks of a denoiser.
         target: of `training.stage2.targets.TARGETS`, what is predicted.
+        keep_length: whether, once trained, the denoisers bring tokens to the length of the raw ones.
         start: "static" (see `training.stage2.starts.start_as_static`) or "random".
         init: a folder to start from instead.
     """
@@ -47,6 +48,7 @@ class Stage2Settings(TrainingSettings):
     blocks: int = 1
     target: str = "F"
     start: str = "static"
+    keep_length: bool = False
     init: str | None = None
 
 
@@ -173,6 +175,9 @@ def train(
         )
         if settings.steps == 0 and processes.first:
             log.write(0, **validate(0))
+    if settings.keep_length:
+        for denoiser in denoisers.values():
+            denoiser.start_keeping_length()
     return {layer: denoiser.cpu() for layer, denoiser in denoisers.items()}
 
 
