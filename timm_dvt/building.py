@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, model_entrypoint, split_model_name_tag
@@ -107,7 +108,7 @@ def _sketch(variant: Variant, cfg: dict, kwargs: dict) -> nn.Module:
     return sketch
 
 
-def _position_shape(model: nn.Module) -> tuple | None:
+def _position_shape(model: Any) -> tuple | None:
     return None if model.pos_embed is None else model.pos_embed.shape
 
 
