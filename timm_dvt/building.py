@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
+from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, model_entrypoint, split_model_name_tag
 from timm.models._builder import build_model_with_cfg, load_pretrained, resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
@@ -48,19 +50,25 @@ def create(
         pretrained_cfg = get_pretrained_cfg(variant.name)
     cfg = resolve_pretrained_cfg(f"{variant.architecture}_dvt", pretrained_cfg, pretrained_cfg_overlay).to_dict()
     wrapper = {key: kwargs.pop(key) for key in ("out_indices", "feature_cls") if key in kwargs}
-    for key, value in (("img_size", cfg["input_size"][1:]), ("in_chans", cfg["input_size"][0])):
-        kwargs.setdefault(key, value)
+    kwargs.setdefault("in_chans", cfg["input_size"][0])
     for key in ("num_classes", "global_pool"):
         if cfg.get(key) is not None:
             kwargs.setdefault(key, cfg[key])
     kwargs.setdefault("dynamic_img_size", True)
     check_sizes(kwargs)
+    at_its_own = _choose_img_size(variant, cfg, kwargs)
+    check_sizes(kwargs)
     check_denoiser(denoiser, add_denoiser)
-    sketch = _timms(variant)(pretrained=False, pretrained_cfg=cfg, **{**kwargs, "device": "meta"})
-    check_total(sketch)
+    sketch = _sketch(variant, cfg, kwargs)
 
     checkpoint = _read_source(cfg, variant, cache_dir) if pretrained else None
     cfg.pop("state_dict", None)
+    if at_its_own and checkpoint is not None and "pos_embed" in checkpoint.backbone:
+        # A whole ViT may bring a position embedding of the denoiser's resolution: then that is its own.
+        other = {**kwargs, "img_size": cfg["input_size"][1:]}
+        wanted = checkpoint.backbone["pos_embed"].shape
+        if _position_shape(sketch) != wanted and _position_shape(_sketch(variant, cfg, other)) == wanted:
+            kwargs, sketch = other, _sketch(variant, cfg, other)
     if checkpoint is not None and (checkpoint.backbone or variant.distilled):  # before anything large is allocated
         _check_backbone(sketch, checkpoint, cfg)
     loaded = None
@@ -91,6 +99,40 @@ def create(
         **wrapper,
         **{key: kwargs[key] for key in ("img_size", "dynamic_img_size", "in_chans", "num_classes") if key in kwargs},
     )
+
+
+def _sketch(variant: Variant, cfg: dict, kwargs: dict) -> nn.Module:
+    """timm's model on the meta device. Raises ValueError for one that nobody means."""
+    sketch = _timms(variant)(pretrained=False, pretrained_cfg=cfg, **{**kwargs, "device": "meta"})
+    check_total(sketch)
+    return sketch
+
+
+def _position_shape(model: Any) -> tuple | None:
+    return None if model.pos_embed is None else model.pos_embed.shape
+
+
+def _choose_img_size(variant: Variant, cfg: dict, kwargs: dict) -> bool:
+    """Set `img_size` where the caller does not, and `input_size` of the config, by which images are prepared.
+
+    Returns whether the model is made at its backbone's own size without having been told to.
+
+    The authors make a backbone at its own size and have its position embedding resampled in forward, once, from its
+    own grid to the image's. Made at the denoiser's resolution it would be resampled on loading and, for images of
+    another size, in forward again. So a model that takes any size is made at its backbone's own, though it is meant
+    for images of the denoiser's resolution.
+    """
+    own = get_pretrained_cfg(variant.backbone)
+    resolution = (variant.resolution, variant.resolution)
+    native = tuple(own.input_size[1:]) if own else resolution
+    if kwargs.get("img_size") is None:
+        meant = tuple(cfg["input_size"][1:])
+        at_its_own = bool(kwargs["dynamic_img_size"]) and meant == resolution
+        kwargs["img_size"] = native if at_its_own else meant
+        return at_its_own
+    if to_2tuple(kwargs["img_size"]) != native:
+        cfg["input_size"] = (kwargs["in_chans"], *to_2tuple(kwargs["img_size"]))
+    return False
 
 
 def _read_source(cfg: dict, variant: Variant, cache_dir: str | os.PathLike | None) -> Checkpoint:

@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_dvt import published
 from timm_dvt.registry import VARIANTS
-from timm_dvt.saving import write_whole
+from timm_dvt.saving import meant_size, write_whole
 from timm_dvt.variants import DVT_LICENSE, DVT_REPO, FOCUS, Variant, published_variants
 
 # Stands for the account in a card that is not on the Hub yet; `push` puts the repo's real id in its place.
@@ -59,11 +59,11 @@ class Facts:
         denoiser = getattr(model, "denoiser", None)
         own = 0 if denoiser is None else sum(p.numel() for p in denoiser.parameters())
         blocks = len(getattr(denoiser, "blocks", ()))
-        rows, columns = model.patch_embed.grid_size
+        patch = model.patch_embed.patch_size[0]
         return cls(
             dim=model.embed_dim,
-            patch=model.patch_embed.patch_size[0],
-            grid=rows,
+            patch=patch,
+            grid=meant_size(model)[0] // patch,
             prefix=model.num_prefix_tokens,
             whole=BYTES * sum(p.numel() for p in model.parameters()),
             denoiser=BYTES * own,

@@ -18,6 +18,7 @@ from timm_dvt.convert import convert
 from timm_dvt.fetching import WEIGHTS_NAME, WeightsNotFoundError, explain, first_line, git_hash, sha256
 from timm_dvt.model import Denoised
 from timm_dvt.registry import VARIANTS
+from timm_dvt.saving import meant_size
 from timm_dvt.variants import Variant
 from timm_dvt.weights import CheckpointError
 
@@ -216,7 +217,7 @@ def _own_card(folder: Path, repo_id: str, denoiser_only: bool) -> ModelCard:
     variant = Variant(
         name=repo_id.split("/")[1],
         backbone=model.backbone_name,
-        resolution=model.patch_embed.img_size[-1],
+        resolution=meant_size(model)[-1],
         license=base.license if base else None,
     )
     return card(variant, repo_id, denoiser_only, model)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from timm.layers import to_2tuple
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
@@ -83,6 +84,19 @@ def _write_config(model: Any, path: Path, model_args: dict) -> None:
     _write(model, path, saved_architecture(model.backbone_name.split(".")[0]), arguments)
 
 
+def meant_size(model: Any) -> tuple[int, int]:
+    """Rows and columns of the images that a model is meant for.
+
+    A variant that takes any size is made at its backbone's own, which is not what its denoiser was trained at; its
+    config says that. Any other model, and one whose size was changed, is meant for what it is made for.
+    """
+    size, cfg = tuple(model.patch_embed.img_size), getattr(model, "pretrained_cfg", None) or {}
+    made_at = getattr(model, "_model_args", {}).get("img_size", size)
+    if model.dynamic_img_size and not cfg.get("fixed_input_size", True) and tuple(to_2tuple(made_at)) == size:
+        return tuple(cfg["input_size"][1:])
+    return size
+
+
 def _arguments(model: Any, more: dict | None = None) -> dict:
     """What a timm ViT was created with, and what it is now."""
     made_with = getattr(model, "_model_args", {})
@@ -98,9 +112,9 @@ def _arguments(model: Any, more: dict | None = None) -> dict:
 
 
 def _write(model: Any, path: Path, architecture: str, arguments: dict) -> None:
-    """timm's config.json of a model, under another architecture and at the size that it has now."""
+    """timm's config.json of a model, under another architecture and for images of the size that it is meant for now."""
     cfg = model.pretrained_cfg
-    size = [model.in_chans, *model.patch_embed.img_size]
+    size = [model.in_chans, *meant_size(model)]
     saved = {**cfg, "architecture": architecture, "input_size": size, "num_classes": model.num_classes}
     try:
         model.pretrained_cfg = saved

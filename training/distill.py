@@ -35,7 +35,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from timm_dvt.model import remove_denoiser
-from timm_dvt.saving import save_plain
+from timm_dvt.saving import meant_size, save_plain
 from training.common.command import add_model_arguments, help_from
 from training.common.images import Source, list_images
 from training.common.models import load_model, pick_device, weights_digest
@@ -133,7 +133,7 @@ def make_settings(
     args: argparse.Namespace, teacher: Any, sources: list[Source], processes: Processes
 ) -> Settings:
     """The settings of a command line, for so many images and processes. Raises ValueError for what cannot be."""
-    size = teacher.patch_embed.img_size[0] if args.input_size is None else args.input_size
+    size = meant_size(teacher)[0] if args.input_size is None else args.input_size
     patch = teacher.patch_embed.patch_size[0]
     if size < patch or size % patch:
         raise ValueError(f"input_size must be a multiple of the patch size {patch}, got {size}")

@@ -62,7 +62,10 @@ def load_pairs_model(name: str, pretrained: bool, made_with: Mapping[str, Any], 
     elif "model" in made_with and made_with["model"] != name:
         raise ValueError(f"{origin}, not with --model {name}")
     if made_with.get("input_size"):
-        model.set_input_size(img_size=(made_with["input_size"],) * 2)
+        # The position embedding stays on its own grid, to be resampled once, in forward; the config alone says for
+        # images of which size the denoiser is.
+        size = (model.in_chans, made_with["input_size"], made_with["input_size"])
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": size, "fixed_input_size": False}
     model.recorded_arguments = _recorded_arguments(name)
     return model
 

@@ -34,7 +34,7 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from timm_dvt.model import Denoised
-from timm_dvt.saving import write_whole
+from timm_dvt.saving import meant_size, write_whole
 from timm_dvt.version import __version__
 from training.common.backbone import FeatureReader
 from training.common.models import weights_digest
@@ -68,7 +68,7 @@ class Extractor:
         """
         self.model: Any = model.eval().requires_grad_(False)
         own = getattr(self.model, "patch_embed", None)
-        size = input_size or (own.img_size[0] if own is not None and own.img_size else None)
+        size = input_size or (meant_size(model)[0] if own is not None and own.img_size else None)
         self.reader = FeatureReader(model, input_size=size, dtype=dtype)
         self.dtype = dtype
         self.denoiser = _last_denoiser(self.model)
