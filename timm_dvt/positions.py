@@ -143,10 +143,10 @@ class Position:
         return _fraction(signal, self._places * total)
 
     def components(self) -> torch.Tensor:
-        """(C, r) orthonormal directions in which position shows, and more than in others.
+        """(C, r) orthonormal directions in which position shows, and little else.
 
         The eigenvalue of such a direction is above the largest one that any of `SPLITS` differences of halves has, so
-        that noise alone would not make it; and position explains more there than it does on the whole, or to lose the
+        that noise alone would not make it; and position explains at least half of what varies there, or to lose the
         direction would be to lose content.
         """
         values, vectors = torch.linalg.eigh(self._products())
@@ -155,8 +155,8 @@ class Position:
         noise = [torch.linalg.eigvalsh(self._products(draw.permutation(signs)))[-1] for _ in range(SPLITS)]
         # What rounding leaves is no noise of the images, and no signal either.
         least = max(*map(float, noise), 1e-6 * float(values[-1]), 0.0)
-        usual = self.share * self._places * (vectors * (self.total @ vectors)).sum(0)
-        return vectors[:, (values > least) & (values > usual)]
+        varies = self._places * (vectors * (self.total @ vectors)).sum(0)
+        return vectors[:, (values > least) & (values > varies / 2)]
 
     @property
     def _places(self) -> int:
