@@ -151,10 +151,10 @@ def test_project_takes_out_the_planted_directions_and_leaves_the_others_alone(im
     assert (planted @ matrix).norm() < 0.1 * planted.norm()
     torch.testing.assert_close(matrix @ matrix, matrix, atol=1e-5, rtol=0)
     assert facts.components == round(float((torch.eye(len(matrix)) - matrix).trace()))
-    assert 3 <= facts.components <= 3 + 12 and facts.share_after < 0.1 * facts.share_before
+    assert facts.components == 3 and facts.share_after < 0.1 * facts.share_before
     content = torch.randn(50, len(matrix))
     content -= content @ torch.linalg.pinv(planted, rtol=1e-4) @ planted
-    assert (content @ matrix).square().sum() > (1 - 16 / len(matrix)) * content.square().sum()
+    assert (content @ matrix).square().sum() > 0.95 * content.square().sum()
 
 
 def test_project_keeps_the_mean_token():
@@ -253,7 +253,6 @@ BAD = {
     "views": (dict(views=3), "views is 3"),
     "no images": (dict(images=[]), "holds no image"),
     "not images": (dict(images=[3]), "holds a int"),
-    "too few": (dict(images=torch.rand(3, 3, 64, 64), method="project"), "3 are too few; pass 4 or more, or none"),
     "normalised": (dict(images=torch.randn(3, 64, 64)), "not normalised"),
     "grey": (dict(images=torch.rand(1, 64, 64)), "not an RGB image"),
     "no such file": (dict(images="none.png"), "none.png"),
@@ -303,7 +302,8 @@ def test_the_command_writes_a_folder_that_loads_and_a_picture(method, tmp_path, 
     arguments = ["--images", str(tmp_path / "images"), "--method", method, "--views", "64", "--out", str(out)]
     assert main(["calibrate", "--model", "test_vit", "--no-pretrained", *arguments]) == 0
     printed = capsys.readouterr()
-    assert "from 64 views of 5 images" in printed.out and "Position explains" in printed.out
+    looked_at = {"static": "from 64 views of 5 images;", "project": "from 64 views of 4 images and of blank ones;"}
+    assert looked_at[method] in printed.out and "Position explains" in printed.out
     assert f"local-dir:{out}" in printed.out and "calibrate:" in printed.err  # the bar
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     assert model.denoiser.arch == method
@@ -323,8 +323,6 @@ def test_without_images_the_picture_shows_the_packages_photographs(tmp_path, cap
     (["--model", "test_resnet", "--no-pretrained"], "not to ResNet"),
     (["--model", "test_vit", "--no-pretrained", "--images", "{}"], "no image in this folder"),
     (["--model", "test_vit", "--no-pretrained", "--images", "{}/no.png"], "no.png"),
-    (["--model", "test_vit", "--no-pretrained", "--images", "timm_dvt/assets/cat.jpg", "--method", "project"],
-     "1 is too few"),
     (["--model", "test_vit", "--no-pretrained", "--views", "2"], "views is 2"),
     (["--model", "test_vit", "--no-pretrained", "--out", "setup.cfg"], "cannot write to setup.cfg"),
 ])  # fmt: skip

@@ -16,6 +16,7 @@ from timm_dvt.sample_images import ImageError, Source, blank, canvas, sources
 
 METHODS = ("static", "project")
 WINDOWS = 8  # views of a canvas
+LEAST_VIEWS = 4 * WINDOWS  # two canvases, whose estimates are compared, of the images and of blank ones
 
 
 class CalibrationError(ValueError):
@@ -68,9 +69,12 @@ def calibrate(
         model: any model that `add_denoiser` takes. A denoiser that it has already is replaced.
         images: a folder, paths, PIL images, or RGB tensors (3, h, w) or (B, 3, h, w) in [0, 1] or uint8, alone or in an
             iterable. None: blank and noise images, which take no data but show only a part of the artifacts.
-        method: "static" subtracts the mean artifact map, (H, W, C), resampled at other grids as a position embedding.
+        method: "static" subtracts the mean artifact map, (H, W, C), at other grids resampled as a position embedding.
             "project" takes the directions out of the tokens in which places differ by more than noise: a (C, C) matrix
-            for any grid, which leaves all other directions as they are.
+            for any grid, which leaves all other directions as they are. The directions are those of blank images, and
+            `images` tell the mean token, which is kept. Neither has to be calibrated anew for another
+            grid: of a DINOv2-S at 280 px, position explains 6.9% raw, 3.4% with the map of 518 px resampled, 3.3%
+            projected as at 518 px, and 4.4% with a map of 280 px from half as many views.
         layers: blocks to be denoised, as for `add_denoiser`; default the last one, or those that have a denoiser.
         views: forward passes at the most.
         tolerance: stop as soon as the map's own estimate of its error is not above this fraction of the map.
@@ -83,29 +87,27 @@ def calibrate(
     """
     if method not in METHODS:
         raise CalibrationError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
-    if views < 2 * WINDOWS or batch_size < 1 or not tolerance >= 0:
+    if views < LEAST_VIEWS or batch_size < 1 or not tolerance >= 0:
         raise CalibrationError(
             f"views is {views}, tolerance {tolerance}, batch_size {batch_size}; they must be at least "
-            f"{2 * WINDOWS}, 0 and 1."
+            f"{LEAST_VIEWS}, 0 and 1."
         )
     try:
         found = None if images is None else sources(images, views // WINDOWS)
     except ImageError as e:
         raise CalibrationError(str(e)) from e
-    if method == "project" and found is not None and len(found) < 4:
-        raise CalibrationError(
-            f"method 'project' compares images, and {len(found)} {'is' if len(found) == 1 else 'are'} too few; pass 4 "
-            "or more, or none (blank ones)."
-        )
     before, old = _take_denoiser(model)
     training = model.training
     try:
         add_denoiser(model, arch="static", layers=layers if layers is not None else sorted(before) or None)
         reader = ViewReader(model.eval(), batch_size)
-        sums, count = _look(reader, found, views, tolerance, progress)
-        told = {block: one.estimate() for block, one in sums.items()}
+        # In images content hides the directions of position: the one that a DINOv2-S shows first holds 27% of what
+        # varies in its features, where six found on blank images hold 4.5%. So images only tell the mean token.
+        twice = method == "project" and found is not None
+        count, told = _look(reader, found, views // 2 if twice else views, tolerance, progress)
+        basis = _look(reader, None, views // 2, tolerance, progress)[1] if twice else told
         facts = dict(method=method, images=0 if found is None else min(len(found), count), views=reader.views)
-        new = {block: _denoiser(position, facts) for block, position in told.items()}
+        new = {block: _denoiser(position, basis[block], facts) for block, position in told.items()}
         final = model.final_block
         remove_denoiser(model)
         attach_denoiser(model, combine(new, final))
@@ -184,8 +186,8 @@ class ViewReader:
 
 def _look(
     reader: ViewReader, found: list[Source] | None, views: int, tolerance: float, progress: bool
-) -> tuple[dict[int, PositionSums], int]:
-    """Sum up canvases until the error is small enough or the views are spent; also returns how many there were."""
+) -> tuple[int, dict[int, Position]]:
+    """Sum up canvases until the error is small enough or the views are spent; their number, and what they told."""
     windows = Windows.whole() if found is None else Windows.draw(WINDOWS, tuple(side // 2 for side in reader.grid))
     # Images of one group share no content with those of another. Below 4 images, canvases must do.
     groups = MOST_GROUPS if found is None or not 4 <= len(found) < MOST_GROUPS else len(found)
@@ -204,7 +206,7 @@ def _look(
                 if error <= tolerance:
                     break
                 check += check
-    return sums, visit + 1
+    return visit + 1, {block: one.estimate() for block, one in sums.items()}
 
 
 def _inputs(
@@ -227,15 +229,19 @@ def _cut(part: torch.Tensor, place: tuple[int, int, bool], reader: ViewReader) -
     return view.flip(-1) if mirrored else view
 
 
-def _denoiser(position: Position, facts: dict) -> Denoiser:
-    """A denoiser of the method, in float32 on the CPU, with what there is to tell of it."""
+def _denoiser(position: Position, blanks: Position, facts: dict) -> Denoiser:
+    """A denoiser of the method, in float32 on the CPU, with what there is to tell of it.
+
+    Args:
+        position: as the images show it. blanks: as blank images show it, if the method is "project".
+    """
     components = 0
     if facts["method"] == "static":
         after = position.share_without_artifacts
         denoiser = Denoiser(position.artifacts.shape[-1], position.artifacts.shape[:2], arch="static")
         values = {"pos_embed": -position.artifacts.flatten(0, 1)[None]}
     else:
-        basis = position.components()
+        basis = blanks.components()
         components = basis.shape[1]
         taken = basis @ basis.T
         matrix = torch.eye(len(taken), dtype=taken.dtype) - taken
@@ -244,6 +250,6 @@ def _denoiser(position: Position, facts: dict) -> Denoiser:
         values = {"blocks.0.weight": matrix, "blocks.0.bias": taken @ position.mean}
     denoiser.load_state_dict(values)
     denoiser.calibration = Calibration(
-        **facts, error=position.error, components=components, share_before=position.share, share_after=after
+        **facts, error=blanks.error, components=components, share_before=position.share, share_after=after
     )
     return denoiser

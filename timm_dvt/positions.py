@@ -24,6 +24,7 @@ import torch
 # images to position, the plain mean 3.37%, nothing done 6.40%.
 PRIOR = 1.0
 MOST_GROUPS = 8  # of images, whose estimates are compared; more tell the error no better, and each is kept
+LEAST = 0.01  # of the mean map's square that is taken for G's at the least
 SPLITS = 20  # into two halves, whose differences say what noise alone would look like
 
 
@@ -113,9 +114,11 @@ class Position:
         self._mean_map = self._weighted.sum(0)
         self._scale = float(1 - weights.square().sum())
         found = float(self._mean_map.square().sum())
-        self._signal = max(found - float(self._weighted.square().sum()), 0.0) / self._scale
+        signal = (found - float(self._weighted.square().sum())) / self._scale
+        # |G|^2 is told by a few groups only: where they see none of it, there may still be some.
+        self._signal = max(signal, LEAST * found)
         self._noise = max(found - self._signal, 0.0)
-        self._shrink = self._signal / (self._signal + self._noise) if self._signal > 0 else 0.0
+        self._shrink = self._signal / max(self._signal + self._noise, 1e-30)
         self.artifacts = (self._shrink * self._mean_map).unflatten(0, estimates.shape[1:3])
 
     @property
@@ -131,7 +134,7 @@ class Position:
     @property
     def share_without_artifacts(self) -> float:
         """The same after `artifacts` was subtracted, whose error is left."""
-        left = self._shrink * self._noise if self._signal > 0 else 0.0
+        left = self._shrink * self._noise
         return _fraction(left, self._places * float(self.total.trace()) - self._signal + left)
 
     def share_after(self, matrix: torch.Tensor) -> float:
@@ -140,10 +143,10 @@ class Position:
         return _fraction(signal, self._places * total)
 
     def components(self) -> torch.Tensor:
-        """(C, r) orthonormal directions in which position shows, and more than in others.
+        """(C, r) orthonormal directions in which position shows, and little else.
 
         The eigenvalue of such a direction is above the largest one that any of `SPLITS` differences of halves has, so
-        that noise alone would not make it; and position explains more there than it does on the whole, or to lose the
+        that noise alone would not make it; and position explains at least half of what varies there, or to lose the
         direction would be to lose content.
         """
         values, vectors = torch.linalg.eigh(self._products())
@@ -152,8 +155,8 @@ class Position:
         noise = [torch.linalg.eigvalsh(self._products(draw.permutation(signs)))[-1] for _ in range(SPLITS)]
         # What rounding leaves is no noise of the images, and no signal either.
         least = max(*map(float, noise), 1e-6 * float(values[-1]), 0.0)
-        usual = self.share * self._places * (vectors * (self.total @ vectors)).sum(0)
-        return vectors[:, (values > least) & (values > usual)]
+        varies = self._places * (vectors * (self.total @ vectors)).sum(0)
+        return vectors[:, (values > least) & (values > varies / 2)]
 
     @property
     def _places(self) -> int:
