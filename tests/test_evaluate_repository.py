@@ -173,6 +173,26 @@ def test_live_features_are_the_models_own_at_any_size():
     assert unnormed.shape == (2, 64, 6, 9)
 
 
+@pytest.mark.parametrize("name", [
+    "vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224", "vit_tiny_patch16_224", "vit_base_patch16_siglip_224",
+])  # fmt: skip
+def test_live_features_of_a_square_are_those_of_the_reader(name):
+    torch.manual_seed(0)
+    vit = timm_dvt.add_denoiser(timm.create_model(name, depth=1, num_classes=0)).eval()
+    size = 3 * vit.patch_embed.patch_size[0]
+    extractor = Extractor(vit, size)
+    images = torch.rand(1, 3, size, size)
+    want = extractor.backbone(images)
+    features = LiveFeatures(extractor)
+    normed = (images - extractor.reader.mean) / extractor.reader.std
+    maps, classes = features(normed, "raw")
+    assert torch.allclose(maps, want["raw"], atol=1e-4)
+    assert torch.allclose(classes, want["prefix"][:, 0] if want["prefix"].shape[1] else classes[:, :0], atol=1e-4)
+    assert torch.allclose(features(normed, "denoised")[0], extractor.denoise(want["raw"]), atol=1e-4)
+    wide = features(torch.randn(1, 3, size, 2 * size), "denoised")[0]
+    assert wide.shape == (1, 3, 6, vit.embed_dim) and wide.isfinite().all()
+
+
 # ---- segmentation
 
 

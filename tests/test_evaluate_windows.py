@@ -85,7 +85,7 @@ def test_keep_ratio_512_gives_the_long_side_512():
 def test_512_is_padded_by_3_to_518_and_odd_pixels_go_right_and_below():
     assert patch_padding((512, 512), 14) == (3, 3, 3, 3)
     assert patch_padding((480, 640), 14) == (2, 2, 5, 5)  # 644, 490
-    assert patch_padding((5, 4), 8) == (2, 2, 1, 2)
+    assert patch_padding((5, 3), 8) == (2, 3, 1, 2)
     assert patch_padding((512, 64), 16) == (0, 0, 0, 0)
 
 
