@@ -146,7 +146,7 @@ def picture(model: Any, photographs: Sequence[Image.Image], title: str) -> Image
 
 
 def _shown(model: Any, reader: ViewReader, image: Image.Image) -> Shown:
-    seen = {}
+    seen: dict[str, torch.Tensor] = {}
 
     def look(denoiser: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         seen.update(off=inputs[0], on=output)
