@@ -106,7 +106,9 @@ def describe(facts: Calibration) -> str:
     looked_at = f"{facts.images} image{'s' * (facts.images != 1)}" if facts.images else "blank and noise images"
     if facts.images and facts.method == "project":
         looked_at += " and of blank ones"
-    what = f"{facts.components} direction{'s' * (facts.components != 1)} projected out" if facts.method == "project" else "the mean artifact map"
+    what = "the mean artifact map"
+    if facts.method == "project":
+        what = f"{facts.components} direction{'s' * (facts.components != 1)} projected out"
     return (
         f"{what}, from {facts.views} views of {looked_at}; estimated error of the map {facts.error:.0%}. Position "
         f"explains {facts.share_before:.2%} of the variance within these views before, {facts.share_after:.2%} after."
@@ -145,7 +147,7 @@ def picture(model: Any, photographs: Sequence[Image.Image], title: str) -> Image
 
 
 def _shown(model: Any, reader: ViewReader, image: Image.Image) -> Shown:
-    seen = {}
+    seen: dict[str, torch.Tensor] = {}
 
     def look(denoiser: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         seen.update(off=inputs[0], on=output)

@@ -32,6 +32,7 @@ def sources(images: Source | Iterable[Source], most: int) -> list[Source]:
     Raises:
         ImageError: there is no image, or a thing that is none.
     """
+    found: Iterator[Source]
     if isinstance(images, (str, os.PathLike)):
         found = _of_folder(Path(images)) if os.path.isdir(images) else iter([images])
     elif isinstance(images, Image.Image) or (isinstance(images, torch.Tensor) and images.ndim == 3):
@@ -40,7 +41,7 @@ def sources(images: Source | Iterable[Source], most: int) -> list[Source]:
         found = (one for item in images for one in (sources(item, most) if _is_several(item) else [item]))
     else:
         raise ImageError(f"images is a {type(images).__name__}; pass paths, PIL images or tensors, or a folder.")
-    taken = list(islice(found, most))
+    taken: list[Source] = list(islice(found, most))
     for one in taken:
         if not isinstance(one, (str, os.PathLike, Image.Image, torch.Tensor)):
             raise ImageError(f"images holds a {type(one).__name__}; an image is a path, a PIL image or a tensor.")
