@@ -1,5 +1,6 @@
 """Saving a model as a folder that timm.create_model("local-dir:FOLDER") loads."""
 
+import inspect
 import json
 import os
 import tempfile
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from timm_dvt.fetching import WEIGHTS_NAME
+from timm_dvt.layouts import input_size
 from timm_dvt.model import Denoised
+from timm_dvt.timm_private import save_config_for_hf
 from timm_dvt.variants import saved_architecture
 from timm_dvt.version import __version__
 
@@ -83,23 +85,20 @@ def _write_config(model: Any, path: Path, model_args: dict) -> None:
 
 
 def _arguments(model: Any, more: dict | None = None) -> dict:
-    """What a timm ViT was created with, and what it is now."""
+    """What a timm model was created with, and what it is now."""
     made_with = getattr(model, "_model_args", {})
-    return {
-        **{key: value for key, value in made_with.items() if not key.endswith("drop_rate")},
-        **(more or {}),
-        "img_size": list(model.patch_embed.img_size),
-        "in_chans": model.in_chans,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "dynamic_img_size": model.dynamic_img_size,
-    }
+    kept = {key: value for key, value in made_with.items() if not key.endswith("drop_rate")} | (more or {})
+    takes = inspect.signature(getattr(type(model), "_backbone_class", type(model)).__init__).parameters
+    now = {key: getattr(model, key, None) for key in ("in_chans", "num_classes", "global_pool", "dynamic_img_size")}
+    now["img_size"] = list(input_size(model))
+    known = {key: value for key, value in now.items() if isinstance(value, (int, str, list))}
+    return kept | {key: value for key, value in known.items() if key in takes or key in kept}
 
 
 def _write(model: Any, path: Path, architecture: str, arguments: dict) -> None:
     """timm's config.json of a model, under another architecture and at the size that it has now."""
     cfg = model.pretrained_cfg
-    size = [model.in_chans, *model.patch_embed.img_size]
+    size = [model.in_chans, *input_size(model)]
     saved = {**cfg, "architecture": architecture, "input_size": size, "num_classes": model.num_classes}
     try:
         model.pretrained_cfg = saved
