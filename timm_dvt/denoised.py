@@ -93,7 +93,7 @@ class Denoised:
         """Final features in any of timm's forms with denoised patch tokens; `given` are the method's arguments."""
         if isinstance(features, dict):  # of packed patches
             return {**features, "patches": self._cleaned(features["patches"], given)}
-        if not isinstance(features, torch.Tensor):
+        if isinstance(features, (tuple, list)):
             raise ValueError(f"forward_features gave a {type(features).__name__}; for that, switch the denoiser off.")
         x = given["x"] if "x" in given else given["patches"]
         packed = x if isinstance(x, dict) else given

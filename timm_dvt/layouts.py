@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from timm.models import register_notrace_function
+import torch.fx
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -56,7 +56,7 @@ class Layout:
         return grid_of(height, width, count, self.img_size[0] / self.grid[0], self.img_size[1] / self.grid[1])
 
 
-@register_notrace_function  # torch.fx cannot follow decisions on a traced size
+@torch.fx.wrap  # it cannot follow decisions on a traced size
 def grid_of(height: int, width: int, count: int | None, row: float, column: float) -> tuple[int, int]:
     """Rows and columns of `count` patches of row x column pixels in an image; patches at the edge may be cut or padded.
 
@@ -180,13 +180,21 @@ def _shown(output: Any) -> str:
 
 
 class Refused(TypeError):
-    """A model that cannot have a denoiser; the message says why, and what can."""
+    """A model that cannot have a denoiser; the message says why, and what can.
+
+    Attributes:
+        reason: the why alone.
+    """
+
+    def __init__(self, model: nn.Module, reason: str):
+        self.reason = reason
+        super().__init__(
+            "A denoiser can be added to timm's VisionTransformer (ViT, DeiT, CLIP, DINO, DINOv2, SigLIP, ...) and Eva "
+            "(EVA-02, DINOv3, ...), and to every timm model whose final features are the patches of one grid (for "
+            f"all: python -m timm_dvt families), not to {type(model).__name__}: {reason}."
+        )
 
 
 def refuse(model: nn.Module, reason: str) -> NoReturn:
     """Raise `Refused` for a model."""
-    raise Refused(
-        f"A denoiser can be added to timm's VisionTransformer (ViT, DeiT, CLIP, DINO, DINOv2, SigLIP, ...) and Eva "
-        f"(EVA-02, DINOv3, ...), and to any timm model whose features are the patches of one grid (BEiT, NaFlex, SAM, "
-        f"...: see timm_dvt.families), not to {type(model).__name__}: {reason}."
-    )
+    raise Refused(model, reason)
