@@ -95,7 +95,7 @@ class Denoised:
             return {**features, "patches": self._cleaned(features["patches"], given)}
         if isinstance(features, (tuple, list)):
             raise ValueError(f"forward_features gave a {type(features).__name__}; for that, switch the denoiser off.")
-        x = given["x"] if "x" in given else given["patches"]
+        x = given["x"]
         packed = x if isinstance(x, dict) else given
         prefix = self.prefix_tokens()
         patches = self.layout.patches(features, prefix)

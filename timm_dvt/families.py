@@ -59,8 +59,8 @@ def _makes_features(kind: Any, module: str) -> bool:
     return named and hasattr(kind, "forward_features") and hasattr(kind, "forward_intermediates")
 
 
-def _size(name: str) -> tuple[bool, int, str]:
+def _size(name: str) -> tuple[int, str]:
     """Sorts architectures by what their names say of their size."""
-    small = re.search("test_|nano|pico|femto|atto|tiny|_ti_|xxs|small|_s[_0-9]", name)
-    large = re.search("large|huge|giant|enormous|xl|_l[_0-9]|_h[_0-9]|_g[_0-9]", name)
-    return large is not None, not small, name
+    words = ("test_", "atto|femto|pico|nano|_xxs", "_xs|tiny|_ti_", "small|_s[_0-9]", "base|medium|_m[_0-9]|_b_")
+    ranks = [rank for rank, word in enumerate(words) if re.search(word, name)]
+    return ranks[0] if ranks else len(words), name

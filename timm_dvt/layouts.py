@@ -74,8 +74,11 @@ def grid_of(height: int, width: int, count: int | None, row: float, column: floa
     )
 
 
-def layout_of(model: nn.Module) -> Layout:
+def layout_of(model: nn.Module, size: tuple[int, int] | None = None) -> Layout:
     """How a timm model's final features lie, by running a copy of it without weights (the meta device).
+
+    Args:
+        size: rows and columns in pixels of the images to run it on; default the model's own.
 
     Raises:
         TypeError: it does not give patches of one grid; the message says what it gives.
@@ -84,8 +87,8 @@ def layout_of(model: nn.Module) -> Layout:
     if isinstance(model, KNOWN):
         embed = known.patch_embed
         grid = tuple(embed.grid_size) if embed.grid_size else None
-        size = tuple(embed.img_size) if embed.img_size else None
-        return Layout("tokens", known.num_prefix_tokens, known.embed_dim, len(known.blocks), grid, size, plain=True)
+        own = tuple(embed.img_size) if embed.img_size else None
+        return Layout("tokens", known.num_prefix_tokens, known.embed_dim, len(known.blocks), grid, own, plain=True)
     lacking = [name for name in ("forward_features", "forward_intermediates") if not hasattr(model, name)]
     if lacking or not isinstance(getattr(model, "feature_info", None), list):
         refuse(model, f"it has no {' and no '.join(lacking or ['feature_info'])}")
@@ -95,7 +98,7 @@ def layout_of(model: nn.Module) -> Layout:
         refuse(model, pyramid)
     sketch = _without_weights(model)
     error: Exception | None = None
-    for size in _sizes(model):
+    for size in _sizes(model) if size is None else (size,):
         images = torch.empty(2, getattr(model, "in_chans", 3), *size, device="meta", dtype=_dtype(model))
         try:
             with torch.no_grad():

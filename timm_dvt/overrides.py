@@ -71,7 +71,9 @@ class OfAnything:
         """timm's final features, in timm's form, patch tokens denoised. Raises ValueError where patches are missing."""
         features = self._backbone_features(*args, **options)
         if self.denoise and self.denoises_final:
-            return self._cleaned(features, dict(zip(names(self._backbone_class.forward_features), args), **options))
+            takes = names(self._backbone_class.forward_features)
+            given = dict(zip(takes, args), **options)
+            return self._cleaned(features, {**given, "x": given[takes[0]]})
         return features
 
     def forward_intermediates(self, *args, **options) -> Intermediates:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import nn
 
 from timm_dvt.fetching import WEIGHTS_NAME
@@ -45,7 +46,7 @@ def save_pretrained(
     if denoiser_only:
         state = {key: tensor for key, tensor in state.items() if key.startswith("denoiser.")}
     metadata = {"format": "pt", "backbone": model.backbone_name, "timm_dvt": __version__}
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    tensors = _apart(state)
     write_whole(folder / WEIGHTS_NAME, lambda path: write_tensors(tensors, path, metadata))
     write_whole(folder / "config.json", lambda path: _write_config(model, path, model_args or {}))
     return folder
@@ -61,10 +62,21 @@ def save_plain(model: nn.Module, folder: str | os.PathLike, name: str) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    tensors = _apart(model.state_dict())
     write_whole(folder / WEIGHTS_NAME, lambda path: write_tensors(tensors, path, {"format": "pt"}))
     write_whole(folder / "config.json", lambda path: _write(model, path, name.split(".")[0], _arguments(model)))
     return folder
+
+
+def _apart(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as safetensors takes them: on the CPU, and each with memory of its own, where CoaT shares layers."""
+    seen: set[int] = set()
+    tensors = {}
+    for key, tensor in state.items():
+        plain = tensor.detach().cpu().contiguous()
+        tensors[key] = plain.clone() if plain.data_ptr() in seen else plain
+        seen.add(plain.data_ptr())
+    return tensors
 
 
 def _write_config(model: Any, path: Path, model_args: dict) -> None:
