@@ -1,4 +1,4 @@
-"""Stage 1 reads the raw final features of the families beside VisionTransformer and Eva as their denoiser is given them."""
+"""Stage 1 reads of every family the raw final features that its denoiser is given."""
 
 import pytest
 import timm

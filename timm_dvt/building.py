@@ -195,9 +195,10 @@ def _timms(variant: Variant) -> Callable[..., nn.Module]:
 
 def _denoiser_options(variant: Variant, backbone: nn.Module, given: dict | None) -> dict:
     """Arguments of `add_denoiser`: the grid of the variant's resolution, and what the caller says."""
-    if (given or {}).get("grid_size") is None:
-        given = {**(given or {}), "grid_size": layout_of(backbone).grid_at(variant.resolution, variant.resolution)}
-    return given
+    options = dict(given or {})
+    if options.get("grid_size") is None:
+        options["grid_size"] = layout_of(backbone).grid_at(variant.resolution, variant.resolution)
+    return options
 
 
 @functools.lru_cache(maxsize=None)

@@ -11,6 +11,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from timm_dvt import published
+from timm_dvt.layouts import layout_of
 from timm_dvt.registry import VARIANTS
 from timm_dvt.saving import write_whole
 from timm_dvt.variants import DVT_LICENSE, DVT_REPO, FOCUS, Variant, published_variants
@@ -44,12 +45,12 @@ class Facts:
         denoiser = getattr(model, "denoiser", None)
         own = 0 if denoiser is None else sum(p.numel() for p in denoiser.parameters())
         blocks = len(getattr(denoiser, "blocks", ()))
-        rows, columns = model.patch_embed.grid_size
+        layout = getattr(model, "layout", None) or layout_of(model)
         return cls(
-            dim=model.embed_dim,
-            patch=model.patch_embed.patch_size[0],
-            grid=rows,
-            prefix=model.num_prefix_tokens,
+            dim=layout.channels,
+            patch=layout.img_size[0] // layout.grid[0],
+            grid=layout.grid[0],
+            prefix=layout.prefix,
             whole=BYTES * sum(p.numel() for p in model.parameters()),
             denoiser=BYTES * own,
             describes=f"{blocks or 'a'} transformer block{'s' if blocks > 1 else ''} of {own / 1e6:.1f} M parameters",

@@ -1,8 +1,8 @@
 """The denoised class of any timm class: timm's own model with a denoiser behind the final norm and a flag to switch it.
 
-`Denoised` overrides the methods through which features leave a model; `denoised_class` puts it before a timm class. What
-differs from family to family is where the patches lie in the features, which `timm_dvt.layouts` finds out, and the
-arguments of these methods, for which `timm_dvt.overrides` has a form each.
+`Denoised` overrides the methods through which features leave a model; `denoised_class` puts it before a timm class.
+What differs from family to family is where the patches lie in the features, which `timm_dvt.layouts` finds out, and
+the arguments of these methods, for which `timm_dvt.overrides` has a form each.
 """
 
 import inspect

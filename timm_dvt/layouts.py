@@ -98,8 +98,8 @@ def layout_of(model: nn.Module, size: tuple[int, int] | None = None) -> Layout:
         refuse(model, pyramid)
     sketch = _without_weights(model)
     error: Exception | None = None
-    for size in _sizes(model) if size is None else (size,):
-        images = torch.empty(2, getattr(model, "in_chans", 3), *size, device="meta", dtype=_dtype(model))
+    for tried in _sizes(model) if size is None else (size,):
+        images = torch.empty(2, getattr(model, "in_chans", 3), *tried, device="meta", dtype=_dtype(model))
         try:
             with torch.no_grad():
                 features = sketch.forward_features(images)
@@ -111,7 +111,7 @@ def layout_of(model: nn.Module, size: tuple[int, int] | None = None) -> Layout:
         except Exception as e:  # a size it does not take; anything may be raised by it
             error = error or e
             continue
-        return _read(model, size, features, maps)
+        return _read(model, tried, features, maps)
     refuse(model, f"it does not run on empty images of its own size ({type(error).__name__}: {_first_line(error)})")
 
 
@@ -189,7 +189,7 @@ class Refused(TypeError):
         reason: the why alone.
     """
 
-    def __init__(self, model: nn.Module, reason: str):
+    def __init__(self, model: nn.Module, reason: str):  # noqa: B042
         self.reason = reason
         super().__init__(
             "A denoiser can be added to timm's VisionTransformer (ViT, DeiT, CLIP, DINO, DINOv2, SigLIP, ...) and Eva "

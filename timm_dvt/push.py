@@ -16,6 +16,7 @@ from timm.models import get_pretrained_cfg
 from timm_dvt.cards import NAMESPACE, NOTE, Facts, card, has_weights, publishable, readable
 from timm_dvt.convert import convert
 from timm_dvt.fetching import WEIGHTS_NAME, WeightsNotFoundError, explain, first_line, git_hash, sha256
+from timm_dvt.layouts import input_size
 from timm_dvt.model import Denoised
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import Variant
@@ -186,7 +187,7 @@ def _own_card(folder: Path, repo_id: str, denoiser_only: bool) -> ModelCard:
     variant = Variant(
         name=repo_id.split("/")[1],
         backbone=model.backbone_name,
-        resolution=model.patch_embed.img_size[-1],
+        resolution=input_size(model)[-1],
         license=base.license if base else None,
     )
     return card(variant, repo_id, denoiser_only, model)

@@ -17,13 +17,14 @@ WHY = {
     "timm.models._registry._model_to_module": "list_models(module=...) of architectures entered at run time",
     "timm.models._registry._module_to_models": "the same, the other way round",
     "timm.models._registry._model_with_tags": "list_models(include_tags=True)",
-    "timm.models._registry._model_pretrained_cfgs": "get_pretrained_cfg of a variant beside timm's own of the same ARCH",
+    "timm.models._registry._model_pretrained_cfgs": "get_pretrained_cfg of a variant beside timm's own",
     "timm.models._registry._model_default_cfgs": "the config of an architecture named without a tag",
     "timm.models._registry._model_has_pretrained": "list_pretrained()",
 }
 
 
-def _look_up(name: str) -> Any:
+def look_up(name: str) -> Any:
+    """What timm has by this full name. Raises ImportError with the name and what it is needed for."""
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(import_module(module), attribute)
@@ -31,7 +32,7 @@ def _look_up(name: str) -> Any:
         raise ImportError(f"This timm has no {name}, which timm_dvt needs for: {WHY[name]}.") from e
 
 
-_found = {name.rpartition(".")[2]: _look_up(name) for name in WHY}
+_found = {name.rpartition(".")[2]: look_up(name) for name in WHY}
 
 feature_take_indices = _found["feature_take_indices"]
 save_config_for_hf = _found["save_config_for_hf"]

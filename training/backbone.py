@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from timm_dvt.layouts import layout_of
-from timm_dvt.model import Denoised, remove_denoiser
+from timm_dvt.model import remove_denoiser
 from timm_dvt.reading import final_tokens, fit_to
 from training.views import patch_centres
 
@@ -66,12 +66,13 @@ class FeatureReader:
             TypeError: the model is of another kind.
             ValueError: a layer, size, stride or dtype that cannot be.
         """
-        self.layout = getattr(model, "layout", None) or layout_of(model)
+        whole: Any = model
+        self.layout: Any = getattr(model, "layout", None) or layout_of(model)
         resizable = isinstance(model, (VisionTransformer, Eva)) and isinstance(model.patch_embed, PatchEmbed)
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
         if resizable:
-            patch_height, patch_width = model.patch_embed.patch_size
+            patch_height, patch_width = whole.patch_embed.patch_size
         else:
             (height, width), (rows, columns) = self.layout.img_size, self.layout.grid
             patch_height, patch_width = height // rows, width // columns
@@ -181,7 +182,7 @@ def _copy(model: nn.Module) -> Any:
     """The model without its denoiser, in eval mode: a copy of the module tree that shares the weights."""
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     twin: Any = copy.deepcopy(model, shared).eval()
-    return remove_denoiser(twin) if isinstance(twin, Denoised) else twin
+    return remove_denoiser(twin) if hasattr(twin, "set_denoise") else twin
 
 
 def _copy_for_grid(model: nn.Module, grid: int, stride: int) -> Any:
