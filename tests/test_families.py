@@ -5,6 +5,8 @@ Nothing here names a class that is to be tested: a new timm's models are covered
 
 import copy
 import io
+import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,6 +16,8 @@ from torch import nn
 import timm_dvt
 from timm_dvt.families import examples
 from timm_dvt.layouts import Refused, layout_of
+
+README = Path(__file__).parent.parent / "README.md"
 
 # Sizes that make a model small, the first that its entrypoint takes and that leaves it what it is; most take one.
 NARROW = {"embed_dim": 64, "num_heads": 1}
@@ -151,6 +155,8 @@ def test_every_class_of_timm_works_or_is_refused_with_the_reason(tmp_path):
     supported, refused = sweep(tmp_path, most=3e6)
     assert {"VisionTransformer", "Eva", "Beit", "NaFlexVit", "VisionTransformerSAM", "VisionTransformerRelPos",
             "VisionTransformerDistilled", "Cait", "Xcit", "Hiera"} <= supported  # fmt: skip
+    listed = re.search("With timm ([0-9.]+):\n\n<!-- families -->\n(.*?)\\.\n\n", README.read_text(), re.DOTALL)
+    assert listed and (listed[1] != timm.__version__ or set(re.split(r",\s+", listed[2])) == supported)
     assert all(len(reason) > 20 for reason in refused.values()) and "ResNet" in refused
 
 

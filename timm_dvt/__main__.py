@@ -1,4 +1,4 @@
-"""The command line: look at a variant (demo, list), convert its weights, write its card, publish it on the Hub."""
+"""The command line: demo, list and families to look, convert, cards and push to publish a variant on the Hub."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from timm_dvt.cards import stale_cards, write_cards
 from timm_dvt.convert import ConvertError, convert
 from timm_dvt.demo import DEFAULT_MODEL, DemoError, run
+from timm_dvt.families import families
 from timm_dvt.fetching import WeightsNotFoundError
 from timm_dvt.push import PushError, push, push_all
 from timm_dvt.registry import VARIANTS
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m timm_dvt", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,list,convert,cards,push}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,list,families,convert,cards,push}")
     demo = commands.add_parser(
         "demo",
         help="draw features with the denoiser off and on",
@@ -58,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         help="resize the image to about PIXELS x PIXELS in area, its aspect ratio kept (default: the model's own size)",
     )
     demo.set_defaults(run=lambda args: run(args.images, args.model, args.out, not args.no_pretrained, args.size))
+    classes = commands.add_parser("families", help="print which of timm's classes can have a denoiser")
+    classes.set_defaults(run=lambda args: print(families_as_table()))
     listing = commands.add_parser("list", help="print the variants and where their weights come from")
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(run=lambda args: print(as_json() if args.json else as_table()))
@@ -150,6 +153,11 @@ def as_table() -> str:
             "A *_distilled model is a whole ViT; any other is its backbone, from its own hub repo, and a denoiser.",
         ]
     )
+
+
+def families_as_table() -> str:
+    """timm's model classes, a line each: "yes", or why not."""
+    return "\n".join(f"{name}: {reason or 'yes'}" for name, reason in families().items())
 
 
 def as_json() -> str:
