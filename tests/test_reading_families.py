@@ -15,7 +15,7 @@ MODELS = {
     "samvit_base_patch16": SMALL,
     "vit_relpos_base_patch16_224": SMALL,
     "xcit_nano_12_p16_224": {"depth": 2, "img_size": 64},
-    "hiera_tiny_224": {"img_size": 64},
+    "hiera_tiny_224": {},
 }
 
 
@@ -38,9 +38,12 @@ def test_the_reader_gives_what_the_denoiser_is_given(name):
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "naflexvit_base_patch16_siglip"])
 def test_another_input_size_is_taken_where_the_model_can(name):
     plain = timm.create_model(name, **MODELS[name]).eval()
+    if name.startswith("beit") and not hasattr(plain, "set_input_size"):
+        pytest.skip(f"timm {timm.__version__} does not resize BEiT")
+    before = FeatureReader(plain).grid
     reader = FeatureReader(plain, input_size=96)
     assert reader.grid == 6 and reader.patch_features(torch.rand(1, 3, 96, 96))[reader.depth - 1].shape[1:3] == (6, 6)
-    assert FeatureReader(plain).grid == 4  # the model itself is as it was
+    assert FeatureReader(plain).grid == before  # the model itself is as it was
 
 
 def test_what_a_family_cannot_be_read_at_is_refused():
