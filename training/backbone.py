@@ -15,7 +15,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from timm_dvt.layouts import layout_of
-from timm_dvt.model import remove_denoiser
 from timm_dvt.reading import final_tokens, fit_to
 from training.views import patch_centres
 
@@ -179,10 +178,12 @@ def _resolve_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]
 
 
 def _copy(model: nn.Module) -> Any:
-    """The model without its denoiser, in eval mode: a copy of the module tree that shares the weights."""
+    """The model with its denoiser off, in eval mode: a copy of the module tree that shares the weights."""
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     twin: Any = copy.deepcopy(model, shared).eval()
-    return remove_denoiser(twin) if hasattr(twin, "set_denoise") else twin
+    if hasattr(twin, "set_denoise"):
+        twin.set_denoise(False)
+    return twin
 
 
 def _copy_for_grid(model: nn.Module, grid: int, stride: int) -> Any:
