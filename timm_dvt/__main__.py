@@ -1,4 +1,4 @@
-"""The command line: look at a variant (demo, list), make one (calibrate), convert weights, publish them on the Hub."""
+"""The command line: look (demo, list, families, app), make (calibrate, convert), publish on the Hub (cards, push)."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ from timm_dvt.calibration import CalibrationError
 from timm_dvt.cards import stale_cards, write_cards
 from timm_dvt.convert import ConvertError, convert
 from timm_dvt.demo import DEFAULT_MODEL, DemoError, run
+from timm_dvt.families import families
 from timm_dvt.fetching import WeightsNotFoundError
 from timm_dvt.push import PushError, push, push_all
 from timm_dvt.registry import VARIANTS
@@ -70,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=lambda args: run(args.images, args.model, args.out, not args.no_pretrained, args.size))
     _add_app_command(commands)
+    classes = commands.add_parser(
+        "families",
+        help="print which of timm's classes can have a denoiser",
+        description="Ask timm's registry which classes of models can have a denoiser, and why the others cannot.",
+        epilog="Example: %(prog)s",
+    )
+    classes.set_defaults(run=lambda args: print(families_as_table()))
     listing = commands.add_parser(
         "list",
         help="print the variants and where their weights come from",
@@ -209,6 +217,11 @@ def as_table() -> str:
             "A *_distilled model is a whole ViT; any other is its backbone, from its own hub repo, and a denoiser.",
         ]
     )
+
+
+def families_as_table() -> str:
+    """timm's model classes, a line each: "yes", or why not."""
+    return "\n".join(f"{name}: {reason or 'yes'}" for name, reason in families().items())
 
 
 def as_json() -> str:

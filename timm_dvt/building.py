@@ -1,19 +1,26 @@
 """How a variant is put together: timm's backbone and its weights, the denoiser and its weights."""
 
+import functools
+import inspect
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from timm.layers import to_2tuple
-from timm.models import get_pretrained_cfg, model_entrypoint, split_model_name_tag
-from timm.models._builder import build_model_with_cfg, load_pretrained, resolve_pretrained_cfg
-from timm.models._pretrained import PretrainedCfg
-from timm.models.eva import Eva
-from timm.models.eva import checkpoint_filter_fn as eva_filter
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    get_pretrained_cfg,
+    load_pretrained,
+    model_entrypoint,
+    resolve_pretrained_cfg,
+    split_model_name_tag,
+)
 from torch import nn
 
 from timm_dvt.fetching import WeightsNotFoundError, backbone_files, explain, is_fetch_error
+from timm_dvt.layouts import layout_of
 from timm_dvt.limits import check_denoiser, check_sizes, check_total
 from timm_dvt.model import add_denoiser, attach_denoiser, check_supported
 from timm_dvt.variants import Variant, saved_architecture
@@ -27,6 +34,8 @@ from timm_dvt.weights import (
     locate,
     read_checkpoint,
 )
+
+ADAPTED = ("pos_embed", "relative_position_bias_table")  # what timm brings to another input size itself
 
 
 def create(
@@ -50,13 +59,16 @@ def create(
         pretrained_cfg = get_pretrained_cfg(variant.name)
     cfg = resolve_pretrained_cfg(f"{variant.architecture}_dvt", pretrained_cfg, pretrained_cfg_overlay).to_dict()
     wrapper = {key: kwargs.pop(key) for key in ("out_indices", "feature_cls") if key in kwargs}
-    kwargs.setdefault("in_chans", cfg["input_size"][0])
+    accepted = accepts(variant.architecture)
+    if "in_chans" in accepted:
+        kwargs.setdefault("in_chans", cfg["input_size"][0])
     for key in ("num_classes", "global_pool"):
-        if cfg.get(key) is not None:
+        if cfg.get(key) is not None and key in accepted:
             kwargs.setdefault(key, cfg[key])
-    kwargs.setdefault("dynamic_img_size", True)
+    if "dynamic_img_size" in accepted:
+        kwargs.setdefault("dynamic_img_size", True)
     check_sizes(kwargs)
-    at_its_own = _choose_img_size(variant, cfg, kwargs)
+    at_its_own = "img_size" in accepted and _choose_img_size(variant, cfg, kwargs)
     check_sizes(kwargs)
     check_denoiser(denoiser, add_denoiser)
     sketch = _sketch(variant, cfg, kwargs)
@@ -73,10 +85,10 @@ def create(
         _check_backbone(sketch, checkpoint, cfg)
     loaded = None
     if checkpoint is not None and not variant.distilled:  # a bad file is found out before the backbone is fetched
-        check_supported(sketch)
+        layout = check_supported(sketch)
         options = _denoiser_options(variant, sketch, denoiser)
         grid, heads = tuple(options["grid_size"]), options.get("num_heads")
-        loaded = denoiser_for(checkpoint, sketch.embed_dim, grid, heads, variant.backbone, len(sketch.blocks))
+        loaded = denoiser_for(checkpoint, layout.channels, grid, heads, variant.backbone, layout.maps)
     model = _backbone(variant, cfg, checkpoint, cache_dir, kwargs)
     if not variant.distilled:
         if loaded is None:
@@ -109,7 +121,8 @@ def _sketch(variant: Variant, cfg: dict, kwargs: dict) -> nn.Module:
 
 
 def _position_shape(model: Any) -> tuple | None:
-    return None if model.pos_embed is None else model.pos_embed.shape
+    position = getattr(model, "pos_embed", None)
+    return None if position is None else position.shape
 
 
 def _choose_img_size(variant: Variant, cfg: dict, kwargs: dict) -> bool:
@@ -127,11 +140,11 @@ def _choose_img_size(variant: Variant, cfg: dict, kwargs: dict) -> bool:
     native = tuple(own.input_size[1:]) if own else resolution
     if kwargs.get("img_size") is None:
         meant = tuple(cfg["input_size"][1:])
-        at_its_own = bool(kwargs["dynamic_img_size"]) and meant == resolution
+        at_its_own = bool(kwargs.get("dynamic_img_size")) and meant == resolution
         kwargs["img_size"] = native if at_its_own else meant
         return at_its_own
     if to_2tuple(kwargs["img_size"]) != native:
-        cfg["input_size"] = (kwargs["in_chans"], *to_2tuple(kwargs["img_size"]))
+        cfg["input_size"] = (kwargs.get("in_chans", 3), *to_2tuple(kwargs["img_size"]))
     return False
 
 
@@ -168,7 +181,8 @@ def _backbone(variant: Variant, cfg: dict, checkpoint: Checkpoint | None, cache_
 
 def _check_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> dict:
     """The state dict of a whole ViT that fits the model, but for what timm adapts. Raises CheckpointError."""
-    state, head = dict(checkpoint.backbone), ("head.weight", "head.bias")
+    state = dict(checkpoint.backbone)
+    head = [f"{name}.{part}" for name in _names(cfg, "classifier") or ["head"] for part in ("weight", "bias")]
     adapts_head = model.num_classes != cfg.get("num_classes")
     if model.num_classes == 0:
         for key in head:
@@ -178,9 +192,19 @@ def _check_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> dict
         state,
         checkpoint.path,
         optional=head if adapts_head else (),
-        adapts=("pos_embed", "patch_embed.proj.weight"),
+        adapts=[key for key in model.state_dict() if key.endswith(ADAPTED) or key == _first_conv(cfg)],
     )
     return state
+
+
+def _names(cfg: dict, key: str) -> list[str]:
+    """Names of modules that a pretrained_cfg has, one or several."""
+    names = cfg.get(key) or ()
+    return [name for name in ((names,) if isinstance(names, str) else names) if isinstance(name, str)]
+
+
+def _first_conv(cfg: dict) -> str:
+    return f"{(_names(cfg, 'first_conv') or ['patch_embed.proj'])[0]}.weight"
 
 
 def _load_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> None:
@@ -188,15 +212,19 @@ def _load_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> None:
     state = _check_backbone(model, checkpoint, cfg)
     sources = ("source", "file", "url", "hf_hub_id", "hf_hub_filename")
     source = {key: value for key, value in cfg.items() if key not in sources} | {"state_dict": state}
-    if state["patch_embed.proj.weight"].shape[1] == model.in_chans:
+    wanted = model.state_dict()
+    first = _first_conv(cfg)
+    if first in state and state[first].shape == wanted[first].shape:
         source["first_conv"] = None  # nothing to adapt, though older timm versions would
+    same = all(tensor.shape == wanted[key].shape for key, tensor in state.items() if key in wanted)
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         load_pretrained(
             model,
             pretrained_cfg=source,
             num_classes=model.num_classes,
             in_chans=model.in_chans,
-            filter_fn=eva_filter if isinstance(model, Eva) else vit_filter,
+            filter_fn=None if same else filter_fn,  # for another size; it also renames the keys of other people's files
         )
     except Exception as e:  # shapes that timm cannot adapt
         raise CheckpointError(f"{checkpoint.path}: timm cannot adapt these weights to this model. {e}") from e
@@ -210,5 +238,17 @@ def _timms(variant: Variant) -> Callable[..., nn.Module]:
 
 def _denoiser_options(variant: Variant, backbone: nn.Module, given: dict | None) -> dict:
     """Arguments of `add_denoiser`: the grid of the variant's resolution, and what the caller says."""
-    rows, columns = backbone.patch_embed.patch_size
-    return {"grid_size": (variant.resolution // rows, variant.resolution // columns)} | (given or {})
+    options = dict(given or {})
+    if options.get("grid_size") is None:
+        options["grid_size"] = layout_of(backbone).grid_at(variant.resolution, variant.resolution)
+    return options
+
+
+@functools.lru_cache(maxsize=None)
+def accepts(architecture: str) -> frozenset[str]:
+    """The arguments that the class of a timm architecture takes by name."""
+    build = model_entrypoint(architecture)
+    model = getattr(build, "timms_entrypoint", build)(pretrained=False, device="meta")
+    parameters = inspect.signature(type(model).__init__).parameters
+    more = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())  # NaFlexVit's settings
+    return frozenset(parameters) | ({"global_pool"} if more else set())

@@ -11,6 +11,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from timm_dvt import published
+from timm_dvt.layouts import layout_of
 from timm_dvt.registry import VARIANTS
 from timm_dvt.saving import meant_size, write_whole
 from timm_dvt.variants import DVT_LICENSE, DVT_REPO, FOCUS, Variant, published_variants
@@ -59,12 +60,13 @@ class Facts:
         denoiser = getattr(model, "denoiser", None)
         own = 0 if denoiser is None else sum(p.numel() for p in denoiser.parameters())
         blocks = len(getattr(denoiser, "blocks", ()))
-        patch = model.patch_embed.patch_size[0]
+        layout = getattr(model, "layout", None) or layout_of(model)
+        patch = layout.img_size[0] // layout.grid[0]
         return cls(
-            dim=model.embed_dim,
+            dim=layout.channels,
             patch=patch,
             grid=meant_size(model)[0] // patch,
-            prefix=model.num_prefix_tokens,
+            prefix=layout.prefix,
             whole=BYTES * sum(p.numel() for p in model.parameters()),
             denoiser=BYTES * own,
             describes=f"{blocks or 'a'} transformer block{'s' if blocks > 1 else ''} of {own / 1e6:.1f} M parameters",

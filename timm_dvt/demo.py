@@ -227,10 +227,11 @@ def prepare(model: nn.Module, image: Image.Image, size: int | None = None) -> tu
     config = resolve_model_data_config(model)
     side = size or config["input_size"][-1]
     aspect = min(max(image.width / image.height, 1 / MAX_ASPECT), MAX_ASPECT) ** 0.5
-    patch_height, patch_width = model.patch_embed.patch_size
+    (rows, columns), (full_height, full_width) = model.layout.grid, model.layout.img_size
+    patch_height, patch_width = full_height // rows, full_width // columns
     width = max(round(side * aspect / patch_width), 2) * patch_width
     height = max(round(side / aspect / patch_height), 2) * patch_height
-    if not model.dynamic_img_size:
+    if hasattr(model, "set_input_size") and not getattr(model, "dynamic_img_size", False):
         model.set_input_size(img_size=(height, width))
     resized = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(height, width, 3)
@@ -263,7 +264,8 @@ def measure(
 
 def patch_tokens(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """Final-normed patch tokens (H, W, C) on the CPU; copying them there also waits for an accelerator."""
-    tokens = model.forward_features(pixels)[0, model.num_prefix_tokens :]
+    tokens = model.layout.patches(model.forward_features(pixels), model.prefix_tokens())
     if model.norm_after_pool and not model.denoise:
         tokens = model.fc_norm(tokens)
-    return tokens.float().cpu().unflatten(0, model.patch_embed.dynamic_feat_size(tuple(pixels.shape[-2:])))
+    grid = model.layout.grid_at(pixels.shape[2], pixels.shape[3], tokens.shape[1])
+    return tokens[0].float().cpu().unflatten(0, grid)

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.models import register_notrace_module
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +17,7 @@ MAX_CACHED_GRIDS = 8
 ARCHITECTURES = ("block", "block-no-pe", "conv1x1", "conv3x3", "static", "project")
 
 
+@register_notrace_module  # torch.fx cannot follow decisions on a traced size; for it a denoiser is one step
 class Denoiser(nn.Module):
     """Predicts clean patch tokens from raw ones: F = blocks(y + PE) (paper 4.3, Eq. 11).
 

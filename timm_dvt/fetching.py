@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from timm.models import get_pretrained_cfg
-from timm.models._hub import _get_safe_alternatives, hf_hub_download
+
+from timm_dvt.timm_private import get_safe_alternatives, hf_hub_download
 
 WEIGHTS_NAME = "model.safetensors"
 Files = list[tuple[str, str, str | None]]  # (repo, file, revision)
@@ -132,7 +133,7 @@ def backbone_files(backbone: str) -> Files:
     cfg = get_pretrained_cfg(backbone)
     if cfg is None or not cfg.hf_hub_id:
         return []
-    twins = _get_safe_alternatives(cfg.hf_hub_filename or "pytorch_model.bin")
+    twins = get_safe_alternatives(cfg.hf_hub_filename or "pytorch_model.bin")
     return [(cfg.hf_hub_id, next(iter(twins), WEIGHTS_NAME), None)]
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import _registry as timm_registry
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+from timm_dvt import timm_private
 from timm_dvt.fetching import WeightsNotFoundError, sha256
 from timm_dvt.variants import FOCUS
 
@@ -36,8 +36,8 @@ CONFIG: Any = replace(
 
 def register_backbone() -> None:
     """Make `vit_small_patch14_dinov2.focus` a name of timm's; its weights are read when a model asks for them."""
-    timm_registry._model_pretrained_cfgs[FOCUS.backbone] = CONFIG
-    timm_registry._model_has_pretrained.add(FOCUS.backbone)
+    timm_private.model_pretrained_cfgs[FOCUS.backbone] = CONFIG
+    timm_private.model_has_pretrained.add(FOCUS.backbone)
 
 
 def build_pretrained(build: Callable[..., nn.Module], **kwargs) -> nn.Module:

@@ -21,7 +21,8 @@ def repack(output: Intermediates, features: torch.Tensor | None, maps: list, pre
     """The form of `output` with these contents."""
     if isinstance(output, dict):
         new = {"image_intermediates": maps, "image_intermediates_prefix": prefixes, "image_features": features}
-        return {key: new.get(key, value) for key, value in output.items()}
+        kept = (key for key in output if features is not None or key != "image_features")
+        return {key: new.get(key, output[key]) for key in kept}
     if prefixes is not None:
         maps = list(zip(maps, prefixes, strict=True))
     return maps if features is None else (features, maps)

@@ -60,7 +60,8 @@ def check_denoiser(options: object, accepted_by: Callable) -> None:
 def check_total(sketch: nn.Module) -> None:
     """Raise ValueError for a model, on the meta device, that nobody means."""
     count = sum(parameter.numel() for parameter in sketch.parameters())
-    tokens = math.prod(sketch.patch_embed.grid_size)
+    grid = getattr(getattr(sketch, "patch_embed", None), "grid_size", None) or (0, 0)
+    tokens = math.prod(grid)
     if count > MAX_PARAMETERS or tokens > MAX_TOKENS:
         raise ValueError(
             f"A model of {count:,} parameters for {tokens:,} patches is beyond reason (at most {MAX_PARAMETERS:,} and "

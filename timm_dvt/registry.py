@@ -6,13 +6,18 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from timm.models import _registry as timm_registry
-from timm.models import create_model, get_pretrained_cfg, is_model, split_model_name_tag
-from timm.models._builder import resolve_pretrained_cfg
-from timm.models._pretrained import DefaultCfg, PretrainedCfg
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    create_model,
+    get_pretrained_cfg,
+    is_model,
+    resolve_pretrained_cfg,
+    split_model_name_tag,
+)
 from torch import nn
 
-from timm_dvt import focus
+from timm_dvt import focus, timm_private
 from timm_dvt.building import create
 from timm_dvt.model import check_supported
 from timm_dvt.variants import FOCUS, GENERIC, Variant, published_variants, variant_name
@@ -79,25 +84,25 @@ def _register(variant: Variant) -> None:
     _route(arch)
     cfg = _pretrained_cfg(variant)
     VARIANTS[variant.name] = variant
-    timm_registry._model_pretrained_cfgs[variant.name] = cfg
+    timm_private.model_pretrained_cfgs[variant.name] = cfg
     names = _register_entrypoint(ours, functools.partial(_create_architecture, ours))
     if variant.name not in names:
         names.append(variant.name)
-    pretrained = timm_registry._model_has_pretrained
+    pretrained = timm_private.model_has_pretrained
     (pretrained.add if cfg.has_weights else pretrained.discard)(variant.name)
     if names[0] == variant.name:  # without a tag, the architecture stands for its first variant
-        timm_registry._model_pretrained_cfgs[ours] = cfg
-        timm_registry._model_default_cfgs[ours] = DefaultCfg(deque([""]), {"": cfg}, bool(cfg.has_weights))
+        timm_private.model_pretrained_cfgs[ours] = cfg
+        timm_private.model_default_cfgs[ours] = DefaultCfg(deque([""]), {"": cfg}, bool(cfg.has_weights))
         (pretrained.add if cfg.has_weights else pretrained.discard)(ours)
 
 
 def _register_entrypoint(name: str, function: Callable[..., nn.Module]) -> list[str]:
     """Enter an architecture of ours; returns its list of full names, to be added to."""
     function.__name__, function.__module__ = name, MODULE
-    timm_registry._model_entrypoints[name] = function
-    timm_registry._model_to_module[name] = MODULE
-    timm_registry._module_to_models[MODULE].add(name)
-    return timm_registry._model_with_tags[name]
+    timm_private.model_entrypoints[name] = function
+    timm_private.model_to_module[name] = MODULE
+    timm_private.module_to_models[MODULE].add(name)
+    return timm_private.model_with_tags[name]
 
 
 def _pretrained_cfg(variant: Variant) -> PretrainedCfg:
@@ -126,7 +131,7 @@ def _pretrained_cfg(variant: Variant) -> PretrainedCfg:
 
 def _route(arch: str) -> None:
     """Let timm's entrypoint of an architecture make our variants too; for any other tag it is timm's untouched."""
-    timms = timm_registry._model_entrypoints[arch]
+    timms = timm_private.model_entrypoints[arch]
     if hasattr(timms, "timms_entrypoint"):
         return
 
@@ -141,7 +146,7 @@ def _route(arch: str) -> None:
         return timms(pretrained=pretrained, **kwargs)
 
     entrypoint.timms_entrypoint = timms
-    timm_registry._model_entrypoints[arch] = entrypoint
+    timm_private.model_entrypoints[arch] = entrypoint
 
 
 def _has_source(arch: str, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs) -> bool:
@@ -152,7 +157,7 @@ def _has_source(arch: str, pretrained_cfg=None, pretrained_cfg_overlay=None, **k
 
 def _create_architecture(name: str, pretrained: bool = False, backbone: str | None = None, **kwargs) -> nn.Module:
     """ARCH_dvt, as a saved config.json names it: the variant its tag names, or else the architecture's first."""
-    names = timm_registry._model_with_tags[name]
+    names = timm_private.model_with_tags[name]
     variant = VARIANTS.get(f"{name.removesuffix('_dvt')}.{_tag(kwargs.get('pretrained_cfg'))}") or VARIANTS[names[0]]
     if backbone:
         variant = replace(variant, backbone=_registered(backbone))

@@ -1,5 +1,6 @@
 """Saving a model as a folder that timm.create_model("local-dir:FOLDER") loads."""
 
+import inspect
 import json
 import os
 import tempfile
@@ -7,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from timm.layers import to_2tuple
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from timm_dvt.fetching import WEIGHTS_NAME
+from timm_dvt.layouts import input_size
 from timm_dvt.model import Denoised
+from timm_dvt.timm_private import save_config_for_hf
 from timm_dvt.variants import saved_architecture
 from timm_dvt.version import __version__
 
@@ -44,7 +47,7 @@ def save_pretrained(
     if denoiser_only:
         state = {key: tensor for key, tensor in state.items() if key.startswith("denoiser.")}
     metadata = {"format": "pt", "backbone": model.backbone_name, "timm_dvt": __version__}
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    tensors = _apart(state)
     write_whole(folder / WEIGHTS_NAME, lambda path: write_tensors(tensors, path, metadata))
     write_whole(folder / "config.json", lambda path: _write_config(model, path, model_args or {}))
     return folder
@@ -60,10 +63,21 @@ def save_plain(model: nn.Module, folder: str | os.PathLike, name: str) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    tensors = _apart(model.state_dict())
     write_whole(folder / WEIGHTS_NAME, lambda path: write_tensors(tensors, path, {"format": "pt"}))
     write_whole(folder / "config.json", lambda path: _write(model, path, name.split(".")[0], _arguments(model)))
     return folder
+
+
+def _apart(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as safetensors takes them: on the CPU, and each with memory of its own, where CoaT shares layers."""
+    seen: set[int] = set()
+    tensors = {}
+    for key, tensor in state.items():
+        plain = tensor.detach().cpu().contiguous()
+        tensors[key] = plain.clone() if plain.data_ptr() in seen else plain
+        seen.add(plain.data_ptr())
+    return tensors
 
 
 def _write_config(model: Any, path: Path, model_args: dict) -> None:
@@ -90,25 +104,23 @@ def meant_size(model: Any) -> tuple[int, int]:
     A variant that takes any size is made at its backbone's own, which is not what its denoiser was trained at; its
     config says that. Any other model, and one whose size was changed, is meant for what it is made for.
     """
-    size, cfg = tuple(model.patch_embed.img_size), getattr(model, "pretrained_cfg", None) or {}
+    size, cfg = input_size(model), getattr(model, "pretrained_cfg", None) or {}
     made_at = getattr(model, "_model_args", {}).get("img_size", size)
-    if model.dynamic_img_size and not cfg.get("fixed_input_size", True) and tuple(to_2tuple(made_at)) == size:
+    any_size = getattr(model, "dynamic_img_size", False) and not cfg.get("fixed_input_size", True)
+    if any_size and tuple(to_2tuple(made_at)) == size:
         return tuple(cfg["input_size"][1:])
     return size
 
 
 def _arguments(model: Any, more: dict | None = None) -> dict:
-    """What a timm ViT was created with, and what it is now."""
+    """What a timm model was created with, and what it is now."""
     made_with = getattr(model, "_model_args", {})
-    return {
-        **{key: value for key, value in made_with.items() if not key.endswith("drop_rate")},
-        **(more or {}),
-        "img_size": list(model.patch_embed.img_size),
-        "in_chans": model.in_chans,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "dynamic_img_size": model.dynamic_img_size,
-    }
+    kept = {key: value for key, value in made_with.items() if not key.endswith("drop_rate")} | (more or {})
+    takes = inspect.signature(getattr(type(model), "_backbone_class", type(model)).__init__).parameters
+    now = {key: getattr(model, key, None) for key in ("in_chans", "num_classes", "global_pool", "dynamic_img_size")}
+    now["img_size"] = list(input_size(model))
+    known = {key: value for key, value in now.items() if isinstance(value, (int, str, list))}
+    return kept | {key: value for key, value in known.items() if key in takes or key in kept}
 
 
 def _write(model: Any, path: Path, architecture: str, arguments: dict) -> None:

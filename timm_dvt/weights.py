@@ -10,12 +10,12 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from timm.models._hub import download_cached_file, hf_split
 from torch import nn
 
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from timm_dvt.fetching import WEIGHTS_NAME, WeightsNotFoundError, backbone_files, fetch, first_line
 from timm_dvt.pickles import RefusedError, read_pickle
+from timm_dvt.timm_private import download_cached_file, hf_split
 from timm_dvt.variants import ROWS
 
 State = dict[str, torch.Tensor]
@@ -188,6 +188,7 @@ def check_state(
         CheckpointError: names the file and the keys that are missing, unexpected or of a wrong shape.
     """
     wanted = model.state_dict()
+    whole = {key for key, tensor in wanted.items() if not tensor.is_floating_point()}  # a batch norm's counter
     missing = [prefix + key for key in wanted if key not in state and key not in optional]
     unexpected = [prefix + key for key in state if key not in wanted and key not in optional]
     shapes = [
@@ -198,13 +199,13 @@ def check_state(
     strange = [
         f"{prefix}{key} of {tensor.dtype}"
         for key, tensor in state.items()
-        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta
+        if tensor.is_floating_point() != (key not in whole) or tensor.layout != torch.strided or tensor.is_meta
     ]
     found = {
         "missing keys": missing,
         "unexpected keys": unexpected,
         "wrong shapes": shapes,
-        "no plain floating-point tensors": strange,
+        "no plain tensors of the model's kind": strange,
     }
     problems = [f"{what}: {_some(keys)}" for what, keys in found.items() if keys]
     if problems:

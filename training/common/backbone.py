@@ -14,13 +14,15 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from timm_dvt.layouts import layout_of
+from timm_dvt.reading import final_tokens, fit_to
 from training.common.views import patch_centres
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class FeatureReader:
-    """Reads patch features from a timm VisionTransformer or Eva, and leaves the model itself as it was.
+    """Reads patch features from a timm model that can have a denoiser, and leaves the model itself as it was.
 
     The reader works on a copy of the module tree that shares the model's weights, in eval mode; only the
     position embedding is its own, resampled once to the reader's grid (as timm resamples: bicubic,
@@ -48,7 +50,9 @@ class FeatureReader:
     ) -> None:
         """
         Args:
-            model: a timm VisionTransformer or Eva with a plain convolutional patch embedding.
+            model: a timm model that can have a denoiser. Any input size and stride, and any of its blocks, can be
+                had of a VisionTransformer or Eva with a plain convolutional patch embedding; of another one the
+                last map, at its own stride, and at the sizes that it takes, its own by default.
             layers: blocks to read; negative ones count from the end; None is the last block alone. The last
                 block's features have the final norm applied (also where timm moved it behind the pooling);
                 those of earlier blocks are as the block leaves them.
@@ -61,20 +65,24 @@ class FeatureReader:
             TypeError: the model is of another kind.
             ValueError: a layer, size, stride or dtype that cannot be.
         """
-        if not isinstance(model, (VisionTransformer, Eva)) or not isinstance(model.patch_embed, PatchEmbed):
-            raise TypeError(
-                "model must be a timm VisionTransformer or Eva with a PatchEmbed, got "
-                f"{type(model).__name__} with {type(getattr(model, 'patch_embed', None)).__name__}"
-            )
+        whole: Any = model
+        self.layout: Any = getattr(model, "layout", None) or layout_of(model)
+        resizable = isinstance(model, (VisionTransformer, Eva)) and isinstance(model.patch_embed, PatchEmbed)
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
-        patch_height, patch_width = model.patch_embed.patch_size
+        if resizable:
+            patch_height, patch_width = whole.patch_embed.patch_size
+        else:
+            made_for: Any = self.layout.img_size
+            (height, width), (rows, columns) = made_for, self.layout.grid
+            patch_height, patch_width = height // rows, width // columns
         if patch_height != patch_width:
             raise ValueError(f"model must have square patches, got {patch_height} x {patch_width}")
         self.patch = int(patch_height)
-        self.depth = len(model.blocks)
+        self.depth = self.layout.maps
         self.layers = _resolve_layers(layers, self.depth)
-        self.input_size = default_input_size(self.patch) if input_size is None else input_size
+        own = default_input_size(self.patch) if resizable else made_for[0]
+        self.input_size = own if input_size is None else input_size
         self.stride = self.patch if stride is None else stride
         if not 1 <= self.stride <= self.patch:
             raise ValueError(f"stride must be from 1 to the patch size {self.patch}, got {self.stride}")
@@ -85,11 +93,14 @@ class FeatureReader:
             )
         self.centres = patch_centres(self.input_size, self.patch, self.stride)
         self.grid = len(self.centres)
-        self.channels = int(model.embed_dim)
+        self.channels = self.layout.channels
         self.dtype = DTYPES[dtype]
-        self._model = _copy_for_grid(model, self.grid, self.stride)
+        self._model = _copy_for_grid(model, self.grid, self.stride) if resizable else _copy(model)
+        self._whole = not resizable  # the final features alone are known, at the model's own stride
+        if self._whole:
+            self._check_whole(type(model).__name__)
         config = resolve_model_data_config(model)
-        weight = model.patch_embed.proj.weight
+        weight = next(model.parameters())
         self.device = weight.device
         self.mean = torch.tensor(config["mean"], device=weight.device).view(1, -1, 1, 1)
         self.std = torch.tensor(config["std"], device=weight.device).view(1, -1, 1, 1)
@@ -117,10 +128,13 @@ class FeatureReader:
             raise ValueError(
                 f"images must be (B, 3, {self.input_size}, {self.input_size}), got {tuple(images.shape)}"
             )
-        weight = self._model.patch_embed.proj.weight
+        weight = next(self._model.parameters())
         images = (images.to(self.device, torch.float32) - self.mean) / self.std
         lower = self.dtype != torch.float32 and weight.dtype == torch.float32
         with torch.autocast(self.device.type, self.dtype) if lower else nullcontext():
+            if self._whole:
+                prefix, patches, grid = final_tokens(self._model, images.to(weight.dtype), self.layout)
+                return prefix.float(), {self.depth - 1: patches.float().unflatten(1, grid)}
             tokens = self._model.forward_intermediates(
                 images.to(weight.dtype),
                 indices=list(self.layers),
@@ -137,6 +151,13 @@ class FeatureReader:
                 features[self.depth - 1], prefix = norm(features[self.depth - 1]), norm(prefix)
         maps = {layer: x.float().unflatten(1, (self.grid, self.grid)) for layer, x in features.items()}
         return prefix.float(), maps
+
+    def _check_whole(self, name: str) -> None:
+        if self.layers != (self.depth - 1,):
+            raise ValueError(f"layers must be the last one alone for a {name}, got {self.layers}")
+        if self.stride != self.patch:
+            raise ValueError(f"stride must be the patch size, {self.patch}, for a {name}, got {self.stride}")
+        self.layout = fit_to(self._model, self.input_size)
 
     def _final_norm(self) -> nn.Module:
         # In average-pooled classifiers timm moves the final norm behind the pooling and calls it fc_norm.
@@ -157,12 +178,18 @@ def _resolve_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]
     return tuple(sorted({layer % depth for layer in wanted}))
 
 
-def _copy_for_grid(model: nn.Module, grid: int, stride: int) -> Any:
-    """A copy in eval mode that shares the weights and takes inputs of grid x grid patches, `stride` apart."""
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    twin: Any = copy.deepcopy(model, dict(shared)).eval()
+def _copy(model: nn.Module) -> Any:
+    """The model with its denoiser off, in eval mode: a copy of the module tree that shares the weights."""
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    twin: Any = copy.deepcopy(model, shared).eval()
     if hasattr(twin, "set_denoise"):
         twin.set_denoise(False)
+    return twin
+
+
+def _copy_for_grid(model: nn.Module, grid: int, stride: int) -> Any:
+    """A copy in eval mode that shares the weights and takes inputs of grid x grid patches, `stride` apart."""
+    twin = _copy(model)
     embed = twin.patch_embed
     if twin.pos_embed is not None:
         resampled = resample_abs_pos_embed(

@@ -1,0 +1,49 @@
+"""Raw final patch tokens of any model that can have a denoiser: what its denoiser is given, whatever its family."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from timm_dvt.layouts import Layout, layout_of
+from timm_dvt.model import Denoised, norms_after_pool
+
+
+def final_tokens(
+    model: nn.Module, images: torch.Tensor, layout: Layout | None = None
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    """Prefix tokens (B, prefix, C), patch tokens (B, H*W, C), both final-normed and never denoised, and (H, W).
+
+    Args:
+        model: a timm model, with a denoiser or without.
+        images: (B, 3, h, w), normalised.
+        layout: where known, of `timm_dvt.layouts.layout_of`; default the model's own, found out by a run.
+
+    Raises:
+        TypeError, ValueError: as `timm_dvt.add_denoiser`.
+    """
+    known: Any = model
+    layout = layout or getattr(model, "layout", None) or layout_of(model)
+    with known.denoising(False) if isinstance(model, Denoised) else nullcontext():
+        features = known.forward_features(images)
+    count = int(getattr(model, "num_prefix_tokens", layout.prefix))
+    patches = layout.patches(features, count)
+    prefix = features[:, :count] if layout.form == "tokens" else patches[:, :0]
+    if norms_after_pool(model) or getattr(model, "norm_after_pool", False):
+        prefix, patches = known.fc_norm(prefix), known.fc_norm(patches)
+    return prefix, patches, layout.grid_at(images.shape[2], images.shape[3], patches.shape[1])
+
+
+def fit_to(model: nn.Module, size: int) -> Layout:
+    """Make a model take square images of this side, in place, where it does not do so as it is; returns its layout.
+
+    Raises:
+        ValueError: it takes no images of that size.
+    """
+    if hasattr(model, "set_input_size") and not getattr(model, "dynamic_img_size", False):
+        model.set_input_size(img_size=(size, size))
+    try:
+        return layout_of(model, (size, size))
+    except TypeError as e:
+        raise ValueError(f"input_size is {size}, at which a {type(model).__name__} does not run. {e}") from e
