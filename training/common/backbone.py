@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import resolve_model_data_config
@@ -66,16 +66,15 @@ class FeatureReader:
             ValueError: a layer, size, stride or dtype that cannot be.
         """
         whole: Any = model
-        self.layout: Any = getattr(model, "layout", None) or layout_of(model)
+        self.layout: Any = cast(Any, getattr(model, "layout", None) or layout_of(model))  # its sizes are known
         resizable = isinstance(model, (VisionTransformer, Eva)) and isinstance(model.patch_embed, PatchEmbed)
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
         if resizable:
             patch_height, patch_width = whole.patch_embed.patch_size
         else:
-            made_for: Any = self.layout.img_size
-            (height, width), (rows, columns) = made_for, self.layout.grid
-            patch_height, patch_width = height // rows, width // columns
+            made_for, grid = (tuple(pair) for pair in (self.layout.img_size, self.layout.grid))
+            patch_height, patch_width = (pixels // patches for pixels, patches in zip(made_for, grid))
         if patch_height != patch_width:
             raise ValueError(f"model must have square patches, got {patch_height} x {patch_width}")
         self.patch = int(patch_height)
