@@ -25,8 +25,16 @@ def make_maps(image: int, grid: int = 4, channels: int = 64, layers=(5,)) -> dic
 
 def write_pairs(folder: Path, count: int = 12, grid: int = 4, layers=(5,), **settings) -> Path:
     """Pairs as training.denoise_images would leave them for `test_vit` with random weights of seed 0."""
-    known = {"model": "test_vit", "pretrained": False, "seed": 0, "grid": grid, "channels": 64,
-             "layers": list(layers), "input_size": 16 * grid, "stride": 16}  # fmt: skip
+    known = {
+        "model": "test_vit",
+        "pretrained": False,
+        "seed": 0,
+        "grid": grid,
+        "channels": 64,
+        "layers": list(layers),
+        "input_size": 16 * grid,
+        "stride": 16,
+    }
     with PairFolder(folder, {**known, **settings}) as pairs:
         for image in range(count):
             content = Fingerprint(f"{image:064x}", 0, 0)

@@ -109,15 +109,23 @@ def coco(folder: Path, train: int, val: int) -> None:
             save(folder / f"{part}2017" / name, scene.image)
             images.append({"id": i + 1, "file_name": name, "width": SIZE, "height": SIZE})
             for label, (x0, y0, x1, y1) in scene.objects:
-                annotations.append({
-                    "id": len(annotations) + 1, "image_id": i + 1, "category_id": 10 * label, "iscrowd": 0,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0),
-                })
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": i + 1,
+                        "category_id": 10 * label,
+                        "iscrowd": 0,
+                        "bbox": [x0, y0, x1 - x0, y1 - y0],
+                        "area": (x1 - x0) * (y1 - y0),
+                    }
+                )
         categories = [{"id": 10 * (i + 1), "name": name} for i, name in enumerate(("red", "green", "blue"))]
         record = {"images": images, "annotations": annotations, "categories": categories}
         write(folder / "annotations" / f"instances_{part}2017.json", json.dumps(record))
-    write(folder / "coco_20k_filenames.txt", "train2014/COCO_train2014_000000000001.jpg\ntrain2014/COCO_train2014_"
-          "000000000003.jpg\n")
+    write(
+        folder / "coco_20k_filenames.txt",
+        "train2014/COCO_train2014_000000000001.jpg\ntrain2014/COCO_train2014_000000000003.jpg\n",
+    )
 
 
 def imagefolder(folder: Path, train: int, val: int) -> None:

@@ -291,9 +291,12 @@ def test_every_control_is_reached_by_the_tabulator(page):
     for _ in range(30):
         webdriver.ActionChains(page).send_keys(webdriver.Keys.TAB).perform()
         seen |= set(page.switch_to.active_element.get_attribute("class").split())
-        seen |= set(page.execute_script(
-            "let e = document.activeElement, ids = []; for (; e; e = e.parentElement) ids.push('#' + e.id); return ids"
-        ))  # fmt: skip
+        seen |= set(
+            page.execute_script(
+                "let e = document.activeElement, ids = [];"
+                "for (; e; e = e.parentElement) ids.push('#' + e.id); return ids"
+            )
+        )
     assert wanted <= seen
 
 

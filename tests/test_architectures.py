@@ -41,9 +41,9 @@ def test_convolutions_equal_scipys_with_relus_between_and_zeros_around(arch):
     for i, place in enumerate((0, 2, 4)):
         weight, bias = (getattr(denoiser.blocks[place], name).numpy() for name in ("weight", "bias"))
         assert weight.shape[-1] == (1 if arch == "conv1x1" else 3)
-        maps = np.stack([
-            sum(correlate2d(maps[c], weight[o, c], mode="same") for c in range(8)) + bias[o] for o in range(8)
-        ])  # fmt: skip
+        maps = np.stack(
+            [sum(correlate2d(maps[c], weight[o, c], mode="same") for c in range(8)) + bias[o] for o in range(8)]
+        )
         maps = maps if i == 2 else maps.clip(0)
     np.testing.assert_allclose(denoiser(tokens, (5, 6))[0].numpy(), maps.reshape(8, 30).T, atol=1e-12)
     assert denoiser.pos_embed is None and len(list(denoiser.parameters())) == 6

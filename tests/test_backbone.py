@@ -77,7 +77,7 @@ def test_a_dense_stride_sees_the_patches_of_shifted_crops():
         x = normalised(images, model)
         for row in range(13):
             for column in range(13):
-                patch = x[:, :, 4 * row:4 * row + 16, 4 * column:4 * column + 16]
+                patch = x[:, :, 4 * row : 4 * row + 16, 4 * column : 4 * column + 16]
                 token = model.norm(model.patch_embed.proj(patch).flatten(1))
                 torch.testing.assert_close(dense[:, row, column], token, rtol=1e-4, atol=1e-5)
 
@@ -131,9 +131,17 @@ def test_other_models_are_refused():
         FeatureReader(timm.create_model("resnet18"))
 
 
-@pytest.mark.parametrize("name, value", [
-    ("layers", (3,)), ("layers", ()), ("input_size", 70), ("stride", 17), ("stride", 0), ("dtype", "float16"),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("layers", (3,)),
+        ("layers", ()),
+        ("input_size", 70),
+        ("stride", 17),
+        ("stride", 0),
+        ("dtype", "float16"),
+    ],
+)
 def test_impossible_settings_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
         FeatureReader(vit(), **{name: value})

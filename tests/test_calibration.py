@@ -318,14 +318,17 @@ def test_without_images_the_picture_shows_the_packages_photographs(tmp_path, cap
     assert "32 views of blank and noise images" in capsys.readouterr().out and (tmp_path / "before_after.png").exists()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--model", "vit_nothing"], "'vit_nothing' is not a model"),
-    (["--model", "test_resnet", "--no-pretrained"], "not to ResNet"),
-    (["--model", "test_vit", "--no-pretrained", "--images", "{}"], "no image in this folder"),
-    (["--model", "test_vit", "--no-pretrained", "--images", "{}/no.png"], "no.png"),
-    (["--model", "test_vit", "--no-pretrained", "--views", "2"], "views is 2"),
-    (["--model", "test_vit", "--no-pretrained", "--out", "setup.cfg"], "cannot write to setup.cfg"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "vit_nothing"], "'vit_nothing' is not a model"),
+        (["--model", "test_resnet", "--no-pretrained"], "not to ResNet"),
+        (["--model", "test_vit", "--no-pretrained", "--images", "{}"], "no image in this folder"),
+        (["--model", "test_vit", "--no-pretrained", "--images", "{}/no.png"], "no.png"),
+        (["--model", "test_vit", "--no-pretrained", "--views", "2"], "views is 2"),
+        (["--model", "test_vit", "--no-pretrained", "--out", "setup.cfg"], "cannot write to setup.cfg"),
+    ],
+)
 def test_a_mistake_at_the_command_line_is_one_line_with_a_remedy(arguments, message, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     arguments = [one.format(tmp_path / "empty") for one in arguments]

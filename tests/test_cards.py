@@ -61,11 +61,14 @@ def test_a_card_is_valid_and_complete(name, hub):
 
 
 METRICS = {
-    ("pascal-voc-2012", "mean_iou"): published.VOC, ("pascal-voc-2012", "mean_accuracy"): published.VOC_ACC,
-    ("ade20k", "mean_iou"): published.ADE, ("ade20k", "mean_accuracy"): published.ADE_ACC,
-    ("nyu-depth-v2", "rmse"): published.RMSE, ("nyu-depth-v2", "abs_rel"): published.ABSREL,
+    ("pascal-voc-2012", "mean_iou"): published.VOC,
+    ("pascal-voc-2012", "mean_accuracy"): published.VOC_ACC,
+    ("ade20k", "mean_iou"): published.ADE,
+    ("ade20k", "mean_accuracy"): published.ADE_ACC,
+    ("nyu-depth-v2", "rmse"): published.RMSE,
+    ("nyu-depth-v2", "abs_rel"): published.ABSREL,
     ("nyu-depth-v2", "a1"): published.DELTA,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

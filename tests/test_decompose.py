@@ -18,8 +18,15 @@ def patch_means(pos_scale: float = 0.0, pixels: int = 64) -> VisionTransformer:
     """A ViT whose features are its patches' mean colours and zeros, plus a position embedding."""
     torch.manual_seed(0)
     model = VisionTransformer(
-        img_size=pixels, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=0, class_token=False,
-        global_pool="avg", final_norm=False,
+        img_size=pixels,
+        patch_size=8,
+        embed_dim=16,
+        depth=1,
+        num_heads=1,
+        num_classes=0,
+        class_token=False,
+        global_pool="avg",
+        final_norm=False,
     ).eval()
     config = timm.data.resolve_model_data_config(model)
     with torch.no_grad():
@@ -36,9 +43,7 @@ def patch_means(pos_scale: float = 0.0, pixels: int = 64) -> VisionTransformer:
 
 def small_vit() -> VisionTransformer:
     torch.manual_seed(0)
-    return VisionTransformer(
-        img_size=64, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0
-    ).eval()
+    return VisionTransformer(img_size=64, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0).eval()
 
 
 def coordinate_image(height: int, width: int) -> torch.Tensor:
@@ -94,9 +99,7 @@ def test_a_position_embedding_comes_back_as_g():
 
 def test_the_batch_size_changes_nothing():
     image, model = photograph(), small_vit()
-    one, other = (
-        decompose(model, image, Stage1Settings(views=40, input_size=64, batch_size=size)) for size in (1, 7)
-    )
+    one, other = (decompose(model, image, Stage1Settings(views=40, input_size=64, batch_size=size)) for size in (1, 7))
     for name in ("raw", "semantics", "artifacts", "residual"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-3, atol=1e-4)
 
@@ -121,9 +124,7 @@ def test_layers_of_one_pass_are_those_of_separate_passes():
 
 
 def test_the_field_gives_the_same_kind_of_answer():
-    settings = Stage1Settings(
-        solver="field", views=24, input_size=64, field=FieldSettings(steps=200, batch=512)
-    )
+    settings = Stage1Settings(solver="field", views=24, input_size=64, field=FieldSettings(steps=200, batch=512))
     steps = []
     result = decompose(patch_means(), coordinate_image(96, 96), settings, fit_progress=steps.append)
     centres = patch_centres(64, 8, 8).float()

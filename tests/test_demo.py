@@ -115,10 +115,21 @@ def bad_arguments(tmp_path, folder) -> dict[str, tuple[list[str], str]]:
     }
 
 
-@pytest.mark.parametrize("case", [
-    "no such image", "a folder", "no image", "half an image", "unknown model", "a wrong tag", "no denoiser",
-    "no such folder", "nowhere to write", "no picture's name",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        "no such image",
+        "a folder",
+        "no image",
+        "half an image",
+        "unknown model",
+        "a wrong tag",
+        "no denoiser",
+        "no such folder",
+        "nowhere to write",
+        "no picture's name",
+    ],
+)
 def test_a_mistake_is_one_clear_line_and_exit_code_2(case, folder, tmp_path, capsys):
     arguments, message = bad_arguments(tmp_path, folder)[case]
     assert main(["demo", "--out", str(tmp_path / "out.png"), *arguments]) == 2

@@ -159,7 +159,7 @@ def test_another_setting_or_model_is_refused_and_named(images, tmp_path, capsys)
     ("options", "message"),
     [
         (["--images", "/absent"], "/absent does not exist"),
-        (["--model", "resnet18"], "VisionTransformer or Eva"),
+        (["--model", "resnet18"], "A denoiser can be added to"),
         (["--model", "vit_of_nobody"], "vit_of_nobody"),
         (["--layers", "6"], "layers must be block indices from -6 to 5"),
         (["--layers", "last"], "layers must be block numbers or 'all', got last"),

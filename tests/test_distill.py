@@ -154,13 +154,16 @@ def test_an_image_that_cannot_be_read_is_named_and_the_next_takes_its_place(data
         CropReader(list_images(tmp_path), 32, 0).whole([0])
 
 
-@pytest.mark.parametrize("options, message", [
-    (("--model", "test_vit", "--no-pretrained"), "--model test_vit has no denoiser"),
-    (("--images", "nowhere"), "nowhere does not exist"),
-    (("--input-size", "65"), "input_size must be a multiple of the patch size 16, got 65"),
-    (("--warmup", "12"), "warmup must be from 0 to below the 12 steps"),
-    (("--val-fraction", "-1"), "val_fraction must be at least 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--model", "test_vit", "--no-pretrained"), "--model test_vit has no denoiser"),
+        (("--images", "nowhere"), "nowhere does not exist"),
+        (("--input-size", "65"), "input_size must be a multiple of the patch size 16, got 65"),
+        (("--warmup", "12"), "warmup must be from 0 to below the 12 steps"),
+        (("--val-fraction", "-1"), "val_fraction must be at least 0"),
+    ],
+)
 def test_what_cannot_be_is_refused(options, message, data, tmp_path, capsys):
     assert run(data, tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err

@@ -18,13 +18,30 @@ from training.evaluate.runner import TASKS, load_task
 
 ARGS = {"img_size": 64, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 0}
 QUICK = [
-    "linear-seg.steps=80", "linear-seg.warmup=5", "linear-seg.label_size=16", "linear-seg.lr=0.01",
-    "knn-seg.query_size=16", "knn-seg.neighbours=5", "mic.images=1", "mic.shuffled=1", "position.images=8",
-    "depth.steps=80", "depth.warmup=10", "depth.bins=32",
-    "attentive-probe.epochs=10", "attentive-probe.batch_size=6", "attentive-probe.warmup=1",
-    "detection.steps=4", "detection.batch_size=4", "detection.lr=0.002", "detection.warmup=1", "detection.width=16",
-    "detection.hidden=32", "detection.proposals=32", "detection.candidates=50",
-]  # fmt: skip
+    "linear-seg.steps=80",
+    "linear-seg.warmup=5",
+    "linear-seg.label_size=16",
+    "linear-seg.lr=0.01",
+    "knn-seg.query_size=16",
+    "knn-seg.neighbours=5",
+    "mic.images=1",
+    "mic.shuffled=1",
+    "position.images=8",
+    "depth.steps=80",
+    "depth.warmup=10",
+    "depth.bins=32",
+    "attentive-probe.epochs=10",
+    "attentive-probe.batch_size=6",
+    "attentive-probe.warmup=1",
+    "detection.steps=4",
+    "detection.batch_size=4",
+    "detection.lr=0.002",
+    "detection.warmup=1",
+    "detection.width=16",
+    "detection.hidden=32",
+    "detection.proposals=32",
+    "detection.candidates=50",
+]
 # task, dataset, number, what chance gives at most (for errors: at least). None: nothing to learn there.
 RUNS = [
     ("mic", "voc", "mic", None),
@@ -140,9 +157,23 @@ def test_distilled_variant_is_called_so(data, tmp_path):
 
 def test_killed_run_continues_to_the_same_result(model, data, tmp_path):
     command = [
-        sys.executable, "-m", "training.evaluate", "linear-seg", "--dataset", "stamps", "--data", str(data["stamps"]),
-        "--model", model, "--device", "cpu", "--set", "steps=60", "warmup=5", "label_size=16",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "training.evaluate",
+        "linear-seg",
+        "--dataset",
+        "stamps",
+        "--data",
+        str(data["stamps"]),
+        "--model",
+        model,
+        "--device",
+        "cpu",
+        "--set",
+        "steps=60",
+        "warmup=5",
+        "label_size=16",
+    ]
     # Dies without warning in the middle of the training of the second state, with a checkpoint behind it.
     crash = (
         "import os, sys, training.evaluate.probe as probe, training.loop.run as loop\n"
@@ -190,13 +221,16 @@ def test_one_missing_mask_is_named(model, data, tmp_path, capsys):
     assert "masks/00003.png" in message and "Expected layout" in message
 
 
-@pytest.mark.parametrize("words, message", [
-    (["depth", "--dataset", "voc"], "dataset voc has no depth; those that have: nyu"),
-    (["knn-seg", "--dataset", "stamps", "--set", "neighbors=3"], "knn-seg has the settings neighbours"),
-    (["knn-seg", "--dataset", "stamps", "--set", "neighbours=many"], "'many' is not a value like 20"),
-    (["knn-seg", "--dataset", "stamps", "--repeats", "0"], "repeats must be 1 or more, got 0"),
-    (["knn-seg", "--dataset", "stamps", "--limit", "0"], "limit must be 1 or more, got 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["depth", "--dataset", "voc"], "dataset voc has no depth; those that have: nyu"),
+        (["knn-seg", "--dataset", "stamps", "--set", "neighbors=3"], "knn-seg has the settings neighbours"),
+        (["knn-seg", "--dataset", "stamps", "--set", "neighbours=many"], "'many' is not a value like 20"),
+        (["knn-seg", "--dataset", "stamps", "--repeats", "0"], "repeats must be 1 or more, got 0"),
+        (["knn-seg", "--dataset", "stamps", "--limit", "0"], "limit must be 1 or more, got 0"),
+    ],
+)
 def test_bad_requests_are_named(words, message, model, data, tmp_path, capsys):
     where = ["--data", str(data["stamps"]), "--model", model, "--out", str(tmp_path)]
     assert main([*words, *where]) == 2

@@ -22,9 +22,15 @@ def split(tmp_path):
     return open_dataset("stamps", tmp_path / "stamps", "masks")["train"]
 
 
-@pytest.mark.parametrize("name", [
-    "vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_base_patch16_clip_224", "deit_tiny_distilled_patch16_224",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "eva02_tiny_patch14_224",
+        "vit_base_patch16_clip_224",
+        "deit_tiny_distilled_patch16_224",
+    ],
+)
 def test_states_are_the_models_own_in_one_pass(name):
     twin = model(name) if "patch16" in name else model(name, dynamic_img_size=True)
     size = 64 if "patch16" in name else 56
@@ -39,10 +45,10 @@ def test_states_are_the_models_own_in_one_pass(name):
             tokens = twin.forward_features(normed)
         if twin.norm_after_pool and not on:
             tokens = twin.fc_norm(tokens)
-        want = tokens[:, twin.num_prefix_tokens:]
+        want = tokens[:, twin.num_prefix_tokens :]
         assert torch.allclose(found[state].flatten(1, 2), want, atol=1e-4), state
     if not twin.norm_after_pool:
-        assert torch.allclose(found["prefix"], tokens[:, :twin.num_prefix_tokens], atol=1e-4)
+        assert torch.allclose(found["prefix"], tokens[:, : twin.num_prefix_tokens], atol=1e-4)
 
 
 def test_the_backbone_runs_once_over_an_image(split, tmp_path):
@@ -58,9 +64,7 @@ def test_the_backbone_runs_once_over_an_image(split, tmp_path):
     for state in ("raw", "denoised"):
         assert torch.allclose(again.maps([3, SHARD + 1], state), direct[state], atol=4e-3)  # half precision
     assert torch.allclose(again.class_tokens([3]), direct["prefix"][:1, 0], atol=4e-3)
-    assert torch.equal(
-        again.maps([5], "artifacts"), again.maps([5], "raw") - again.maps([5], "denoised")
-    )
+    assert torch.equal(again.maps([5], "artifacts"), again.maps([5], "raw") - again.maps([5], "denoised"))
 
 
 def test_a_killed_extraction_goes_on_with_the_missing_shard(split, tmp_path):

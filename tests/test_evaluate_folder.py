@@ -97,14 +97,17 @@ def no_class_name(where):
     (where / "classes.txt").write_text("sky\n\nroad\ncar\n")
 
 
-@pytest.mark.parametrize("harm, message", [
-    (missing_mask, r"there is no mask .*val/masks/002.png for the image .*val/images/002.jpg"),
-    (class_out_of_range, r"train/masks/002.png: class 4 is out of range: there are 4 classes, 0 to 3"),
-    (other_size, r"sizes differ: .*more/001.jpg is 64 x 64, its mask .*more/001.png 32 x 64"),
-    (coloured_mask, r"val/masks/000.png: a mask is a palette or grey PNG .* mode RGB"),
-    (class_named_twice, r"the class 'sky' is named twice"),
-    (no_class_name, r"classes.txt: line 1, counted from 0, is empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (missing_mask, r"there is no mask .*val/masks/002.png for the image .*val/images/002.jpg"),
+        (class_out_of_range, r"train/masks/002.png: class 4 is out of range: there are 4 classes, 0 to 3"),
+        (other_size, r"sizes differ: .*more/001.jpg is 64 x 64, its mask .*more/001.png 32 x 64"),
+        (coloured_mask, r"val/masks/000.png: a mask is a palette or grey PNG .* mode RGB"),
+        (class_named_twice, r"the class 'sky' is named twice"),
+        (no_class_name, r"classes.txt: line 1, counted from 0, is empty"),
+    ],
+)
 def test_masks_that_cannot_be_are_named(harm, message, where):
     harm(where)
     with pytest.raises(ValueError, match=message):
@@ -118,14 +121,17 @@ def change(where, alter, part="val"):
     path.write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize("alter, message", [
-    (lambda record: record["images"][0].update(width=65), "sizes differ: .*000.jpg is 64 x 64, .* says 65 x 64"),
-    (lambda record: record["images"][1].update(file_name="no.jpg"), "there is no image .*no.jpg, which .* lists"),
-    (lambda record: record["annotations"][0].update(category_id=9), "there is no category 9"),
-    (lambda record: record["annotations"][0].update(image_id=99), "there is no image 99"),
-    (lambda record: record.pop("categories"), "is not COCO's JSON of boxes: KeyError: 'categories'"),
-    (lambda record: record["categories"][0].update(name="pink"), "has the categories .*red.*val/boxes.json .*pink"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "alter, message",
+    [
+        (lambda record: record["images"][0].update(width=65), "sizes differ: .*000.jpg is 64 x 64, .* says 65 x 64"),
+        (lambda record: record["images"][1].update(file_name="no.jpg"), "there is no image .*no.jpg, which .* lists"),
+        (lambda record: record["annotations"][0].update(category_id=9), "there is no category 9"),
+        (lambda record: record["annotations"][0].update(image_id=99), "there is no image 99"),
+        (lambda record: record.pop("categories"), "is not COCO's JSON of boxes: KeyError: 'categories'"),
+        (lambda record: record["categories"][0].update(name="pink"), "has the categories .*red.*val/boxes.json .*pink"),
+    ],
+)
 def test_boxes_that_cannot_be_are_named(alter, message, where):
     change(where, alter)
     with pytest.raises(ValueError, match=message):

@@ -196,8 +196,12 @@ def test_map_agrees_with_torchmetrics_where_its_101_points_do_not_matter():
 def test_the_pyramid_has_four_scales_and_one_more():
     levels = SimplePyramid(16, 8)(torch.randn(1, 16, 6, 6))
     assert [tuple(level.shape[1:]) for level in levels.values()] == [
-        (8, 24, 24), (8, 12, 12), (8, 6, 6), (8, 3, 3), (8, 2, 2)
-    ]  # fmt: skip
+        (8, 24, 24),
+        (8, 12, 12),
+        (8, 6, 6),
+        (8, 3, 3),
+        (8, 2, 2),
+    ]
 
 
 def test_fixed_positions_tell_places_apart_and_are_the_same_at_each_call():
@@ -213,7 +217,7 @@ def test_the_detector_learns_objects_that_the_maps_show():
     maps, targets = torch.zeros(8, 8, 8, 4), []
     for one in maps:
         x, y, label = (int(torch.randint(high, (), generator=draw)) for high in (5, 5, 2))
-        one[y:y + 3, x:x + 3, label] = 3.0
+        one[y : y + 3, x : x + 3, label] = 3.0
         targets.append({"boxes": torch.tensor([[x, y, x + 3, y + 3]]) * 8.0, "labels": torch.tensor([label + 1])})
     torch.manual_seed(0)
     detector = detection.Detector(4, 2, grid=8, input_size=64, settings=settings)

@@ -27,14 +27,31 @@ from training.loop.checkpoints import save_checkpoint
 
 ARGS = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 64, "num_heads": 2, "num_classes": 0}
 QUICK = [
-    "linear-seg.steps=30", "linear-seg.warmup=3", "linear-seg.lr=0.01", "linear-seg.batch_size=4",
-    "linear-seg.short=32", "linear-seg.longest=128", "linear-seg.crop=32", "linear-seg.stride=20",
+    "linear-seg.steps=30",
+    "linear-seg.warmup=3",
+    "linear-seg.lr=0.01",
+    "linear-seg.batch_size=4",
+    "linear-seg.short=32",
+    "linear-seg.longest=128",
+    "linear-seg.crop=32",
+    "linear-seg.stride=20",
     "linear-seg.validate_every=20",
-    "depth.steps=20", "depth.warmup=5", "depth.batch_size=4", "depth.crop=(40, 48)", "depth.bins=32",
-    "depth.validate_every=8", "depth.loss_warmup=5",
-    "detection.steps=3", "detection.batch_size=2", "detection.size=48", "detection.width=8", "detection.hidden=16",
-    "detection.proposals=16", "detection.candidates=(20, 20, 20, 20)", "detection.anchors=(8, 12, 16, 24, 32)",
-]  # fmt: skip
+    "depth.steps=20",
+    "depth.warmup=5",
+    "depth.batch_size=4",
+    "depth.crop=(40, 48)",
+    "depth.bins=32",
+    "depth.validate_every=8",
+    "depth.loss_warmup=5",
+    "detection.steps=3",
+    "detection.batch_size=2",
+    "detection.size=48",
+    "detection.width=8",
+    "detection.hidden=16",
+    "detection.proposals=16",
+    "detection.candidates=(20, 20, 20, 20)",
+    "detection.anchors=(8, 12, 16, 24, 32)",
+]
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +82,16 @@ def result_in(out):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("task, dataset, number", [
-    ("linear-seg", "voc", "mIoU"),
-    ("linear-seg", "folder", "mIoU"),
-    ("depth", "nyu", "delta1"),
-    ("detection", "voc", "mAP_11"),
-    ("detection", "folder", "mAP_11"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, dataset, number",
+    [
+        ("linear-seg", "voc", "mIoU"),
+        ("linear-seg", "folder", "mIoU"),
+        ("depth", "nyu", "delta1"),
+        ("detection", "voc", "mAP_11"),
+        ("detection", "folder", "mAP_11"),
+    ],
+)
 def test_each_protocol_runs_raw_and_denoised(task, dataset, number, model, data, tmp_path):
     assert main(words_for(task, dataset, model, data, tmp_path)) == 0
     result = result_in(tmp_path)
@@ -87,13 +107,19 @@ def test_each_protocol_runs_raw_and_denoised(task, dataset, number, model, data,
     assert not list((tmp_path / "parts").glob("*.validations")) and not (tmp_path / "features").exists()
 
 
-@pytest.mark.parametrize("words, message", [
-    (["knn-seg", "--dataset", "voc", "--protocol", "repository"], "repository is for depth, detection, linear-seg"),
-    (["linear-seg", "--dataset", "voc", "--protocol", "repository", "--pairs", "x"], "goes with --protocol fast"),
-    (["linear-seg", "--dataset", "voc", "--protocol", "repository", "--set", "trainaug=True"], "trainaug.txt"),
-    (["linear-seg", "--dataset", "folder", "--protocol", "repository", "--set", "trainaug=True"], "of dataset voc"),
-    (["linear-seg", "--dataset", "voc", "--protocol", "repository", "--set", "label_size=9"], "has the settings steps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["knn-seg", "--dataset", "voc", "--protocol", "repository"], "repository is for depth, detection, linear-seg"),
+        (["linear-seg", "--dataset", "voc", "--protocol", "repository", "--pairs", "x"], "goes with --protocol fast"),
+        (["linear-seg", "--dataset", "voc", "--protocol", "repository", "--set", "trainaug=True"], "trainaug.txt"),
+        (["linear-seg", "--dataset", "folder", "--protocol", "repository", "--set", "trainaug=True"], "of dataset voc"),
+        (
+            ["linear-seg", "--dataset", "voc", "--protocol", "repository", "--set", "label_size=9"],
+            "has the settings steps",
+        ),
+    ],
+)
 def test_what_the_protocol_cannot_do_is_named(words, message, model, data, tmp_path, capsys):
     where = ["--data", str(data[words[2]]), "--model", model, "--out", str(tmp_path)]
     assert main([*words, *where]) == 2
@@ -173,9 +199,15 @@ def test_live_features_are_the_models_own_at_any_size():
     assert unnormed.shape == (2, 64, 6, 9)
 
 
-@pytest.mark.parametrize("name", [
-    "vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224", "vit_tiny_patch16_224", "vit_base_patch16_siglip_224",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_small_patch14_reg4_dinov2",
+        "eva02_tiny_patch14_224",
+        "vit_tiny_patch16_224",
+        "vit_base_patch16_siglip_224",
+    ],
+)
 def test_live_features_of_a_square_are_those_of_the_reader(name):
     torch.manual_seed(0)
     vit = timm_dvt.add_denoiser(timm.create_model(name, depth=1, num_classes=0)).eval()
@@ -223,10 +255,10 @@ def test_a_test_image_is_predicted_window_by_window_and_resized_logits_are_avera
 
     found = linear_seg.predict(image, logits, settings, 3)
     resized = interpolate(image[None], (24, 48), mode="bilinear", align_corners=False)
-    normed = (resized - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
-        [0.229, 0.224, 0.225]
-    ).view(3, 1, 1)
-    parts = [logits(normed[..., left:left + 24]).detach() for left in (0, 16, 24)]
+    normed = (resized - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(
+        3, 1, 1
+    )
+    parts = [logits(normed[..., left : left + 24]).detach() for left in (0, 16, 24)]
     want = torch.zeros(1, 5, 24, 48)
     want[..., :16] = parts[0][..., :16]
     want[..., 16:24] = (parts[0][..., 16:] + parts[1][..., :8]) / 2
@@ -374,7 +406,7 @@ def test_anchors_sit_on_the_cells_that_they_belong_to(rows, columns):
     start = 0
     for level, stride, side in zip(levels, (4, 8, 16, 32, 64), (32, 64, 128, 256, 512)):
         count = 3 * level.shape[-2] * level.shape[-1]
-        own = anchors[start:start + count].view(level.shape[-2], level.shape[-1], 3, 4)
+        own = anchors[start : start + count].view(level.shape[-2], level.shape[-1], 3, 4)
         centres = (own[..., :2] + own[..., 2:]) / 2
         assert torch.allclose(centres[0, :, 0, 0], stride * torch.arange(float(level.shape[-1])), atol=0.6)
         square = own[0, 0, 1]

@@ -16,7 +16,7 @@ from training.evaluate.windows import (
     scaled_size,
     slide,
     window_places,
-)  # fmt: skip
+)
 
 
 def draw(seed=0):
@@ -48,7 +48,7 @@ def test_a_slide_is_the_mean_over_windows_pixel_by_pixel():
     for top in tops:
         for left in lefts:
             for n in range(2):
-                found = predict(images[n:n + 1, :, top:top + window, left:left + window])[0]
+                found = predict(images[n : n + 1, :, top : top + window, left : left + window])[0]
                 for y in range(window):
                     for x in range(window):
                         want[n, :, top + y, left + x] += found[:, y, x]
@@ -67,13 +67,16 @@ def test_a_small_image_is_one_window_of_its_own_size():
 # ---- sizes and padding
 
 
-@pytest.mark.parametrize("size, want", [
-    ((375, 500), (512, 683)),  # VOC: 500 * 512 / 375 = 682.7
-    ((500, 375), (683, 512)),
-    ((1024, 2048), (512, 1024)),
-    ((200, 1000), (410, 2048)),  # the long side is the limit: 200 * 2.048 = 409.6
-    ((512, 512), (512, 512)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, want",
+    [
+        ((375, 500), (512, 683)),  # VOC: 500 * 512 / 375 = 682.7
+        ((500, 375), (683, 512)),
+        ((1024, 2048), (512, 1024)),
+        ((200, 1000), (410, 2048)),  # the long side is the limit: 200 * 2.048 = 409.6
+        ((512, 512), (512, 512)),
+    ],
+)
 def test_the_short_side_is_512_unless_the_long_one_would_be_over_2048(size, want):
     assert scaled_size(size, 2048, 512) == want
 

@@ -151,10 +151,21 @@ def sweep(folder, most: float) -> tuple[set[str], dict[str, str]]:
     return supported, refused
 
 
+@pytest.mark.slow
 def test_every_class_of_timm_works_or_is_refused_with_the_reason(tmp_path):
     supported, refused = sweep(tmp_path, most=3e6)
-    assert {"VisionTransformer", "Eva", "Beit", "NaFlexVit", "VisionTransformerSAM", "VisionTransformerRelPos",
-            "VisionTransformerDistilled", "Cait", "Xcit", "Hiera"} <= supported  # fmt: skip
+    assert {
+        "VisionTransformer",
+        "Eva",
+        "Beit",
+        "NaFlexVit",
+        "VisionTransformerSAM",
+        "VisionTransformerRelPos",
+        "VisionTransformerDistilled",
+        "Cait",
+        "Xcit",
+        "Hiera",
+    } <= supported
     listed = re.search("With timm ([0-9.]+):\n\n<!-- families -->\n(.*?)\\.\n\n", README.read_text(), re.DOTALL)
     assert listed and (listed[1] != timm.__version__ or set(re.split(r",\s+", listed[2])) == supported)
     assert all(len(reason) > 20 for reason in refused.values()) and "ResNet" in refused

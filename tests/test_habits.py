@@ -190,9 +190,7 @@ def test_onnx_export_with_dynamic_batch(name, own_grid, tmp_path):
     path = tmp_path / "model.onnx"
     batch = torch.export.Dim("batch", min=1, max=64)
     shapes = {"images": {0: batch}}
-    torch.onnx.export(
-        Tokens(model).eval(), (images,), path, dynamo=True, dynamic_shapes=shapes, input_names=["images"]
-    )
+    torch.onnx.export(Tokens(model).eval(), (images,), path, dynamo=True, dynamic_shapes=shapes, input_names=["images"])
     session = onnxruntime.InferenceSession(path)
     more = torch.randn(3, *images.shape[1:])
     (got,) = session.run(None, {"images": more.numpy()})

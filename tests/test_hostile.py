@@ -236,8 +236,19 @@ def test_saving_replaces_a_link_and_leaves_what_it_points_to(folder, tmp_path):
     assert (tmp_path / "victim").read_text() == "precious" and not (target / "config.json").is_symlink()
 
 
-@pytest.mark.parametrize("source", ["hf-hub:a/../../x", "hf-hub:../x/y", "hf-hub:a/b/../../../etc/passwd", "a/b/../c",
-                                    "hf-hub:a//b", "hf-hub:a@b@c/d", "hf-hub:a", "hf-hub:"])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "hf-hub:a/../../x",
+        "hf-hub:../x/y",
+        "hf-hub:a/b/../../../etc/passwd",
+        "a/b/../c",
+        "hf-hub:a//b",
+        "hf-hub:a@b@c/d",
+        "hf-hub:a",
+        "hf-hub:",
+    ],
+)
 def test_a_source_that_leaves_its_repo_is_refused(source, hub, tmp_path):
     with pytest.raises(ConvertError, match="a file of the Hub is named"):
         convert(source, "vit_base_patch16_224.mae_dvt", tmp_path / "out")

@@ -37,10 +37,17 @@ def exhaustive_mic(values, coordinate, bound):
     return best
 
 
-@pytest.mark.parametrize("shape, bound, ties", [
-    ((4, 4), None, False), ((4, 4), None, True), ((5, 5), None, False), ((5, 5), None, True),
-    ((4, 6), 8.5, True), ((3, 7), 9.5, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, bound, ties",
+    [
+        ((4, 4), None, False),
+        ((4, 4), None, True),
+        ((5, 5), None, False),
+        ((5, 5), None, True),
+        ((4, 6), 8.5, True),
+        ((3, 7), 9.5, True),
+    ],
+)
 def test_small_maps_agree_with_exhaustive_search(shape, bound, ties):
     rows, columns = grid(*shape)
     values = torch.randn(2, len(rows)) + 0.2 * columns
@@ -58,9 +65,16 @@ def test_only_the_longest_grids_for_each_shorter_side_are_needed():
 
 
 @pytest.mark.parametrize("size", [8, 16, 32])
-@pytest.mark.parametrize("relation", [
-    lambda x: x, lambda x: -(x**3), lambda x: (x - 0.5) ** 2, lambda x: (2 * math.pi * x).sin(), lambda x: x.exp(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "relation",
+    [
+        lambda x: x,
+        lambda x: -(x**3),
+        lambda x: (x - 0.5) ** 2,
+        lambda x: (2 * math.pi * x).sin(),
+        lambda x: x.exp(),
+    ],
+)
 def test_noiseless_relations_reach_one(size, relation):
     _, columns = grid(size, size)
     values = relation((columns + 0.5) / size)[None]

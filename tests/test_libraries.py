@@ -15,8 +15,10 @@ import timm_dvt
 SMALL = {"depth": 4, "img_size": 64}
 
 
-@pytest.fixture(scope="module", params=["vit_base_patch16_224.mae_dvt", "eva02_base_patch16_clip_224.merged2b_dvt",
-                                        "vit_tiny_patch16_224"])  # fmt: skip
+@pytest.fixture(
+    scope="module",
+    params=["vit_base_patch16_224.mae_dvt", "eva02_base_patch16_clip_224.merged2b_dvt", "vit_tiny_patch16_224"],
+)
 def folder(request, tmp_path_factory):
     """A saved variant of either class, and a model whose backbone has no variant."""
     torch.manual_seed(0)

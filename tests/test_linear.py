@@ -25,7 +25,7 @@ def weights_along(x: float, nodes: int) -> np.ndarray:
 
 def dense_of(diagonals: torch.Tensor, nodes: int) -> np.ndarray:
     """The matrix whose entry (n, 5 * (dy + 2) + dx + 2) of `diagonals` couples n with n + dy * nodes + dx."""
-    dense = np.zeros((nodes ** 2, nodes ** 2))
+    dense = np.zeros((nodes**2, nodes**2))
     for (n, index), value in np.ndenumerate(diagonals.numpy()):
         if value:
             dense[n, n + (index // 5 - 2) * nodes + index % 5 - 2] = value
@@ -84,7 +84,7 @@ def test_sums_are_those_of_the_explicit_matrix(problem):
     np.testing.assert_allclose(torch.diag(sums.gg), gram[nodes:, nodes:], atol=1e-12)
     np.testing.assert_allclose(sums.fy, right[:nodes], atol=2e-6)  # products in float32
     np.testing.assert_allclose(sums.gy, right[nodes:], atol=2e-6)
-    assert sums.yy == pytest.approx((target ** 2).sum(), rel=1e-6)
+    assert sums.yy == pytest.approx((target**2).sum(), rel=1e-6)
 
 
 @pytest.mark.parametrize("smooth, ridge", [(1.0, 1.0), (1e-4, 1e-3), (300.0, 0.1), (0.1, 500.0)])
@@ -98,8 +98,8 @@ def test_the_solution_is_that_of_dense_least_squares(problem, smooth, ridge):
     zeros = np.zeros((len(stacked) - len(design), CHANNELS))
     expected = np.linalg.lstsq(stacked, np.vstack([target, zeros]), rcond=None)[0]
     solution = solve(sums, factorise(sums, Strengths(smooth, ridge)))
-    np.testing.assert_allclose(solution.semantics, expected[:NODES * NODES], atol=1e-4)
-    np.testing.assert_allclose(solution.artifacts, expected[NODES * NODES:], atol=1e-4)
+    np.testing.assert_allclose(solution.semantics, expected[: NODES * NODES], atol=1e-4)
+    np.testing.assert_allclose(solution.artifacts, expected[NODES * NODES :], atol=1e-4)
 
 
 def test_freedoms_and_noise_are_those_of_dense_algebra(problem):
@@ -142,13 +142,13 @@ def test_the_chosen_strengths_maximise_the_evidence():
     def evidence(smooth, ridge):
         """Twice the log evidence, dense, noise maximised out; constants and ramps have a wide prior."""
         precision = np.zeros((design.shape[1], design.shape[1]))
-        precision[:NODES ** 2, :NODES ** 2] = smooth * rough + 1e-9 * np.eye(NODES ** 2)
-        precision[NODES ** 2:, NODES ** 2:] = ridge * np.eye(GRID ** 2)
+        precision[: NODES**2, : NODES**2] = smooth * rough + 1e-9 * np.eye(NODES**2)
+        precision[NODES**2 :, NODES**2 :] = ridge * np.eye(GRID**2)
         system = design.T @ design + precision
         right = design.T @ target
-        quadratic = (target ** 2).sum() - (right * np.linalg.solve(system, right)).sum()
+        quadratic = (target**2).sum() - (right * np.linalg.solve(system, right)).sum()
         count = (len(design) - 3) * 40
-        prior = (NODES ** 2 - 3) * math.log(smooth) + GRID ** 2 * math.log(ridge)
+        prior = (NODES**2 - 3) * math.log(smooth) + GRID**2 * math.log(ridge)
         return 40 * (prior - np.linalg.slogdet(system)[1]) - count * math.log(quadratic)
 
     best = evidence(strengths.smoothness, strengths.artifacts)
@@ -161,8 +161,8 @@ def test_the_chosen_strengths_maximise_the_evidence():
 def test_the_banded_factor_is_a_cholesky_factor(nodes):
     diagonals = roughness_diagonals(nodes).clone()
     diagonals[:, 12] += 0.5
-    dense = rough_rows(nodes).T @ rough_rows(nodes) + 0.5 * np.eye(nodes ** 2)
-    right = torch.randn(nodes ** 2, 3, dtype=torch.float64)
+    dense = rough_rows(nodes).T @ rough_rows(nodes) + 0.5 * np.eye(nodes**2)
+    right = torch.randn(nodes**2, 3, dtype=torch.float64)
     factor = BandedFactor(diagonals, nodes)
     np.testing.assert_allclose(dense_of(diagonals, nodes), dense, atol=1e-12)
     rough = np.linalg.norm(rough_rows(nodes) @ right.numpy()) ** 2

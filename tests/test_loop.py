@@ -78,8 +78,16 @@ class Fit:
         first = resume(self.checkpoint, self.module, self.optimizer)
         with TrainingLog(None, self.steps, first, batch_size=4, samples=50) as log:
             run_steps(
-                self.module, self.optimizer, Schedule(self.steps, 0.05, 3), self.loss, log, first,
-                checkpoint=self.checkpoint, checkpoint_every=7, validate=self.validate, **more,
+                self.module,
+                self.optimizer,
+                Schedule(self.steps, 0.05, 3),
+                self.loss,
+                log,
+                first,
+                checkpoint=self.checkpoint,
+                checkpoint_every=7,
+                validate=self.validate,
+                **more,
             )
         return {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
 

@@ -113,7 +113,7 @@ def test_an_image_that_cannot_be_read_is_left_out(images, made, tmp_path, capsys
         (("--limit", "3"), "images must be 4 or more"),
         (("--views", "1"), "views must be 2 or more"),
         (("--input-size", "65"), "input_size must be a multiple of the patch size 16"),
-        (("--model", "resnet18"), "model must be"),
+        (("--model", "resnet18"), "A denoiser can be added to"),
         (("--images", "hf:/nowhere/at/all"), "hf:/nowhere/at/all cannot be read as a data set"),
     ],
 )

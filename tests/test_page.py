@@ -109,9 +109,11 @@ def test_nothing_removed_is_one_colour():
 
 def test_every_part_is_whole_and_has_one_pixel_a_patch(look):
     parts = {
-        "overview": (page.overview(look), 2), "alike": (page.alike(look, (1, 2)), 2),
-        "groups": (page.groups(look, 4), 2), "rest": (page.rest(look), 4),
-    }  # fmt: skip
+        "overview": (page.overview(look), 2),
+        "alike": (page.alike(look, (1, 2)), 2),
+        "groups": (page.groups(look, 4), 2),
+        "rest": (page.rest(look), 4),
+    }
     for name, (text, count) in parts.items():
         pictures = [picture for picture in Parts(text).pictures() if picture.shape == (6, 8, 3)]
         assert len(pictures) == count, name
@@ -157,10 +159,18 @@ def test_an_upload_is_rgb_and_of_bounded_size(kind):
     assert big.size == (studio.SIDE, studio.SIDE // 3) and big.mode == "RGB"
 
 
-@pytest.mark.parametrize("bad", [
-    b"", b"<svg/>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", content(Image.new("RGB", (9, 9)), "PPM"),
-    content(Image.effect_noise((99, 99), 9))[:2000], content(Image.new("1", (7200, 7000))),
-], ids=["empty", "svg", "eps", "ppm", "half", "50 megapixels"])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"",
+        b"<svg/>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        content(Image.new("RGB", (9, 9)), "PPM"),
+        content(Image.effect_noise((99, 99), 9))[:2000],
+        content(Image.new("1", (7200, 7000))),
+    ],
+    ids=["empty", "svg", "eps", "ppm", "half", "50 megapixels"],
+)
 def test_what_is_no_image_to_take_is_told(bad):
     with pytest.raises(DemoError, match="^This file: "):
         read_upload(bad)

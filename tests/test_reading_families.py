@@ -3,10 +3,10 @@
 import pytest
 import timm
 import torch
-from training.backbone import FeatureReader
 
 import timm_dvt
 from timm_dvt.reading import final_tokens
+from training.common.backbone import FeatureReader
 
 SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 1, "img_size": 64}
 MODELS = {

@@ -137,8 +137,15 @@ def test_decay_reaches_matrices_alone_or_everything():
 
 
 @pytest.mark.parametrize(
-    "given", [{"loss": "huber"}, {"dtype": "float8"}, {"min_lr": 1.0}, {"batch_size": 0}, {"weight_decay": -1.0},
-              {"val_fraction": 1.0}],
+    "given",
+    [
+        {"loss": "huber"},
+        {"dtype": "float8"},
+        {"min_lr": 1.0},
+        {"batch_size": 0},
+        {"weight_decay": -1.0},
+        {"val_fraction": 1.0},
+    ],
 )
 def test_settings_that_cannot_be_name_themselves(given):
     with pytest.raises(ValueError, match=next(iter(given))):

@@ -16,9 +16,17 @@ def result(folder, name, model, states, task="linear-seg", dataset="voc", parame
         for state, numbers in states.items()
     }
     record = {
-        "task": task, "model": model, "dataset": dataset, "states": summaries, "difference": {}, "limit": None,
-        "changed": [], "tags": {}, "parameters": parameters, **more,
-    }  # fmt: skip
+        "task": task,
+        "model": model,
+        "dataset": dataset,
+        "states": summaries,
+        "difference": {},
+        "limit": None,
+        "changed": [],
+        "tags": {},
+        "parameters": parameters,
+        **more,
+    }
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(record))
 

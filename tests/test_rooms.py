@@ -68,6 +68,7 @@ def test_no_command_imports_a_command():
 def test_the_plug_in_never_imports_training():
     for path in (TRAINING.parent / "timm_dvt").rglob("*.py"):
         assert "training" not in {
-            (node.module or "").split(".")[0] for node in ast.walk(ast.parse(path.read_text()))
+            (node.module or "").split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.ImportFrom)
         }, path

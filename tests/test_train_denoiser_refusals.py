@@ -45,10 +45,18 @@ def damage(pairs: Path, how: str) -> None:
 
 THIRD = pair_path(Path("pairs"), 3).name
 BAD_PAIRS = {
-    "truncated": THIRD, "garbage": THIRD, "missing": THIRD, "other grid": THIRD, "mixed within": THIRD,
-    "nan": THIRD, "infinity": THIRD, "no index": "index.jsonl", "empty index": "index.jsonl",
-    "no settings": "settings.json", "broken settings": "settings.json",
-}  # fmt: skip
+    "truncated": THIRD,
+    "garbage": THIRD,
+    "missing": THIRD,
+    "other grid": THIRD,
+    "mixed within": THIRD,
+    "nan": THIRD,
+    "infinity": THIRD,
+    "no index": "index.jsonl",
+    "empty index": "index.jsonl",
+    "no settings": "settings.json",
+    "broken settings": "settings.json",
+}
 
 
 @pytest.mark.parametrize("start_from", ["static", "random"])
@@ -83,10 +91,18 @@ def test_pairs_of_another_model_weights_layer_or_width_are_refused(tmp_path, cap
     assert "not to ResNet" in error("--model", "resnet18", "--pairs", str(wide))
 
 
-@pytest.mark.parametrize("options", [
-    ("--val-fraction", "1"), ("--warmup", "9", "--steps", "3"), ("--device", "nonsense"), ("--init", "nowhere"),
-    ("--arch", "static", "--init", "x"), ("--arch", "conv3x3", "--blocks", "2"), ("--blocks", "0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--val-fraction", "1"),
+        ("--warmup", "9", "--steps", "3"),
+        ("--device", "nonsense"),
+        ("--init", "nowhere"),
+        ("--arch", "static", "--init", "x"),
+        ("--arch", "conv3x3", "--blocks", "2"),
+        ("--blocks", "0"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(options, pairs, tmp_path, capsys):
     assert run(pairs, tmp_path / "out", *options) == 2
     assert options[0].strip("-").split("-")[0] in capsys.readouterr().err

@@ -73,7 +73,8 @@ def test_defaults_are_the_denoisers_resolution_and_any_input_size(name):
     base = timm.get_pretrained_cfg(variant.backbone)
     assert config["input_size"] == (3, variant.resolution, variant.resolution)
     assert config["mean"] == base.mean and config["std"] == base.std
-    assert model.dynamic_img_size and model.patch_embed.img_size == (variant.resolution, variant.resolution)
+    # Made at the backbone's own size: its position embedding is resampled once, to whatever size an image has.
+    assert model.dynamic_img_size and model.patch_embed.img_size == tuple(base.input_size[1:])
     assert hasattr(model, "set_denoise") != variant.distilled
     if not variant.distilled:
         side = 37 if variant.resolution == 518 else 32

@@ -104,10 +104,17 @@ def test_the_whole_view_is_the_whole_image():
     )
 
 
-@pytest.mark.parametrize("arguments", [
-    {"count": 0}, {"area": (0.0, 0.5)}, {"area": (0.5, 0.1)}, {"area": (0.5, 1.5)}, {"aspect": (2, 1)},
-    {"flip": 1.5},
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"count": 0},
+        {"area": (0.0, 0.5)},
+        {"area": (0.5, 0.1)},
+        {"area": (0.5, 1.5)},
+        {"aspect": (2, 1)},
+        {"flip": 1.5},
+    ],
+)
 def test_impossible_views_are_refused_by_name(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         sample_views(**{"count": 3, "image_size": (10, 10), **arguments})

@@ -52,9 +52,7 @@ def test_stage1_panel_has_a_row_for_each_image_and_layer(frames, tmp_path, optio
         np.testing.assert_allclose(row.raw, row.clean + row.artifacts + row.residual, atol=1e-4)
 
 
-def test_f_can_be_drawn_between_the_patches_and_a_name_without_a_suffix_is_a_png(
-    frames, tmp_path, monkeypatch, capsys
-):
+def test_f_can_be_drawn_between_the_patches_and_a_name_without_a_suffix_is_a_png(frames, tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(visualize, "draw_stage1", lambda r, *rest: drawn.extend(r) or draw_stage1(r, *rest))
     command = [str(frames / "000.png"), *SMALL, "--out", str(tmp_path / "picture"), "--resolution", "13"]

@@ -114,9 +114,7 @@ def test_every_published_layout_of_a_denoiser_is_read(layout, model, tmp_path):
     images = images_for(model)
     with model.denoising(False):
         tokens = model.forward_features(images)[:, 1:]
-    assert torch.allclose(
-        model.forward_features(images)[:, 1:], reference.denoise(state, tokens, (3, 4), 6), atol=1e-4
-    )
+    assert torch.allclose(model.forward_features(images)[:, 1:], reference.denoise(state, tokens, (3, 4), 6), atol=1e-4)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -204,9 +202,19 @@ def damaged(tmp_path, how: str):
 
 @pytest.mark.parametrize(
     "how",
-    ["truncated", "truncated safetensors", "empty", "empty safetensors", "header", "header safetensors", "text", "list",
-     "numbers", "missing"],
-)  # fmt: skip
+    [
+        "truncated",
+        "truncated safetensors",
+        "empty",
+        "empty safetensors",
+        "header",
+        "header safetensors",
+        "text",
+        "list",
+        "numbers",
+        "missing",
+    ],
+)
 def test_a_damaged_file_is_one_clear_error(how, model, tmp_path):
     path = damaged(tmp_path, how)
     before = {k: v.clone() for k, v in model.state_dict().items()}

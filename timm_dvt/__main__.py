@@ -116,10 +116,12 @@ def _add_hub_commands(commands: argparse._SubParsersAction) -> None:
         epilog="Example: %(prog)s --model vit_base_patch14_dinov2.lvd142m_dvt --out vitb_dvt",
     )
     conversion.add_argument(
-        "source", nargs="?", metavar="SOURCE",
+        "source",
+        nargs="?",
+        metavar="SOURCE",
         help="a .pth or safetensors file, or one of the Hub: ORG/REPO/FILE, hf-hub:ORG/REPO (default: where the "
         "variant's weights are published)",
-    )  # fmt: skip
+    )
     conversion.add_argument("--model", metavar="NAME", required=True, help="the variant")
     conversion.add_argument("--out", metavar="FOLDER", required=True, help="made if it does not exist")
     conversion.add_argument(

@@ -41,9 +41,12 @@ POLICY = (
 # Gradio's settings of an event. Models compute one at a time; what is only drawn does not wait for them.
 HEAVY: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 LIGHT: dict[str, Any] = {
-    "concurrency_id": "drawing", "concurrency_limit": 2, "api_visibility": "private", "show_progress": "hidden",
+    "concurrency_id": "drawing",
+    "concurrency_limit": 2,
+    "api_visibility": "private",
+    "show_progress": "hidden",
     "trigger_mode": "always_last",
-}  # fmt: skip
+}
 
 
 def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = None) -> None:
@@ -64,16 +67,30 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
         blocks = build(studio)
         try:
             _, address, _ = blocks.launch(
-                server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
-                footer_links=[], run_history=False, allowed_paths=[], max_file_size=MAX_BYTES, ssr_mode=False,
-                mcp_server=False, pwa=False, enable_monitoring=False, state_session_capacity=256,
+                server_name=host,
+                server_port=port,
+                share=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                footer_links=[],
+                run_history=False,
+                allowed_paths=[],
+                max_file_size=MAX_BYTES,
+                ssr_mode=False,
+                mcp_server=False,
+                pwa=False,
+                enable_monitoring=False,
+                state_session_capacity=256,
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
                 css=f":root {{ --dvt-scale: {page.gradient()}; }}\n{_asset('app.css')}",
                 app_kwargs={
-                    "routes": [Route("/dvt/{key}/{name}", download(studio))], "middleware": [Middleware(Guard)],
-                    "docs_url": None, "redoc_url": None, "openapi_url": None,
+                    "routes": [Route("/dvt/{key}/{name}", download(studio))],
+                    "middleware": [Middleware(Guard)],
+                    "docs_url": None,
+                    "redoc_url": None,
+                    "openapi_url": None,
                 },
-            )  # fmt: skip
+            )
         except OSError as e:
             where = f"{host}:{port or '7860 or above'}"
             raise DemoError(f"cannot serve on {where}: it is in use, or not an address of this machine") from e
@@ -186,8 +203,10 @@ def download(studio: Studio) -> Callable[[Request], Response]:
 
     def answer(request: Request) -> Response:
         name, asked = request.path_params["name"], request.query_params
-        row, column, count = (int(t) if (t := asked.get(k, ""))[:4].isdecimal() and len(t) < 5 else None
-                              for k in ("row", "column", "clusters"))  # fmt: skip
+        row, column, count = (
+            int(t) if (t := asked.get(k, ""))[:4].isdecimal() and len(t) < 5 else None
+            for k in ("row", "column", "clusters")
+        )
         try:
             look = studio.find(request.path_params["key"])
         except DemoError as e:

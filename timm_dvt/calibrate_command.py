@@ -36,14 +36,18 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--model", metavar="NAME", required=True, help="a timm model, local-dir:FOLDER or hf-hub:REPO")
     command.add_argument("--out", metavar="FOLDER", required=True, help="made if it does not exist")
     command.add_argument(
-        "--images", nargs="+", metavar="PATH",
+        "--images",
+        nargs="+",
+        metavar="PATH",
         help="image files or folders; 16 images do, 64 do better (default: blank and noise images)",
-    )  # fmt: skip
+    )
     command.add_argument(
-        "--method", choices=METHODS, default="static",
+        "--method",
+        choices=METHODS,
+        default="static",
         help="static: subtract the mean artifact map; project: take out the directions in which position shows "
         "(default: %(default)s)",
-    )  # fmt: skip
+    )
     command.add_argument(
         "--views", type=int, default=256, metavar="N", help="forward passes at the most (default: %(default)s)"
     )

@@ -210,9 +210,7 @@ def _look(
     return visit + 1, {block: one.estimate() for block, one in sums.items()}
 
 
-def _inputs(
-    reader: ViewReader, windows: Windows, found: list[Source] | None, visit: int
-) -> tuple[int, torch.Tensor]:
+def _inputs(reader: ViewReader, windows: Windows, found: list[Source] | None, visit: int) -> tuple[int, torch.Tensor]:
     """The number by which an image is grouped, and its windows as the model's input (V, channels, *size)."""
     if found is None:  # by turns of two kinds: two in a row make a fair sample of blank images
         return visit // 2, blank(reader.channels, reader.size, visit)[None]

@@ -11,12 +11,23 @@ STARTS = 4  # of k-means, the best of which counts
 PERCENTILES = (1.0, 99.0)  # a few outlier tokens must not decide the contrast of all others
 
 # Ten colours that are told apart easily, by colour-blind readers too (Paul Tol's, muted).
-PALETTE = np.array(
-    [
-        (51, 34, 136), (136, 204, 238), (68, 170, 153), (17, 119, 51), (153, 153, 51),
-        (221, 204, 119), (204, 102, 119), (136, 34, 85), (170, 68, 153), (221, 221, 221),
-    ]
-) / 255  # fmt: skip
+PALETTE = (
+    np.array(
+        [
+            (51, 34, 136),
+            (136, 204, 238),
+            (68, 170, 153),
+            (17, 119, 51),
+            (153, 153, 51),
+            (221, 204, 119),
+            (204, 102, 119),
+            (136, 34, 85),
+            (170, 68, 153),
+            (221, 221, 221),
+        ]
+    )
+    / 255
+)
 
 
 # Dark blue over green to yellow, rising in lightness all the way: readable in grey and by colour-blind readers.

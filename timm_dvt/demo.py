@@ -240,9 +240,7 @@ def prepare(model: nn.Module, image: Image.Image, size: int | None = None) -> tu
 
 
 @torch.inference_mode()
-def measure(
-    model: nn.Module, pixels: torch.Tensor, rounds: int, warm_up: bool = True
-) -> tuple[Measured, Measured]:
+def measure(model: nn.Module, pixels: torch.Tensor, rounds: int, warm_up: bool = True) -> tuple[Measured, Measured]:
     """The patch tokens of an input (1, 3, h, w) with the denoiser off and on, and how long each takes.
 
     Args:

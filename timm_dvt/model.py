@@ -15,9 +15,16 @@ DenoisedEva = denoised_class(Eva)
 
 # What a denoised model has that its backbone has not.
 OURS = (
-    "denoiser", "denoise", "layout", "plain", "final_block", "denoises_final", "backbone_name", "norm_after_pool",
+    "denoiser",
+    "denoise",
+    "layout",
+    "plain",
+    "final_block",
+    "denoises_final",
+    "backbone_name",
+    "norm_after_pool",
     "timms_feature_info",
-)  # fmt: skip
+)
 
 
 def add_denoiser(

@@ -120,12 +120,16 @@ def rest(look: Look) -> str:
     lengths, length_scale = looks.lengths(look.off, look.on)
     removed, removed_scale = looks.removed(look.off, look.on)
     return _section(
-        "lengths", "Their norm, both maps on one scale. Single bright patches are outlier tokens.", length_scale,
+        "lengths",
+        "Their norm, both maps on one scale. Single bright patches are outlier tokens.",
+        length_scale,
         _both(look, lengths, STATES, "Length"),
     ) + _section(
-        "removed", "Off minus on. What depends on the place and not on the image is noise.", removed_scale,
+        "removed",
+        "Off minus on. What depends on the place and not on the image is noise.",
+        removed_scale,
         _both(look, removed, ("as colours", "its length"), "Removed"),
-    )  # fmt: skip
+    )
 
 
 def downloads(key: str, patch: tuple[int, int], clusters: int) -> str:

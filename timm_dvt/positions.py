@@ -101,9 +101,7 @@ class Position:
         total: (C, C) covariance over the places of the tokens of a view.
     """
 
-    def __init__(
-        self, estimates: torch.Tensor, weights: torch.Tensor, mean: torch.Tensor, total: torch.Tensor
-    ) -> None:
+    def __init__(self, estimates: torch.Tensor, weights: torch.Tensor, mean: torch.Tensor, total: torch.Tensor) -> None:
         """
         Args:
             estimates: (groups, H, W, C), two groups at least. weights: (groups,), of sum 1.

@@ -156,9 +156,7 @@ def check_id(repo_id: str) -> None:
         raise PushError(f"{repo_id!r} names no account; an id is ORG/NAME")
 
 
-def files_there(
-    api: HfApi, repo_id: str, private: bool, create_pr: bool, kind: str = "model"
-) -> dict[str, str] | None:
+def files_there(api: HfApi, repo_id: str, private: bool, create_pr: bool, kind: str = "model") -> dict[str, str] | None:
     """Hashes of a repo's files, or None where it does not exist. Raises PushError where it is not as asked for."""
     try:
         info = api.repo_info(repo_id, repo_type=kind, files_metadata=True)

@@ -164,9 +164,7 @@ def _create_architecture(name: str, pretrained: bool = False, backbone: str | No
     return create(variant, pretrained=pretrained, **kwargs)
 
 
-def _create_generic(
-    pretrained: bool = False, backbone: str = "vit_base_patch14_dinov2.lvd142m", **kwargs
-) -> nn.Module:
+def _create_generic(pretrained: bool = False, backbone: str = "vit_base_patch14_dinov2.lvd142m", **kwargs) -> nn.Module:
     """Any timm ViT with a denoiser, as config.json names it where the backbone has no variant."""
     cfg = get_pretrained_cfg(_registered(backbone))
     variant = Variant(variant_name(backbone, "dvt"), backbone, cfg.input_size[-1] if cfg else 224)

@@ -87,8 +87,15 @@ def run(args: argparse.Namespace) -> None:
         settings = make_settings(args, teacher, sources, processes)
         with only_run(args.out, processes, lambda: describe(args, teacher, sources, settings)) as folder:
             student = train(
-                teacher, sources, settings, folder, device, processes,
-                args.workers, args.checkpoint_every, args.val_every,
+                teacher,
+                sources,
+                settings,
+                folder,
+                device,
+                processes,
+                args.workers,
+                args.checkpoint_every,
+                args.val_every,
             )
             if processes.first:
                 save_plain(student.cpu(), folder, teacher.backbone_name)
@@ -103,11 +110,15 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     add_model_arguments(parser)
     parser.add_argument("--input-size", type=int, metavar="PX", help="(default: the denoised model's own)")
     parser.add_argument(
-        "--augment", choices=AUGMENTS, default=Settings.augment,
+        "--augment",
+        choices=AUGMENTS,
+        default=Settings.augment,
         help="random crops and flips, or whole images with random flips alone (default: %(default)s)",
     )
     parser.add_argument(
-        "--tokens", choices=("all", "patches"), default=Settings.tokens,
+        "--tokens",
+        choices=("all", "patches"),
+        default=Settings.tokens,
         help="learn prefix tokens too, so that a classifier goes on working, or patch tokens alone (%(default)s)",
     )
     add_training_arguments(parser, "images", Settings(), base_lr=2e-4, warmup="15%")
@@ -129,9 +140,7 @@ def load_teacher(name: str, pretrained: bool, seed: int) -> Any:
     return teacher
 
 
-def make_settings(
-    args: argparse.Namespace, teacher: Any, sources: list[Source], processes: Processes
-) -> Settings:
+def make_settings(args: argparse.Namespace, teacher: Any, sources: list[Source], processes: Processes) -> Settings:
     """The settings of a command line, for so many images and processes. Raises ValueError for what cannot be."""
     size = meant_size(teacher)[0] if args.input_size is None else args.input_size
     patch = teacher.patch_embed.patch_size[0]
@@ -202,9 +211,7 @@ def train(
     optimizer = make_adamw(student, settings.lr, settings.weight_decay, settings.decay_all)
     first = resume(folder / CHECKPOINT, student, optimizer)
     model = processes.share(student)
-    validation_loss = Validation(
-        teacher, CropReader(shown, settings.input_size, settings.seed), normalise, autocasting
-    )
+    validation_loss = Validation(teacher, CropReader(shown, settings.input_size, settings.seed), normalise, autocasting)
 
     def read(step: int) -> Tensor:
         part = processes.part(step, settings.batch_size)
@@ -236,10 +243,19 @@ def train(
         folder, settings.steps, first, batch_size=settings.batch_size, samples=len(crops), speaks=processes.first
     ) as log:
         run_steps(
-            student, optimizer, settings.schedule, loss, log, first,
-            checkpoint=folder / CHECKPOINT, checkpoint_every=checkpoint_every,
-            limit=lambda: loss_limit(student.distance, wanted[:, student.first :]), explain=not_sane,
-            validate=validate, val_every=val_every, processes=processes,
+            student,
+            optimizer,
+            settings.schedule,
+            loss,
+            log,
+            first,
+            checkpoint=folder / CHECKPOINT,
+            checkpoint_every=checkpoint_every,
+            limit=lambda: loss_limit(student.distance, wanted[:, student.first :]),
+            explain=not_sane,
+            validate=validate,
+            val_every=val_every,
+            processes=processes,
         )
     return student.vit
 

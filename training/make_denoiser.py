@@ -71,7 +71,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=positive, help="of stage 2 (default: ten epochs at 8, 150 at least)")
     parser.add_argument("--target", choices=TARGETS, default=Stage2Settings.target, help="of stage 2 (%(default)s)")
     parser.add_argument(
-        "--keep-length", action=argparse.BooleanOptionalAction, default=True,
+        "--keep-length",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="bring clean tokens to the length of the raw ones (default: yes)",
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of forward passes (%(default)s)")
@@ -91,7 +93,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"views must be 2 or more, got {args.views}")
     reader = FeatureReader(backbone, input_size=args.input_size, dtype=args.dtype)
     stage1 = Stage1Settings(
-        views=args.views, seed=args.seed, layers=reader.layers, input_size=reader.input_size, stride=reader.stride,
+        views=args.views,
+        seed=args.seed,
+        layers=reader.layers,
+        input_size=reader.input_size,
+        stride=reader.stride,
         dtype=args.dtype,
     )
     made_with = describe_pairs(args.model, args.pretrained, backbone, stage1)
@@ -105,14 +111,22 @@ def run(args: argparse.Namespace) -> None:
         check_fit(model, pairs, args.model)
         with only_run(args.out, processes, lambda: describe_training(args.model, model, pairs, stage2)) as folder:
             denoisers = train(
-                pairs, stage2, folder, device, processes, backbone=timm_name(model), make_reader=make_reader,
+                pairs,
+                stage2,
+                folder,
+                device,
+                processes,
+                backbone=timm_name(model),
+                make_reader=make_reader,
                 workers=None if args.pairs else 0,
             )
             if processes.first:
                 save(model, denoisers, folder)
                 facts = {
-                    "images": str(len(pairs.files)), "views of each": str(stage1.views),
-                    "forward passes": str(len(pairs.files) * stage1.views), "steps of stage 2": str(stage2.steps),
+                    "images": str(len(pairs.files)),
+                    "views of each": str(stage1.views),
+                    "forward passes": str(len(pairs.files) * stage1.views),
+                    "steps of stage 2": str(stage2.steps),
                     "target": stage2.target,
                 }
                 before_after(model.to(device).eval(), held_out, folder, args.out, facts)

@@ -243,17 +243,24 @@ def draw(rows: Sequence[Row], axis: str) -> bytes | None:
     across = min(3, len(figures))
     down = -(-len(figures) // across)
     figure, plots = plt.subplots(down, across, figsize=(4.2 * across, 3.2 * down), squeeze=False, layout="constrained")
-    for plot in plots.flat[len(figures):]:
+    for plot in plots.flat[len(figures) :]:
         plot.set_axis_off()
     for plot, (key, lines) in zip(plots.flat, figures.items()):
         families = sorted({family for family, _ in lines})
         for (family, state), points in sorted(lines.items()):
             xs, ys, spreads = zip(*sorted(points))
             plot.errorbar(
-                xs, ys, yerr=spreads, marker="o", markersize=4, capsize=3, color=f"C{families.index(family)}",
-                label=f"{family} {state}", linestyle=_STYLES[state],
+                xs,
+                ys,
+                yerr=spreads,
+                marker="o",
+                markersize=4,
+                capsize=3,
+                color=f"C{families.index(family)}",
+                label=f"{family} {state}",
+                linestyle=_STYLES[state],
                 alpha=0.5 if "published" in state else 1,
-            )  # fmt: skip
+            )
         plot.set_xscale("log")
         ticks = sorted({x for points in lines.values() for x, *_ in points})
         plot.set_xticks(ticks, [f"{x:g}" for x in ticks])

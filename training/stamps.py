@@ -78,8 +78,8 @@ class Composer:
             left, top = (int(draw.integers(self.size)) - side // 2 for side in item.size)
             image.paste(item, (left, top), item)
             shape = np.asarray(item.getchannel("A")) > 127
-            here = owner[max(top, 0):top + item.height, max(left, 0):left + item.width]
-            shape = shape[max(-top, 0):, max(-left, 0):][:here.shape[0], :here.shape[1]]
+            here = owner[max(top, 0) : top + item.height, max(left, 0) : left + item.width]
+            shape = shape[max(-top, 0) :, max(-left, 0) :][: here.shape[0], : here.shape[1]]
             here[shape] = len(classes)
             classes.append(label)
         objects = []
@@ -143,15 +143,7 @@ def write_split(folder: Path, composer: Composer, count: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the dataset; returns 0, or 1 with a line that says what to do."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.stamps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--train", type=int, default=2000, metavar="N", help="training images (%(default)s)")
-    parser.add_argument("--val", type=int, default=500, metavar="N", help="validation images (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other images of the same sources")
-    parser.add_argument("--size", type=int, default=SIZE, metavar="PX", help="side of the images (%(default)s)")
-    parser.add_argument("--share", default=SHARE, metavar="DIR", help="where the packages are installed (%(default)s)")
+    parser = make_parser()
     args = parser.parse_args(argv)
     if min(args.train, args.val) < 0:
         parser.error("--train and --val must be 0 or more")
@@ -168,6 +160,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 1
     return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of this command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.stamps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--train", type=int, default=2000, metavar="N", help="training images (%(default)s)")
+    parser.add_argument("--val", type=int, default=500, metavar="N", help="validation images (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other images of the same sources")
+    parser.add_argument("--size", type=int, default=SIZE, metavar="PX", help="side of the images (%(default)s)")
+    parser.add_argument("--share", default=SHARE, metavar="DIR", help="where the packages are installed (%(default)s)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -48,8 +48,17 @@ def run(args: argparse.Namespace) -> None:
     with join_processes(device) as processes:
         settings = make_settings(args, pairs, processes)
         with only_run(args.out, processes, lambda: describe_training(args.model, model, pairs, settings)) as folder:
-            denoisers = train(pairs, settings, folder, device, processes, args.workers,
-                              args.checkpoint_every, args.val_every, timm_name(model))
+            denoisers = train(
+                pairs,
+                settings,
+                folder,
+                device,
+                processes,
+                args.workers,
+                args.checkpoint_every,
+                args.val_every,
+                timm_name(model),
+            )
             if processes.first:
                 save(model, denoisers, folder)
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
@@ -61,23 +70,48 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--pairs", required=True, metavar="DIR", help="what training.denoise_images wrote")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="made, or continued if it exists")
     add_model_arguments(parser)
-    parser.add_argument("--layers", type=int, nargs="+", metavar="N",
-                        help="blocks to train for, as numbered in the pairs (default: all that they hold)")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="blocks to train for, as numbered in the pairs (default: all that they hold)",
+    )
     group = parser.add_argument_group("denoiser")
-    group.add_argument("--arch", choices=ARCHITECTURES, default=Stage2Settings.arch,
-                       help="the paper's block with position embedding (default), its ablations of Tab. 6, or the "
-                       "mean artifact map subtracted, which needs no training")
-    group.add_argument("--blocks", type=int, default=Stage2Settings.blocks,
-                       help="transformer blocks (default: the paper's %(default)s)")
-    group.add_argument("--target", choices=TARGETS, default=Stage2Settings.target,
-                       help="what to predict: the paper's F, F at the length of raw - G, raw - G, or the mean of "
-                       "the first and the last (default: %(default)s); see training/stage2/targets.py")
-    group.add_argument("--keep-length", action=argparse.BooleanOptionalAction, default=Stage2Settings.keep_length,
-                       help="once trained, bring tokens to the length of the raw ones: for what lives on lengths, as "
-                       "object discovery does (default: no, as in the paper)")
-    group.add_argument("--start", choices=("static", "random"), default=Stage2Settings.start,
-                       help="of a block: from the mean correction, the block an identity (default), or from random "
-                       "weights alone; the paper does not say")
+    group.add_argument(
+        "--arch",
+        choices=ARCHITECTURES,
+        default=Stage2Settings.arch,
+        help="the paper's block with position embedding (default), its ablations of Tab. 6, or the "
+        "mean artifact map subtracted, which needs no training",
+    )
+    group.add_argument(
+        "--blocks",
+        type=int,
+        default=Stage2Settings.blocks,
+        help="transformer blocks (default: the paper's %(default)s)",
+    )
+    group.add_argument(
+        "--target",
+        choices=TARGETS,
+        default=Stage2Settings.target,
+        help="what to predict: the paper's F, F at the length of raw - G, raw - G, or the mean of "
+        "the first and the last (default: %(default)s); see training/stage2/targets.py",
+    )
+    group.add_argument(
+        "--keep-length",
+        action=argparse.BooleanOptionalAction,
+        default=Stage2Settings.keep_length,
+        help="once trained, bring tokens to the length of the raw ones: for what lives on lengths, as "
+        "object discovery does (default: no, as in the paper)",
+    )
+    group.add_argument(
+        "--start",
+        choices=("static", "random"),
+        default=Stage2Settings.start,
+        help="of a block: from the mean correction, the block an identity (default), or from random "
+        "weights alone; the paper does not say",
+    )
     group.add_argument("--init", metavar="FOLDER", help="start from a trained denoiser instead")
     add_training_arguments(parser, "pairs", Stage2Settings())
     add_recipe(parser, STAGE2, argv)
@@ -98,8 +132,13 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, processes: Processes
     count = len(pairs.files)
     shared = training_settings(args, count, f"{pairs.folder} holds {count} pair", processes)
     return Stage2Settings(
-        arch=args.arch, blocks=args.blocks, target=args.target, start=args.start, init=args.init,
-        keep_length=args.keep_length, **shared
+        arch=args.arch,
+        blocks=args.blocks,
+        target=args.target,
+        start=args.start,
+        init=args.init,
+        keep_length=args.keep_length,
+        **shared,
     )
 
 

@@ -173,9 +173,7 @@ def video_maps(model: Any, settings: Stage1Settings) -> Maps:
     return by_denoiser
 
 
-def _stage1(
-    args: argparse.Namespace, model: nn.Module, settings: Stage1Settings, sources: list[Source]
-) -> int:
+def _stage1(args: argparse.Namespace, model: nn.Module, settings: Stage1Settings, sources: list[Source]) -> int:
     if len(sources) * len(settings.layers or ()) > MOST_ROWS:
         raise ValueError(f"a picture has at most {MOST_ROWS} rows (images times layers); use --limit")
     rows: list[Row] = []
@@ -193,9 +191,7 @@ def _stage1(
     return _save(draw_stage1(rows, args.clusters, args.seed), args.out or "stage1.png", failed)
 
 
-def _positional(
-    args: argparse.Namespace, model: nn.Module, settings: Stage1Settings, sources: list[Source]
-) -> int:
+def _positional(args: argparse.Namespace, model: nn.Module, settings: Stage1Settings, sources: list[Source]) -> int:
     with Progress(len(sources)) as bar:
         maps, count = positional_maps(model, sources, settings, bar)
     figure = draw_positional(settings.layers or (), count, *maps)

@@ -43,9 +43,11 @@ def end_to_end(name: str, pretrained: bool, input_size: int | None) -> int:
         result = measured[views] = _child(name, pretrained, input_size, views)
         ratio = result["stage1"] / result["forward"]
         missed += ratio > 1.10
-        print(f"{name}, {views} views: bare forward passes {result['forward']:.1f} s, stage 1 "
-              f"{result['stage1']:.1f} s, ratio {ratio:.3f} (bar 1.10); peak memory {result['peak']:.0f} MB",
-              flush=True)
+        print(
+            f"{name}, {views} views: bare forward passes {result['forward']:.1f} s, stage 1 "
+            f"{result['stage1']:.1f} s, ratio {ratio:.3f} (bar 1.10); peak memory {result['peak']:.0f} MB",
+            flush=True,
+        )
     growth = measured[256]["peak"] / measured[32]["peak"] - 1
     print(f"peak memory grows by {growth:.1%} from 32 to 256 views (bar 5%)")
     return 1 if missed or growth >= 0.05 else 0
@@ -64,7 +66,7 @@ def time_once(name: str, pretrained: bool, input_size: int | None, views: int) -
     image = photographs()["astronaut"]
     settings = Stage1Settings(views=views, input_size=input_size)
     reader = FeatureReader(model, input_size=input_size)
-    rendered = render_views(image, image_views(settings, (512, 512))[:settings.batch_size], reader.input_size)
+    rendered = render_views(image, image_views(settings, (512, 512))[: settings.batch_size], reader.input_size)
     reader.patch_features(rendered[:2])
     forward = 0.0
 
@@ -91,8 +93,7 @@ def stability(name: str, pretrained: bool, input_size: int | None, views: int) -
     maps: dict[str, list[Tensor]] = {"raw": [], "F": []}
     for image_name, image in photographs().items():
         first, second = (
-            decompose(model, image, Stage1Settings(views=views, seed=seed, input_size=input_size))
-            for seed in (0, 1)
+            decompose(model, image, Stage1Settings(views=views, seed=seed, input_size=input_size)) for seed in (0, 1)
         )
         assert not isinstance(first, dict) and not isinstance(second, dict)
         spread = (first.semantics - first.semantics.mean((0, 1))).norm()

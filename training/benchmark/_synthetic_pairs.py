@@ -42,8 +42,16 @@ class World:
         name = MODELS[self.regime.channels]
         layer = 5 if name == "test_vit" else 11
         grid = self.regime.grid
-        settings = {"model": name, "pretrained": False, "seed": 0, "grid": grid, "channels": self.regime.channels,
-                    "layers": [layer], "input_size": 16 * grid, "stride": 16}
+        settings = {
+            "model": name,
+            "pretrained": False,
+            "seed": 0,
+            "grid": grid,
+            "channels": self.regime.channels,
+            "layers": [layer],
+            "input_size": 16 * grid,
+            "stride": 16,
+        }
         with PairFolder(folder, settings) as pairs:
             for image in range(count):
                 digest = hashlib.sha256(f"{self.seed} {image}".encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Stage 2 on synthetic features whose clean maps are known: error on unseen maps, all architectures (Tab. 6).
 
-    python -m training.benchmark denoiser                        two minutes of training for each: eight in all
-    python -m training.benchmark denoiser --seconds 20 --channels 64 --grid 12      a first look
+python -m training.benchmark denoiser                        two minutes of training for each: eight in all
+python -m training.benchmark denoiser --seconds 20 --channels 64 --grid 12      a first look
 """
 
 from __future__ import annotations
@@ -50,13 +50,19 @@ def train(folder: Path, pairs: Path, model: str, arch: str, steps: int, options:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m training.benchmark denoiser", description=__doc__,
+        prog="python -m training.benchmark denoiser",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seconds", type=float, default=120, help="of training, for each (120)")
     parser.add_argument("--archs", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--regime", choices=list(REGIMES), default="blobby, high", metavar="REGIME",
-                        help=f"one of: {'; '.join(REGIMES)}".replace("%", "%%"))
+    parser.add_argument(
+        "--regime",
+        choices=list(REGIMES),
+        default="blobby, high",
+        metavar="REGIME",
+        help=f"one of: {'; '.join(REGIMES)}".replace("%", "%%"),
+    )
     parser.add_argument("--pairs", type=int, default=300, help="to train on (300)")
     parser.add_argument("--unseen", type=int, default=50, help="maps that errors are taken on (50)")
     parser.add_argument("--channels", type=int, choices=list(MODELS), default=192)
@@ -70,8 +76,11 @@ def main(argv: list[str]) -> int:
         where = Path(name)
         model = world.write(where / "pairs", args.pairs)
         raw = unseen_error(None, world, args.pairs, args.unseen)
-        print(f"{args.regime}; C={args.channels}, K={args.grid}, {args.pairs} pairs, seed {args.seed}; "
-              f"relative error of {args.unseen} unseen maps, up to a constant", flush=True)
+        print(
+            f"{args.regime}; C={args.channels}, K={args.grid}, {args.pairs} pairs, seed {args.seed}; "
+            f"relative error of {args.unseen} unseen maps, up to a constant",
+            flush=True,
+        )
         print(f"{'architecture':14}{'error':>8}{'raw / it':>10}{'steps':>8}{'pairs/s':>9}")
         print(f"{'raw':14}{raw:8.4f}{1:10.1f}", flush=True)
         errors = {}
@@ -87,8 +96,11 @@ def main(argv: list[str]) -> int:
     if "block" in errors:
         if raw < 5 * errors["block"]:
             missed.append(f"block cuts the error {raw / errors['block']:.1f} times only")
-        missed += [f"block {errors['block']:.4f} is not better than {arch} {errors[arch]:.4f}"
-                   for arch in ("conv1x1", "conv3x3") if arch in errors and errors["block"] >= errors[arch]]
+        missed += [
+            f"block {errors['block']:.4f} is not better than {arch} {errors[arch]:.4f}"
+            for arch in ("conv1x1", "conv3x3")
+            if arch in errors and errors["block"] >= errors[arch]
+        ]
         print("bars (block: 5x over raw; better than both convolutions): " + ("; ".join(missed) or "all met"))
     return 1 if missed else 0
 

@@ -24,7 +24,11 @@ def measure_steps(channels: int, grid: int) -> list[tuple[float, float]]:
     features = torch.randn(count, channels, generator=generator)
     marks = [(time.perf_counter(), time.process_time())]
     fit_field(
-        coords, patches, features, grid, FieldSettings(steps=4 * REPORT_EVERY, backend="torch"),
+        coords,
+        patches,
+        features,
+        grid,
+        FieldSettings(steps=4 * REPORT_EVERY, backend="torch"),
         progress=lambda _: marks.append((time.perf_counter(), time.process_time())),
     )
     taken = [[1000 * (b - a) / REPORT_EVERY for a, b in zip(*pair)] for pair in zip(marks, marks[1:])]
@@ -32,8 +36,11 @@ def measure_steps(channels: int, grid: int) -> list[tuple[float, float]]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.benchmark field_step", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmark field_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--channels", type=int, default=768)
     parser.add_argument("--grid", type=int, default=37)
     parser.add_argument("--rounds", type=int, default=3, help="turns (3)")

@@ -147,9 +147,7 @@ def check_agreement(calls: dict[str, Callable[[torch.Tensor], torch.Tensor]], im
         raise RuntimeError(f"denoised maps differ by up to {(ours - published).abs().max():.2g}")
 
 
-def measure_within(
-    model: nn.Module, images: torch.Tensor, rounds: int, clock: Callable[[], float]
-) -> Comparison:
+def measure_within(model: nn.Module, images: torch.Tensor, rounds: int, clock: Callable[[], float]) -> Comparison:
     """A denoised forward against the backbone's part of the same forward.
 
     The two are milliseconds apart, so this stays sharp on a machine whose other work blurs the ratios of whole

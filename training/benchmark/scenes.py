@@ -105,7 +105,7 @@ class Scene:
 
     def view(self, views: Views, index: int) -> Tensor:
         """The features (K, K, C) of one view; the same whatever was asked for before."""
-        xs, ys = view_axes(views[index:index + 1], self.centres)
+        xs, ys = view_axes(views[index : index + 1], self.centres)
         regime, draw = self.regime, torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + index)
         semantics = self.semantics(xs[0], ys[0])
         features = semantics + self.artifacts
@@ -115,8 +115,9 @@ class Scene:
             features = features + regime.noise * torch.randn(features.shape, generator=draw)
         if regime.outliers:
             struck = torch.rand(features.shape[:2], generator=draw) < regime.outliers
-            features[struck] = regime.outlier_size * self._direction * (
-                0.8 + 0.4 * torch.rand(int(struck.sum()), 1, generator=draw))
+            features[struck] = (
+                regime.outlier_size * self._direction * (0.8 + 0.4 * torch.rand(int(struck.sum()), 1, generator=draw))
+            )
         return features
 
     def views(self, count: int) -> Views:

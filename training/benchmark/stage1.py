@@ -1,10 +1,10 @@
 """Stage 1 on scenes with a known answer, raw, view-average, linear and field; and its cost with a real ViT.
 
-    python -m training.benchmark stage1 --quick              six regimes, no field: about a minute
-    python -m training.benchmark stage1 --no-field           all regimes: about five minutes on two cores
-    python -m training.benchmark stage1                      with the field at 2,000 steps: shows its progress
-    python -m training.benchmark stage1 --end-to-end vit_base_patch14_dinov2     time and memory of decompose
-    python -m training.benchmark stage1 --real NAME          seed and position dependence on real photographs
+python -m training.benchmark stage1 --quick              six regimes, no field: about a minute
+python -m training.benchmark stage1 --no-field           all regimes: about five minutes on two cores
+python -m training.benchmark stage1                      with the field at 2,000 steps: shows its progress
+python -m training.benchmark stage1 --end-to-end vit_base_patch14_dinov2     time and memory of decompose
+python -m training.benchmark stage1 --real NAME          seed and position dependence on real photographs
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ from training.common.views import view_axes
 from training.stage1.field.fit import FieldSettings, fit_field
 from training.stage1.linear.solver import LinearSettings, LinearSolver
 
-QUICK = (
-    "smooth, low", "blobby, high", "blobby, no noise", "5% outliers", "strong noise, blobby", "no artifacts"
-)
+QUICK = ("smooth, low", "blobby, high", "blobby, no noise", "5% outliers", "strong noise, blobby", "no artifacts")
 CURVE = (8, 16, 32, 64, 128, 256, 512, 768)
 CURVE_REGIMES = ("blobby, high", "strong noise, blobby", "no artifacts, strong noise")
 
@@ -98,8 +96,13 @@ def _run_field(scene: Scene, count: int, seed: int, steps: int) -> tuple[Tensor,
     start = time.perf_counter()
     with tqdm(total=steps, desc="field", unit="step", leave=False) as bar:
         fit = fit_field(
-            coords.reshape(-1, 2).float(), torch.arange(grid * grid).repeat(count), features.flatten(0, 1), grid,
-            FieldSettings(steps=steps), seed=seed, progress=bar.update,
+            coords.reshape(-1, 2).float(),
+            torch.arange(grid * grid).repeat(count),
+            features.flatten(0, 1),
+            grid,
+            FieldSettings(steps=steps),
+            seed=seed,
+            progress=bar.update,
         )
     centres = scene.centres.float()
     at = torch.stack(torch.meshgrid(centres, centres, indexing="ij"), -1).flip(-1)
@@ -122,8 +125,10 @@ def _alone(*arguments: object) -> Result:
 def compare(names: list[str], views: int, seed: int, steps: int, with_field: bool) -> int:
     """Print the table of all methods and regimes and how it stands to the bars; returns the bars missed."""
     print(f"{views} views a scene, seed {seed}; errors relative, up to a constant")
-    print(f"{'regime':28s} {'method':8s} {'F error':>8s} {'raw / it':>8s} {'G error':>8s} {'cos F':>7s} "
-          f"{'seconds':>8s} {'MB':>6s}")
+    print(
+        f"{'regime':28s} {'method':8s} {'F error':>8s} {'raw / it':>8s} {'G error':>8s} {'cos F':>7s} "
+        f"{'seconds':>8s} {'MB':>6s}"
+    )
     missed = []
     for name in names:
         methods = ["raw", "average", "linear"] + ["field"] * with_field
@@ -131,8 +136,11 @@ def compare(names: list[str], views: int, seed: int, steps: int, with_field: boo
         raw, linear, average = results["raw"], results["linear"], results["average"]
         for method, result in results.items():
             gain = raw.semantics / max(result.semantics, 1e-12)
-            print(f"{name:28s} {method:8s} {result.semantics:8.4f} {gain:8.1f} {result.artifacts:8.4f} "
-                  f"{result.cosine:7.4f} {result.seconds:8.2f} {result.megabytes:6.0f}", flush=True)
+            print(
+                f"{name:28s} {method:8s} {result.semantics:8.4f} {gain:8.1f} {result.artifacts:8.4f} "
+                f"{result.cosine:7.4f} {result.seconds:8.2f} {result.megabytes:6.0f}",
+                flush=True,
+            )
         if REGIMES[name].artifacts != "none" and raw.semantics < 5 * linear.semantics:
             missed.append(f"{name}: linear beats raw only {raw.semantics / linear.semantics:.1f} times")
         if linear.semantics > 1.01 * average.semantics:
@@ -145,8 +153,10 @@ def compare(names: list[str], views: int, seed: int, steps: int, with_field: boo
             print(f"{name:28s} linear is {faster:.0f} times faster than 20,000 steps of field (extrapolated)")
             if faster < 100:
                 missed.append(f"{name}: only {faster:.0f} times faster than the field at 20,000 steps")
-    print("bars (5x over raw with artifacts; view-average not better by 1%; field not better, 100x slower): "
-          f"{'all met' if not missed else ''}")
+    print(
+        "bars (5x over raw with artifacts; view-average not better by 1%; field not better, 100x slower): "
+        f"{'all met' if not missed else ''}"
+    )
     print("".join(f"  missed: {line}\n" for line in missed), end="")
     return len(missed)
 
@@ -163,11 +173,17 @@ def curve(names: list[str], seed: int) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m training.benchmark stage1", description=__doc__,
+        prog="python -m training.benchmark stage1",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), metavar="REGIME",
-                        help=f"some of: {'; '.join(REGIMES)}".replace("%", "%%"))
+    parser.add_argument(
+        "--regimes",
+        nargs="+",
+        choices=list(REGIMES),
+        metavar="REGIME",
+        help=f"some of: {'; '.join(REGIMES)}".replace("%", "%%"),
+    )
     parser.add_argument("--views", type=int, default=256, help="views a scene of the table, an image of --real (256)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="six regimes, 64 views, no field, no curve")
@@ -175,8 +191,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--field-steps", type=int, default=2000, help="steps of the neural field (2000)")
     parser.add_argument("--no-curve", action="store_true", help="leave out error against number of views")
     parser.add_argument("--end-to-end", metavar="MODEL", help="instead: time and memory with this timm model")
-    parser.add_argument("--real", metavar="MODEL",
-                        help="instead: seeds and position dependence of this timm model's features")
+    parser.add_argument(
+        "--real", metavar="MODEL", help="instead: seeds and position dependence of this timm model's features"
+    )
     parser.add_argument("--pretrained", action="store_true", help="of --end-to-end and --real: load weights")
     parser.add_argument("--input-size", type=int, help="of --end-to-end and --real: pixels a side")
     args = parser.parse_args(argv)

@@ -59,7 +59,8 @@ def bare(pairs: PairSet, settings: Stage2Settings, batches: list[torch.Tensor]) 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m training.benchmark train_denoiser", description=__doc__,
+        prog="python -m training.benchmark train_denoiser",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--channels", type=int, choices=list(MODELS), default=192)
@@ -69,9 +70,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args(argv)
     keep_freed_memory()  # as the command does
-    settings = Stage2Settings(
-        steps=args.steps, batch_size=args.batch_size, val_fraction=0.0, start="random"
-    )
+    settings = Stage2Settings(steps=args.steps, batch_size=args.batch_size, val_fraction=0.0, start="random")
     world = World(dataclasses.replace(REGIMES["blobby, high"], channels=args.channels, grid=args.grid))
     with tempfile.TemporaryDirectory() as name:
         where = Path(name)
@@ -92,8 +91,10 @@ def main(argv: list[str]) -> int:
                 pairs_reader._free_memory = free_memory if kind == "kept" else (lambda: 0)
                 rates = ours(pairs, settings, where / f"{kind}-{turn}"), bare(pairs, settings, batches)
                 ratios[kind].append(rates[0] / rates[1])
-                print(f"  {kind}: ours {rates[0]:.1f} pairs/s, bare {rates[1]:.1f}, ratio {ratios[kind][-1]:.3f}",
-                      flush=True)
+                print(
+                    f"  {kind}: ours {rates[0]:.1f} pairs/s, bare {rates[1]:.1f}, ratio {ratios[kind][-1]:.3f}",
+                    flush=True,
+                )
         pairs_reader._free_memory = free_memory
     medians = {kind: statistics.median(values) for kind, values in ratios.items()}
     medians["ten epochs"] = 10 / (1 / medians["read"] + 9 / medians["kept"])  # the default run, where there is room

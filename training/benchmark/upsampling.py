@@ -52,7 +52,8 @@ def upsampled(maps: Tensor, resolution: int) -> Tensor:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m training.benchmark upsampling", description=__doc__,
+        prog="python -m training.benchmark upsampling",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", required=True, metavar="DIR", help="what training.stamps made")
@@ -84,8 +85,11 @@ def main(argv: list[str]) -> int:
         for method, places in right.items():
             told = torch.stack(places).float()
             passes = views if method != "raw, bilinear" else 1
-            print(f"  {method:24s} near borders {100 * told[border].mean():5.1f}  elsewhere "
-                  f"{100 * told[~border].mean():5.1f}  forward passes {passes}", flush=True)
+            print(
+                f"  {method:24s} near borders {100 * told[border].mean():5.1f}  elsewhere "
+                f"{100 * told[~border].mean():5.1f}  forward passes {passes}",
+                flush=True,
+            )
     return 0
 
 

@@ -124,9 +124,7 @@ class FeatureReader:
             (B, prefix, C) float32, final norm applied if the last block is read; {layer: (B, K, K, C)}.
         """
         if images.ndim != 4 or images.shape[-2:] != (self.input_size, self.input_size):
-            raise ValueError(
-                f"images must be (B, 3, {self.input_size}, {self.input_size}), got {tuple(images.shape)}"
-            )
+            raise ValueError(f"images must be (B, 3, {self.input_size}, {self.input_size}), got {tuple(images.shape)}")
         weight = next(self._model.parameters())
         images = (images.to(self.device, torch.float32) - self.mean) / self.std
         lower = self.dtype != torch.float32 and weight.dtype == torch.float32

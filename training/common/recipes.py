@@ -63,15 +63,30 @@ STAGE1: Recipes = {
 STAGE2: Recipes = {
     "paper": {"epochs": 10, "batch_size": 64, "lr": 2e-4, "loss": "norm", "start": "random"},
     "repository": {
-        "steps": 50_000, "batch_size": 128, "base_lr": 2e-4, "warmup": "15%", "min_lr": 1e-6, "loss": "mse",
-        "weight_decay": 1e-5, "decay_all": True, "start": "random",
+        "steps": 50_000,
+        "batch_size": 128,
+        "base_lr": 2e-4,
+        "warmup": "15%",
+        "min_lr": 1e-6,
+        "loss": "mse",
+        "weight_decay": 1e-5,
+        "decay_all": True,
+        "start": "random",
     },
 }
 STAGE3: Recipes = {
     "paper": {},
     "repository": {
-        "epochs": 5, "batch_size": 512, "base_lr": 2e-4, "warmup": "15%", "min_lr": 1e-6, "loss": "mse",
-        "weight_decay": 1e-5, "decay_all": True, "augment": "flip", "tokens": "patches",
+        "epochs": 5,
+        "batch_size": 512,
+        "base_lr": 2e-4,
+        "warmup": "15%",
+        "min_lr": 1e-6,
+        "loss": "mse",
+        "weight_decay": 1e-5,
+        "decay_all": True,
+        "augment": "flip",
+        "tokens": "patches",
     },
 }
 

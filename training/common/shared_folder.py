@@ -139,8 +139,7 @@ class SharedFolder:
         ]
         if differences:
             raise SettingsDiffer(
-                f"{self.path} was begun with other settings; use those, or another folder:\n"
-                + "\n".join(differences)
+                f"{self.path} was begun with other settings; use those, or another folder:\n" + "\n".join(differences)
             )
 
     def append(self, file_name: str, record: Mapping[str, Any]) -> None:
@@ -212,7 +211,7 @@ def read_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int
 def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:  # a write may be cut short: by a signal, by 2 GiB, by the last free block
-        view = view[os.write(descriptor, view):]
+        view = view[os.write(descriptor, view) :]
 
 
 def _sync_folder(folder: Path) -> None:

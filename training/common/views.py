@@ -85,9 +85,7 @@ def whole_view() -> Views:
     return Views(torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64), torch.tensor([False]))
 
 
-def shrink_for_views(
-    image: Tensor, size: int, area: tuple[float, float], aspect: tuple[float, float]
-) -> Tensor:
+def shrink_for_views(image: Tensor, size: int, area: tuple[float, float], aspect: tuple[float, float]) -> Tensor:
     """Shrink an image once if it has more pixels than the smallest view resized to `size` can show.
 
     Views of a 50-megapixel photograph are then as quick to cut as those of a small one.

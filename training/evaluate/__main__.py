@@ -103,9 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", required=True, choices=list(DATASETS))
     parser.add_argument("--data", required=True, metavar="DIR", help="the dataset in its standard layout")
-    parser.add_argument(
-        "--out", default="results", metavar="DIR", help="results and features (default: %(default)s)"
-    )
+    parser.add_argument("--out", default="results", metavar="DIR", help="results and features (default: %(default)s)")
     parser.add_argument(
         "--cache", metavar="DIR", help="where features are kept (default: OUT/features); off to keep none"
     )

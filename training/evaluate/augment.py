@@ -56,6 +56,7 @@ def photometric_distortion(image: Tensor, draw: np.random.Generator) -> Tensor:
     Brightness by up to 32 of 255; contrast by a factor of 0.5 to 1.5, before or after the colours; saturation (of
     HSV) by a factor of 0.5 to 1.5; hue by -18 to 17 of 180.
     """
+
     def chosen() -> bool:
         return bool(draw.integers(2))
 

@@ -112,6 +112,7 @@ def _listing(folder: Path, *suffixes: str) -> list[Path]:
 
 # ---- NYU
 
+
 def _nyu(folder: Path, kind: str) -> dict[str, Split]:
     return {part: _nyu_split(folder, name) for part, name in (("train", "nyu_train.txt"), ("val", "nyu_test.txt"))}
 
@@ -132,6 +133,7 @@ def _nyu_split(folder: Path, listing: str) -> Split:
 
 
 # ---- COCO
+
 
 def _coco(folder: Path, kind: str) -> dict[str, Split]:
     if kind == "discovery":
@@ -176,6 +178,7 @@ def _coco_split(folder: Path, name: str, numbers: set[int] | None = None) -> Spl
 
 # ---- ImageFolder
 
+
 def _imagefolder(folder: Path, kind: str) -> dict[str, Split]:
     return {part: _folder_split(folder / part) for part in ("train", "val")}
 
@@ -194,6 +197,7 @@ def _folder_split(folder: Path) -> Split:
 
 # ---- stamps (training/stamps.py)
 
+
 def _stamps(folder: Path, kind: str) -> dict[str, Split]:
     classes = (folder / "classes.txt").read_text().split("\n")
     classes = [name.strip() for name in classes if name.strip()]
@@ -204,9 +208,7 @@ def _stamps(folder: Path, kind: str) -> dict[str, Split]:
 def _stamps_split(folder: Path, kind: str, classes: Sequence[str]) -> Split:
     images = _listing(folder / "images", ".png")
     if kind in ("images", "masks"):
-        return Split(
-            f"stamps {folder.name}", images, classes, lambda i: read_mask(folder / "masks" / images[i].name)
-        )
+        return Split(f"stamps {folder.name}", images, classes, lambda i: read_mask(folder / "masks" / images[i].name))
     objects: Mapping[str, list[dict]] = json.loads((folder / "objects.json").read_text())
     if kind == "labels":  # of the largest object; an image without one has no label
         images = [path for path in images if objects.get(path.stem)]

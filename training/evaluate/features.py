@@ -201,7 +201,7 @@ class Features:
                 indices = range(shard * SHARD, min((shard + 1) * SHARD, len(self)))
                 parts = []
                 for start in range(0, len(indices), self.batch_size):
-                    batch = indices[start:start + self.batch_size]
+                    batch = indices[start : start + self.batch_size]
                     if state == "raw":
                         parts.append(self._backbone(batch))
                     else:

@@ -134,8 +134,10 @@ def _parse(word: str, text: str, default: Any) -> Any:
     except (ValueError, SyntaxError):
         raise ValueError(f"--set {word}: {text!r} is not a value like {default!r}") from None
     kinds = (int, float) if isinstance(default, float) else (type(default),)
-    if value is not None and default is not None and (
-        not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool))
+    if (
+        value is not None
+        and default is not None
+        and (not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)))
     ):
         raise ValueError(f"--set {word}: must be {type(default).__name__}, like {default!r}, got {text!r}")
     return value
@@ -250,8 +252,10 @@ def _facts_of(state: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the numbers of a state. Those of raw features are a backbone's, whatever denoiser is beside it."""
     if state != "raw" or facts["settings"].get("embedding") == "artifacts":
         return dict(facts)
-    keys = {part: {name: key for name, key in keys.items() if name != "denoised"}
-            for part, keys in facts["features"].items()}  # fmt: skip
+    keys = {
+        part: {name: key for name, key in keys.items() if name != "denoised"}
+        for part, keys in facts["features"].items()
+    }
     return {name: fact for name, fact in facts.items() if name not in ("model", "parameters")} | {"features": keys}
 
 

@@ -66,9 +66,7 @@ class Split:
             raise ValueError(f"limit must be 1 or more, got {count}")
         chosen = [int(i) for i in np.linspace(0, len(self) - 1, count).round()]
         read = self.annotation
-        return replace(
-            self, images=[self.images[i] for i in chosen], annotation=lambda index: read(chosen[index])
-        )
+        return replace(self, images=[self.images[i] for i in chosen], annotation=lambda index: read(chosen[index]))
 
 
 def boxes_from(corners: Sequence, classes: Sequence[int], size: tuple[int, int], difficult=()) -> Boxes:
@@ -89,6 +87,7 @@ def read_mask(path: str | Path) -> Tensor:
 
 def join(name: str, first: Split, second: Split) -> Split:
     """Both splits in one."""
+
     def read(i: int) -> Any:
         return first.annotation(i) if i < len(first) else second.annotation(i - len(first))
 

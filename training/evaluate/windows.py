@@ -79,7 +79,7 @@ def slide(images: Tensor, predict: Callable[[Tensor], Tensor], window: int, stri
     total: Tensor | None = None
     step = max(1, batch_size // len(images))
     for start in range(0, len(places), step):
-        some = places[start:start + step]
+        some = places[start : start + step]
         parts = predict(torch.cat([images[..., rows, columns] for rows, columns in some])).split(len(images))
         for (rows, columns), part in zip(some, parts):
             if total is None:

@@ -58,11 +58,18 @@ def add_training_arguments(parser: argparse.ArgumentParser, of: str, defaults: T
     group.add_argument("--loss", choices=DISTANCES, default=defaults.loss, help="see training/loop/distance.py")
     rate = group.add_mutually_exclusive_group()
     rate.add_argument(
-        "--lr", type=at_least_zero, action=_Instead, instead_of="base_lr",
+        "--lr",
+        type=at_least_zero,
+        action=_Instead,
+        instead_of="base_lr",
         help=f"highest; a cosine from there (default: {defaults.lr:g}, or as --base-lr has it)",
     )
     rate.add_argument(
-        "--base-lr", type=at_least_zero, action=_Instead, instead_of="lr", metavar="LR",
+        "--base-lr",
+        type=at_least_zero,
+        action=_Instead,
+        instead_of="lr",
+        metavar="LR",
         help="highest at a batch of 256, and times sqrt(batch / 256) at others",
     )
     group.add_argument("--min-lr", type=at_least_zero, default=defaults.min_lr, help="at the end (%(default)s)")
@@ -73,7 +80,9 @@ def add_training_arguments(parser: argparse.ArgumentParser, of: str, defaults: T
         "--weight-decay", type=at_least_zero, default=defaults.weight_decay, help="of AdamW (%(default)s)"
     )
     group.add_argument(
-        "--decay-all", action=argparse.BooleanOptionalAction, default=defaults.decay_all,
+        "--decay-all",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.decay_all,
         help="decay position embeddings, norms and biases too (default: matrices alone, as timm)",
     )
     group.add_argument("--dtype", choices=list(DTYPES), default="float32", help="bfloat16: by autocast (%(default)s)")

@@ -240,9 +240,7 @@ def encode_pair(maps: Maps, header: Mapping[str, Any], precision: str) -> bytes:
     return save(tensors, {"pair": json.dumps(header, sort_keys=True)})
 
 
-def read_pair(
-    path: str | Path, layer: int | None = None, parts: Iterable[str] = ("raw", "clean")
-) -> dict[str, Tensor]:
+def read_pair(path: str | Path, layer: int | None = None, parts: Iterable[str] = ("raw", "clean")) -> dict[str, Tensor]:
     """Maps of one pair: {part: (K, K, C)} in the file's precision, for any of `PARTS`.
 
     Args:

@@ -38,14 +38,16 @@ def check_views(xs: Tensor, ys: Tensor) -> None:
     if different < 8:
         warnings.warn(
             f"only {different} different crops: F and G will be poor estimates; use at least 8 views, "
-            "better 64 or more", stacklevel=3,
+            "better 64 or more",
+            stacklevel=3,
         )
     # The whole image is one of the views; it alone is no variation of scale.
     widths, heights = (side.sort().values[: max(2, len(xs) - 1)] for side in (sides[:, 2], sides[:, 3]))
     if widths[-1] < 1.05 * widths[0] and heights[-1] < 1.05 * heights[0]:
         warnings.warn(
             "all crops have the same size: slow changes across the image are hard to tell from slow changes "
-            "across the patches; draw crops of different areas", stacklevel=3,
+            "across the patches; draw crops of different areas",
+            stacklevel=3,
         )
 
 
@@ -81,10 +83,12 @@ def warn_if_inseparable(share: float, uncertainty: float, unseen: float) -> None
     if share < 0.05 and uncertainty > 0.05:
         warnings.warn(
             f"F and G are hardly told apart by these views (separation {share:.3f} of 1): use more views, of "
-            "more different places and sizes", stacklevel=3,
+            "more different places and sizes",
+            stacklevel=3,
         )
     if unseen > 0.25:
         warnings.warn(
             f"no view shows {unseen:.0%} of the image: F is extrapolated there; use more views, or include "
-            "the whole image", stacklevel=3,
+            "the whole image",
+            stacklevel=3,
         )

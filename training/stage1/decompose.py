@@ -188,8 +188,9 @@ def image_views(settings: Stage1Settings, image_size: tuple[int, int]) -> Views:
     if settings.views < 2:
         raise ValueError(f"views must be at least 2 (the whole image and a crop), got {settings.views}")
     whole = whole_view()
-    crops = sample_views(settings.views - 1, image_size, settings.seed,
-                         area=settings.area, aspect=settings.aspect, flip=settings.flip)
+    crops = sample_views(
+        settings.views - 1, image_size, settings.seed, area=settings.area, aspect=settings.aspect, flip=settings.flip
+    )
     return Views(torch.cat([whole.boxes, crops.boxes]), torch.cat([whole.flips, crops.flips]))
 
 
@@ -225,11 +226,13 @@ class _CollectingField:
     ) -> None:
         self.reader, self.centres, self.settings = reader, centres, settings
         count = len(xs)
-        self.features = torch.empty(count, reader.grid ** 2, reader.channels)
-        self.coords = torch.stack(
-            [xs[:, None, :].expand(-1, reader.grid, -1), ys[:, :, None].expand(-1, -1, reader.grid)], -1
-        ).reshape(-1, 2).float()
-        self.patches = torch.arange(reader.grid ** 2).repeat(count)
+        self.features = torch.empty(count, reader.grid**2, reader.channels)
+        self.coords = (
+            torch.stack([xs[:, None, :].expand(-1, reader.grid, -1), ys[:, :, None].expand(-1, -1, reader.grid)], -1)
+            .reshape(-1, 2)
+            .float()
+        )
+        self.patches = torch.arange(reader.grid**2).repeat(count)
         self.diagnostics: dict[str, Any] = {}
         self.field: Field | None = None
 
@@ -238,8 +241,14 @@ class _CollectingField:
 
     def solve(self, raw: Tensor, progress: Callable[[int], Any] | None) -> tuple[Tensor, Tensor, Tensor]:
         fit = fit_field(
-            self.coords, self.patches, self.features.flatten(0, 1), self.reader.grid, self.settings.field,
-            seed=self.settings.seed, device=self.reader.device, progress=progress,
+            self.coords,
+            self.patches,
+            self.features.flatten(0, 1),
+            self.reader.grid,
+            self.settings.field,
+            seed=self.settings.seed,
+            device=self.reader.device,
+            progress=progress,
         )
         self.diagnostics = {"views": len(self.features), "loss": float(fit.losses[-100:].mean())}
 

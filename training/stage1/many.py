@@ -34,9 +34,9 @@ def describe_pairs(name: str, pretrained: bool, model: nn.Module, settings: Stag
     chosen = asdict(settings)
     solver = {name: chosen.pop(name) for name in SOLVERS if name in chosen}
     chosen.pop("batch_size")
-    for name in ("corner_aligned", "square_first"):  # said where they are so: folders begun before them go on
-        if not chosen[name]:
-            chosen.pop(name)
+    for option in ("corner_aligned", "square_first"):  # said where they are so: folders begun before them go on
+        if not chosen[option]:
+            chosen.pop(option)
     return {
         "model": name,
         "pretrained": pretrained,
@@ -48,9 +48,7 @@ def describe_pairs(name: str, pretrained: bool, model: nn.Module, settings: Stag
     }
 
 
-def denoise_images(
-    model: nn.Module, sources: Sequence[Source], folder: PairFolder, settings: Stage1Settings
-) -> int:
+def denoise_images(model: nn.Module, sources: Sequence[Source], folder: PairFolder, settings: Stage1Settings) -> int:
     """Make sure that every image has its pair, together with whatever other processes do the same.
 
     Returns when no image is left for anyone: images that another process was at are looked at again in the

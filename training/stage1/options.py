@@ -46,9 +46,7 @@ def add_stage1_arguments(parser: argparse.ArgumentParser, views: int = Stage1Set
     group.add_argument(
         "--input-size", type=int, metavar="PX", help="(default: the paper's, 518 for patch 14, 512 for 16)"
     )
-    group.add_argument(
-        "--stride", type=int, metavar="PX", help="between patches; below the patch size for denser maps"
-    )
+    group.add_argument("--stride", type=int, metavar="PX", help="between patches; below the patch size for denser maps")
     group.add_argument(
         "--batch-size",
         type=int,

@@ -164,14 +164,27 @@ def train(
         return numbers
 
     with TrainingLog(
-        folder, settings.steps, first,
-        batch_size=settings.batch_size, samples=len(training.files), speaks=processes.first,
+        folder,
+        settings.steps,
+        first,
+        batch_size=settings.batch_size,
+        samples=len(training.files),
+        speaks=processes.first,
     ) as log:
         run_steps(
-            module, optimizer, settings.schedule, loss, log, first,
-            checkpoint=folder / CHECKPOINT, checkpoint_every=checkpoint_every,
-            limit=lambda: loss_limit(module.distance, clean), explain=not_sane,
-            validate=validate, val_every=val_every, processes=processes,
+            module,
+            optimizer,
+            settings.schedule,
+            loss,
+            log,
+            first,
+            checkpoint=folder / CHECKPOINT,
+            checkpoint_every=checkpoint_every,
+            limit=lambda: loss_limit(module.distance, clean),
+            explain=not_sane,
+            validate=validate,
+            val_every=val_every,
+            processes=processes,
         )
         if settings.steps == 0 and processes.first:
             log.write(0, **validate(0))

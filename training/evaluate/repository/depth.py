@@ -141,17 +141,25 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     head = DepthHead(live.channels * (2 if live.prefix else 1), settings).to(run.device)
     validations = Validations(head, run, settings.validate_every, validate)
     train(
-        head, loss, len(training), run, settings,
-        steps=settings.steps, decay=cosine, label="depth", read=read, adjust=adjust, validations=validations,
-    )  # fmt: skip
+        head,
+        loss,
+        len(training),
+        run,
+        settings,
+        steps=settings.steps,
+        decay=cosine,
+        label="depth",
+        read=read,
+        adjust=adjust,
+        validations=validations,
+    )
     return validations.best("delta1")
 
 
 def training_crop(image: Tensor, depth: Tensor, settings: Settings, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
     """An image (3, h, w) in [0, 1] and its depth (h, w) as trained on: (3, *crop) normalised, and (*crop)."""
     kept = [
-        slice(round(low * side), round(high * side))
-        for (low, high), side in zip((NYU_ROWS, NYU_COLUMNS), depth.shape)
+        slice(round(low * side), round(high * side)) for (low, high), side in zip((NYU_ROWS, NYU_COLUMNS), depth.shape)
     ]
     image, depth = flip(draw, *turn(image[:, kept[0], kept[1]], depth[kept[0], kept[1]], draw))
     height, width = settings.crop

@@ -120,9 +120,16 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         sampling=0,
     ).to(run.device)
     train(
-        detector, loss, len(training), run, settings,
-        steps=settings.steps, decay=stepped(settings.decay_from), label="detection", read=read,
-    )  # fmt: skip
+        detector,
+        loss,
+        len(training),
+        run,
+        settings,
+        steps=settings.steps,
+        decay=stepped(settings.decay_from),
+        label="detection",
+        read=read,
+    )
     found: list[Detections] = []
     with torch.no_grad():
         for index in tqdm(range(len(val)), desc=f"detection ({run.state})", unit="image", leave=False):

@@ -105,15 +105,21 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     nn.init.zeros_(head.linear.bias)  # type: ignore[arg-type]  # nn.Conv2d's may be None
     validations = Validations(head, run, settings.validate_every, validate)
     train(
-        head, loss, len(training), run, settings,
-        steps=settings.steps, decay=straight, label="linear-seg", read=read, validations=validations,
-    )  # fmt: skip
+        head,
+        loss,
+        len(training),
+        run,
+        settings,
+        steps=settings.steps,
+        decay=straight,
+        label="linear-seg",
+        read=read,
+        validations=validations,
+    )
     return validations.best("mIoU")
 
 
-def training_crop(
-    image: Tensor, mask: Tensor, settings: Settings, draw: np.random.Generator
-) -> tuple[Tensor, Tensor]:
+def training_crop(image: Tensor, mask: Tensor, settings: Settings, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
     """An image (3, h, w) in [0, 1] and its mask (h, w) as trained on: normalised, (3, crop, crop) and (crop, crop)."""
     low, high = settings.scales
     ratio = draw.uniform(low, high)

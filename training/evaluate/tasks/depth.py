@@ -84,9 +84,9 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     def loss(indices: list[int]) -> Tensor:
         predicted = logits(training, indices)
         size = predicted.shape[-2:]
-        true = torch.stack([
-            interpolate(training.split.annotation(i)[None, None], size, mode="nearest-exact")[0, 0] for i in indices
-        ])
+        true = torch.stack(
+            [interpolate(training.split.annotation(i)[None, None], size, mode="nearest-exact")[0, 0] for i in indices]
+        )
         bins = depth_bins(true, settings).to(run.device)
         return cross_entropy(predicted, bins, ignore_index=-1, reduction="sum") / max(1, int((bins >= 0).sum()))
 
@@ -128,7 +128,7 @@ def depth_numbers(predicted: Tensor, true: Tensor, settings: Range) -> dict[str,
     height, width = true.shape
     crop = torch.zeros_like(true, dtype=torch.bool)
     rows, columns = ([round(f * n) for f in part] for part, n in ((CROP_ROWS, height), (CROP_COLUMNS, width)))
-    crop[rows[0]:rows[1], columns[0]:columns[1]] = True
+    crop[rows[0] : rows[1], columns[0] : columns[1]] = True
     counted = crop & (true > settings.least) & (true < settings.most)
     if not counted.any():
         return None

@@ -119,9 +119,15 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     torch.manual_seed(run.seed)
     detector = Detector(training.channels, classes, training.grid, size, settings).to(run.device)
     train(
-        detector, loss, len(training), run, settings,
-        steps=settings.steps, decay=stepped(settings.decay_from), label="detection",
-    )  # fmt: skip
+        detector,
+        loss,
+        len(training),
+        run,
+        settings,
+        steps=settings.steps,
+        decay=stepped(settings.decay_from),
+        label="detection",
+    )
     found: list[Detections] = []
     true: list[Boxes] = []
     with torch.no_grad():

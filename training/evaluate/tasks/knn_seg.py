@@ -76,7 +76,7 @@ def memory_bank(train: Features, settings: Settings, run: Run, classes: int) -> 
     chosen = sorted(order[: max(1, round(settings.bank_share * len(train)))].tolist())
     centroids, labels = [], []
     for start in tqdm(range(0, len(chosen), train.batch_size), desc=f"bank ({run.state})", leave=False):
-        indices = chosen[start:start + train.batch_size]
+        indices = chosen[start : start + train.batch_size]
         for index, features in zip(indices, train.maps(indices, run.state)):
             weights = class_weights(train.split.annotation(index), train.grid, classes)
             present = weights.sum(1) > 0

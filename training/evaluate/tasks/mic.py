@@ -42,7 +42,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     """mic and mic_shuffled, from 0 to 1."""
     features = data["val"]
     generator = torch.Generator().manual_seed(run.seed)
-    chosen = torch.randperm(len(features), generator=generator)[:settings.images].tolist()
+    chosen = torch.randperm(len(features), generator=generator)[: settings.images].tolist()
     found: list[float] = []
     chance: list[float] = []
     for index in tqdm(chosen, desc=f"mic ({run.state})", unit="image", leave=False):

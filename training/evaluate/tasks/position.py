@@ -91,7 +91,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     """share in percent and zero_correlation of the last block, and of each block for raw features."""
     features = data["val"]
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(run.seed))
-    chosen = order[:settings.images].tolist()
+    chosen = order[: settings.images].tolist()
     extractor = features.extractor
     size = extractor.reader.input_size
     zero = extractor.reader.mean.cpu().expand(1, 3, size, size)
@@ -107,7 +107,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     zeros = {layer: maps[0].flatten(0, 1).cpu() for layer, maps in read_raw(zero).items()}
     statistics = {layer: PositionStatistics() for layer in zeros}
     for start in tqdm(range(0, len(chosen), features.batch_size), desc=f"position ({run.state})", leave=False):
-        indices = chosen[start:start + features.batch_size]
+        indices = chosen[start : start + features.batch_size]
         if every_block:
             images = features.images(indices)
             pixels.add(adaptive_avg_pool2d(images, features.grid).permute(0, 2, 3, 1))

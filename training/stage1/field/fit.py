@@ -152,9 +152,7 @@ def fit_field(
     return FieldResult(networks.requires_grad_(False), networks.artifacts.view(*shape, -1), losses)
 
 
-def _optimiser(
-    networks: Networks, settings: FieldSettings, device: torch.device
-) -> tuple[torch.optim.Adam, Schedule]:
+def _optimiser(networks: Networks, settings: FieldSettings, device: torch.device) -> tuple[torch.optim.Adam, Schedule]:
     """Adam and its learning rates: a line to 0 (A.1), or the repository's rise over a tenth and cosine to a tenth."""
     fused = device.type in ("cpu", "cuda")
     if settings.recipe == "paper":

@@ -27,11 +27,11 @@ class BandedFactor:
         self._lower: list[Tensor] = []
         self._below: list[Tensor] = []
         for start in range(0, len(diagonals), self.block):
-            rows = diagonals[start:start + self.block]
+            rows = diagonals[start : start + self.block]
             strip = self._strip(rows)
-            diagonal = strip[:, self.block:self.block + len(rows)]
+            diagonal = strip[:, self.block : self.block + len(rows)]
             if self._lower:
-                below = strip[:, :self.block]
+                below = strip[:, : self.block]
                 below = torch.linalg.solve_triangular(self._lower[-1], below.T, upper=False).T
                 self._below.append(below)
                 diagonal = diagonal - below @ below.T
@@ -44,7 +44,7 @@ class BandedFactor:
             rows = slice(index * self.block, index * self.block + len(lower))
             part = right[rows]
             if index:
-                part = part - self._below[index - 1] @ out[rows.start - self.block:rows.start]
+                part = part - self._below[index - 1] @ out[rows.start - self.block : rows.start]
             out[rows] = torch.linalg.solve_triangular(lower, part, upper=False)
         return out
 
@@ -56,7 +56,7 @@ class BandedFactor:
             part = right[rows]
             if index + 1 < len(self._lower):
                 below = self._below[index]
-                part = part - below.T @ out[rows.stop:rows.stop + len(below)]
+                part = part - below.T @ out[rows.stop : rows.stop + len(below)]
             out[rows] = torch.linalg.solve_triangular(self._lower[index].T, part, upper=True)
         return out
 
@@ -107,7 +107,7 @@ def roughness_probes(nodes: int, count: int) -> Tensor:
         return torch.randint(2, (count, height, width), generator=draw).double() * 2 - 1
 
     probes = second.T @ signs(nodes - 2, nodes) + signs(nodes, nodes - 2) @ second
-    probes += 2 ** 0.5 * first.T @ signs(nodes - 1, nodes - 1) @ first
+    probes += 2**0.5 * first.T @ signs(nodes - 1, nodes - 1) @ first
     return probes.flatten(1).T.contiguous()
 
 

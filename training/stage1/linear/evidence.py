@@ -124,7 +124,7 @@ def _lower_gram(matrix: Tensor, parts: int = 4) -> Tensor:
     gram = matrix.new_zeros(matrix.shape[1], matrix.shape[1])
     step = -(-matrix.shape[1] // parts)
     for start in range(0, matrix.shape[1], step):
-        gram[start:, start:start + step] = matrix[:, start:].T @ matrix[:, start:start + step]
+        gram[start:, start : start + step] = matrix[:, start:].T @ matrix[:, start : start + step]
     return gram
 
 

@@ -32,17 +32,15 @@ class Sums:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.ff = zeros(nodes ** 2, 25)
-        self.fg = zeros(nodes ** 2, grid ** 2)
-        self.gg = zeros(grid ** 2)
-        self.fy = zeros(nodes ** 2, channels)
-        self.gy = zeros(grid ** 2, channels)
+        self.ff = zeros(nodes**2, 25)
+        self.fg = zeros(nodes**2, grid**2)
+        self.gg = zeros(grid**2)
+        self.fy = zeros(nodes**2, channels)
+        self.gy = zeros(grid**2, channels)
         self.yy = self.sketch_yy = 0.0
         self.weight = 0.0
 
-    def add(
-        self, xs: Tensor, ys: Tensor, features: Tensor, weights: Tensor, sketch: Tensor | None = None
-    ) -> None:
+    def add(self, xs: Tensor, ys: Tensor, features: Tensor, weights: Tensor, sketch: Tensor | None = None) -> None:
         """Add one view.
 
         Args:
@@ -113,8 +111,9 @@ def axis_matrix(coords: Tensor, nodes: int) -> Tensor:
 def interpolate(nodal: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     """A nodal field (M, M, C) at the patches of a view: (len(ys), len(xs), C), in the field's dtype."""
     nodes = len(nodal)
-    (x_from, x_to), (y_from, y_to) = ((int(c.min()), int(c.max()) + 2) for c in
-                                      (cell_of(xs, nodes)[0], cell_of(ys, nodes)[0]))
+    (x_from, x_to), (y_from, y_to) = (
+        (int(c.min()), int(c.max()) + 2) for c in (cell_of(xs, nodes)[0], cell_of(ys, nodes)[0])
+    )
     window = nodal[y_from:y_to, x_from:x_to]
     rows = axis_matrix(ys, nodes)[:, y_from:y_to].to(nodal.dtype)
     columns = axis_matrix(xs, nodes)[:, x_from:x_to].to(nodal.dtype)

@@ -153,7 +153,7 @@ class LinearSolver:
             "artifact_penalty": before.artifacts,
             "semantic_freedom": factors.semantic_freedom / len(solution.semantics),
             "artifact_freedom": factors.artifact_freedom / len(solution.artifacts),
-            "outlier_share": self._lost / (self.views * self.grid ** 2),
+            "outlier_share": self._lost / (self.views * self.grid**2),
             "unseen": self._unseen(sums),
         }
         if factors.patches is not None:
@@ -200,7 +200,7 @@ class LinearSolver:
             self._sums.add(*view, weights, sketch)
         # The penalty is on differences between nodes; this keeps it the same on the field they sample.
         finer = self.nodes / min(self.nodes, COARSE)
-        self._strengths = Strengths(self._strengths.smoothness * finer ** 2, self._strengths.artifacts)
+        self._strengths = Strengths(self._strengths.smoothness * finer**2, self._strengths.artifacts)
         self._buffer = []
         self._next = 2 * self.settings.first_views
 
@@ -242,5 +242,6 @@ class LinearSolver:
 
 def _close(one: Strengths, other: Strengths) -> bool:
     """Whether another step is not worth its cost: factors of 2 and 1.5 change F and G little."""
-    return (abs(math.log(one.smoothness / other.smoothness)) < 0.7
-            and abs(math.log(one.artifacts / other.artifacts)) < 0.4)
+    return (
+        abs(math.log(one.smoothness / other.smoothness)) < 0.7 and abs(math.log(one.artifacts / other.artifacts)) < 0.4
+    )
