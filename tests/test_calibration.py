@@ -312,6 +312,14 @@ def test_the_command_writes_a_folder_that_loads_and_a_picture(method, tmp_path, 
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
+def test_as_json_nothing_else_is_printed(tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--model", "test_vit", "--no-pretrained", "--out", str(out), "--views", "32", "--json"]
+    assert main(["calibrate", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"folder": str(out), **json.loads((out / "calibration.json").read_text())}
+
+
 def test_without_images_the_picture_shows_the_packages_photographs(tmp_path, capsys):
     arguments = ["--model", "test_vit", "--no-pretrained", "--views", "32", "--out", str(tmp_path)]
     assert main(["calibrate", *arguments]) == 0

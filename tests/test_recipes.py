@@ -150,3 +150,13 @@ def test_decay_reaches_matrices_alone_or_everything():
 def test_settings_that_cannot_be_name_themselves(given):
     with pytest.raises(ValueError, match=next(iter(given))):
         TrainingSettings(**given)
+
+
+def test_the_view_average_is_an_option_of_stage_1():
+    settings = stage1_settings(
+        parsed(denoise_images, "--no-artifacts", "--input-size", "64"), timm.create_model("test_vit")
+    )
+    part = decompose(
+        timm.create_model("test_vit").eval(), torch.rand(3, 70, 90), replace(settings, views=12, layers=None)
+    )
+    assert not settings.linear.artifacts and bool((part.artifacts == 0).all())

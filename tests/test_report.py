@@ -114,3 +114,11 @@ def test_a_folder_without_results_is_an_error(tmp_path, capsys):
 def test_help_works():
     with pytest.raises(SystemExit):
         main(["--help"])
+
+
+def test_results_of_two_protocols_stand_in_rows_of_their_own(tmp_path):
+    result(tmp_path, "a", f"{DINOV2}_dvt", {"raw": {"mIoU": (80.0, 0)}})
+    result(tmp_path, "b", f"{DINOV2}_dvt", {"raw": {"mIoU": (83.5, 0)}}, protocol="repository")
+    rows = read_rows(tmp_path)
+    cells = {row.tags.get("protocol", "fast"): row.cells["linear-seg", "voc", "mIoU"][0] for row in rows}
+    assert cells == {"fast": 80.0, "repository": 83.5}

@@ -51,9 +51,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--views", type=int, default=256, metavar="N", help="forward passes at the most (default: %(default)s)"
     )
+    command.add_argument("--json", action="store_true", help="print what was found as JSON, and nothing else")
     command.add_argument("--no-pretrained", action="store_true", help="random weights: fetch nothing")
     command.set_defaults(
-        run=lambda args: run(args.model, args.out, args.images, args.method, args.views, not args.no_pretrained)
+        run=lambda args: run(
+            args.model, args.out, args.images, args.method, args.views, not args.no_pretrained, args.json
+        )
     )
 
 
@@ -64,6 +67,7 @@ def run(
     method: str = "static",
     views: int = 256,
     pretrained: bool = True,
+    as_json: bool = False,
 ) -> Path:
     """Calibrate a model by name and save it; prints what was found, returns the folder written.
 
@@ -80,16 +84,17 @@ def run(
         raise CalibrationError(str(e)) from e
     model = load_model(name, pretrained)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"model: {name} on {device}" + ("" if pretrained else ", random weights, as asked for"))
+    say = (lambda *words: None) if as_json else print
+    say(f"model: {name} on {device}" + ("" if pretrained else ", random weights, as asked for"))
     start = time.perf_counter()
     try:
-        calibrate(model.to(device).eval(), images, method=method, views=views, progress=True)
+        calibrate(model.to(device).eval(), images, method=method, views=views, progress=not as_json)
     except TypeError as e:  # a class that cannot have a denoiser
         raise CalibrationError(str(e)) from e
     facts = model.denoiser.calibration
-    print(f"calibrated in {time.perf_counter() - start:.0f} s: {describe(facts)}")
+    say(f"calibrated in {time.perf_counter() - start:.0f} s: {describe(facts)}")
     if facts.error > 0.5:
-        print("note: little is known of the artifacts; " + ("use more images" if images else "use images (--images)"))
+        say("note: little is known of the artifacts; " + ("use more images" if images else "use images (--images)"))
     sheet = picture(model, shown, f"{name}, before and after: {method}")
     encoded = io.BytesIO()
     sheet.save(encoded, format="PNG")
@@ -100,8 +105,10 @@ def run(
         write_whole(folder / "calibration.json", lambda path: path.write_text(text))
     except OSError as e:
         raise CalibrationError(f"cannot write to {out}: {e.strerror or e}.") from e
-    print(f"wrote {folder}: config.json, model.safetensors, calibration.json, {PANEL}")
-    print(f"load it with timm.create_model({f'local-dir:{folder}'!r}, pretrained=True), after import timm_dvt")
+    say(f"wrote {folder}: config.json, model.safetensors, calibration.json, {PANEL}")
+    say(f"load it with timm.create_model({f'local-dir:{folder}'!r}, pretrained=True), after import timm_dvt")
+    if as_json:
+        print(json.dumps({"folder": str(folder), **asdict(facts)}))
     return folder
 
 

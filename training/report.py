@@ -115,9 +115,11 @@ def read_rows(folder: Path) -> list[Row]:
         if "task" not in result or "states" not in result:
             continue
         whole = not result["limit"] and not result["changed"]
+        protocol = result.get("protocol", "fast")  # results before there were several do not say
+        tags = result["tags"] | ({} if protocol == "fast" else {"protocol": protocol})
         for state, numbers in result["states"].items():
-            key = (result["model"], tuple(sorted(result["tags"].items())), state)
-            row = rows.setdefault(key, Row(result["model"], state, result["tags"], result["parameters"]))
+            key = (result["model"], tuple(sorted(tags.items())), state)
+            row = rows.setdefault(key, Row(result["model"], state, tags, result["parameters"]))
             for name, summary in numbers.items():
                 spread = summary["std"] if len(summary["values"]) > 1 else None
                 row.cells[(result["task"], result["dataset"], name)] = (summary["mean"], spread, whole)

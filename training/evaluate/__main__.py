@@ -10,6 +10,7 @@ Exit code: 0 done; 1 a probe diverged; 2 the command or the data is wrong; 130 s
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -79,7 +80,10 @@ def run(args: argparse.Namespace) -> int:
         except FileNotFoundError as error:  # an image or mask that a list names
             layout = DATASETS[args.dataset].layout
             raise ValueError(f"there is no file {error.filename}\nExpected layout:\n{layout}") from error
-        print(f"{result_table(result)}\n  {result['seconds']} s, {path}\n", flush=True)
+        if args.json:
+            print(json.dumps(result), flush=True)
+        else:
+            print(f"{result_table(result)}\n  {result['seconds']} s, {path}\n", flush=True)
     return 0
 
 
@@ -131,6 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="noted in the result; training.report plots over pairs=N and views=N",
     )
     parser.add_argument("--input-size", type=int, metavar="PX", help="side of the square input (default: the model's)")
+    parser.add_argument("--json", action="store_true", help="print results as lines of JSON instead of tables")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images in one forward pass")
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="float32", help="of forward passes (default: %(default)s)"

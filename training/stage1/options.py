@@ -8,6 +8,7 @@ from torch import nn
 from training.common.backbone import DTYPES, FeatureReader
 from training.stage1.decompose import SOLVERS, Stage1Settings
 from training.stage1.field.fit import FieldSettings
+from training.stage1.linear.solver import LinearSettings
 
 
 def add_stage1_arguments(parser: argparse.ArgumentParser, views: int = Stage1Settings.views) -> None:
@@ -36,6 +37,12 @@ def add_stage1_arguments(parser: argparse.ArgumentParser, views: int = Stage1Set
         metavar="N",
         default=FieldSettings.steps,
         help="steps of the field (default: the paper's %(default)s)",
+    )
+    group.add_argument(
+        "--no-artifacts",
+        dest="artifacts",
+        action="store_false",
+        help="linear solver: leave G out, so that F is the view-average (Tab. 5 b)",
     )
     group.add_argument(
         "--layers",
@@ -82,6 +89,7 @@ def stage1_settings(args: argparse.Namespace, model: nn.Module) -> Stage1Setting
         area=tuple(args.area),
         corner_aligned=args.recipe == "repository",
         square_first=args.recipe == "repository",
+        linear=LinearSettings(artifacts=args.artifacts),
         field=FieldSettings(steps=args.field_steps, recipe="repository" if args.recipe == "repository" else "paper"),
     )
 
