@@ -1,10 +1,16 @@
 """Tiny datasets in the real layouts: coloured rectangles on grey noise, the colour being the class."""
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import timm
+import torch
 from PIL import Image
+
+import timm_dvt
 
 SIZE = 64
 COLOURS = np.array([[220, 40, 40], [40, 200, 40], [50, 60, 230]])
@@ -154,3 +160,19 @@ def folder(where: Path, train: int, val: int) -> None:
                 annotations.append({"id": len(annotations), **box})
         record = {"images": images, "annotations": annotations, "categories": categories}
         write(where / part / "boxes.json", json.dumps(record))
+
+
+def written(names: Iterable[str], make_folder: Callable[[str], Path], train: int, val: int) -> dict[str, Path]:
+    """Folders of the data sets of these names, which are those of the functions above."""
+    folders = {name: make_folder(name) for name in names}
+    for name, folder in folders.items():
+        globals()[name](folder, train=train, val=val)
+    return folders
+
+
+def saved_model(folder: Path, arguments: dict[str, Any]) -> str:
+    """A small ViT of random weights with a denoiser, saved as a folder; returns its name for timm."""
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", **arguments)
+    timm_dvt.save_pretrained(timm_dvt.add_denoiser(vit), folder, model_args=arguments)
+    return f"local-dir:{folder}"

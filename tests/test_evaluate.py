@@ -63,21 +63,13 @@ RUNS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A small ViT of random weights with a denoiser, saved as a folder."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224", **ARGS)
-    timm_dvt.save_pretrained(timm_dvt.add_denoiser(vit), folder, model_args=ARGS)
-    return f"local-dir:{folder}"
+    return small_datasets.saved_model(tmp_path_factory.mktemp("model"), ARGS)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Folders of all datasets, by name."""
-    folders = {}
-    for name in DATASETS:
-        folders[name] = tmp_path_factory.mktemp(name)
-        getattr(small_datasets, name)(folders[name], train=24, val=12)
-    return folders
+    return small_datasets.written(DATASETS, tmp_path_factory.mktemp, train=24, val=12)
 
 
 def evaluate(task, dataset, model, data, out, *more):

@@ -56,20 +56,12 @@ QUICK = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224", **ARGS)
-    timm_dvt.save_pretrained(timm_dvt.add_denoiser(vit), folder, model_args=ARGS)
-    return f"local-dir:{folder}"
+    return small_datasets.saved_model(tmp_path_factory.mktemp("model"), ARGS)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folders = {}
-    for name in ("voc", "nyu", "folder"):
-        folders[name] = tmp_path_factory.mktemp(name)
-        getattr(small_datasets, name)(folders[name], train=8, val=4)
-    return folders
+    return small_datasets.written(("voc", "nyu", "folder"), tmp_path_factory.mktemp, train=8, val=4)
 
 
 def words_for(task, dataset, model, data, out):

@@ -18,7 +18,7 @@ from timm_dvt.calibration import METHODS, Calibration, CalibrationError, ViewRea
 from timm_dvt.demo import PHOTOGRAPHS, DemoError, read_image, without_dead_network
 from timm_dvt.panel import Shown, draw
 from timm_dvt.sample_images import ImageError, sources
-from timm_dvt.saving import save_pretrained, write_whole
+from timm_dvt.saving import recorded_arguments, save_pretrained, write_whole
 
 PANEL = "before_after.png"
 MOST_SHOWN = 2
@@ -99,7 +99,7 @@ def run(
     encoded = io.BytesIO()
     sheet.save(encoded, format="PNG")
     try:
-        save_pretrained(model, folder, model_args=_recorded_arguments(name))
+        save_pretrained(model, folder, model_args=recorded_arguments(name))
         write_whole(folder / PANEL, lambda path: path.write_bytes(encoded.getvalue()))
         text = json.dumps(asdict(facts), indent=2) + "\n"
         write_whole(folder / "calibration.json", lambda path: path.write_text(text))
@@ -175,12 +175,3 @@ def _shown(model: Any, reader: ViewReader, image: Image.Image) -> Shown:
 
 def _to_show(images: Sequence[str] | None) -> Sequence[Any]:
     return PHOTOGRAPHS if images is None else sources(list(images), MOST_SHOWN)
-
-
-def _recorded_arguments(name: str) -> dict[str, Any]:
-    """Arguments that a local folder's config.json gives its model; older timm versions do not keep them."""
-    scheme, _, folder = name.partition(":")
-    if scheme != "local-dir":
-        return {}
-    arguments = json.loads((Path(folder) / "config.json").read_text()).get("model_args") or {}
-    return {key: value for key, value in arguments.items() if key not in ("backbone", "denoiser")}

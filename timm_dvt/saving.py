@@ -53,6 +53,17 @@ def save_pretrained(
     return folder
 
 
+def recorded_arguments(name: str) -> dict[str, Any]:
+    """Arguments that a local folder's config.json gives its model, as `model_args` of `save_pretrained`.
+
+    Older timm versions do not keep them on the model. Of any other name than local-dir:FOLDER there are none.
+    """
+    scheme, _, folder = name.partition(":")
+    if scheme != "local-dir":
+        return {}
+    return json.loads((Path(folder) / "config.json").read_text()).get("model_args") or {}
+
+
 def save_plain(model: nn.Module, folder: str | os.PathLike, name: str) -> Path:
     """Write a plain ViT, a distilled one say, as a folder that timm alone loads; returns the folder.
 

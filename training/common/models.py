@@ -1,10 +1,8 @@
 """Backbones by name, for the command lines: timm's, from a folder or the hub, or with random weights."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,6 +11,7 @@ from torch import nn
 
 import timm_dvt  # noqa: F401  registers the *_dvt names
 from timm_dvt.model import check_supported
+from timm_dvt.saving import recorded_arguments
 
 
 def load_model(name: str, *, pretrained: bool = True, seed: int = 0, **options: Any) -> nn.Module:
@@ -66,16 +65,8 @@ def load_pairs_model(name: str, pretrained: bool, made_with: Mapping[str, Any], 
         # images of which size the denoiser is.
         size = (model.in_chans, made_with["input_size"], made_with["input_size"])
         model.pretrained_cfg = {**model.pretrained_cfg, "input_size": size, "fixed_input_size": False}
-    model.recorded_arguments = _recorded_arguments(name)
+    model.recorded_arguments = recorded_arguments(name)
     return model
-
-
-def _recorded_arguments(name: str) -> dict[str, Any]:
-    """Arguments that a local folder's config.json gives its model; older timm versions do not keep them."""
-    scheme, _, folder = name.partition(":")
-    if scheme != "local-dir":
-        return {}
-    return json.loads((Path(folder) / "config.json").read_text()).get("model_args") or {}
 
 
 def weights_digest(model: nn.Module, without: str | None = None) -> str:
