@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from tests.hub import Hub
+from tests.helpers.hub import Hub
 
 # huggingface_hub reads these when it is imported, so they are set before anything imports it.
 _FOLDER = Path(tempfile.mkdtemp(prefix="timm_dvt_tests_"))

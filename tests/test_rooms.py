@@ -72,3 +72,10 @@ def test_the_plug_in_never_imports_training():
             for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.ImportFrom)
         }, path
+
+
+def test_the_tests_of_a_room_lie_in_a_folder_of_its_name():
+    folders = {
+        path.name for path in (TRAINING.parent / "tests" / "training").iterdir() if (path / "__init__.py").exists()
+    }
+    assert folders == set(STOREY_OF) - {"commands", "figures"}  # figures are looked at through the commands that draw

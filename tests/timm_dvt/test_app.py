@@ -1,0 +1,346 @@
+"""The page in a real browser: Debian's chromium, headless, against the command that a person starts."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import timm
+import torch
+from PIL import Image
+
+import timm_dvt
+from timm_dvt import demo
+from timm_dvt.__main__ import main
+
+PATIENCE = 60  # seconds until a test gives up waiting; a busy machine is no failure
+
+pytest.importorskip("gradio", reason="needs the extra app")
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, of the extra test")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+if not (CHROMIUM and DRIVER):
+    pytest.skip("needs a browser: apt-get install chromium chromium-driver", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small denoised model, as a folder that timm loads."""
+    torch.manual_seed(0)
+    arguments = {"depth": 2, "img_size": 96, "dynamic_img_size": True}
+    model = timm_dvt.add_denoiser(timm.create_model("vit_tiny_patch16_224", **arguments))
+    torch.nn.init.normal_(model.denoiser.pos_embed)
+    return timm_dvt.save_pretrained(model, tmp_path_factory.mktemp("model"), model_args=arguments)
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    """The address of a page, its process and the folder that it makes its temporary ones in."""
+    temporary = tmp_path_factory.mktemp("temporary")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "timm_dvt", "app", "--model", f"local-dir:{folder}", "--port", str(port)]
+    environment = os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    printed = [process.stdout.readline(), process.stdout.readline()]
+    assert f"the page is at http://127.0.0.1:{port}/" in printed[1], printed + process.stdout.readlines()
+    yield f"http://127.0.0.1:{port}/", process, temporary
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0
+    assert not list(temporary.glob("timm_dvt_app_*")), "the page left its folder behind"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1000"):
+        options.add_argument(argument)
+    options.binary_location = CHROMIUM
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page as a first visit shows it, in a window of its own."""
+    browser.get(server[0])
+    until(lambda: len(sources(browser, "#rest")) == 4)
+    return browser
+
+
+def until(holds, what: str = ""):
+    """The first true value of a condition; the condition may fail while the page is drawn anew."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            if found := holds():
+                return found
+        except webdriver.remote.webdriver.WebDriverException:
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"waited {PATIENCE} s in vain {what}")
+
+
+def find(page, selector: str):
+    return page.find_element("css selector", selector)
+
+
+def sources(page, selector: str) -> list[str]:
+    return [image.get_attribute("src") for image in page.find_elements("css selector", f"{selector} img")]
+
+
+def said(page) -> str:
+    return find(page, "#notice").text
+
+
+def upload(page, path: Path | str) -> None:
+    find(page, "#upload input[type=file]").send_keys(str(Path(path).resolve()))
+
+
+def save(image: Image.Image, path: Path) -> Path:
+    image.save(path)
+    return path
+
+
+def noise(*size: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(sum(size)).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
+
+
+# ---- a visit
+
+
+def test_a_first_visit_shows_the_example_without_a_click_and_nothing_from_elsewhere(browser, server):
+    for log in ("performance", "browser"):
+        browser.get_log(log)  # empties it
+    browser.get(server[0])
+    until(lambda: len(sources(browser, "#rest")) == 4)
+    for part, count in {"#overview": 3, "#alike": 3, "#groups": 2, "#rest": 4}.items():
+        pictures = browser.find_elements("css selector", f"{part} img")
+        assert len(pictures) == count and all(picture.get_attribute("alt") for picture in pictures)
+        assert all(picture.get_property("naturalWidth") > 1 for picture in pictures)
+    assert re.search(r"112 x 80 pixels.*5 x 7 patches, 192 channels.*\d+ ms", find(browser, "dl").text, re.DOTALL)
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert asked and all(url.startswith((server[0], "data:", "blob:")) for url in asked)
+
+
+def test_the_bar_shows_one_map_or_the_other_and_back(page):
+    """By keys, as a mouse is not everybody's."""
+    bar = find(page, ".dvt-bar")
+
+    def picture(key):
+        bar.send_keys(key)
+        shot = Image.open(io.BytesIO(find(page, ".dvt-compare").screenshot_as_png)).convert("RGB")
+        return np.asarray(shot, float)[60:-10, 10:-10]  # without the words and the ring of the focus
+
+    on, off = picture(webdriver.Keys.HOME), picture(webdriver.Keys.END)
+    middle = picture(webdriver.Keys.PAGE_DOWN)
+    assert np.abs(on - off).mean() > 10 and 1 < np.abs(middle - off).mean() < np.abs(on - off).mean()
+    assert np.abs(picture(webdriver.Keys.HOME) - on).mean() < 1
+
+
+def test_a_click_on_a_patch_changes_the_maps_and_a_click_back_restores_them(page):
+    def click(row, column):
+        map = page.find_elements("css selector", "#alike .dvt-pick")[1]
+        x, y = ((part + 0.5) / count - 0.5 for part, count in ((column, 7), (row, 5)))
+        hand, size = webdriver.ActionChains(page), map.rect
+        hand.move_to_element_with_offset(map, x * size["width"], y * size["height"]).click().perform()
+        until(lambda: f"row {row + 1} of 5, column {column + 1} of 7" in find(page, "#alike").text)
+
+    first = sources(page, "#alike")
+    click(0, 6)
+    changed = sources(page, "#alike")
+    assert changed[0] == first[0] and changed[1] != first[1] and changed[2] != first[2]
+    frame, map = (page.find_elements("css selector", f"#alike {part}")[1].rect for part in (".dvt-frame", ".dvt-pick"))
+    assert abs(frame["x"] + frame["width"] / 2 - map["x"] - map["width"] * 6.5 / 7) < 2
+    assert abs(frame["y"] + frame["height"] / 2 - map["y"] - map["height"] * 0.5 / 5) < 2
+    click(2, 3)
+    assert sources(page, "#alike") == first
+
+
+def test_arrow_keys_choose_a_patch_and_keep_the_focus(page):
+    first = sources(page, "#alike")
+    page.find_elements("css selector", "#alike .dvt-pick")[2].send_keys(webdriver.Keys.ARROW_LEFT)
+    until(lambda: "column 3 of 7" in find(page, "#alike").text)
+    for _ in range(4):  # the last beyond the edge
+        until(lambda: page.switch_to.active_element.get_attribute("class") == "dvt-pick")
+        page.switch_to.active_element.send_keys(webdriver.Keys.ARROW_UP)
+    until(lambda: "row 1 of 5, column 3 of 7" in find(page, "#alike").text)
+    assert sources(page, "#alike") != first
+    assert "denoiser on" in page.switch_to.active_element.get_attribute("aria-label")
+
+
+def test_the_number_of_groups_changes_the_groups_alone(page):
+    groups, rest = sources(page, "#groups"), sources(page, "#rest")
+    number = find(page, "#clusters input[type=number]")
+    number.send_keys(webdriver.Keys.CONTROL, "a")
+    number.send_keys("3", webdriver.Keys.ENTER)
+    until(lambda: "clusters=3" in find(page, "#files a").get_attribute("href"))
+    until(lambda: sources(page, "#groups") != groups)
+    for source in sources(page, "#groups"):
+        assert len(Image.open(urllib.request.urlopen(source)).convert("RGB").getcolors()) == 3
+    assert sources(page, "#rest") == rest
+
+
+# ---- images of a visitor's own
+
+
+@torch.no_grad()
+def test_an_upload_is_shown_its_maps_are_the_models_and_its_file_is_gone(page, server, folder, tmp_path):
+    path = save(noise(160, 96), tmp_path / "mine.png")
+    upload(page, path)
+    until(lambda: "128 x 80 pixels" in find(page, "dl").text)
+    assert not [file for file in server[2].rglob("*") if file.is_file()]
+    links = {link.text: link.get_attribute("href") for link in page.find_elements("css selector", "#files a")}
+    fetched = {name: urllib.request.urlopen(link).read() for name, link in links.items()}
+    off, on = np.load(io.BytesIO(fetched["Maps, .npy"]))
+    named = safetensors.numpy.load(fetched["Maps, .safetensors"])
+    assert np.array_equal(named["off"], off) and np.array_equal(named["on"], on)
+    assert Image.open(io.BytesIO(fetched["Picture"])).width > 600
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    _, pixels = demo.prepare(model, Image.open(path))
+    for state, got in ((False, off), (True, on)):
+        with model.denoising(state):
+            want = model.forward_features(pixels)[0, 1:].unflatten(0, (5, 8))
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["text", "half a file", "50 megapixels", "a format that is not taken"])
+def test_a_bad_upload_is_told_and_the_page_goes_on(case, page, server, tmp_path):
+    path, message = tmp_path / "file.png", "not an image that Pillow can read"
+    if case == "text":
+        path.write_text("no image")
+    elif case == "half a file":
+        path.write_bytes(save(noise(300, 200), tmp_path / "whole.png").read_bytes()[:9000])
+        message = "This file: "
+    elif case == "50 megapixels":
+        save(Image.new("L", (8000, 6300)), path)
+        message = "50 megapixels (8000 x 6300); the most that is taken is 25. Make it smaller and try again."
+    else:
+        path = save(noise(64, 64), tmp_path / "file.ppm").rename(path)
+    before = sources(page, "#overview")
+    upload(page, path)
+    assert message in until(lambda: said(page))
+    assert sources(page, "#overview") == before and server[1].poll() is None
+    assert not [file for file in server[2].rglob("*") if file.is_file()]
+    page.find_elements("css selector", "button.sm")[1].click()  # the other example
+    until(lambda: sources(page, "#overview") != before and not said(page))
+
+
+def test_two_visitors_at_once_get_their_own(page, server, tmp_path):
+    windows, sizes = [page.current_window_handle], {(160, 96): "128 x 80", (96, 160): "80 x 128"}
+    page.switch_to.new_window("tab")
+    windows.append(page.current_window_handle)
+    page.get(server[0])
+    until(lambda: len(sources(page, "#rest")) == 4)
+    for window, size in zip(windows, sizes):
+        page.switch_to.window(window)
+        upload(page, save(noise(*size), tmp_path / f"{size[0]}.png"))
+    for window, shown in zip(windows, sizes.values()):
+        page.switch_to.window(window)
+        until(lambda shown=shown: shown in find(page, "dl").text)
+    page.close()
+    page.switch_to.window(windows[0])
+
+
+def test_a_variant_that_cannot_be_had_is_told(page):
+    box = find(page, "#variant input")
+    box.click()
+    box.send_keys(webdriver.Keys.CONTROL, "a")
+    box.send_keys("vit_base_patch16_224.mae_dvt", webdriver.Keys.ENTER)
+    assert "Could not fetch" in until(lambda: said(page)) and "local-dir:" in find(page, "dl").text
+
+
+# ---- for everyone, and against some
+
+
+def test_a_phone_shows_all_of_it_without_scrolling_sideways(page):
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    )
+    try:
+        until(lambda: page.execute_script("return innerWidth") == 390)
+        assert page.execute_script("return document.documentElement.scrollWidth") <= 390
+        for part in ("#upload", "#variant", ".dvt-compare", ".dvt-pick", "#clusters", "#groups", "#rest", "#files"):
+            box = find(page, part).rect
+            assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["width"] > 100
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_every_control_is_reached_by_the_tabulator(page):
+    find(page, "body").click()
+    wanted = {"dvt-bar", "dvt-pick"} | {"#upload", "#variant", "#clusters", "#files"}
+    seen = set()
+    for _ in range(30):
+        webdriver.ActionChains(page).send_keys(webdriver.Keys.TAB).perform()
+        seen |= set(page.switch_to.active_element.get_attribute("class").split())
+        seen |= set(
+            page.execute_script(
+                "let e = document.activeElement, ids = [];"
+                "for (; e; e = e.parentElement) ids.push('#' + e.id); return ids"
+            )
+        )
+    assert wanted <= seen
+
+
+def status(address: str, body: bytes | None = None, headers: dict | None = None) -> tuple[int, bytes]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, body, headers or {})) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as e:
+        return e.code, e.read()
+
+
+def shown_of(address: str, path: str, session: str) -> bool:
+    """Whether the page shows the file of a path, asked for as its own script asks for an upload."""
+    config = json.loads(status(f"{address}config")[1])
+    (event,) = [e for e in config["dependencies"] if e["targets"][0][1] == "upload"]
+    values = {c["id"]: c["props"].get("value") for c in config["components"]}
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    data = [file, *(values[component] for component in event["inputs"][1:])]
+    join = {"fn_index": event["id"], "session_hash": session, "data": data}
+    status(f"{address}gradio_api/queue/join", json.dumps(join).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash={session}", timeout=PATIENCE) as answer:
+        (line,) = [line for line in answer if b"process_completed" in line]
+    return b'"success":true' in line and b"data:image" in line
+
+
+def test_no_path_that_a_visitor_names_is_read(server, tmp_path):
+    secret = save(noise(64, 64), Path(tempfile.gettempdir()) / f"{tmp_path.name}_secret.png")
+    try:
+        for path in (secret, Path("setup.cfg").resolve(), "/etc/passwd"):
+            assert status(f"{server[0]}gradio_api/file={path}")[0] in (403, 404)
+        assert status(f"{server[0]}dvt/..%2F..%2Fsetup.cfg/maps.npy")[0] == 404
+        assert status(f"{server[0]}dvt/cat-0/..%2Fsetup.cfg")[0] == 404
+        assert not shown_of(server[0], str(secret), "a") and secret.exists()
+        boundary = "--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n".encode()
+        sent = boundary + secret.read_bytes() + b"\r\n--x--\r\n"
+        kind = {"Content-Type": "multipart/form-data; boundary=x"}
+        (uploaded,) = json.loads(status(f"{server[0]}gradio_api/upload", sent, kind)[1])
+        assert shown_of(server[0], uploaded, "b")  # the same request with a file that was sent is answered
+    finally:
+        secret.unlink()
+
+
+def test_a_port_in_use_is_one_clear_line(server, folder, capsys):
+    port = server[0].rstrip("/").rsplit(":", 1)[1]
+    assert main(["app", "--model", f"local-dir:{folder}", "--port", port]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"cannot serve on 127.0.0.1:{port}" in error

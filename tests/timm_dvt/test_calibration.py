@@ -1,0 +1,345 @@
+"""Calibration without training: planted artifacts are found, content stays, and the denoiser is one like any other."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_dvt
+from timm_dvt.__main__ import main
+from timm_dvt.calibration import CalibrationError, calibrate
+from timm_dvt.positions import PRIOR, PositionSums, Windows
+from timm_dvt.sample_images import blank, canvas, sources
+
+SMALL = {"depth": 2, "img_size": 96, "dynamic_img_size": True}
+
+
+class Planted(torch.nn.Module):
+    """A final norm that adds a map of our own to the patch tokens; larger at some images, if asked for."""
+
+    def __init__(self, norm: torch.nn.Module, planted: torch.Tensor, prefix: int) -> None:
+        super().__init__()
+        self.norm, self.planted, self.prefix = norm, planted, prefix
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        return torch.cat([x[:, : self.prefix], x[:, self.prefix :] + self.planted], 1)
+
+
+def vit(name: str = "vit_tiny_patch16_224", **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**SMALL, **kwargs}).eval()
+
+
+def plant(model, rank: int | None = None, size: float = 1.0) -> torch.Tensor:
+    """Add a random map (H*W, C), with zero mean over places, to a model's output; returns it."""
+    places, dim = model.patch_embed.num_patches, model.embed_dim
+    draw = torch.Generator().manual_seed(1)
+    planted = torch.randn(places, rank or dim, generator=draw)
+    if rank:
+        planted = planted @ torch.linalg.qr(torch.randn(dim, rank, generator=draw))[0].T * (dim / rank) ** 0.5
+    planted = size * (planted - planted.mean(0))
+    model.norm = Planted(model.norm, planted, model.num_prefix_tokens)
+    return planted
+
+
+def photographs(count: int, side: int = 160) -> list[Image.Image]:
+    """Images with things in them: smooth fields of colour with edges, none like another."""
+    draw = np.random.default_rng(0)
+    images = []
+    for _ in range(count):
+        coarse = Image.fromarray(draw.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        image = np.array(coarse.resize((side, side), Image.Resampling.BICUBIC))
+        for _ in range(6):
+            y, x = draw.integers(0, side - 40, 2)
+            image[y : y + draw.integers(10, 40), x : x + draw.integers(10, 40)] = draw.integers(0, 256, 3)
+        images.append(Image.fromarray(image))
+    return images
+
+
+def removed(model) -> torch.Tensor:
+    """What the denoiser takes from the tokens of each place, (H*W, C)."""
+    return -model.denoiser.pos_embed.detach()[0]
+
+
+# ---- what is found
+
+
+@pytest.mark.parametrize("images", [None, 16])
+def test_a_planted_artifact_is_found_to_within_a_tenth(images):
+    model, plain = vit(), vit()
+    planted = plant(model)
+    given = None if images is None else photographs(images)
+    found = removed(calibrate(model, given)) - removed(calibrate(plain, given))
+    assert (found - planted).norm() < 0.1 * planted.norm()
+    facts = model.denoiser.calibration
+    assert facts.error <= 0.1 and facts.views < 256  # it stopped because it knew enough
+    assert facts.share_before > 0.3 and facts.share_after < 0.02
+
+
+def test_the_estimated_error_is_the_true_one():
+    # Tokens are content, drawn anew at each place of each canvas, plus a map that is known.
+    windows = Windows.draw(8, (2, 2))
+    artifacts = torch.randn(5, 4, 6)
+    artifacts -= artifacts.mean((0, 1))
+    true, told = [], []
+    for seed in range(30):
+        draw = torch.Generator().manual_seed(seed)
+        sums = PositionSums(windows, 8)
+        for visit in range(16):
+            content = windows_of(2 * torch.randn(7, 6, 6, generator=draw), windows, 5, 4)
+            sums.add(content + artifacts + torch.randn(8, 5, 4, 6, generator=draw), visit % 8)
+        position = sums.estimate()
+        true.append(float((position.artifacts - artifacts).norm() / artifacts.norm()))
+        told.append(position.error)
+    assert np.mean(told) == pytest.approx(np.mean(true), rel=0.1)
+
+
+def windows_of(canvas_map: torch.Tensor, windows: Windows, rows: int, columns: int) -> torch.Tensor:
+    cut = [canvas_map[y : y + rows, x : x + columns] for y, x, _ in windows.places]
+    return torch.stack([view.flip(1) if place[2] else view for view, place in zip(cut, windows.places)])
+
+
+def test_the_map_is_that_of_a_float64_least_squares_over_all_windows():
+    # The reference writes one row for each token and solves for content and artifacts at once, content as a random
+    # effect: PRIOR times its squares is the penalty.
+    rows, columns, dim, canvases = 4, 3, 5, 8
+    windows = Windows.draw(4, (2, 1))
+    maps = torch.randn(canvases, 4, rows, columns, dim, dtype=torch.float64)
+    sums = PositionSums(windows, 8)
+    for group, one in enumerate(maps):
+        sums.add(one, group)
+    cells = torch.arange((rows + 2) * (columns + 1)).view(rows + 2, columns + 1, 1)
+    shown = windows_of(cells, windows, rows, columns).flatten()
+    count, places = cells.numel(), rows * columns
+    design = torch.zeros(canvases, len(shown), canvases * count + places, dtype=torch.float64)
+    for one in range(canvases):
+        design[one, torch.arange(len(shown)), one * count + shown] = 1
+        design[one, torch.arange(len(shown)), canvases * count + torch.arange(len(shown)) % places] = 1
+    design = design.flatten(0, 1)
+    penalty = torch.diag(torch.tensor([PRIOR] * (canvases * count) + [0.0] * places, dtype=torch.float64))
+    tokens = (maps - maps.mean((1, 2, 3), keepdim=True)).reshape(-1, dim)
+    want = torch.linalg.solve(design.T @ design + penalty, design.T @ tokens)[-places:]
+    want -= want.mean(0)
+    position = sums.estimate()
+    got = position.artifacts.flatten(0, 1)
+    shrink = (got * want).sum() / want.square().sum()
+    torch.testing.assert_close(got, shrink * want, rtol=1e-4, atol=1e-5)
+    assert 0 <= shrink < 1 and shrink == pytest.approx(1 - position.error**2, abs=1e-4)
+
+
+def test_where_position_shows_nothing_nothing_is_subtracted():
+    sums = PositionSums(Windows.whole(), 8)
+    for visit in range(64):
+        sums.add(torch.randn(1, 6, 6, 12), visit % 8)
+    position = sums.estimate()
+    assert position.error > 0.8 and position.artifacts.norm() < 0.3 * torch.randn(6, 6, 12).norm()
+    assert position.components().shape[1] <= 1
+
+
+@pytest.mark.parametrize("images", [None, 16])
+def test_project_takes_out_the_planted_directions_and_leaves_the_others_alone(images):
+    model = vit()
+    planted = plant(model, rank=3, size=2.0)
+    calibrate(model, None if images is None else photographs(images), method="project")
+    matrix = model.denoiser.blocks[0].weight.detach()
+    facts = model.denoiser.calibration
+    assert (planted @ matrix).norm() < 0.1 * planted.norm()
+    torch.testing.assert_close(matrix @ matrix, matrix, atol=1e-5, rtol=0)
+    assert facts.components == round(float((torch.eye(len(matrix)) - matrix).trace()))
+    assert facts.components == 3 and facts.share_after < 0.1 * facts.share_before
+    content = torch.randn(50, len(matrix))
+    content -= content @ torch.linalg.pinv(planted, rtol=1e-4) @ planted
+    assert (content @ matrix).square().sum() > 0.95 * content.square().sum()
+
+
+def test_project_keeps_the_mean_token():
+    model = calibrate(vit(), photographs(8), method="project", views=64)
+    seen = []
+    model.denoiser.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    for image in photographs(8):
+        pixels = torch.from_numpy(np.array(image.crop((0, 0, 96, 96)))).permute(2, 0, 1)[None] / 127.5 - 1
+        model.forward_features(pixels)
+    raw, projected = (torch.stack(one).mean((0, 1, 2)) for one in zip(*seen))
+    assert (projected - raw).norm() < 0.1 * raw.norm()
+
+
+# ---- a denoiser as any other
+
+
+@pytest.mark.parametrize("method", ["static", "project"])
+@pytest.mark.parametrize("name", ["test_vit", "eva02_tiny_patch14_224", "vit_base_patch16_siglip_gap_224"])
+@torch.no_grad()
+def test_calibrated_saved_loaded_toggled_and_bit_equal_when_off(name, method, tmp_path):
+    patch = 14 if "patch14" in name else 16
+    small = {"embed_dim": 48, "num_heads": 2} if "siglip" in name else {}
+    model = vit(name, img_size=5 * patch, **small)
+    images = torch.randn(2, 3, 4 * patch, 6 * patch)
+    want = model.forward_features(images)
+    maps = model.forward_intermediates(images, indices=1, intermediates_only=True, norm=True)[0]
+    assert calibrate(model, photographs(4), method=method, views=64) is model
+    assert model.denoiser.arch == method and not model.training
+    on = model.forward_features(images)
+    timm_dvt.save_pretrained(model, tmp_path, model_args={"depth": 2, **small})
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again.forward_features(images), on) and (method == "project" or not torch.equal(on, want))
+    for one in (model, again):
+        one.set_denoise(False)
+        assert torch.equal(one.forward_features(images), want)
+        assert torch.equal(one.forward_intermediates(images, indices=1, intermediates_only=True, norm=True)[0], maps)
+
+
+@torch.no_grad()
+def test_several_layers_have_a_map_each():
+    model = calibrate(vit(), layers=[0, -1], views=32)
+    assert sorted(model.denoisers()) == [0, 1]
+    first, last = (model.denoisers()[block] for block in (0, 1))
+    assert first.calibration.views == last.calibration.views == 32
+    assert not torch.equal(first.pos_embed, last.pos_embed)
+
+
+@torch.no_grad()
+def test_a_denoiser_that_is_there_is_replaced_and_its_layers_are_kept():
+    model = timm_dvt.add_denoiser(vit(), layers=[0])
+    calibrate(model, views=32)
+    assert list(model.denoisers()) == [0] and model.denoisers()[0].arch == "static"
+    model.train()
+    before = model.denoisers()[0].pos_embed.clone()
+    calibrate(model, photographs(1), views=32)
+    assert model.training and not torch.equal(model.denoisers()[0].pos_embed, before)
+
+
+def test_the_same_call_gives_the_same_bits_and_the_model_can_be_pickled():
+    first, second = (calibrate(vit(), photographs(4), views=32) for _ in range(2))
+    assert torch.equal(removed(first), removed(second))
+    assert pickle.loads(pickle.dumps(first)).denoiser.calibration == first.denoiser.calibration
+
+
+def test_half_precision_models_stay_what_they_are():
+    model = calibrate(vit().bfloat16(), views=32)
+    assert model.denoiser.pos_embed.dtype == torch.bfloat16 and model.denoiser.pos_embed.isfinite().all()
+
+
+# ---- images
+
+
+def test_images_come_in_every_form(tmp_path):
+    picture = photographs(1)[0]
+    tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    (tmp_path / "deeper").mkdir()
+    for name in ("a.png", "deeper/b.JPG", "notes.txt"):
+        (picture.save if name[-3:] != "txt" else lambda path: path.write_text(""))(tmp_path / name)
+    assert len(sources(tmp_path, 9)) == 2 and len(sources(str(tmp_path), 1)) == 1
+    assert len(sources([tmp_path, picture, tensor, torch.stack([tensor] * 3)], 99)) == 7
+    assert len(sources((picture for _ in iter(int, 1)), 5)) == 5  # an endless generator
+    ways = (picture, tensor, tensor / 255, tmp_path / "a.png")
+    cut = [canvas(one, (64, 96), 3) for one in ways]
+    for one in cut:
+        assert one.shape == (3, 64, 96) and (one - cut[0]).abs().mean() < 0.02
+
+
+def test_blank_images_are_normalised_and_none_like_another():
+    images = torch.stack([blank(3, (32, 48), visit) for visit in range(40)])
+    assert images[0].abs().max() == 0 and images.isfinite().all()
+    assert 0.5 < images.std() < 1.2 and len(images.flatten(1).unique(dim=0)) == 40
+
+
+BAD = {
+    "method": (dict(method="mean"), "method is 'mean'; it must be one of static, project"),
+    "views": (dict(views=3), "views is 3"),
+    "no images": (dict(images=[]), "holds no image"),
+    "not images": (dict(images=[3]), "holds a int"),
+    "normalised": (dict(images=torch.randn(3, 64, 64)), "not normalised"),
+    "grey": (dict(images=torch.rand(1, 64, 64)), "not an RGB image"),
+    "no such file": (dict(images="none.png"), "none.png"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@torch.no_grad()
+def test_a_mistake_is_told_and_the_model_left_as_it_was(case):
+    arguments, message = BAD[case]
+    model, images = timm_dvt.add_denoiser(vit()), torch.randn(1, 3, 96, 96)
+    want, denoiser = model.forward_features(images), model.denoiser
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(model, **arguments)
+    assert model.denoiser is denoiser and torch.equal(model.forward_features(images), want)
+    plain = vit()
+    with pytest.raises(ValueError):
+        calibrate(plain, **arguments)
+    assert type(plain) is timm.models.VisionTransformer and not hasattr(plain, "denoiser")
+
+
+def test_models_that_cannot_be_calibrated_are_refused():
+    with pytest.raises(TypeError, match="not to ResNet"):
+        calibrate(timm.create_model("test_resnet"))
+    broken = vit()
+    torch.nn.init.constant_(broken.norm.weight, float("nan"))
+    with pytest.raises(CalibrationError, match="not finite"):
+        calibrate(broken)
+    with pytest.raises(CalibrationError, match="5 channels; use blank ones"):
+        calibrate(vit(in_chans=5), photographs(1))
+    assert calibrate(vit(in_chans=5), views=32).denoiser.calibration.images == 0
+    pruned = timm_dvt.add_denoiser(vit())
+    pruned.prune_intermediate_layers([0])
+    with pytest.raises(CalibrationError, match="calibrate before pruning"):
+        calibrate(pruned)
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize("method", ["static", "project"])
+def test_the_command_writes_a_folder_that_loads_and_a_picture(method, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(photographs(5)):
+        image.save(tmp_path / "images" / f"{i}.png")
+    out = tmp_path / "a" / "out"
+    arguments = ["--images", str(tmp_path / "images"), "--method", method, "--views", "64", "--out", str(out)]
+    assert main(["calibrate", "--model", "test_vit", "--no-pretrained", *arguments]) == 0
+    printed = capsys.readouterr()
+    looked_at = {"static": "from 64 views of 5 images;", "project": "from 64 views of 4 images and of blank ones;"}
+    assert looked_at[method] in printed.out and "Position explains" in printed.out
+    assert f"local-dir:{out}" in printed.out and "calibrate:" in printed.err  # the bar
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    assert model.denoiser.arch == method
+    assert json.loads((out / "calibration.json").read_text())["views"] == 64
+    with Image.open(out / "before_after.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_as_json_nothing_else_is_printed(tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--model", "test_vit", "--no-pretrained", "--out", str(out), "--views", "32", "--json"]
+    assert main(["calibrate", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"folder": str(out), **json.loads((out / "calibration.json").read_text())}
+
+
+def test_without_images_the_picture_shows_the_packages_photographs(tmp_path, capsys):
+    arguments = ["--model", "test_vit", "--no-pretrained", "--views", "32", "--out", str(tmp_path)]
+    assert main(["calibrate", *arguments]) == 0
+    assert "32 views of blank and noise images" in capsys.readouterr().out and (tmp_path / "before_after.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "vit_nothing"], "'vit_nothing' is not a model"),
+        (["--model", "test_resnet", "--no-pretrained"], "not to ResNet"),
+        (["--model", "test_vit", "--no-pretrained", "--images", "{}"], "no image in this folder"),
+        (["--model", "test_vit", "--no-pretrained", "--images", "{}/no.png"], "no.png"),
+        (["--model", "test_vit", "--no-pretrained", "--views", "2"], "views is 2"),
+        (["--model", "test_vit", "--no-pretrained", "--out", "setup.cfg"], "cannot write to setup.cfg"),
+    ],
+)
+def test_a_mistake_at_the_command_line_is_one_line_with_a_remedy(arguments, message, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    arguments = [one.format(tmp_path / "empty") for one in arguments]
+    assert main(["calibrate", "--out", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1

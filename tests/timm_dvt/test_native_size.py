@@ -1,0 +1,116 @@
+"""Position embeddings are resampled once, from the grid they were learned on to the image's, as the authors do."""
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_model_data_config
+
+import timm_dvt
+from tests.helpers import reference
+from tests.helpers.fabricated import publish, publish_backbone
+from timm_dvt.variants import ROWS
+
+BACKBONES = [row.backbone for row in ROWS if "small" in row.backbone or "patch16" in row.backbone]
+SIZES = [(3, 4), (14, 14), (32, 32), (20, 9)]  # in patches; a learned grid, the denoiser's, and others
+
+
+def published(hub, backbone: str, resolution: int) -> tuple[dict, dict]:
+    """The states of a backbone and of its denoiser, both on the stand-in hub."""
+    state = publish_backbone(hub, backbone, depth=1)
+    patch = 14 if "patch14" in backbone else 16
+    denoiser = reference.published_state(state["pos_embed"].shape[-1], resolution // patch)
+    publish(hub, f"voc_denoised/{backbone}.pth", {"denoiser": denoiser})
+    return state, denoiser
+
+
+def theirs(backbone: str) -> torch.nn.Module:
+    """The backbone as the authors' wrapper makes it: at its own size, any size in forward, no head."""
+    return timm.create_model(backbone, depth=1, num_classes=0, dynamic_img_size=True).eval()
+
+
+def images_of(model, grid: tuple[int, int]) -> torch.Tensor:
+    return torch.randn(1, 3, *(patches * model.patch_embed.patch_size[0] for patches in grid))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@torch.no_grad()
+def test_the_features_are_the_authors_at_every_size(backbone, hub, tmp_path):
+    resolution = next(row.resolution for row in ROWS if row.backbone == backbone)
+    state, denoiser = published(hub, backbone, resolution)
+    model = timm.create_model(f"{backbone}_dvt", pretrained=True, depth=1, cache_dir=tmp_path).eval()
+    plain = theirs(backbone)
+    plain.load_state_dict({key: value for key, value in state.items() if not key.startswith("head.")})
+    assert torch.equal(model.pos_embed, state["pos_embed"])
+    for grid in SIZES:
+        images = images_of(model, grid)
+        (raw,) = plain.forward_intermediates(images, [0], norm=True, output_fmt="NLC", intermediates_only=True)
+        with model.denoising(False):
+            (off,) = model.forward_intermediates(images, [0], norm=True, output_fmt="NLC", intermediates_only=True)
+        assert torch.equal(off, raw), grid
+        want = reference.denoise(denoiser, raw, grid, raw.shape[-1] // 64)
+        assert torch.allclose(model.forward_features(images)[:, model.num_prefix_tokens :], want, atol=1e-3), grid
+    assert tuple(resolve_model_data_config(model)["input_size"]) == (3, resolution, resolution)
+
+
+@pytest.mark.parametrize("backbone", ["vit_base_patch16_224.mae", "eva02_base_patch16_clip_224.merged2b"])
+@torch.no_grad()
+def test_a_distilled_model_and_its_folder_are_the_authors_at_every_size(backbone, tmp_path):
+    plain = theirs(backbone)
+    torch.save({"model": {f"model.{key}": value for key, value in plain.state_dict().items()}}, tmp_path / "file.pth")
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "file.pth")}}
+    model = timm.create_model(f"{backbone}_dvt_distilled", pretrained=True, depth=1, **overlay).eval()
+    timm_dvt.saving.save_plain(model, tmp_path / "folder", backbone)
+    again = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    for grid in SIZES:
+        images = images_of(plain, grid)
+        want = plain.forward_features(images)
+        assert torch.equal(model.forward_features(images), want) and torch.equal(again.forward_features(images), want)
+    for made in (model, again):
+        assert tuple(resolve_model_data_config(made)["input_size"]) == (3, 512, 512)
+
+
+@torch.no_grad()
+def test_a_distilled_file_of_the_denoisers_resolution_is_not_resampled_on_loading(tmp_path):
+    plain = timm.create_model("vit_base_patch16_224.mae", depth=1, num_classes=0, img_size=512, dynamic_img_size=True)
+    torch.save({"model": {f"model.{key}": value for key, value in plain.state_dict().items()}}, tmp_path / "file.pth")
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "file.pth")}}
+    model = timm.create_model("vit_base_patch16_224.mae_dvt_distilled", pretrained=True, depth=1, **overlay)
+    images = images_of(plain, (20, 9))
+    assert torch.equal(model.eval().forward_features(images), plain.eval().forward_features(images))
+
+
+@torch.no_grad()
+def test_a_saved_folder_is_the_model_that_was_saved_at_every_size(tmp_path):
+    model = timm.create_model("vit_base_patch16_224.dino_dvt", depth=1).eval()
+    again = timm.create_model(f"local-dir:{timm_dvt.save_pretrained(model, tmp_path)}", pretrained=True).eval()
+    for grid in SIZES:
+        images = images_of(model, grid)
+        assert torch.equal(again.forward_features(images), model.forward_features(images))
+    assert tuple(resolve_model_data_config(again)["input_size"]) == (3, 512, 512)
+    assert again.patch_embed.img_size == model.patch_embed.img_size == (224, 224)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"img_size": 512}, {"img_size": 224}, {"img_size": (64, 96)}, {"dynamic_img_size": False, "img_size": 64}],
+)
+@torch.no_grad()
+def test_it_is_plain_timm_bit_for_bit_with_the_same_arguments(arguments, hub, tmp_path):
+    published(hub, "vit_base_patch16_224.dino", 512)
+    create = dict(pretrained=True, depth=1, cache_dir=tmp_path, **{"dynamic_img_size": True, **arguments})
+    model = timm.create_model("vit_base_patch16_224.dino_dvt", **create).eval()
+    plain = timm.create_model("vit_base_patch16_224.dino", **create).eval()
+    model.set_denoise(False)
+    for grid in [(4, 6), (32, 32)] if create["dynamic_img_size"] else [(4, 4)]:
+        images = images_of(model, grid)
+        assert torch.equal(model.forward_features(images), plain.forward_features(images))
+    size = arguments.get("img_size", 512)
+    size = 512 if size == 224 else size  # the same model as by default
+    want = (size, size) if isinstance(size, int) else size
+    assert tuple(resolve_model_data_config(model)["input_size"]) == (3, *want)
+
+
+def test_a_model_of_one_size_is_made_at_the_denoisers():
+    model = timm.create_model("vit_base_patch16_224.dino_dvt", depth=1, dynamic_img_size=False)
+    assert model.patch_embed.img_size == (512, 512)
+    assert model.forward_features(torch.randn(1, 3, 512, 512)).shape == (1, 1025, 768)

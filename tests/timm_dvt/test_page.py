@@ -1,0 +1,239 @@
+"""What the page is made of, without a browser: pictures, files, limits, and visitors who come at once."""
+
+import io
+import threading
+import urllib.request
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import timm
+import torch
+from PIL import Image
+
+import timm_dvt
+from timm_dvt import looks, page, studio
+from timm_dvt.colors import PALETTE, fit_projection
+from timm_dvt.demo import DemoError
+from timm_dvt.page import Look
+from timm_dvt.studio import Studio, read_upload
+
+
+def maps(*grid: int) -> tuple[np.ndarray, np.ndarray]:
+    off, on = np.random.default_rng(0).normal(size=(2, *grid, 16)).astype(np.float32)
+    return off, on
+
+
+@pytest.fixture
+def look():
+    image = Image.new("RGB", (128, 96), "gray")
+    return Look("a<b>_dvt", "cpu", image, image, *maps(6, 8), (10.0, 11.0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small denoised model, as a folder that timm loads."""
+    torch.manual_seed(0)
+    arguments = {"depth": 1, "img_size": 64, "dynamic_img_size": True}
+    model = timm_dvt.add_denoiser(timm.create_model("vit_tiny_patch16_224", **arguments))
+    return timm_dvt.save_pretrained(model, tmp_path_factory.mktemp("model"), model_args=arguments)
+
+
+class Parts(HTMLParser):
+    """The tags of a page's part; raises AssertionError where one is not closed, or closed twice."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(text)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        if tag not in ("img", "input", "wbr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def pictures(self) -> list[np.ndarray]:
+        sources = [attributes["src"] for tag, attributes in self.found if tag == "img"]
+        contents = [urllib.request.urlopen(source).read() for source in sources]
+        return [np.asarray(Image.open(io.BytesIO(content))) for content in contents]
+
+
+# ---- looks
+
+
+def test_colours_keep_their_meaning_from_map_to_map():
+    """The strongest component of one map is the weakest of the other, and has one colour in both."""
+    draw = np.random.default_rng(0)
+    centred = draw.normal(size=(48, 3))
+    meanings = np.linalg.qr(centred - centred.mean(0))[0]
+    axes = np.linalg.qr(draw.normal(size=(16, 3)))[0].T
+    off, on = ((meanings * strength @ axes).reshape(6, 8, 16) for strength in ([3, 2, 1], [1, 2, 3]))
+    first, second = looks.colours(off, on)
+    np.testing.assert_allclose(first, fit_projection(off).colors(off))
+    np.testing.assert_allclose(second, first, atol=1e-6)
+
+
+def test_groups_of_equal_maps_are_equal_and_of_the_palette():
+    off, _ = maps(6, 8)
+    first, second = looks.groups(off, off.copy(), 3)
+    assert np.array_equal(first, second)
+    colours = {tuple(c) for c in first.reshape(-1, 3)}
+    assert len(colours) == 3 and colours <= {tuple(c) for c in PALETTE}
+
+
+def test_similarity_is_the_cosine_and_both_maps_share_its_scale():
+    off, on = maps(6, 8)
+    (first, second), (low, high) = looks.similarities(off, on, (1, 2))
+    values = [
+        torch.nn.functional.cosine_similarity(torch.from_numpy(m), torch.from_numpy(m[1, 2]), dim=-1) for m in (off, on)
+    ]
+    want = np.percentile(torch.stack(values).numpy(), (1, 99))
+    np.testing.assert_allclose((low, high), want, atol=1e-5)
+    assert (first[1, 2] == second[1, 2]).all() and (first.max((0, 1)) <= 1).all()
+
+
+def test_nothing_removed_is_one_colour():
+    off, _ = maps(6, 8)
+    (colours, length), scale = looks.removed(off, off)
+    assert scale == (0, 0) and len(np.unique(colours.reshape(-1, 3), axis=0)) == 1
+    assert len(np.unique(length.reshape(-1, 3), axis=0)) == 1
+
+
+# ---- parts of the page
+
+
+def test_every_part_is_whole_and_has_one_pixel_a_patch(look):
+    parts = {
+        "overview": (page.overview(look), 2),
+        "alike": (page.alike(look, (1, 2)), 2),
+        "groups": (page.groups(look, 4), 2),
+        "rest": (page.rest(look), 4),
+    }
+    for name, (text, count) in parts.items():
+        pictures = [picture for picture in Parts(text).pictures() if picture.shape == (6, 8, 3)]
+        assert len(pictures) == count, name
+        assert "<b>" not in text
+    want = (looks.colours(look.off, look.on)[1] * 255).round()
+    assert np.array_equal(Parts(parts["overview"][0]).pictures()[2], want)
+    for text in (page.intro(), page.downloads("key", (1, 2), 4), page.heading("groups", "text")):
+        Parts(text)
+
+
+def test_a_notice_says_what_it_is_given_and_runs_none_of_it():
+    assert page.notice("") == ""
+    assert "&lt;script&gt;" in page.notice("<script>")
+
+
+@pytest.mark.parametrize("asked, got", [((2, 3), (2, 3)), ((-4, 99), (0, 7)), ((None, 3), (3, 4)), (("1", 2), (3, 4))])
+def test_a_patch_is_one_there_is(asked, got, look):
+    assert look.clamped(*asked) == got
+
+
+def test_files_hold_the_maps_bit_for_bit_and_the_demos_picture(look):
+    both = np.load(io.BytesIO(page.file(look, "maps.npy", (1, 2), 4)), allow_pickle=False)
+    assert both.dtype == np.float32 and np.array_equal(both[0], look.off) and np.array_equal(both[1], look.on)
+    named = safetensors.numpy.load(page.file(look, "maps.safetensors", (1, 2), 4))
+    assert np.array_equal(named["off"], look.off) and np.array_equal(named["on"], look.on)
+    pictures = [page.file(look, "picture.png", patch, n) for patch, n in (((1, 2), 4), ((5, 7), 4), ((1, 2), 5))]
+    assert len(set(pictures)) == 3 and Image.open(io.BytesIO(pictures[0])).format == "PNG"
+
+
+# ---- limits
+
+
+def content(image: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", studio.FORMATS)
+def test_an_upload_is_rgb_and_of_bounded_size(kind):
+    assert read_upload(content(Image.new("RGB", (60, 40)), kind)).size == (60, 40)
+    big = read_upload(content(Image.new("L", (3000, 1000)), kind))
+    assert big.size == (studio.SIDE, studio.SIDE // 3) and big.mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"",
+        b"<svg/>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        content(Image.new("RGB", (9, 9)), "PPM"),
+        content(Image.effect_noise((99, 99), 9))[:2000],
+        content(Image.new("1", (7200, 7000))),
+    ],
+    ids=["empty", "svg", "eps", "ppm", "half", "50 megapixels"],
+)
+def test_what_is_no_image_to_take_is_told(bad):
+    with pytest.raises(DemoError, match="^This file: "):
+        read_upload(bad)
+
+
+def test_a_huge_image_is_refused_before_it_is_decoded(monkeypatch):
+    huge = content(Image.new("1", (7200, 7000)))
+    monkeypatch.setattr(Image.Image, "convert", None)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    with pytest.raises(DemoError, match="50 megapixels"):
+        read_upload(huge)
+
+
+def test_visitors_at_once_get_their_own_and_memory_is_bounded(folder, monkeypatch):
+    monkeypatch.setattr(studio, "LOOKS", 5)
+    shared = Studio(f"local-dir:{folder}")
+    images = [Image.new("RGB", (64 + 16 * i, 64), (40 * i, 90, 200 - 40 * i)) for i in range(4)]
+    keys: dict[int, str] = {}
+
+    def visit(number: int) -> None:
+        keys[number] = shared.look(images[number], shared.first)
+
+    visitors = [threading.Thread(target=visit, args=(i,)) for i in range(4)]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join()
+    alone = Studio(f"local-dir:{folder}")
+    for number, key in keys.items():
+        want = alone.find(alone.look(images[number], alone.first))
+        assert np.array_equal(shared.find(key).on, want.on) and shared.find(key).original is images[number]
+    assert len(shared.looks) == len({*keys.values()}) == 4
+    oldest = next(iter(shared.looks))
+    for _ in range(2):
+        shared.look(images[0], shared.first)
+    assert len(shared.looks) == 5 and shared.find(shared.first_look)  # with which each visit starts
+    with pytest.raises(DemoError, match="no longer kept"):
+        shared.find(oldest)
+
+
+def test_an_example_is_computed_once_for_all_and_again_after_it_had_to_go(folder):
+    shared = Studio(f"local-dir:{folder}")
+    assert shared.example(0, shared.first) == shared.first_look and not shared.looks
+    key = shared.example(1, shared.first)
+    assert shared.find(shared.example(1, shared.first)) is shared.find(key)
+    before = shared.looks.pop(key)
+    assert np.array_equal(shared.find(shared.example(1, shared.first)).on, before.on)
+
+
+def test_models_are_kept_up_to_a_number_and_only_variants_are_loaded(folder, monkeypatch):
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        return timm.create_model(f"local-dir:{folder}", pretrained=True), ""
+
+    monkeypatch.setattr(studio, "load_model", load)
+    shared = Studio(f"local-dir:{folder}")
+    names = [shared.first, *shared.names[1:3]]
+    for name in (*names, names[2], names[1], names[0]):
+        shared.look(Image.new("RGB", (64, 64)), name)
+    assert loaded == [*names, names[0]] and len(shared.models) == studio.MODELS
+    for name in ("local-dir:/etc", "hf-hub:a/b", "vit_tiny_patch16_224"):
+        with pytest.raises(DemoError, match="not one of the variants"):
+            shared.look(Image.new("RGB", (64, 64)), name)
+    assert not any("distilled" in name for name in shared.names)

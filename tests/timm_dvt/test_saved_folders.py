@@ -1,0 +1,127 @@
+"""Folders and repos that save_pretrained writes: loaded again they give the model that was saved, bit for bit."""
+
+import json
+import os
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import timm_dvt
+from tests.helpers import reference
+from tests.helpers.fabricated import images_for, publish, publish_backbone
+
+NAME = "vit_small_patch14_dinov2.lvd142m_dvt"
+BACKBONE = "vit_small_patch14_dinov2.lvd142m"
+
+
+@pytest.fixture
+def model():
+    return timm.create_model(NAME, depth=2, img_size=56).eval()
+
+
+@pytest.mark.parametrize(
+    "backbone", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_base_patch16_siglip_512.v2_webli"]
+)
+@torch.no_grad()
+def test_a_saved_model_loads_bit_equal(backbone, tmp_path):
+    patch = 14 if "patch14" in backbone else 16
+    arguments = dict(depth=2, img_size=4 * patch, dynamic_img_size=True)
+    model = timm_dvt.add_denoiser(timm.create_model(backbone, **arguments).eval(), depth=2, grid_size=(4, 6))
+    folder = timm_dvt.save_pretrained(model, tmp_path / "new" / "folder", model_args=arguments)
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = images_for(model)
+    assert type(again) is type(model) and torch.equal(again(images), model(images))
+    assert torch.equal(again.forward_features(images), model.forward_features(images))
+    for overwritten in (model, again):
+        overwritten.denoiser.pos_embed.add_(1)
+    timm_dvt.save_pretrained(again, folder)  # what it was made with came along
+    third = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(third.forward_features(images), model.forward_features(images))
+
+
+@torch.no_grad()
+def test_a_saved_variant_loads_bit_equal_with_its_class_count_and_size(tmp_path):
+    name = "vit_base_patch16_224.mae_dvt"
+    model = timm.create_model(name, depth=1, num_classes=5, img_size=(48, 64), global_pool="avg").eval()
+    folder = timm_dvt.save_pretrained(model, tmp_path, model_args={"depth": 1})
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "vit_base_patch16_224_dvt"
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(1, 3, 48, 64)
+    assert again.backbone_name == "vit_base_patch16_224.mae" and torch.equal(again(images), model(images))
+    other = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=3).eval()
+    assert other(images).shape == (1, 3) and torch.equal(other.forward_features(images), model.forward_features(images))
+    assert tuple(timm.data.resolve_model_data_config(again)["input_size"]) == (3, 48, 64)
+
+
+@torch.no_grad()
+def test_a_saved_model_of_other_channels_loads_bit_equal(tmp_path):
+    model = timm.create_model(NAME, depth=1, in_chans=5, img_size=28).eval()
+    folder = timm_dvt.save_pretrained(model, tmp_path)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(1, 5, 28, 42)
+    assert torch.equal(again.forward_features(images), model.forward_features(images))
+
+
+@torch.no_grad()
+def test_a_denoiser_only_folder_is_composed_with_its_backbone(hub, tmp_path):
+    publish_backbone(hub, BACKBONE, depth=2)
+    publish(hub, f"voc_denoised/{BACKBONE}.pth", {"denoiser": reference.published_state(384, 37)})
+    model = timm.create_model(NAME, pretrained=True, depth=2, cache_dir=tmp_path / "cache").eval()
+    folder = timm_dvt.save_pretrained(model, tmp_path / "part", denoiser_only=True, model_args={"depth": 2})
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    assert all(key.startswith("denoiser.") for key in state)
+    images = images_for(model)
+    for source in (f"local-dir:{folder}", "hf-hub:someone/part"):
+        if source.startswith("hf-hub"):
+            (hub.folder / "someone").mkdir(exist_ok=True)
+            os.symlink(folder, hub.folder / "someone" / "part")
+        again = timm.create_model(source, pretrained=True, cache_dir=tmp_path / "other").eval()
+        assert torch.equal(again.forward_features(images), model.forward_features(images))
+        again.set_denoise(False)
+        with model.denoising(False):
+            assert torch.equal(again.forward_features(images), model.forward_features(images))
+
+
+@torch.no_grad()
+def test_a_whole_model_of_the_hub_needs_no_other_repo(hub, tmp_path):
+    model = timm.create_model(NAME, depth=1).eval()
+    timm_dvt.save_pretrained(model, hub.folder / "someone" / "whole", model_args={"depth": 1})
+    hub.requests.clear()
+    again = timm.create_model("hf-hub:someone/whole", pretrained=True, cache_dir=tmp_path).eval()
+    images = images_for(model)
+    assert torch.equal(again.forward_features(images), model.forward_features(images))
+    assert not any("timm/" in request for request in hub.requests)
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_rubbish(model, tmp_path, monkeypatch):
+    folder = timm_dvt.save_pretrained(model, tmp_path)
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        timm_dvt.save_pretrained(model, tmp_path)
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+
+
+def test_only_denoised_models_with_a_name_are_saved(tmp_path):
+    with pytest.raises(TypeError, match="has no denoiser to save"):
+        timm_dvt.save_pretrained(timm.create_model("vit_tiny_patch16_224", depth=1), tmp_path)
+    nameless = timm_dvt.add_denoiser(timm.models.VisionTransformer(img_size=32, embed_dim=64, depth=1, num_heads=1))
+    with pytest.raises(ValueError, match="no timm name"):
+        timm_dvt.save_pretrained(nameless, tmp_path)
+
+
+@pytest.mark.parametrize("backbone", ["hf-hub:evil/repo", "local-dir:/tmp", "../x", "no_such_model", 3])
+def test_a_config_cannot_name_a_backbone_outside_timms_registry(backbone, tmp_path):
+    config = {"architecture": "denoised_vit", "pretrained_cfg": {}, "model_args": {"backbone": backbone}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="not a model of timm's registry"):
+        timm.create_model(f"local-dir:{tmp_path}")

@@ -1,0 +1,236 @@
+"""Every task, end to end through the command line, on tiny datasets in their real layouts."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+import timm_dvt
+from tests.helpers import small_datasets
+from training.evaluate.__main__ import main
+from training.evaluate.datasets import DATASETS, open_dataset
+from training.evaluate.runner import TASKS, load_task
+
+ARGS = {"img_size": 64, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 0}
+QUICK = [
+    "linear-seg.steps=80",
+    "linear-seg.warmup=5",
+    "linear-seg.label_size=16",
+    "linear-seg.lr=0.01",
+    "knn-seg.query_size=16",
+    "knn-seg.neighbours=5",
+    "mic.images=1",
+    "mic.shuffled=1",
+    "position.images=8",
+    "depth.steps=80",
+    "depth.warmup=10",
+    "depth.bins=32",
+    "attentive-probe.epochs=10",
+    "attentive-probe.batch_size=6",
+    "attentive-probe.warmup=1",
+    "detection.steps=4",
+    "detection.batch_size=4",
+    "detection.lr=0.002",
+    "detection.warmup=1",
+    "detection.width=16",
+    "detection.hidden=32",
+    "detection.proposals=32",
+    "detection.candidates=50",
+]
+# task, dataset, number, what chance gives at most (for errors: at least). None: nothing to learn there.
+RUNS = [
+    ("mic", "voc", "mic", None),
+    ("position", "ade20k", "share", None),
+    ("knn-seg", "voc", "mIoU", 25.0),
+    ("linear-seg", "voc", "mIoU", 25.0),
+    ("linear-seg", "ade20k", "mIoU", 25.0),
+    ("linear-seg", "folder", "mIoU", 25.0),
+    ("depth", "nyu", "delta1", 60.0),
+    ("discovery", "voc", "CorLoc/voc2007", None),
+    ("discovery", "coco", "CorLoc/coco20k", None),
+    ("discovery", "folder", "CorLoc/folder", None),
+    ("detection", "voc", "mAP", None),  # what it learns: test_evaluate_metrics.py
+    ("detection", "coco", "mAP", None),
+    ("attentive-probe", "imagefolder", "top1", 50.0),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small ViT of random weights with a denoiser, saved as a folder."""
+    return small_datasets.saved_model(tmp_path_factory.mktemp("model"), ARGS)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folders of all datasets, by name."""
+    return small_datasets.written(DATASETS, tmp_path_factory.mktemp, train=24, val=12)
+
+
+def evaluate(task, dataset, model, data, out, *more):
+    words = [task, "--dataset", dataset, "--data", str(data[dataset]), "--model", model, "--out", str(out)]
+    assert main([*words, "--device", "cpu", "--set", *QUICK, *more]) == 0
+    return {result["task"]: result for result in map(json.loads, (p.read_text() for p in out.glob("*.json")))}
+
+
+def test_each_task_is_tested_on_a_dataset_that_has_what_it_needs():
+    assert {task for task, *_ in RUNS} == set(TASKS)
+    for task, dataset, *_ in RUNS:
+        assert load_task(task).KIND in DATASETS[dataset].kinds
+
+
+@pytest.mark.parametrize("task, dataset, number, chance", RUNS)
+def test_task_runs_raw_and_denoised_and_beats_chance(task, dataset, number, chance, model, data, tmp_path, capsys):
+    result = evaluate(task, dataset, model, data, tmp_path)[task]
+    raw, denoised = (result["states"][state][number]["mean"] for state in ("raw", "denoised"))
+    assert result["difference"][number]["mean"] == pytest.approx(denoised - raw)
+    if chance is not None:
+        assert raw > chance and denoised > chance, (raw, denoised)
+    header = capsys.readouterr().out.splitlines()[1].split()
+    assert header[:2] == ["raw", "denoised"] and header[-1] == "difference"
+
+
+def test_all_runs_what_the_stamps_have_annotations_for(model, data, tmp_path):
+    results = evaluate("all", "stamps", model, data, tmp_path, "--limit", "8")
+    assert set(results) == set(TASKS) - {"depth"}
+    assert set(results["mic"]["states"]) == {"raw", "denoised", "artifacts"}
+    assert all(set(result["images"].values()) == {8} for result in results.values())
+
+
+def test_repeats_give_a_spread_and_seeds_are_reproducible(model, data, tmp_path):
+    first = evaluate("knn-seg", "stamps", model, data, tmp_path / "a", "--repeats", "3")["knn-seg"]
+    again = evaluate("knn-seg", "stamps", model, data, tmp_path / "b", "--seed", "1")["knn-seg"]
+    summary = first["states"]["raw"]["mIoU"]
+    assert len(set(summary["values"])) > 1 and summary["std"] > 0
+    assert again["states"]["raw"]["mIoU"]["values"] == [summary["values"][1]]
+
+
+def test_raw_features_are_evaluated_once_for_all_denoisers_of_a_backbone(model, data, tmp_path):
+    other = timm.create_model(model, pretrained=True)
+    other.denoiser.pos_embed.data += 1
+    timm_dvt.save_pretrained(other, tmp_path / "other", model_args=ARGS)
+    first = evaluate("knn-seg", "stamps", model, data, tmp_path / "out")["knn-seg"]
+    assert len(list((tmp_path / "out" / "parts").glob("*.json"))) == 2
+    evaluate("knn-seg", "stamps", f"local-dir:{tmp_path / 'other'}", data, tmp_path / "out")
+    assert len(list((tmp_path / "out" / "parts").glob("*.json"))) == 3
+    results = [json.loads(path.read_text())["states"]["raw"] for path in (tmp_path / "out").glob("*.json")]
+    assert results == [first["states"]["raw"]] * 2
+
+
+def test_without_a_cache_the_numbers_are_the_same(model, data, tmp_path):
+    kept = evaluate("linear-seg", "stamps", model, data, tmp_path / "a")["linear-seg"]
+    streamed = evaluate("linear-seg", "stamps", model, data, tmp_path / "b", "--cache", "off")["linear-seg"]
+    assert kept["states"] == streamed["states"]
+    assert list((tmp_path / "a").rglob("*.safetensors")) and not list((tmp_path / "b").rglob("*.safetensors"))
+
+
+def test_plain_model_has_a_raw_column_alone(data, tmp_path, capsys):
+    folder = tmp_path / "plain"
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", **ARGS)
+    timm.models.save_for_hf(vit, folder, safe_serialization=True, model_args=ARGS)
+    result = evaluate("knn-seg", "stamps", f"local-dir:{folder}", data, tmp_path / "out")["knn-seg"]
+    assert set(result["states"]) == {"raw"} and result["difference"] == {}
+    assert "denoised" not in capsys.readouterr().out
+
+
+def test_distilled_variant_is_called_so(data, tmp_path):
+    words = ["knn-seg", "--dataset", "stamps", "--data", str(data["stamps"]), "--out", str(tmp_path)]
+    name = "vit_base_patch16_224.dino_dvt_distilled"
+    assert main([*words, "--model", name, "--no-pretrained", "--input-size", "32", "--limit", "2"]) == 0
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert set(result["states"]) == {"distilled"}
+
+
+def test_killed_run_continues_to_the_same_result(model, data, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "training.evaluate",
+        "linear-seg",
+        "--dataset",
+        "stamps",
+        "--data",
+        str(data["stamps"]),
+        "--model",
+        model,
+        "--device",
+        "cpu",
+        "--set",
+        "steps=60",
+        "warmup=5",
+        "label_size=16",
+    ]
+    # Dies without warning in the middle of the training of the second state, with a checkpoint behind it.
+    crash = (
+        "import os, sys, training.evaluate.probe as probe, training.loop.run as loop\n"
+        "from training.evaluate.__main__ import main\n"
+        "probe.CHECKPOINT_EVERY = 1\nsave, count = loop.save_checkpoint, [0]\n"
+        "def dying(*args):\n    save(*args); count[0] += 1\n    os._exit(9) if count[0] == 90 else None\n"
+        "loop.save_checkpoint = dying\nmain(sys.argv[1:])\n"
+    )
+    out = tmp_path / "killed"
+    died = subprocess.run([sys.executable, "-c", crash, *command[3:], "--out", str(out)], stderr=subprocess.DEVNULL)
+    assert died.returncode == 9
+    assert not list(out.glob("*.json")) and len(list((out / "parts").glob("*.json"))) == 1
+    with safe_open(next((out / "parts").glob("*.safetensors")), "pt") as checkpoint:
+        assert json.loads(checkpoint.metadata()["run"])["step"] == 30
+    assert main([*command[3:], "--out", str(out)]) == 0
+    assert main([*command[3:], "--out", str(tmp_path / "whole")]) == 0
+    results = [json.loads(next(folder.glob("*.json")).read_text()) for folder in (out, tmp_path / "whole")]
+    assert results[0]["states"] == results[1]["states"]
+    assert not list((out / "parts").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_missing_files_are_an_error_that_shows_the_layout(name, tmp_path):
+    for kind in DATASETS[name].kinds:
+        with pytest.raises(ValueError, match="Expected layout") as error:
+            open_dataset(name, tmp_path, kind)
+        assert DATASETS[name].layout in str(error.value)
+
+
+def test_one_missing_folder_is_named(model, data, tmp_path, capsys):
+    shutil.copytree(data["ade20k"], tmp_path / "ade")
+    shutil.rmtree(tmp_path / "ade" / "ADEChallengeData2016" / "images" / "validation")
+    words = ["linear-seg", "--dataset", "ade20k", "--data", str(tmp_path / "ade"), "--model", model]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "images/validation" in message and "Expected layout" in message
+
+
+def test_one_missing_mask_is_named(model, data, tmp_path, capsys):
+    shutil.copytree(data["stamps"], tmp_path / "stamps")
+    (tmp_path / "stamps" / "train" / "masks" / "00003.png").unlink()
+    words = ["knn-seg", "--dataset", "stamps", "--data", str(tmp_path / "stamps"), "--model", model]
+    assert main([*words, "--out", str(tmp_path / "out"), "--set", "bank_share=1.0"]) == 2
+    message = capsys.readouterr().err
+    assert "masks/00003.png" in message and "Expected layout" in message
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["depth", "--dataset", "voc"], "dataset voc has no depth; those that have: nyu"),
+        (["knn-seg", "--dataset", "stamps", "--set", "neighbors=3"], "knn-seg has the settings neighbours"),
+        (["knn-seg", "--dataset", "stamps", "--set", "neighbours=many"], "'many' is not a value like 20"),
+        (["knn-seg", "--dataset", "stamps", "--repeats", "0"], "repeats must be 1 or more, got 0"),
+        (["knn-seg", "--dataset", "stamps", "--limit", "0"], "limit must be 1 or more, got 0"),
+    ],
+)
+def test_bad_requests_are_named(words, message, model, data, tmp_path, capsys):
+    where = ["--data", str(data["stamps"]), "--model", model, "--out", str(tmp_path)]
+    assert main([*words, *where]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_lists_every_tasks_settings(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"  {task}: " in text for task in TASKS) and "steps=40000/1500" in text

@@ -1,0 +1,119 @@
+"""Frozen features: the states are the model's own, and the cache is whole, keyed and resumed."""
+
+import pytest
+import timm
+import torch
+
+import timm_dvt
+from tests.helpers import small_datasets
+from training.evaluate.datasets import open_dataset
+from training.evaluate.features import SHARD, Extractor, Features
+
+
+def model(name="vit_tiny_patch16_224", **kwargs):
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, img_size=64, depth=2, num_classes=0, **kwargs)
+    return timm_dvt.add_denoiser(backbone).eval()
+
+
+@pytest.fixture
+def split(tmp_path):
+    small_datasets.stamps(tmp_path / "stamps", train=SHARD + 6, val=2)
+    return open_dataset("stamps", tmp_path / "stamps", "masks")["train"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "eva02_tiny_patch14_224",
+        "vit_base_patch16_clip_224",
+        "deit_tiny_distilled_patch16_224",
+    ],
+)
+def test_states_are_the_models_own_in_one_pass(name):
+    twin = model(name) if "patch16" in name else model(name, dynamic_img_size=True)
+    size = 64 if "patch16" in name else 56
+    images = torch.rand(2, 3, size, size)
+    extractor = Extractor(twin, size)
+    found = extractor.backbone(images)
+    found["denoised"] = extractor.denoise(found["raw"])
+    normed = (images - extractor.reader.mean) / extractor.reader.std
+    twin.set_input_size(img_size=size)
+    for state, on in (("denoised", True), ("raw", False)):
+        with twin.denoising(on), torch.no_grad():
+            tokens = twin.forward_features(normed)
+        if twin.norm_after_pool and not on:
+            tokens = twin.fc_norm(tokens)
+        want = tokens[:, twin.num_prefix_tokens :]
+        assert torch.allclose(found[state].flatten(1, 2), want, atol=1e-4), state
+    if not twin.norm_after_pool:
+        assert torch.allclose(found["prefix"], tokens[:, : twin.num_prefix_tokens], atol=1e-4)
+
+
+def test_the_backbone_runs_once_over_an_image(split, tmp_path):
+    extractor = Extractor(model())
+    features = Features(extractor, split, tmp_path / "cache")
+    features.extract()
+    for key in features.keys.values():
+        assert len(list((tmp_path / "cache" / key).glob("*.safetensors"))) == 2
+    direct = extractor.backbone(features.images([3, SHARD + 1]))
+    direct["denoised"] = extractor.denoise(direct["raw"])
+    again = Features(extractor, split, tmp_path / "cache")
+    again.extractor = None  # from here on only the cache can answer
+    for state in ("raw", "denoised"):
+        assert torch.allclose(again.maps([3, SHARD + 1], state), direct[state], atol=4e-3)  # half precision
+    assert torch.allclose(again.class_tokens([3]), direct["prefix"][:1, 0], atol=4e-3)
+    assert torch.equal(again.maps([5], "artifacts"), again.maps([5], "raw") - again.maps([5], "denoised"))
+
+
+def test_a_killed_extraction_goes_on_with_the_missing_shard(split, tmp_path):
+    extractor = Extractor(model())
+    features = Features(extractor, split, tmp_path)
+    features.extract()
+    first, second = sorted((tmp_path / features.keys["raw"]).glob("*.safetensors"))
+    kept, want = first.stat().st_mtime_ns, features.maps([SHARD], "raw")
+    second.unlink()
+    again = Features(extractor, split, tmp_path)
+    again.extract()
+    assert first.stat().st_mtime_ns == kept and torch.equal(again.maps([SHARD], "raw"), want)
+
+
+def test_the_key_changes_with_everything_that_matters(split):
+    def keys(twin, images=split, **options):
+        return Features(Extractor(twin, **options), images, None).keys
+
+    base = keys(model())
+    assert keys(model()) == base
+    other = model()
+    other.denoiser.pos_embed.data += 1
+    assert keys(other)["raw"] == base["raw"] and keys(other)["denoised"] != base["denoised"]
+    other = model()
+    other.norm.weight.data += 1
+    changed = [keys(other), keys(model(), input_size=80), keys(model(), dtype="bfloat16")]
+    changed.append(keys(model(), split.limit(5)))
+    small_datasets.save(split.images[0], small_datasets.Scene(77).image)
+    for found in (*changed, keys(model())):
+        assert found["raw"] != base["raw"] and found["denoised"] != base["denoised"]
+
+
+def test_another_denoiser_of_the_same_backbone_finds_its_features_done(split, tmp_path):
+    Features(Extractor(model()), split, tmp_path).extract()
+    other = model()
+    other.denoiser.pos_embed.data += 1
+    extractor = Extractor(other)
+    extractor.backbone = None  # nothing may run it again
+    features = Features(extractor, split, tmp_path)
+    before_extract = features.maps([4], "denoised")
+    features.extract()
+    assert torch.equal(features.maps([4], "denoised"), before_extract)
+    assert torch.equal(before_extract, extractor.denoise(features.maps([4], "raw")).half().float())
+
+
+def test_a_full_disk_is_found_out_before_the_work(split, tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 9, 1))
+    with pytest.raises(ValueError, match="--cache off"):
+        Features(Extractor(model()), split, tmp_path).extract()

@@ -1,0 +1,98 @@
+"""Claims about a run of stage 2 that is killed, stopped, shared or spoilt: nothing is lost, and processes agree."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers.pair_folders import write_pairs
+from tests.helpers.processes import kill_at_random_moments, same, start, torchrun, weights
+from tests.helpers.stage2_runs import command, denoiser_weights, run
+from training.loop import run as loop
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STEPS = ("--steps", "200", "--checkpoint-every", "7", "--val-every", "50")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs")
+
+
+def finish(process: subprocess.Popen) -> int:
+    process.communicate()
+    return process.returncode
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_run_again_ends_with_the_same_weights(pairs, tmp_path, times):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    assert finish(start(*command(pairs, whole, *STEPS))) == 0
+    killed = kill_at_random_moments(lambda: start(*command(pairs, torn, *STEPS)), torn, times)
+    assert killed >= min(times, 3) - 1
+    assert finish(start(*command(pairs, torn, *STEPS))) == 0
+    assert same(weights(torn), weights(whole))
+    numbers = [
+        [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in open(out / "log.jsonl")]
+        for out in (whole, torn)
+    ]
+    assert numbers[0] == numbers[1]
+
+
+def test_stopped_after_any_checkpoint_it_continues_bit_for_bit(pairs, tmp_path, monkeypatch):
+    options = ("--steps", "9", "--checkpoint-every", "2")
+    assert run(pairs, tmp_path / "whole", *options) == 0
+    save = loop.save_checkpoint
+
+    def save_and_die(path, model, optimizer, step, facts):
+        save(path, model, optimizer, step, facts)
+        raise KeyboardInterrupt
+
+    for _ in (2, 4, 6, 8):
+        monkeypatch.setattr(loop, "save_checkpoint", save_and_die)
+        assert run(pairs, tmp_path / "out", *options) == 130
+        monkeypatch.undo()
+    assert run(pairs, tmp_path / "out", *options) == 0
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+
+
+def test_a_finished_run_is_not_done_again_and_other_settings_are_refused(pairs, tmp_path, capsys):
+    assert run(pairs, tmp_path / "out", "--steps", "2") == 0
+    log = (tmp_path / "out" / "log.jsonl").read_bytes()
+    assert run(pairs, tmp_path / "out", "--steps", "2") == 0
+    assert (tmp_path / "out" / "log.jsonl").read_bytes() == log
+    before = weights(tmp_path / "out")
+    assert run(pairs, tmp_path / "out", "--steps", "2", "--lr", "0.1") == 2
+    assert "lr: the folder has 0.0002, this run has 0.1" in capsys.readouterr().err
+    assert same(weights(tmp_path / "out"), before)
+
+
+def test_two_processes_at_half_the_batch_end_with_the_weights_of_one(pairs, tmp_path):
+    options = ("--steps", "12", "--val-every", "6")
+    assert run(pairs, tmp_path / "one", *options) == 0
+    two = torchrun(29611, *command(pairs, tmp_path / "two", *options, "--batch-size", "2"))
+    output = two.communicate(timeout=300)
+    assert two.returncode == 0, output
+    one, both = denoiser_weights(tmp_path / "one"), denoiser_weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], both[name], atol=2e-5, rtol=1e-4)
+
+
+def test_a_diverging_loss_is_an_error_that_names_the_setting_and_keeps_the_checkpoint(pairs, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ("--steps", "40", "--lr", "3", "--warmup", "30", "--checkpoint-every", "1")
+    assert run(pairs, out, *options) == 1
+    assert "the loss diverged" in (error := capsys.readouterr().err) and "--lr" in error
+    state = load_file(out / "checkpoint.safetensors")
+    assert all(value.float().isfinite().all() for value in state.values())
+    assert run(pairs, out, *options) == 1
+
+
+def test_a_damaged_checkpoint_is_named(pairs, tmp_path, capsys):
+    assert run(pairs, tmp_path / "out", "--steps", "2") == 0
+    path = tmp_path / "out" / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert run(pairs, tmp_path / "out", "--steps", "2") == 2
+    assert "checkpoint.safetensors cannot be continued from" in capsys.readouterr().err

@@ -1,0 +1,138 @@
+"""Claims about make_denoiser: one command, from images to a folder that loads, killed or not, with pairs or without."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import timm_dvt  # noqa: F401
+from tests.helpers.processes import kill_at_random_moments, same, start
+from training import make_denoiser
+from training.common.hub_images import fetch_images
+from training.figures.page import Picture, Section, Table, Text, page
+
+MODEL = ("--model", "vit_tiny_patch16_224", "--no-pretrained")
+SMALL = ("--input-size", "64", "--views", "8", "--steps", "12", "--device", "cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Eight images of a few soft blobs."""
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(8):
+        small = np.random.default_rng(number).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((120, 100), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return folder
+
+
+def command(images, out, *more):
+    return ["training.make_denoiser", "--images", str(images), "--out", str(out), *MODEL, *SMALL, *more]
+
+
+def run(images, out, *more):
+    return make_denoiser.main(command(images, out, *more)[1:])
+
+
+@pytest.fixture(scope="module")
+def made(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("made") / "out"
+    assert run(images, out) == 0
+    return out
+
+
+def test_the_folder_loads_and_its_denoiser_can_be_switched(made):
+    model = timm.create_model(f"local-dir:{made}", pretrained=True).eval()
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        on = model.forward_features(x)
+        model.set_denoise(False)
+        off = model.forward_features(x)
+    torch.manual_seed(0)
+    plain = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True).eval()
+    plain.set_input_size(img_size=(64, 64))
+    with torch.no_grad():
+        assert torch.equal(off, plain.forward_features(x)) and not torch.equal(on, off)
+
+
+def test_card_and_page_say_what_came_of_it(made):
+    card = (made / "README.md").read_text()
+    html = (made / "page.html").read_text()
+    for text in ("position", "forward passes", "timm.create_model"):
+        assert text in card and text in html
+    numbers = re.search(r"explained by position, % \| (\S+) \| (\S+) \|", card)
+    assert numbers and all(float(number) == float(number) for number in numbers.groups())
+    assert html.count("<img") == 2 and "http" not in re.sub(r'src="data:[^"]*"', "", html)
+    seen = {json.loads(line)["image"] for line in (made / "pairs" / "index.jsonl").read_text().splitlines()}
+    assert len(seen) == 6  # two of the eight are held out
+
+
+def test_without_pairs_the_weights_are_the_same_and_nothing_is_left_but_them(images, made, tmp_path):
+    assert run(images, tmp_path / "out", "--no-pairs") == 0
+    assert same(load_file(tmp_path / "out" / "model.safetensors"), load_file(made / "model.safetensors"))
+    assert not (tmp_path / "out" / "pairs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--no-pairs",)])
+def test_killed_at_random_moments_and_run_again_it_ends_as_if_it_was_not(images, made, tmp_path, more):
+    random.seed(0)
+    out = tmp_path / "out"
+    assert kill_at_random_moments(lambda: start(*command(images, out, *more)), out, 3) >= 1
+    process = start(*command(images, out, *more))
+    process.communicate()
+    assert process.returncode == 0
+    assert same(load_file(out / "model.safetensors"), load_file(made / "model.safetensors"))
+
+
+def test_it_says_what_it_will_cost_before_it_begins(images, tmp_path, capsys):
+    assert run(images, tmp_path / "out", "--limit", "5") == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert re.match(r"stage 1: 3 images x 8 views = 24 forward passes at \S+ s, about \S+ minutes; stage 2: 12", said)
+
+
+def test_an_image_that_cannot_be_read_is_left_out(images, made, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in sorted(images.iterdir()):
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "9.png").write_bytes(b"no image")
+    for more in ((), ("--no-pairs",)):
+        assert run(folder, tmp_path / f"out{len(more)}", *more) == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--limit", "3"), "images must be 4 or more"),
+        (("--views", "1"), "views must be 2 or more"),
+        (("--input-size", "65"), "input_size must be a multiple of the patch size 16"),
+        (("--model", "resnet18"), "A denoiser can be added to"),
+        (("--images", "hf:/nowhere/at/all"), "hf:/nowhere/at/all cannot be read as a data set"),
+    ],
+)
+def test_what_cannot_be_is_one_line_that_says_so(images, tmp_path, capsys, options, message):
+    assert run(images, tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_images_of_a_data_set_are_streamed_as_they_are(images, tmp_path):
+    pytest.importorskip("datasets")
+    found = fetch_images(f"hf:{images}", 3, tmp_path / "kept")
+    kept = sorted(found.iterdir())
+    assert [path.name for path in kept] == ["000000.png", "000001.png", "000002.png"]
+    assert [path.read_bytes() for path in kept] == [(images / f"{n}.png").read_bytes() for n in range(3)]
+
+
+def test_a_page_is_one_file_that_shows_its_words_as_they_are():
+    table = Table(["x", "y"], [["<script>", "1"]])
+    parts = [Text("a < b"), table, Picture(b"\x89PNG", 'a "cat"'), Text("c", code=True)]
+    html = page("T & U", "lead", [Section("S", parts)]).decode()
+    assert "a &lt; b" in html and "&lt;script&gt;" in html and "T &amp; U" in html and "a &quot;cat&quot;" in html
+    assert "<script" not in html and 'src="data:image/png;base64,iVBORw==' in html

@@ -1,0 +1,124 @@
+"""The report: measured beside published, and Fig. 7 where results differ along its axis."""
+
+import json
+from html import escape
+
+import pytest
+from PIL import Image
+
+from timm_dvt.published import DINOV2, REG
+from training.report import main, read_rows
+
+
+def result(folder, name, model, states, task="linear-seg", dataset="voc", parameters=86_000_000, **more):
+    summaries = {
+        state: {k: {"mean": v[0], "std": v[1], "values": [v[0]] * (2 if v[1] else 1)} for k, v in numbers.items()}
+        for state, numbers in states.items()
+    }
+    record = {
+        "task": task,
+        "model": model,
+        "dataset": dataset,
+        "states": summaries,
+        "difference": {},
+        "limit": None,
+        "changed": [],
+        "tags": {},
+        "parameters": parameters,
+        **more,
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record))
+
+
+def table(text):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_measured_stands_above_what_is_published(tmp_path, capsys):
+    states = {"raw": {"mIoU": (83.4, 0.1), "mAcc": (90.5, 0)}, "denoised": {"mIoU": (84.7, 0.2), "mAcc": (91.5, 0)}}
+    result(tmp_path, "a", f"{DINOV2}_dvt", states)
+    lost = {"raw": {"CorLoc/voc2007": (31.0, 0)}, "denoised": {"CorLoc/voc2007": (57.0, 0)}}
+    result(tmp_path, "b", f"{DINOV2}_dvt", lost, task="discovery")
+    assert main([str(tmp_path)]) == 0
+    assert (tmp_path / "report.md").read_text() in capsys.readouterr().out
+    rows = table((tmp_path / "report.md").read_text())
+    assert rows[0] == ["model", "state", "source", "VOC12 mIoU", "VOC12 mAcc", "voc2007 CorLoc"]
+    name, readme, paper = f"`{DINOV2}_dvt`", "published, authors' README", "published, paper"
+    assert rows[2] == [name, "raw", "measured", "83.40 ± 0.10", "90.50", "31.00"]
+    assert rows[3] == ["", "raw", readme, "83.52", "90.6", ""]
+    assert rows[4] == ["", "raw", paper, "83.6", "90.82", "30.8"]
+    assert rows[5] == [name, "denoised", "measured", "84.70 ± 0.20", "91.50", "57.00"]
+    assert rows[6] == ["", "denoised", readme, "84.92", "91.74", ""]
+    assert rows[7] == ["", "denoised", paper, "84.84", "91.7", "58"]
+    html = (tmp_path / "report.html").read_text()
+    assert all(f"<td>{escape(cell)}</td>" in html for row in rows[2:8] for cell in row[2:])
+    assert "published linear probes" in html.lower() and "http" not in html and "`" not in html
+
+
+def test_depth_and_the_other_folders_of_checkpoints(tmp_path):
+    depth = {"RMSE": (0.38, 0), "AbsRel": (0.12, 0), "delta1": (88.0, 0)}
+    states = {"dvt_in1k": "denoised", "dvt_in1k_distilled": "distilled", "dvt_distilled": "distilled"}
+    for suffix, state in states.items():
+        result(tmp_path, suffix, f"{DINOV2}_{suffix}", {state: depth}, task="depth", dataset="nyu")
+    assert main([str(tmp_path)]) == 0
+    rows = table((tmp_path / "report.md").read_text())
+    assert rows[0][3:] == ["NYUv2 delta1", "NYUv2 AbsRel", "NYUv2 RMSE"]
+    published = [row[3:] for row in rows[:8] if row[2] == "published, authors' README"]
+    assert published == [["88.25", "0.1207", "0.385"], ["88.5", "0.1152", "0.3832"], ["89.74", "0.1115", "0.3704"]]
+
+
+def test_all_that_is_published_of_a_backbone_stands_below(tmp_path):
+    result(tmp_path, "a", f"{DINOV2}_dvt", {"raw": {"mIoU": (83.4, 0.1)}})
+    result(tmp_path, "b", REG, {"raw": {"mIoU": (83.4, 0.1)}})
+    main([str(tmp_path)])
+    rows = table((tmp_path / "report.md").read_text().split("Published linear probes:")[1])
+    assert len(rows[0]) == 3 + 7 and rows[0][3:5] == ["VOC12 mIoU", "VOC12 mAcc"] and rows[0][7] == "NYUv2 RMSE"
+    kinds = ("raw", "voc_denoised", "imgnet_denoised", "voc_distilled", "imgnet_distilled")
+    assert [row[:2] for row in rows[2:] if "README" in row[2]] == [
+        *([f"`{DINOV2}`", kind] for kind in kinds),
+        *([f"`{REG}`", kind] for kind in kinds if "imgnet" not in kind),
+    ]
+    assert rows[2][3:] == ["83.52", "90.6", "47.02", "58.45", "0.3965", "0.1197", "87.59"]
+    assert rows[3][2:] == ["published, paper", "83.6", "90.82", "47.29", "59.18", "", "0.1238", "86.88"]
+
+
+def test_numbers_off_the_protocol_are_marked(tmp_path):
+    result(tmp_path, "a", "m", {"raw": {"mIoU": (10.0, 0)}}, limit=5)
+    result(tmp_path, "b", "n", {"raw": {"mIoU": (20.0, 0)}})
+    main([str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert "10.00\\* |" in text and "| 20.00 |" in text and "not the full protocol" in text
+
+
+def test_figure_7_is_drawn_along_each_axis_that_has_two_places(tmp_path, capsys):
+    for size, parameters, miou in (("small", 22e6, 81.0), ("base", 86e6, 83.5), ("large", 304e6, 83.4)):
+        states = {"raw": {"mIoU": (miou, 0.2)}, "denoised": {"mIoU": (miou + 1.2, 0.1)}}
+        result(tmp_path, size, f"vit_{size}_patch14_dinov2.lvd142m_dvt", states, parameters=int(parameters))
+    for pairs, gain in ((100, 0.4), (1000, 0.9), (10000, 1.2)):
+        states = {"raw": {"mIoU": (83.5, 0)}, "denoised": {"mIoU": (83.5 + gain, 0.1)}}
+        result(tmp_path, f"p{pairs}", f"local-dir:denoiser_{pairs}", states, tags={"pairs": str(pairs)})
+    assert main([str(tmp_path)]) == 0
+    assert Image.open(tmp_path / "fig7a.png").size > (300, 200)
+    assert (tmp_path / "fig7b.png").exists() and not (tmp_path / "fig7c.png").exists()
+    assert "fig7c.png left out: fewer than two results differ in views" in capsys.readouterr().out
+    assert [row.tags for row in read_rows(tmp_path) if row.tags][0] == {"pairs": "100"}
+
+
+def test_a_folder_without_results_is_an_error(tmp_path, capsys):
+    (tmp_path / "other.json").write_text("{}")
+    assert main([str(tmp_path)]) == 2
+    assert "no results in" in capsys.readouterr().err
+
+
+def test_help_works():
+    with pytest.raises(SystemExit):
+        main(["--help"])
+
+
+def test_results_of_two_protocols_stand_in_rows_of_their_own(tmp_path):
+    result(tmp_path, "a", f"{DINOV2}_dvt", {"raw": {"mIoU": (80.0, 0)}})
+    result(tmp_path, "b", f"{DINOV2}_dvt", {"raw": {"mIoU": (83.5, 0)}}, protocol="repository")
+    rows = read_rows(tmp_path)
+    cells = {row.tags.get("protocol", "fast"): row.cells["linear-seg", "voc", "mIoU"][0] for row in rows}
+    assert cells == {"fast": 80.0, "repository": 83.5}
