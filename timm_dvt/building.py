@@ -52,7 +52,8 @@ def create(
     """Build a variant: timm's backbone, its weights, the denoiser, its weights; what timm.create_model ends in.
 
     Args:
-        denoiser: arguments of `add_denoiser`: grid_size, depth, num_heads, pos_embed, arch, layers, keep_length.
+        denoiser: arguments of `add_denoiser`: grid_size, depth, num_heads, pos_embed, arch, layers, keep_length,
+            pos_embed_out.
         kwargs: arguments of timm's model, as for the backbone.
     """
     if pretrained_cfg is None or isinstance(pretrained_cfg, str):

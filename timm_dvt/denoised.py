@@ -230,7 +230,7 @@ class Denoised:
     def no_weight_decay(self) -> set[str]:
         own = {name for name, _ in self.named_parameters() if name.startswith("denoiser.")}
         timms = super().no_weight_decay() if hasattr(self._backbone_class, "no_weight_decay") else ()
-        return set(timms) | {name for name in own if name.endswith("pos_embed")}
+        return set(timms) | {name for name in own if name.endswith(("pos_embed", "pos_embed_out"))}
 
     # group_matcher is timm's: what it does not name (the denoiser, the head) is the last layer of a layer decay.
 

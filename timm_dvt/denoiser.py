@@ -1,6 +1,6 @@
 """The denoiser of DVT's stage 2: a learned position embedding and transformer blocks behind a ViT's final norm."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -35,6 +35,8 @@ class Denoiser(nn.Module):
         keep_length: bring each clean token to the length of the raw one. A regression shrinks what it is unsure of, so
             lengths of predictions tell where crops disagreed instead of what stands out. A saved denoiser of this kind
             has one key more, `keeps_length`.
+        pos_embed_out: add a second position embedding to the clean tokens, F = blocks(y + PE) + PE_out: minus what
+            predictions still have in common at a place (`python -m training.train_denoiser --center`).
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Denoiser(nn.Module):
         pos_embed: bool = True,
         arch: str = "block",
         keep_length: bool = False,
+        pos_embed_out: bool = False,
         device=None,
         dtype=None,
     ):
@@ -80,8 +83,10 @@ class Denoiser(nn.Module):
             self.blocks = nn.Sequential(nn.Linear(dim, dim, **factory))
         else:
             self.blocks = nn.Sequential(*[block(**factory) for _ in range(0 if arch == "static" else depth)])
-        self._source: torch.Tensor | None = None
-        self._resampled: dict = {}
+        self.pos_embed_out: nn.Parameter | None = None
+        if pos_embed_out:
+            self.pos_embed_out = nn.Parameter(torch.zeros(1, self.grid_size[0] * self.grid_size[1], dim, **factory))
+        self._kept = {"in": _Resampled(), "out": _Resampled()}
         self.keep_length = False
         if keep_length:
             self.start_keeping_length()
@@ -93,6 +98,11 @@ class Denoiser(nn.Module):
         like = next(self.parameters())
         # A key in the state dict, by which a saved denoiser is known again.
         self.register_buffer("keeps_length", torch.ones((), dtype=like.dtype, device=like.device))
+
+    def start_adding(self, pos_embed_out: torch.Tensor) -> None:
+        """From now on, add this position embedding (H*W, C) of the own grid to the clean tokens."""
+        like = next(self.parameters())
+        self.pos_embed_out = nn.Parameter(pos_embed_out.to(like)[None], requires_grad=like.requires_grad)
 
     def init_weights(self) -> None:
         """Initialise as timm initialises a ViT: truncated normals of deviation 0.02, zero biases.
@@ -123,6 +133,8 @@ class Denoiser(nn.Module):
             )
         x = self.norm(x)
         clean = self._clean(x, grid_size)
+        if self.pos_embed_out is not None:
+            clean = clean + self._position(self.pos_embed_out, "out", grid_size)
         if self.keep_length:
             # In float32: the square of a token's length can be beyond half precision.
             lengths = [torch.linalg.vector_norm(y.float(), dim=-1, keepdim=True) for y in (x, clean)]
@@ -145,48 +157,57 @@ class Denoiser(nn.Module):
     def position(self, grid_size: tuple[int, int]) -> torch.Tensor:
         """The position embedding (1, H*W, C) for a grid (H, W), resampled bicubically where it is not the own one."""
         assert self.pos_embed is not None
+        return self._position(self.pos_embed, "in", grid_size)
+
+    def _position(self, pos_embed: torch.Tensor, which: str, grid_size: tuple[int, int]) -> torch.Tensor:
         if grid_size[0] == self.grid_size[0] and grid_size[1] == self.grid_size[1]:
-            return self.pos_embed
+            return pos_embed
         if torch.jit.is_scripting():
-            return self._resample(grid_size)
+            return self._resample(pos_embed, grid_size)
         # In a graph that is being recorded the embedding must stay an input, and a gradient must find its way to it.
         recording = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if recording or (torch.is_grad_enabled() and self.pos_embed.requires_grad):
-            return self._resample(grid_size)
-        return self._kept(grid_size)
+        if recording or (torch.is_grad_enabled() and pos_embed.requires_grad):
+            return self._resample(pos_embed, grid_size)
+        return self._resampled_once(pos_embed, which, grid_size)
 
-    def _resample(self, grid_size: tuple[int, int]) -> torch.Tensor:
-        assert self.pos_embed is not None
+    def _resample(self, pos_embed: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         return resample_abs_pos_embed(
-            self.pos_embed,
+            pos_embed,
             new_size=[grid_size[0], grid_size[1]],
             old_size=[self.grid_size[0], self.grid_size[1]],
             num_prefix_tokens=0,
         )
 
     @torch.jit.unused
-    def _kept(self, grid_size: tuple[int, int]) -> torch.Tensor:
-        """The resampled embedding, computed once a grid and dropped as soon as the parameter is another one.
+    def _resampled_once(self, pos_embed: torch.Tensor, which: str, grid_size: tuple[int, int]) -> torch.Tensor:
+        return self._kept[which].at(grid_size, pos_embed, self._resample)
 
-        A copy of the parameter is compared on each use: no hook has to see a load, an optimiser step, a move or
-        a write through `.data`, so the result cannot be stale. It reads 4 MB for a ViT-B, 0.1% of its forward.
-        """
-        source, pos_embed = self._source, self.pos_embed
-        assert pos_embed is not None
+
+class _Resampled:
+    """A position embedding at the grids that were asked for, each computed once, dropped as soon as it is another one.
+
+    A copy of the parameter is compared on each use: no hook has to see a load, an optimiser step, a move or a write
+    through `.data`, so the result cannot be stale. It reads 4 MB for a ViT-B, 0.1% of its forward.
+    """
+
+    def __init__(self) -> None:
+        self.source: torch.Tensor | None = None
+        self.grids: dict[tuple[int, int], torch.Tensor] = {}
+
+    def at(self, grid_size: tuple[int, int], pos_embed: torch.Tensor, resample: Callable) -> torch.Tensor:
+        source = self.source
         same = source is not None and source.dtype == pos_embed.dtype and source.device == pos_embed.device
         with torch.inference_mode(False), torch.no_grad():
-            if not same or not torch.equal(source, pos_embed):
-                self._source, self._resampled = pos_embed.detach().clone(), {}
-            kept = self._resampled.get(grid_size)
-            if kept is None:
-                if len(self._resampled) >= MAX_CACHED_GRIDS:
-                    self._resampled.pop(next(iter(self._resampled)))
-                kept = self._resampled[grid_size] = self._resample(grid_size)
-        return kept
+            if source is None or not same or not torch.equal(source, pos_embed):
+                self.source, self.grids = pos_embed.detach().clone(), {}
+            if grid_size not in self.grids:
+                if len(self.grids) >= MAX_CACHED_GRIDS:
+                    self.grids.pop(next(iter(self.grids)))
+                self.grids[grid_size] = resample(pos_embed, grid_size)
+        return self.grids[grid_size]
 
-    def __getstate__(self) -> dict:
-        # What is kept for speed is neither saved nor copied.
-        return {**self.__dict__, "_source": None, "_resampled": {}}
+    def __reduce__(self) -> tuple:
+        return _Resampled, ()  # what is kept for speed is neither saved nor copied
 
 
 class LayerDenoisers(nn.Module):

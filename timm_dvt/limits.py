@@ -49,8 +49,9 @@ def check_denoiser(options: object, accepted_by: Callable) -> None:
     if not isinstance(options, dict) or not set(options) <= set(accepted):
         raise ValueError(f"denoiser is {str(options)[:200]!r}; it has to be a dict with keys of {', '.join(accepted)}.")
     check_sizes(options, DENOISER_SIZES)
-    if not isinstance(options.get("pos_embed", True), bool):
-        raise ValueError(f"pos_embed is {str(options['pos_embed'])[:100]!r}; it has to be True or False.")
+    for name in ("pos_embed", "keep_length", "pos_embed_out"):
+        if not isinstance(options.get(name, True), bool):
+            raise ValueError(f"{name} is {str(options[name])[:100]!r}; it has to be True or False.")
     layers = options.get("layers")
     whole = isinstance(layers, (list, tuple)) and all(type(block) is int for block in layers)
     if layers is not None and not (whole and 0 < len(layers) <= SIZES["depth"][1]):

@@ -36,6 +36,7 @@ def add_denoiser(
     arch: str = "block",
     layers: Sequence[int] | None = None,
     keep_length: bool = False,
+    pos_embed_out: bool = False,
 ) -> nn.Module:
     """Give a timm model a denoiser, in place, and return it. The denoiser is new: train or load it.
 
@@ -49,7 +50,8 @@ def add_denoiser(
         layers: blocks that get a denoiser each, counted from 0, or from the end with a minus; default the last block.
             Their denoised maps come out of forward_intermediates, get_intermediate_layers and features_only. Others
             than the last only where class and patch tokens go through all blocks together.
-        keep_length: give clean tokens the length of the raw ones, see `timm_dvt.denoiser.Denoiser`.
+        keep_length, pos_embed_out: give clean tokens the length of the raw ones; add a second position embedding to
+            them: see `timm_dvt.denoiser.Denoiser`.
 
     Raises:
         TypeError: the model does not give the patches of one grid (the message says why), or has a denoiser already.
@@ -65,7 +67,7 @@ def add_denoiser(
     weight = next(model.parameters())
     factory = {"device": weight.device, "dtype": weight.dtype}
     new = {
-        block: Denoiser(layout.channels, grid, depth, num_heads, pos_embed, arch, keep_length, **factory)
+        block: Denoiser(layout.channels, grid, depth, num_heads, pos_embed, arch, keep_length, pos_embed_out, **factory)
         for block in sorted({block % count for block in wanted})
     }
     return attach_denoiser(model, combine(new, final=count - 1))

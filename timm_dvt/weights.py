@@ -162,9 +162,9 @@ def _one_denoiser(state: State, new: Callable[..., Denoiser], path: str, prefix:
     arch = "block" if "pos_embed" in state else "block-no-pe"
     if kernel is not None:
         arch = "project" if kernel.ndim == 2 else "conv3x3" if kernel.shape[-1] == 3 else "conv1x1"
-    elif set(state) - {"keeps_length"} == {"pos_embed"}:
+    elif set(state) - {"keeps_length", "pos_embed_out"} == {"pos_embed"}:
         arch = "static"
-    denoiser = new(depth=depth, arch=arch, keep_length="keeps_length" in state)
+    denoiser = new(depth=depth, arch=arch, keep_length="keeps_length" in state, pos_embed_out="pos_embed_out" in state)
     check_state(denoiser, state, path, prefix=prefix)
     dtype = next(iter(state.values())).dtype
     denoiser.to_empty(device="cpu").to(dtype).load_state_dict(state)

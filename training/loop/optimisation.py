@@ -17,7 +17,7 @@ def make_adamw(model: nn.Module, lr: float, weight_decay: float, decay_all: bool
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            matrix = parameter.ndim > 1 and not name.endswith(("pos_embed", "_token"))
+            matrix = parameter.ndim > 1 and not name.endswith(("pos_embed", "pos_embed_out", "_token"))
             groups[decay_all or matrix].append(parameter)
     return torch.optim.AdamW(
         [

@@ -73,7 +73,8 @@ def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backb
                 f"but this run trains {denoiser.arch} of {len(denoiser.blocks)}; see --arch and --blocks"
             )
         state = one.state_dict()
-        state.pop("keeps_length", None)  # what this run is asked for decides it
+        for after_training in ("keeps_length", "pos_embed_out"):  # what this run is asked for decides them
+            state.pop(after_training, None)
         denoiser.load_state_dict(state)
 
 
