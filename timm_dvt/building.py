@@ -56,9 +56,8 @@ def create(
             pos_embed_out.
         kwargs: arguments of timm's model, as for the backbone.
     """
-    if pretrained_cfg is None or isinstance(pretrained_cfg, str):
-        pretrained_cfg = get_pretrained_cfg(variant.name)
-    cfg = resolve_pretrained_cfg(f"{variant.architecture}_dvt", pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    given: Any = get_pretrained_cfg(variant.name) if isinstance(pretrained_cfg, str | None) else pretrained_cfg
+    cfg = resolve_pretrained_cfg(f"{variant.architecture}_dvt", given, pretrained_cfg_overlay).to_dict()
     wrapper = {key: kwargs.pop(key) for key in ("out_indices", "feature_cls") if key in kwargs}
     accepted = accepts(variant.architecture)
     if "in_chans" in accepted:
@@ -90,7 +89,7 @@ def create(
         options = _denoiser_options(variant, sketch, denoiser)
         grid, heads = tuple(options["grid_size"]), options.get("num_heads")
         loaded = denoiser_for(checkpoint, layout.channels, grid, heads, variant.backbone, layout.maps)
-    model = _backbone(variant, cfg, checkpoint, cache_dir, kwargs)
+    model: Any = _backbone(variant, cfg, checkpoint, cache_dir, kwargs)
     if not variant.distilled:
         if loaded is None:
             add_denoiser(model, **_denoiser_options(variant, model, denoiser))
@@ -208,7 +207,7 @@ def _first_conv(cfg: dict) -> str:
     return f"{(_names(cfg, 'first_conv') or ['patch_embed.proj'])[0]}.weight"
 
 
-def _load_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> None:
+def _load_backbone(model: Any, checkpoint: Checkpoint, cfg: dict) -> None:
     """Load a whole ViT's weights through timm, which adapts them to another size, channel or class count."""
     state = _check_backbone(model, checkpoint, cfg)
     sources = ("source", "file", "url", "hf_hub_id", "hf_hub_filename")

@@ -45,8 +45,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--method",
         choices=METHODS,
         default="static",
-        help="static: subtract the mean artifact map; project: take out the directions in which position shows "
-        "(default: %(default)s)",
+        help="static: subtract the mean artifact map; project: take out the directions in which position "
+        "shows; leftover: keep the model's denoiser, subtract the mean map that it leaves (default: %(default)s)",
     )
     command.add_argument(
         "--views", type=int, default=256, metavar="N", help="forward passes at the most (default: %(default)s)"

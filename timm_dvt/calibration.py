@@ -1,11 +1,13 @@
 """A denoiser without training: the mean artifact map, or the directions in which position shows, from a few images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 from tqdm import tqdm
 
@@ -14,7 +16,7 @@ from timm_dvt.model import Denoised, add_denoiser, attach_denoiser, remove_denoi
 from timm_dvt.positions import MOST_GROUPS, Position, PositionSums, Windows
 from timm_dvt.sample_images import ImageError, Source, blank, canvas, sources
 
-METHODS = ("static", "project")
+METHODS = ("static", "project", "leftover")
 WINDOWS = 8  # views of a canvas
 LEAST_VIEWS = 4 * WINDOWS  # two canvases, whose estimates are compared, of the images and of blank ones
 
@@ -28,12 +30,12 @@ class Calibration:
     """How a denoiser was calibrated; its attribute `calibration`.
 
     Attributes:
-        method: "static" or "project".
+        method: of `METHODS`.
         images: how many were looked at; 0 for blank and noise images.
         views: forward passes.
         error: estimated error of the mean artifact map, as a fraction of the map. From fewer than 4 images it leaves
             out what those images have in common.
-        components: directions projected out; 0 for "static".
+        components: directions projected out; 0 unless the method is "project".
         share_before, share_after: estimated fraction of the variance within a view that position explains. Of blank and
             noise images, if these were looked at.
     """
@@ -48,7 +50,7 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module,
+    model: Any,
     images: Source | Iterable[Source] | None = None,
     *,
     method: str = "static",
@@ -66,7 +68,7 @@ def calibrate(
     a `Calibration`; with several layers, by `model.denoisers()[block].calibration`.
 
     Args:
-        model: any model that `add_denoiser` takes. A denoiser that it has already is replaced.
+        model: any model that `add_denoiser` takes. A denoiser that it has already is replaced, but by "leftover".
         images: a folder, paths, PIL images, or RGB tensors (3, h, w) or (B, 3, h, w) in [0, 1] or uint8, alone or in an
             iterable. None: blank and noise images, which take no data but show only a part of the artifacts.
         method: "static" subtracts the mean artifact map, (H, W, C), at other grids resampled as a position embedding.
@@ -76,6 +78,8 @@ def calibrate(
             DINOv2-S at 280 px, position explains 6.9% raw, 3.4% with a map of 518 px (16 images, 256 views) resampled,
             4.4% with a map of 280 px (the same images, 128 views), and 5.1% with the map of 518 px or the directions
             that blank images show.
+            "leftover" keeps the denoiser that the model has, and subtracts the mean map of what that leaves: a trained
+            block predicts F from what places have in common too. Before lengths are kept, where they are.
         layers: blocks to be denoised, as for `add_denoiser`; default the last one, or those that have a denoiser.
         views: forward passes at the most.
         tolerance: stop as soon as the map's own estimate of its error is not above this fraction of the map.
@@ -97,6 +101,8 @@ def calibrate(
         found = None if images is None else sources(images, views // WINDOWS)
     except ImageError as e:
         raise CalibrationError(str(e)) from e
+    if method == "leftover":
+        return _calibrate_leftover(model, found, layers, views, tolerance, batch_size, progress)
     before, old = _take_denoiser(model)
     training = model.training
     try:
@@ -125,6 +131,63 @@ def calibrate(
     return model
 
 
+def _calibrate_leftover(
+    model: Any,
+    found: list[Source] | None,
+    layers: Sequence[int] | None,
+    views: int,
+    tolerance: float,
+    batch_size: int,
+    progress: bool,
+) -> nn.Module:
+    """`calibrate` by "leftover": the denoisers stay, and get an output embedding."""
+    denoisers = model.denoisers() if isinstance(model, Denoised) else {}
+    if not denoisers or layers is not None:
+        raise CalibrationError(
+            f"layers is {layers}; the method leftover takes those that have a denoiser."
+            if denoisers
+            else "The method leftover improves a denoiser, and this model has none; use static."
+        )
+    training = model.training
+    try:
+        with _as_predicted(denoisers.values()), model.denoising():
+            reader = ViewReader(model.eval(), batch_size)
+            count, told = _look(reader, found, views, tolerance, progress)
+    except ImageError as e:
+        raise CalibrationError(str(e)) from e
+    finally:
+        model.train(training)
+    for block, position in told.items():
+        denoiser = denoisers[block]
+        artifacts = position.artifacts.flatten(0, 1)[None]
+        if reader.grid != denoiser.grid_size:
+            artifacts = resample_abs_pos_embed(artifacts, list(denoiser.grid_size), list(reader.grid), 0)
+        denoiser.start_adding(-artifacts)
+        denoiser.calibration = Calibration(
+            method="leftover",
+            images=0 if found is None else min(len(found), count),
+            views=reader.views,
+            error=position.error,
+            components=0,
+            share_before=position.share,
+            share_after=position.share_without_artifacts,
+        )
+    return model
+
+
+@contextmanager
+def _as_predicted(denoisers: Iterable[Denoiser]) -> Iterator[None]:
+    """Denoisers whose tokens are those of their blocks alone, for a block of code."""
+    before = [(one, one.keep_length, one.pos_embed_out) for one in denoisers]
+    try:
+        for one, *_ in before:
+            one.keep_length, one.pos_embed_out = False, None
+        yield
+    finally:
+        for one, keep_length, pos_embed_out in before:
+            one.keep_length, one.pos_embed_out = keep_length, pos_embed_out
+
+
 def _take_denoiser(model: nn.Module) -> tuple[dict[int, Denoiser], Any]:
     """The denoisers that a model has, by block and as a whole, taken off it."""
     if not isinstance(model, Denoised):
@@ -137,7 +200,7 @@ def _take_denoiser(model: nn.Module) -> tuple[dict[int, Denoiser], Any]:
 
 
 class ViewReader:
-    """Reads what the denoisers of a model see: their own identity, so that its outputs are their inputs.
+    """Reads what the denoisers of a model give; new static ones, which are the identity, give what they see.
 
     Attributes:
         size: (height, width) of an input, in pixels.
@@ -189,7 +252,7 @@ def _look(
     reader: ViewReader, found: list[Source] | None, views: int, tolerance: float, progress: bool
 ) -> tuple[int, dict[int, Position]]:
     """Sum up canvases until the error is small enough or the views are spent; their number, and what they told."""
-    windows = Windows.whole() if found is None else Windows.draw(WINDOWS, tuple(side // 2 for side in reader.grid))
+    windows = Windows.whole() if found is None else Windows.draw(WINDOWS, (reader.grid[0] // 2, reader.grid[1] // 2))
     # Images of one group share no content with those of another. Below 4 images, canvases must do.
     groups = MOST_GROUPS if found is None or not 4 <= len(found) < MOST_GROUPS else len(found)
     most = views // len(windows.places)

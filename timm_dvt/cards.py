@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -56,11 +57,11 @@ class Facts:
     describes: str  # the denoiser in a few words
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Facts":
+    def of(cls, model: Any) -> "Facts":
         denoiser = getattr(model, "denoiser", None)
         own = 0 if denoiser is None else sum(p.numel() for p in denoiser.parameters())
         blocks = len(getattr(denoiser, "blocks", ()))
-        layout = getattr(model, "layout", None) or layout_of(model)
+        layout: Any = getattr(model, "layout", None) or layout_of(model)
         patch = layout.img_size[0] // layout.grid[0]
         return cls(
             dim=layout.channels,

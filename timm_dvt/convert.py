@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import timm
 
@@ -36,7 +37,7 @@ def convert(source: str | None, model: str, out: str | os.PathLike, denoiser_onl
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ConvertError(f"cannot write {out}: it is a file, and a folder is needed")
-    overlay = {} if source is None else {"pretrained_cfg_overlay": {"file": find(source)}}
+    overlay: Any = {} if source is None else {"pretrained_cfg_overlay": {"file": find(source)}}
     try:
         network = timm.create_model(model, pretrained=True, **overlay)
     except ValueError as e:

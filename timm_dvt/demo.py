@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import timm
 import torch
@@ -130,9 +130,7 @@ def read_image(source: Path) -> Image.Image:
         raise DemoError(f"{source}: {e.strerror or e}") from e
 
 
-def decode(
-    file: BinaryIO, name: str, formats: Sequence[str] | None = None, max_pixels: float = math.inf
-) -> Image.Image:
+def decode(file: BinaryIO, name: str, formats: list[str] | None = None, max_pixels: float = math.inf) -> Image.Image:
     """As `read_image`, of an open file.
 
     Args:
@@ -141,7 +139,8 @@ def decode(
         max_pixels: more are refused before they are decoded.
     """
     try:
-        with Image.open(file, formats=formats) as image:
+        with Image.open(file, formats=formats) as opened:
+            image: Any = opened
             if image.width * image.height > max_pixels:
                 raise DemoError(
                     f"{name}: {image.width * image.height / 1e6:.0f} megapixels ({image.width} x {image.height}); the "
@@ -222,7 +221,7 @@ def without_dead_network() -> Iterator[None]:
 # ---- features
 
 
-def prepare(model: nn.Module, image: Image.Image, size: int | None = None) -> tuple[Image.Image, torch.Tensor]:
+def prepare(model: Any, image: Image.Image, size: int | None = None) -> tuple[Image.Image, torch.Tensor]:
     """The image resized to whole patches, its aspect ratio kept, and as the model's input (1, 3, h, w)."""
     config = resolve_model_data_config(model)
     side = size or config["input_size"][-1]
@@ -240,7 +239,7 @@ def prepare(model: nn.Module, image: Image.Image, size: int | None = None) -> tu
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, pixels: torch.Tensor, rounds: int, warm_up: bool = True) -> tuple[Measured, Measured]:
+def measure(model: Any, pixels: torch.Tensor, rounds: int, warm_up: bool = True) -> tuple[Measured, Measured]:
     """The patch tokens of an input (1, 3, h, w) with the denoiser off and on, and how long each takes.
 
     Args:
@@ -260,7 +259,7 @@ def measure(model: nn.Module, pixels: torch.Tensor, rounds: int, warm_up: bool =
     return off, on
 
 
-def patch_tokens(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+def patch_tokens(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Final-normed patch tokens (H, W, C) on the CPU; copying them there also waits for an accelerator."""
     tokens = model.layout.patches(model.forward_features(pixels), model.prefix_tokens())
     if model.norm_after_pool and not model.denoise:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, TypeAlias
 
 import torch
 from torch import nn
@@ -20,8 +20,14 @@ from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from timm_dvt.intermediates import Intermediates, repack, unpack
 from timm_dvt.timm_private import feature_take_indices
 
+# A type checker cannot know the timm class that stands behind `Denoised`, nor what attributes it has.
+if TYPE_CHECKING:
+    _Backbone: TypeAlias = Any
+else:
+    _Backbone = object
 
-class Denoised:
+
+class Denoised(_Backbone):
     """What a denoised model overrides of timm's class: the methods through which features leave the model.
 
     Patch tokens of the last block are denoised after the final norm, those of an earlier block, where it has a
@@ -29,8 +35,12 @@ class Denoised:
     fed raw tokens. Off, every output is the backbone's bit for bit.
     """
 
+    if TYPE_CHECKING:
+        denoiser: Any  # a Denoiser or LayerDenoisers, None once it is pruned away
+        norm_after_pool: bool
+
     def __init_subclass__(cls) -> None:
-        backbone = cls.__mro__[cls.__mro__.index(Denoised) + 1]
+        backbone: Any = cls.__mro__[cls.__mro__.index(Denoised) + 1]
         cls._backbone_class = backbone
         cls._backbone_features = _renamed(backbone.forward_features, "_backbone_features")
         if hasattr(backbone, "forward_head"):
@@ -59,7 +69,8 @@ class Denoised:
     def denoisers(self) -> dict[int, Denoiser]:
         """The denoisers by the block whose patch tokens they clean, counted from 0; none if all were pruned away."""
         if isinstance(self.denoiser, LayerDenoisers):
-            return {int(block): denoiser for block, denoiser in self.denoiser.layers.items()}
+            layers: Any = self.denoiser.layers
+            return {int(block): denoiser for block, denoiser in layers.items()}
         return {} if self.denoiser is None else {self.final_block: self.denoiser}
 
     # ---- features
@@ -144,9 +155,10 @@ class Denoised:
         # come without the norm, which is ours to apply behind its denoiser.
         norm_here = norm and bool(inner)
         output = forward(x, output_fmt="NLC", **{**call, "norm": norm and not norm_here})
+        features: Any
         features, maps, prefixes = unpack(output, intermediates_only)
         grid = self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
-        patches = None
+        patches: Any = None
         if final and features is None:
             patches = self._denoise(maps[-1] if norm and not norm_here else self.norm(maps[-1]), grid)
         elif final:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed, trunc_normal_
@@ -35,8 +36,8 @@ class Denoiser(nn.Module):
         keep_length: bring each clean token to the length of the raw one. A regression shrinks what it is unsure of, so
             lengths of predictions tell where crops disagreed instead of what stands out. A saved denoiser of this kind
             has one key more, `keeps_length`.
-        pos_embed_out: add a second position embedding to the clean tokens, F = blocks(y + PE) + PE_out: minus what
-            predictions still have in common at a place (`python -m training.train_denoiser --center`).
+        pos_embed_out: add a second position embedding to the clean tokens, F = blocks(y + PE) + PE_out: for
+            PE_out = -G of its predictions, what still shows of position in them (`timm_dvt.calibrate`, "leftover").
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class Denoiser(nn.Module):
         self.num_heads = num_heads
         self.grid_size = (int(grid_size[0]), int(grid_size[1]))
         self.grad_checkpointing = False
+        self.calibration: Any = None  # what `timm_dvt.calibrate` found, of one that it made
         # Where the backbone's final norm is pruned away, it lives on here: the denoiser was trained on normed tokens.
         self.norm: nn.Module = nn.Identity()
         self.pos_embed: nn.Parameter | None = None
         if self.arch in ("block", "static"):
             self.pos_embed = nn.Parameter(torch.empty(1, self.grid_size[0] * self.grid_size[1], dim, **factory))
-        block = partial(Block, dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)  # timm asks for a class, and gives its own models a partial
+        block = partial(Block, dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm)
         if self.convolves:
             size = 1 if arch == "conv1x1" else 3
             conv = partial(nn.Conv2d, dim, dim, size, padding=size // 2, **factory)
@@ -100,9 +103,9 @@ class Denoiser(nn.Module):
         self.register_buffer("keeps_length", torch.ones((), dtype=like.dtype, device=like.device))
 
     def start_adding(self, pos_embed_out: torch.Tensor) -> None:
-        """From now on, add this position embedding (H*W, C) of the own grid to the clean tokens."""
+        """From now on, add this position embedding (1, H*W, C) of the own grid to the clean tokens."""
         like = next(self.parameters())
-        self.pos_embed_out = nn.Parameter(pos_embed_out.to(like)[None], requires_grad=like.requires_grad)
+        self.pos_embed_out = nn.Parameter(pos_embed_out.to(like), requires_grad=like.requires_grad)
 
     def init_weights(self) -> None:
         """Initialise as timm initialises a ViT: truncated normals of deviation 0.02, zero biases.
@@ -110,15 +113,16 @@ class Denoiser(nn.Module):
         "static" and "project" start as the identity.
         """
         if self.pos_embed is not None:
-            trunc_normal_(self.pos_embed, std=0.02)
-        if self.arch == "static":
-            nn.init.zeros_(self.pos_embed)
+            if self.arch == "static":
+                nn.init.zeros_(self.pos_embed)
+            else:
+                trunc_normal_(self.pos_embed, std=0.02)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         if self.arch == "project":
-            nn.init.eye_(self.blocks[0].weight)
+            nn.init.eye_(self.get_parameter("blocks.0.weight"))
 
     def forward(self, x: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """Denoise patch tokens (B, H*W, C) of a grid (H, W); returns (B, H*W, C).

@@ -146,7 +146,9 @@ def _is_plain(model: Any, form: str) -> bool:
 def _without_weights(model: nn.Module) -> Any:
     """A copy on the meta device, in eval mode and without a person's hooks."""
     tensors = [*model.parameters(), *model.buffers()]
-    empty = {id(t): nn.Parameter(t.detach().to("meta"), requires_grad=False) for t in model.parameters()}
+    empty: dict[int, torch.Tensor] = {
+        id(t): nn.Parameter(t.detach().to("meta"), requires_grad=False) for t in model.parameters()
+    }
     empty |= {id(t): t.detach().to("meta") for t in tensors if id(t) not in empty}
     sketch = copy.deepcopy(model, empty).eval()
     for module in sketch.modules():

@@ -1,7 +1,9 @@
 """Giving a timm model a denoiser, and taking it away."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from timm.layers import to_2tuple
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -62,12 +64,21 @@ def add_denoiser(
     wanted = [-1] if layers is None else list(layers)
     if not wanted or any(not -count <= block < count for block in wanted):
         raise ValueError(f"layers must be one or more blocks from {-count} to {count - 1}, got {layers}")
-    grid = layout.grid if grid_size is None else grid_size
-    grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
+    grid = to_2tuple(layout.grid if grid_size is None else grid_size)
     weight = next(model.parameters())
     factory = {"device": weight.device, "dtype": weight.dtype}
     new = {
-        block: Denoiser(layout.channels, grid, depth, num_heads, pos_embed, arch, keep_length, pos_embed_out, **factory)
+        block: Denoiser(
+            layout.channels,
+            (grid[0], grid[1]),
+            depth,
+            num_heads,
+            pos_embed,
+            arch,
+            keep_length,
+            pos_embed_out,
+            **factory,
+        )
         for block in sorted({block % count for block in wanted})
     }
     return attach_denoiser(model, combine(new, final=count - 1))
@@ -87,7 +98,7 @@ def check_supported(model: nn.Module) -> Layout:
     return layout
 
 
-def attach_denoiser(model: nn.Module, denoiser: Denoiser | LayerDenoisers) -> nn.Module:
+def attach_denoiser(model: Any, denoiser: Denoiser | LayerDenoisers) -> nn.Module:
     """Make a timm model a denoised one with this denoiser, in place, and return it. Raises as `add_denoiser`."""
     layout = check_supported(model)
     final = layout.maps - 1
@@ -118,7 +129,7 @@ def norms_after_pool(model: nn.Module) -> bool:
     return isinstance(norm, nn.Identity) and not isinstance(fc_norm, (nn.Identity, type(None)))
 
 
-def remove_denoiser(model: nn.Module) -> nn.Module:
+def remove_denoiser(model: Any) -> nn.Module:
     """Make a denoised model the plain timm model it was, in place, and return it."""
     model.__class__ = model._backbone_class
     model.feature_info = model.timms_feature_info
@@ -136,7 +147,7 @@ def timm_name(model: nn.Module) -> str:
     return ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
 
 
-def freeze_backbone(model: nn.Module) -> nn.Module:
+def freeze_backbone(model: Any) -> nn.Module:
     """Leave only the denoiser trainable, and return the model. Raises TypeError for a model without a denoiser."""
     if getattr(model, "denoiser", None) is None:
         raise TypeError(f"{type(model).__name__} has no denoiser; make one with timm_dvt.add_denoiser(model).")

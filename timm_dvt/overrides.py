@@ -5,9 +5,9 @@ Which a class gets is read off its own methods. Those of one image argument can 
 
 import inspect
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import nn
 
 from timm_dvt.intermediates import Intermediates
 from timm_dvt.layouts import KNOWN
@@ -16,12 +16,19 @@ from timm_dvt.layouts import KNOWN
 ARGUMENTS = ("x", "indices", "return_prefix_tokens", "norm", "stop_early", "output_fmt", "intermediates_only")
 
 
-def chosen_for(backbone: type[nn.Module]) -> dict[str, Callable]:
+# A type checker cannot know the class that these methods will be of.
+if TYPE_CHECKING:
+    _Model: TypeAlias = Any
+else:
+    _Model = object
+
+
+def chosen_for(backbone: Any) -> dict[str, Callable]:
     """The methods by name that the denoised class of this timm class needs, in place of `Denoised`'s own."""
     if issubclass(backbone, KNOWN):
         return {}
     one_image = names(backbone.forward_features) == ("x",)
-    form = OfImages if one_image else OfAnything
+    form: Any = OfImages if one_image else OfAnything
     chosen: dict[str, Callable] = {"forward_features": form.forward_features}
     if names(backbone.forward_intermediates)[: len(ARGUMENTS)] != ARGUMENTS:
         chosen["forward_intermediates"] = OfAnything.forward_intermediates
@@ -37,7 +44,7 @@ def names(method: Callable) -> tuple[str, ...]:
     return tuple(inspect.signature(method).parameters)[1:]
 
 
-class OfImages:
+class OfImages(_Model):
     """Methods of a class whose features come from one image tensor."""
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,7 +71,7 @@ class OfImages:
         return self._backbone_head(x, pre_logits=pre_logits)
 
 
-class OfAnything:
+class OfAnything(_Model):
     """Methods of a class that takes more than images: masks, patches with coordinates."""
 
     def forward_features(self, *args, **options):

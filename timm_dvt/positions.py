@@ -16,6 +16,7 @@ an image. With one window a canvas, G is the plain mean.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,9 +180,9 @@ class PositionSums:
     def __init__(self, windows: Windows, groups: int) -> None:
         self.windows = windows
         self.canvases = [0] * groups
-        self.sums: list[torch.Tensor | None] = [None] * groups
-        self.tokens: torch.Tensor | float = 0.0
-        self.covariance: torch.Tensor | float = 0.0
+        self.sums: list[Any] = [None] * groups
+        self.tokens: Any = 0.0
+        self.covariance: Any = 0.0
 
     def add(self, maps: torch.Tensor, group: int) -> None:
         """Count a canvas: maps (V, H, W, C) of its windows."""

@@ -166,7 +166,7 @@ def files_there(api: HfApi, repo_id: str, private: bool, create_pr: bool, kind: 
         return None
     if private and not info.private:
         raise PushError(f"{repo_id} exists and is public; make it private in its settings, or leave --private out")
-    return {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id or "" for s in info.siblings or []}
+    return {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id or "" for s in getattr(info, "siblings", None) or []}
 
 
 def _say_variant(variant: Variant, repo_id: str, there: dict | None, say: Callable[[str], None]) -> bool:
@@ -197,7 +197,7 @@ def _gather(folder: Path, repo_id: str, temporary: Path) -> dict[str, Path]:
         data = ModelCard(text).data
     except Exception as e:  # yaml's and the client's own
         raise PushError(f"{folder / 'README.md'}: its metadata cannot be read: {first_line(e)}") from e
-    if not data.license:
+    if not getattr(data, "license", None):
         raise PushError(f"{folder / 'README.md'} names no license in its metadata")
     (temporary / "README.md").write_text(text, encoding="utf-8")
     return {name: (temporary if name == "README.md" else folder) / name for name in FILES}
@@ -211,10 +211,10 @@ def _own_card(folder: Path, repo_id: str, denoiser_only: bool) -> ModelCard:
         raise PushError(f"{folder} is not a model that can be loaded: {first_line(e)}") from e
     if not isinstance(model, Denoised):
         raise PushError(f"{folder} holds a model without a denoiser and has no README.md; write its card first")
-    base = get_pretrained_cfg(model.backbone_name)
+    base = get_pretrained_cfg(str(model.backbone_name))
     variant = Variant(
         name=repo_id.split("/")[1],
-        backbone=model.backbone_name,
+        backbone=str(model.backbone_name),
         resolution=meant_size(model)[-1],
         license=base.license if base else None,
     )

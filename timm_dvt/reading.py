@@ -35,7 +35,7 @@ def final_tokens(
     return prefix, patches, layout.grid_at(images.shape[2], images.shape[3], patches.shape[1])
 
 
-def fit_to(model: nn.Module, size: int) -> Layout:
+def fit_to(model: Any, size: int) -> Layout:
     """Make a model take square images of this side, in place, where it does not do so as it is; returns its layout.
 
     Raises:

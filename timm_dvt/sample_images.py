@@ -85,8 +85,8 @@ def canvas(source: Source, size: tuple[int, int], visit: int) -> torch.Tensor:
         part = image[None, :, y : y + max(round(box_height), 1), x : x + max(round(box_width), 1)]
         return interpolate(part, size=size, mode="bilinear", align_corners=False, antialias=True)[0]
     box = (left, top, left + box_width, top + box_height)
-    part = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box)
-    return torch.frombuffer(bytearray(part.tobytes()), dtype=torch.uint8).view(*size, 3).permute(2, 0, 1) / 255
+    resized = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box)
+    return torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(*size, 3).permute(2, 0, 1) / 255
 
 
 def _upright(source: str | os.PathLike | Image.Image) -> Image.Image:

@@ -46,7 +46,7 @@ def save_pretrained(
     state = model.state_dict()
     if denoiser_only:
         state = {key: tensor for key, tensor in state.items() if key.startswith("denoiser.")}
-    metadata = {"format": "pt", "backbone": model.backbone_name, "timm_dvt": __version__}
+    metadata = {"format": "pt", "backbone": str(model.backbone_name), "timm_dvt": __version__}
     tensors = _apart(state)
     write_whole(folder / WEIGHTS_NAME, lambda path: write_tensors(tensors, path, metadata))
     write_whole(folder / "config.json", lambda path: _write_config(model, path, model_args or {}))

@@ -90,6 +90,6 @@ def _keep(kept: OrderedDict, key: str, value: object, most: int) -> None:
 
 def read_upload(content: bytes) -> Image.Image:
     """The image in a file's content, made smaller. Raises DemoError."""
-    image = decode(BytesIO(content), "This file", FORMATS, MAX_PIXELS)
+    image = decode(BytesIO(content), "This file", list(FORMATS), MAX_PIXELS)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return image

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -139,8 +140,8 @@ def denoiser_for(
     layers = sorted({int(m[1]) for m in (re.match(r"layers\.(\d{1,9})\.", key) for key in state) if m})
     if not layers:
         return _one_denoiser(state, new, path, "denoiser.")
-    if layers[-1] >= (depth or 1024):
-        raise CheckpointError(f"{path}: holds a denoiser for block {layers[-1]}; the backbone's last is {depth - 1}.")
+    if layers[-1] >= (last := (depth or 1024)):
+        raise CheckpointError(f"{path}: holds a denoiser for block {layers[-1]}; the backbone's last is {last - 1}.")
     stray = [key for key in state if not re.match(r"layers\.\d{1,9}\.", key)]
     if stray:
         raise CheckpointError(f"{path}: unexpected keys: {_some(stray)}.")
@@ -212,7 +213,7 @@ def check_state(
         raise CheckpointError(f"{path}: not weights for this model; nothing was loaded. {'; '.join(problems)}.")
 
 
-def load_denoiser(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+def load_denoiser(model: Any, path: str | os.PathLike) -> nn.Module:
     """Load a denoiser's weights into a denoised model, all or nothing, and return the model.
 
     Args:

@@ -106,13 +106,6 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
         "object discovery does (default: no, as in the paper)",
     )
     group.add_argument(
-        "--center",
-        action=argparse.BooleanOptionalAction,
-        default=Stage2Settings.center,
-        help="once trained, take off what predictions have in common at a place over all pairs: for images "
-        "of many kinds, in which places mean nothing (default: no, as in the paper)",
-    )
-    group.add_argument(
         "--start",
         choices=("static", "random"),
         default=Stage2Settings.start,
@@ -144,7 +137,6 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, processes: Processes
         target=args.target,
         start=args.start,
         init=args.init,
-        center=args.center,
         keep_length=args.keep_length,
         **shared,
     )

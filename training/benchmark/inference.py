@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -35,7 +36,7 @@ class Published(nn.Module):
         model: the denoised one whose denoiser's weights are copied.
     """
 
-    def __init__(self, backbone: nn.Module, model: nn.Module) -> None:
+    def __init__(self, backbone: Any, model: Any) -> None:
         super().__init__()
         ours = model.denoiser
         if len(ours.blocks) != 1 or ours.pos_embed is None:
@@ -43,7 +44,7 @@ class Published(nn.Module):
         self.backbone = backbone
         self.grid_size = ours.grid_size
         self.pos_embed = nn.Parameter(ours.pos_embed.detach().clone())
-        norm_layer = functools.partial(nn.LayerNorm, eps=1e-6)
+        norm_layer: Any = functools.partial(nn.LayerNorm, eps=1e-6)
         self.block = Block(ours.dim, ours.num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm_layer)
         self.block.load_state_dict(ours.blocks[0].state_dict())
 
@@ -115,9 +116,9 @@ def paired(seconds: dict[str, list[float]]) -> list[Comparison]:
     return comparisons
 
 
-def arrangements(name: str, model: nn.Module) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+def arrangements(name: str, model: Any) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """The five ways to run one variant, with the model's weights, each from images to tokens or to a map."""
-    arguments = {"img_size": model.patch_embed.img_size, "dynamic_img_size": True, "num_classes": 0}
+    arguments: Any = {"img_size": model.patch_embed.img_size, "dynamic_img_size": True, "num_classes": 0}
     plain = timm.create_model(VARIANTS[name].backbone, **arguments).eval()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("denoiser.")})
     published = Published(plain, model).eval()
@@ -147,7 +148,7 @@ def check_agreement(calls: dict[str, Callable[[torch.Tensor], torch.Tensor]], im
         raise RuntimeError(f"denoised maps differ by up to {(ours - published).abs().max():.2g}")
 
 
-def measure_within(model: nn.Module, images: torch.Tensor, rounds: int, clock: Callable[[], float]) -> Comparison:
+def measure_within(model: Any, images: torch.Tensor, rounds: int, clock: Callable[[], float]) -> Comparison:
     """A denoised forward against the backbone's part of the same forward.
 
     The two are milliseconds apart, so this stays sharp on a machine whose other work blurs the ratios of whole
@@ -223,7 +224,9 @@ def main(argv: Sequence[str]) -> int:
                 check_agreement(calls, torch.randn(1, 3, size, size))
                 for batch in args.batch_sizes:
                     images = torch.randn(batch, 3, size, size)
-                    bound = {key: functools.partial(call, images) for key, call in calls.items()}
+                    bound: dict[str, Callable[[], object]] = {
+                        key: functools.partial(call, images) for key, call in calls.items()
+                    }
                     seconds = interleaved(bound, args.rounds, CLOCKS[args.clock])
                     print(f"\n{name}, {size} px, batch {batch}")
                     times = (f"{key} {statistics.median(s) * 1e3:.0f}" for key, s in seconds.items())

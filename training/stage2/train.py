@@ -27,7 +27,6 @@ from training.loop.run import resume, run_steps
 from training.loop.settings import TrainingSettings
 from training.pairs.reader import PairError, PairReader, PairSet, read_batches
 from training.stage2.denoisers import Stage2, Validation, make_denoisers
-from training.stage2.leftovers import take_off_leftovers
 from training.stage2.starts import load_init, start_as_static, subtract_mean_artifacts
 from training.stage2.targets import parts_for, raw_and_target
 
@@ -40,7 +39,6 @@ class Stage2Settings(TrainingSettings):
         arch: of `timm_dvt.denoiser.ARCHITECTURES`.
         blocks: transformer blocks of a denoiser.
         target: of `training.stage2.targets.TARGETS`, what is predicted.
-        center: whether, once trained, what predictions share at a place is taken off, see `take_off_leftovers`.
         keep_length: whether, once trained, the denoisers bring tokens to the length of the raw ones.
         start: "static" (see `training.stage2.starts.start_as_static`) or "random".
         init: a folder to start from instead.
@@ -50,7 +48,6 @@ class Stage2Settings(TrainingSettings):
     blocks: int = 1
     target: str = "F"
     start: str = "static"
-    center: bool = False
     keep_length: bool = False
     init: str | None = None
 
@@ -191,8 +188,6 @@ def train(
         )
         if settings.steps == 0 and processes.first:
             log.write(0, **validate(0))
-    if settings.center and processes.first:
-        take_off_leftovers(module.eval(), reader)
     if settings.keep_length:
         for denoiser in denoisers.values():
             denoiser.start_keeping_length()

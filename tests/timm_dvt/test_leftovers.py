@@ -1,0 +1,60 @@
+"""`calibrate` by "leftover": what a denoiser leaves of position is taken off behind it, and the denoiser stays."""
+
+import copy
+
+import pytest
+import timm
+import torch
+
+import timm_dvt
+from tests.timm_dvt.test_calibration import photographs, plant, vit
+from timm_dvt.calibration import CalibrationError, calibrate
+
+
+def denoised(planted: torch.Tensor | None, keep_length: bool = False):
+    """A small ViT with a denoiser that takes off half of a planted map."""
+    model = vit()
+    if planted is not None:
+        assert torch.equal(plant(model), planted)
+    timm_dvt.add_denoiser(model, arch="static", keep_length=keep_length)
+    if planted is not None:
+        model.denoiser.pos_embed.data.copy_(-planted / 2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("keep_length", [False, True])
+def test_what_a_denoiser_leaves_is_found_to_within_a_tenth(keep_length):
+    planted = plant(vit())
+    model, plain = denoised(planted, keep_length), denoised(None, keep_length)
+    before = copy.deepcopy(model.denoiser.pos_embed)
+    for one in (model, plain):
+        calibrate(one, photographs(16), method="leftover")
+    found = (plain.denoiser.pos_embed_out - model.denoiser.pos_embed_out)[0].detach()
+    assert (found - planted / 2).norm() < 0.1 * (planted / 2).norm()
+    assert torch.equal(model.denoiser.pos_embed, before) and model.denoiser.keep_length == keep_length
+    facts = model.denoiser.calibration
+    assert facts.method == "leftover" and facts.images == 16 and facts.share_after < facts.share_before / 5
+
+
+def test_it_is_saved_and_found_anew_instead_of_added_up(tmp_path):
+    model = denoised(plant(vit()))
+    calibrate(model, photographs(16), method="leftover")
+    first = model.denoiser.pos_embed_out.detach().clone()
+    calibrate(model, photographs(16), method="leftover")
+    assert torch.equal(model.denoiser.pos_embed_out, first)
+    timm_dvt.save_pretrained(model, tmp_path)
+    again = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=2)
+    timm_dvt.load_denoiser(timm_dvt.add_denoiser(again), tmp_path)
+    assert torch.equal(again.denoiser.pos_embed_out, first)
+
+
+def test_what_cannot_be_is_refused_and_leaves_the_denoiser_as_it_was(tmp_path):
+    with pytest.raises(CalibrationError, match="this model has none; use static"):
+        calibrate(vit(), method="leftover")
+    model = denoised(None, keep_length=True)
+    with pytest.raises(CalibrationError, match="takes those that have a denoiser"):
+        calibrate(model, method="leftover", layers=[0])
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(CalibrationError, match=r"bad\.png"):
+        calibrate(model, [tmp_path / "bad.png"] * 4, method="leftover")
+    assert model.denoiser.keep_length and model.denoiser.pos_embed_out is None
