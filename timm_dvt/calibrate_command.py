@@ -16,9 +16,10 @@ from torch import nn
 
 from timm_dvt.calibration import METHODS, Calibration, CalibrationError, ViewReader, calibrate
 from timm_dvt.demo import PHOTOGRAPHS, DemoError, read_image, without_dead_network
+from timm_dvt.files import write_whole
 from timm_dvt.panel import Shown, draw
-from timm_dvt.sample_images import ImageError, sources
-from timm_dvt.saving import recorded_arguments, save_pretrained, write_whole
+from timm_dvt.sample_images import SampleError, sources
+from timm_dvt.saving import recorded_arguments, save_pretrained
 
 PANEL = "before_after.png"
 MOST_SHOWN = 2
@@ -80,7 +81,7 @@ def run(
         shown = [read_image(Path(one)) for one in _to_show(images)]  # before anything slow
     except OSError as e:
         raise CalibrationError(f"cannot write to {out}: {e.strerror or e}; name a folder for --out.") from e
-    except (DemoError, ImageError) as e:
+    except (DemoError, SampleError) as e:
         raise CalibrationError(str(e)) from e
     model = load_model(name, pretrained)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from timm_dvt.denoiser import Denoiser, combine
 from timm_dvt.model import Denoised, add_denoiser, attach_denoiser, remove_denoiser
 from timm_dvt.positions import MOST_GROUPS, Position, PositionSums, Windows
-from timm_dvt.sample_images import ImageError, Source, blank, canvas, sources
+from timm_dvt.sample_images import SampleError, Source, blank, canvas, sources
 
 METHODS = ("static", "project", "leftover")
 WINDOWS = 8  # views of a canvas
@@ -99,7 +99,7 @@ def calibrate(
         )
     try:
         found = None if images is None else sources(images, views // WINDOWS)
-    except ImageError as e:
+    except SampleError as e:
         raise CalibrationError(str(e)) from e
     if method == "leftover":
         return _calibrate_leftover(model, found, layers, views, tolerance, batch_size, progress)
@@ -123,7 +123,7 @@ def calibrate(
             remove_denoiser(model)
         if old is not None:
             attach_denoiser(model, old)
-        if isinstance(e, ImageError):
+        if isinstance(e, SampleError):
             raise CalibrationError(str(e)) from e
         raise
     finally:
@@ -153,7 +153,7 @@ def _calibrate_leftover(
         with _as_predicted(denoisers.values()), model.denoising():
             reader = ViewReader(model.eval(), batch_size)
             count, told = _look(reader, found, views, tolerance, progress)
-    except ImageError as e:
+    except SampleError as e:
         raise CalibrationError(str(e)) from e
     finally:
         model.train(training)
@@ -278,7 +278,7 @@ def _inputs(reader: ViewReader, windows: Windows, found: list[Source] | None, vi
     if found is None:  # by turns of two kinds: two in a row make a fair sample of blank images
         return visit // 2, blank(reader.channels, reader.size, visit)[None]
     if reader.channels != 3:
-        raise ImageError(f"The model takes images of {reader.channels} channels; use blank ones (images=None).")
+        raise SampleError(f"The model takes images of {reader.channels} channels; use blank ones (images=None).")
     size = tuple(side + more * patch for side, more, patch in zip(reader.size, windows.margin, reader.patch))
     image = visit % len(found) if len(found) >= 4 else visit
     part = reader.normalised(canvas(found[visit % len(found)], size, visit))

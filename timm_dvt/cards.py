@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from timm_dvt import published
+from timm_dvt.files import write_whole
 from timm_dvt.layouts import layout_of
 from timm_dvt.registry import VARIANTS
-from timm_dvt.saving import meant_size, write_whole
+from timm_dvt.saving import meant_size
 from timm_dvt.variants import DVT_LICENSE, DVT_REPO, FOCUS, Variant, published_variants
 
 # Stands for the account in a card that is not on the Hub yet; `push` puts the repo's real id in its place.
@@ -196,7 +198,7 @@ def write_cards(folder: str | os.PathLike) -> list[Path]:
     wanted = {folder / f"{v.name}.md": v for v in publishable()}
     for path, variant in wanted.items():
         text = str(card(VARIANTS[variant.name]))
-        write_whole(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+        write_whole(path, partial(Path.write_text, data=text, encoding="utf-8"))
     for path in set(folder.glob("*.md")) - set(wanted):
         path.unlink()
     return list(wanted)

@@ -8,8 +8,9 @@ import timm
 
 from timm_dvt.cards import card
 from timm_dvt.fetching import WEIGHTS_NAME, fetch
+from timm_dvt.files import write_whole
 from timm_dvt.registry import VARIANTS
-from timm_dvt.saving import save_plain, save_pretrained, write_whole
+from timm_dvt.saving import save_plain, save_pretrained
 from timm_dvt.timm_private import hf_split
 from timm_dvt.variants import Variant
 

@@ -19,9 +19,10 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from timm_dvt.fetching import WeightsNotFoundError
+from timm_dvt.files import write_whole
+from timm_dvt.images import ImageError, to_rgb, upright
 from timm_dvt.model import Denoised
 from timm_dvt.panel import Shown, draw
-from timm_dvt.saving import write_whole
 from timm_dvt.variants import FOCUS
 from timm_dvt.weights import CheckpointError
 
@@ -139,22 +140,16 @@ def decode(file: BinaryIO, name: str, formats: list[str] | None = None, max_pixe
         max_pixels: more are refused before they are decoded.
     """
     try:
-        with Image.open(file, formats=formats) as opened:
-            image: Any = opened
+        with Image.open(file, formats=formats) as image:
             if image.width * image.height > max_pixels:
                 raise DemoError(
                     f"{name}: {image.width * image.height / 1e6:.0f} megapixels ({image.width} x {image.height}); the "
                     f"most that is taken is {max_pixels / 1e6:.0f}. Make it smaller and try again"
                 )
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):  # 16 bits and more: bring the values there are to 0..255
-                low, high = image.getextrema()
-                scale = 255 / max(high - low, 1e-9)
-                image = image.convert("F").point(lambda value: value * scale - low * scale)
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return image.convert("RGB")
+            image.load()
+            return to_rgb(upright(image))
+    except ImageError as e:
+        raise DemoError(f"{name}: {e}") from e
     except Image.UnidentifiedImageError as e:
         raise DemoError(f"{name}: not an image that Pillow can read") from e
     except OSError as e:

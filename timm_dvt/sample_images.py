@@ -17,7 +17,7 @@ AREA = (0.5, 1.0)  # of the largest box of the canvas's shape that an image hold
 NOISE_CELLS = (2.0, 64.0)  # pixels, finest and coarsest
 
 
-class ImageError(ValueError):
+class SampleError(ValueError):
     """Images that cannot be calibrated on; the message says which and what to do."""
 
 
@@ -30,7 +30,7 @@ def sources(images: Source | Iterable[Source], most: int) -> list[Source]:
             read no further than needed.
 
     Raises:
-        ImageError: there is no image, or a thing that is none.
+        SampleError: there is no image, or a thing that is none.
     """
     found: Iterator[Source]
     if isinstance(images, (str, os.PathLike)):
@@ -40,13 +40,13 @@ def sources(images: Source | Iterable[Source], most: int) -> list[Source]:
     elif isinstance(images, Iterable):
         found = (one for item in images for one in (sources(item, most) if _is_several(item) else [item]))
     else:
-        raise ImageError(f"images is a {type(images).__name__}; pass paths, PIL images or tensors, or a folder.")
+        raise SampleError(f"images is a {type(images).__name__}; pass paths, PIL images or tensors, or a folder.")
     taken: list[Source] = list(islice(found, most))
     for one in taken:
         if not isinstance(one, (str, os.PathLike, Image.Image, torch.Tensor)):
-            raise ImageError(f"images holds a {type(one).__name__}; an image is a path, a PIL image or a tensor.")
+            raise SampleError(f"images holds a {type(one).__name__}; an image is a path, a PIL image or a tensor.")
     if not taken:
-        raise ImageError("images holds no image; without images, calibrate on blank ones (images=None).")
+        raise SampleError("images holds no image; without images, calibrate on blank ones (images=None).")
     return taken
 
 
@@ -61,7 +61,7 @@ def _of_folder(folder: Path) -> Iterator[Path]:
     suffixes = set(Image.registered_extensions())
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     if not found:
-        raise ImageError(f"{folder}: no image in this folder or below it; files are told by suffixes such as .jpg.")
+        raise SampleError(f"{folder}: no image in this folder or below it; files are told by suffixes such as .jpg.")
     return (found[place] for place in np.random.default_rng(0).permutation(len(found)))
 
 
@@ -72,7 +72,7 @@ def canvas(source: Source, size: tuple[int, int], visit: int) -> torch.Tensor:
         visit: what decides the part.
 
     Raises:
-        ImageError: the image cannot be read, or a tensor is not an RGB image of [0, 1] or uint8.
+        SampleError: the image cannot be read, or a tensor is not an RGB image of [0, 1] or uint8.
     """
     image = _tensor(source) if isinstance(source, torch.Tensor) else _upright(source)
     width, height = (image.shape[2], image.shape[1]) if isinstance(image, torch.Tensor) else image.size
@@ -95,20 +95,20 @@ def _upright(source: str | os.PathLike | Image.Image) -> Image.Image:
     try:
         return read_image(Path(source))
     except DemoError as e:
-        raise ImageError(f"{e}; leave it out.") from e
+        raise SampleError(f"{e}; leave it out.") from e
 
 
 def _tensor(image: torch.Tensor) -> torch.Tensor:
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ImageError(f"A tensor of shape {tuple(image.shape)} is not an RGB image (3, h, w).")
+        raise SampleError(f"A tensor of shape {tuple(image.shape)} is not an RGB image (3, h, w).")
     image = image.detach().cpu()
     if image.dtype == torch.uint8:
         return image / 255
     if not image.is_floating_point():
-        raise ImageError(f"A tensor of {image.dtype} is not an image; pass uint8, or floats in [0, 1].")
+        raise SampleError(f"A tensor of {image.dtype} is not an image; pass uint8, or floats in [0, 1].")
     low, high = float(image.min()), float(image.max())
     if not -1e-3 <= low <= high <= 1.001:  # also where one is NaN
-        raise ImageError(f"A tensor has values from {low:.3g} to {high:.3g}; pass images in [0, 1], not normalised.")
+        raise SampleError(f"A tensor has values from {low:.3g} to {high:.3g}; pass images in [0, 1], not normalised.")
     return image.float()
 
 

@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from timm_dvt.fetching import WEIGHTS_NAME
+from timm_dvt.files import write_whole
 from timm_dvt.layouts import input_size
 from timm_dvt.model import Denoised
 from timm_dvt.timm_private import save_config_for_hf
@@ -172,24 +172,3 @@ def _leave_classes_to_pretrained_cfg(path: Path) -> None:
     config = json.loads(path.read_text())
     config["model_args"].pop("num_classes", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def write_whole(path: Path, write) -> None:
-    """Have `write` fill a file beside the path, then put it in the path's place in one step."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,16 +1,4 @@
-"""Images from disk as (3, H, W) tensors in [0, 1], whatever their kind, and lists of images.
-
-One rule for each kind of image, so that the same file always gives the same numbers:
-
-- grayscale and bilevel: the one channel is repeated; palettes are looked up; CMYK is converted by Pillow
-- alpha, of whatever kind: composited over white, as a page would show it, because the colours under
-  transparent pixels are arbitrary
-- 16 bits a channel: scaled by 1/65535, never clipped at 255
-- float pixels: taken as they are when they lie in [0, 1], refused otherwise: their scale is not in the file
-- animations and multi-page files: the first frame
-- EXIF orientation: applied; a damaged EXIF block is ignored
-- colour profiles: not applied, as in timm and torchvision
-"""
+"""Images from disk as (3, H, W) tensors in [0, 1], whatever their kind (see `timm_dvt.images`), and lists of images."""
 
 import hashlib
 import io
@@ -21,17 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+from timm_dvt.images import ImageError, to_array, upright
 
 SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
 )
-_ALPHA_MODES = frozenset(["LA", "La", "PA", "RGBA", "RGBa"])
-
-
-class ImageError(ValueError):
-    """An image that cannot be used; the message is the reason, without the image's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +104,16 @@ def read_file(path: str | Path) -> tuple[bytes, Fingerprint]:
 
 
 def decode_image(data: bytes) -> Tensor:
-    """Decode an image file's bytes: (3, H, W) float32 in [0, 1], by the rules at the head of this module.
+    """Decode an image file's bytes: (3, H, W) float32 in [0, 1], by the rules of `timm_dvt.images`.
 
     Raises:
-        ImageError: not an image, truncated or damaged, larger than Pillow's limit against decompression
-        bombs,
+        ImageError: not an image, truncated or damaged, larger than Pillow's limit against decompression bombs,
             or of a kind whose scale is unknown.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            pixels = _to_array(_upright(image))
+            pixels = to_array(upright(image))
     except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -151,35 +135,3 @@ def _names_below(root: Path) -> Iterator[str]:
         for name in files:
             if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
                 yield Path(folder, name).relative_to(root).as_posix()
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # the pixels are loaded, so this can only be the EXIF block: the image is still good
-        return image
-
-
-def _to_array(image: Image.Image) -> np.ndarray:
-    """A loaded Pillow image of any mode as (H, W, 3) float32 in [0, 1]."""
-    if min(image.size) < 1:
-        raise ImageError(f"has no pixels ({image.width} x {image.height})")
-    if image.mode.startswith("I") or image.mode == "F":
-        return np.repeat(_wide_gray(image)[..., None], 3, axis=2)
-    if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer)
-    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-
-
-def _wide_gray(image: Image.Image) -> np.ndarray:
-    """A one-channel image of more than 8 bits as (H, W) float32 in [0, 1]."""
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
-    if image.mode == "F":
-        if not (low >= 0 and high <= 1):  # written so that NaN is refused too
-            raise ImageError(f"float pixels must lie in [0, 1], these lie in [{low:g}, {high:g}]")
-        return values.astype(np.float32)
-    if low < 0 or high > 65535:  # mode I holds 32 bits, which Pillow also uses for some 16-bit files
-        raise ImageError(f"integer pixels must lie in [0, 65535], these lie in [{low}, {high}]")
-    return values.astype(np.float32) / 65535

@@ -27,6 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from timm_dvt.files import write_whole
+
 Self = TypeVar("Self", bound="SharedFolder")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -53,22 +55,20 @@ def write_atomically(path: Path, data: bytes) -> None:
         OutputError: no room, a quota, a file size limit, or any other failure to write. The file that was
             there before, if any, is untouched, and the temporary one is gone.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def fill(temporary: Path) -> None:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             _write_all(descriptor, data)
-            os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.replace(temporary, path)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, fill, path.with_name(f".{path.name}.tmp"))
         _sync_folder(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _explain(error, path, len(data)) from error
-        raise
+    except OSError as error:
+        raise _explain(error, path, len(data)) from error
 
 
 class SharedFolder:

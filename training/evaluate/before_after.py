@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from timm_dvt.colors import map_correlation
 from timm_dvt.panel import Shown, draw
 from training.common.images import ImageError, Source, load_image
 from training.common.shared_folder import write_atomically
 from training.evaluate.features import Extractor
-from training.evaluate.tasks.position import PositionStatistics, correlation
+from training.evaluate.tasks.position import PositionStatistics
 from training.figures.page import Picture, Section, Table, Text, page
 
 PICTURES = 4
@@ -88,7 +89,7 @@ def measure(
     if statistics["raw"].count < 2:
         raise ValueError("fewer than two of the images held out can be read")
     numbers = {
-        state: {"share": 100 * one.share(), "zero": correlation(zero.cpu(), one.mean_map())}
+        state: {"share": 100 * one.share(), "zero": map_correlation(zero.cpu().numpy(), one.mean_map().numpy())}
         for state, one in statistics.items()
     }
     return numbers, pictures

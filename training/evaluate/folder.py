@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from training.common.images import SUFFIXES
+from training.common.images import list_images
 from training.evaluate.splits import IGNORE, Boxes, Split, boxes_from
 
 PARTS = ("train", "val")
@@ -66,11 +66,7 @@ def read_folder(folder: Path, kind: str) -> dict[str, Split]:
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+    return [source.path for source in list_images(folder)]
 
 
 # ---- masks

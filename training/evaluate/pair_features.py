@@ -28,15 +28,16 @@ from training.common.images import read_file
 from training.evaluate.features import Extractor
 from training.evaluate.splits import Split
 from training.pairs.folder import read_index, read_pair, read_settings
+from training.pairs.mixtures import MIXTURES
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]  # of raw, F and G
 STATES: dict[str, Mix] = {
     "raw": lambda raw, semantics, artifacts: raw,
-    "view-average": lambda raw, semantics, artifacts: semantics,
-    "F": lambda raw, semantics, artifacts: semantics,
-    "F+residual": lambda raw, semantics, artifacts: raw - artifacts,
-    "raw-G": lambda raw, semantics, artifacts: raw - artifacts,
-    "mean": lambda raw, semantics, artifacts: (semantics + raw - artifacts) / 2,
+    "view-average": MIXTURES["F"],
+    "F": MIXTURES["F"],
+    "F+residual": MIXTURES["raw-G"],
+    "raw-G": MIXTURES["raw-G"],
+    "mean": MIXTURES["mean"],
     "G": lambda raw, semantics, artifacts: artifacts,
 }
 SAME = {"raw-G": "F+residual"}  # which need not be evaluated twice

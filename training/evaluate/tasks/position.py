@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
+from timm_dvt.colors import map_correlation
 from training.common.backbone import FeatureReader
 from training.evaluate.features import Features
 from training.evaluate.runner import Run
@@ -81,12 +82,6 @@ def position_share(maps: Tensor) -> float:
     return statistics.share()
 
 
-def correlation(first: Tensor, second: Tensor) -> float:
-    """Pearson correlation of two maps (K*K, C), each channel centred over the places."""
-    a, b = (x.double() - x.double().mean(0) for x in (first, second))
-    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12))
-
-
 def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str, float]:
     """share in percent and zero_correlation of the last block, and of each block for raw features."""
     features = data["val"]
@@ -119,11 +114,13 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     last = max(zeros)
     numbers = {
         "share": 100 * statistics[last].share(),
-        "zero_correlation": correlation(zeros[last], statistics[last].mean_map()),
+        "zero_correlation": map_correlation(zeros[last].numpy(), statistics[last].mean_map().numpy()),
     }
     if every_block:
         numbers["share/pixels"] = 100 * pixels.share()
         for layer in zeros:
             numbers[f"share/block{layer:02d}"] = 100 * statistics[layer].share()
-            numbers[f"zero_correlation/block{layer:02d}"] = correlation(zeros[layer], statistics[layer].mean_map())
+            numbers[f"zero_correlation/block{layer:02d}"] = map_correlation(
+                zeros[layer].numpy(), statistics[layer].mean_map().numpy()
+            )
     return numbers

@@ -1,0 +1,71 @@
+"""Pixels of an image of whatever kind.
+
+One rule for each kind of image, so that the same file always gives the same numbers:
+
+- grayscale and bilevel: the one channel is repeated; palettes are looked up; CMYK is converted by Pillow
+- alpha, of whatever kind: composited over white, as a page would show it, because the colours under
+  transparent pixels are arbitrary
+- 16 bits a channel: scaled by 1/65535, never clipped at 255
+- float pixels: taken as they are when they lie in [0, 1], refused otherwise: their scale is not in the file
+- animations and multi-page files: the first frame
+- EXIF orientation: applied; a damaged EXIF block is ignored
+- colour profiles: not applied, as in timm and torchvision
+"""
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_ALPHA_MODES = frozenset(["LA", "La", "PA", "RGBA", "RGBa"])
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message is the reason, without the image's name."""
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A loaded image turned as its EXIF block says."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the pixels are loaded, so this can only be the EXIF block: the image is still good
+        return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image of any mode as RGB of 8 bits. Raises ImageError."""
+    _check_size(image)
+    if _is_wide(image):
+        return Image.fromarray((_wide_gray(image) * 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer)
+    return image.convert("RGB")
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """A loaded image of any mode as (H, W, 3) float32 in [0, 1]. Raises ImageError."""
+    _check_size(image)
+    if _is_wide(image):
+        return np.repeat(_wide_gray(image)[..., None], 3, axis=2)
+    return np.asarray(to_rgb(image), dtype=np.float32) / 255
+
+
+def _check_size(image: Image.Image) -> None:
+    if min(image.size) < 1:
+        raise ImageError(f"has no pixels ({image.width} x {image.height})")
+
+
+def _is_wide(image: Image.Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _wide_gray(image: Image.Image) -> np.ndarray:
+    """A one-channel image of more than 8 bits as (H, W) float32 in [0, 1]."""
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 1):  # written so that NaN is refused too
+            raise ImageError(f"float pixels must lie in [0, 1], these lie in [{low:g}, {high:g}]")
+        return values.astype(np.float32)
+    if low < 0 or high > 65535:  # mode I holds 32 bits, which Pillow also uses for some 16-bit files
+        raise ImageError(f"integer pixels must lie in [0, 65535], these lie in [{low}, {high}]")
+    return values.astype(np.float32) / 65535
