@@ -19,6 +19,7 @@ def test_no_outputs_are_committed():
     assert cells and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not focus.is_installed(), reason=f"needs the extra dinov2: {focus.INSTALL}")
 def test_it_runs_and_each_recipe_has_its_picture():
     nbclient = pytest.importorskip("nbclient", reason="needs nbclient, of the extra test")

@@ -19,7 +19,7 @@ from timm.models import (
 )
 from torch import nn
 
-from timm_dvt.fetching import WeightsNotFoundError, backbone_files, explain, is_fetch_error
+from timm_dvt.fetching import WeightsNotFoundError, backbone_files, explain, is_fetch_error, without_dead_network
 from timm_dvt.layouts import layout_of
 from timm_dvt.limits import check_denoiser, check_sizes, check_total
 from timm_dvt.model import add_denoiser, attach_denoiser, check_supported
@@ -167,16 +167,18 @@ def _backbone(variant: Variant, cfg: dict, checkpoint: Checkpoint | None, cache_
         return model
     tag = split_model_name_tag(variant.backbone)[1]
     build = model_entrypoint(variant.architecture)  # routed: the tag may be a backbone's of ours
-    try:
-        return build(pretrained=True, pretrained_cfg=tag or None, cache_dir=cache_dir, **kwargs)
-    except WeightsNotFoundError:
-        raise
-    except Exception as e:  # the client raises its own, the network library's and the system's errors
-        if is_fetch_error(e):
-            own, base = hub_file(cfg), backbone_files(variant.backbone)
-            reason = explain(e, base[0][0] if base else variant.backbone, [*([own] if own else []), *base])
-            raise WeightsNotFoundError(f"Could not fetch the weights of {variant.backbone}: {reason}") from e
-        raise CheckpointError(f"The weights of {variant.backbone} could not be loaded: {e}") from e
+    with without_dead_network() as dead:
+        try:
+            return build(pretrained=True, pretrained_cfg=tag or None, cache_dir=cache_dir, **kwargs)
+        except WeightsNotFoundError:
+            raise
+        except Exception as e:  # the client raises its own, the network library's and the system's errors
+            if is_fetch_error(e):
+                own, base = hub_file(cfg), backbone_files(variant.backbone)
+                files = [*([own] if own else []), *base]
+                reason = explain(dead or e, base[0][0] if base else variant.backbone, files)
+                raise WeightsNotFoundError(f"Could not fetch the weights of {variant.backbone}: {reason}") from e
+            raise CheckpointError(f"The weights of {variant.backbone} could not be loaded: {e}") from e
 
 
 def _check_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> dict:

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from timm_dvt.calibration import METHODS, Calibration, CalibrationError, ViewReader, calibrate
-from timm_dvt.demo import PHOTOGRAPHS, DemoError, read_image, without_dead_network
+from timm_dvt.demo import PHOTOGRAPHS, DemoError, read_image
+from timm_dvt.fetching import without_dead_network
 from timm_dvt.files import write_whole
 from timm_dvt.panel import Shown, draw
 from timm_dvt.sample_images import SampleError, sources

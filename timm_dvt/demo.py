@@ -5,8 +5,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,7 +17,7 @@ from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from timm_dvt.fetching import WeightsNotFoundError
+from timm_dvt.fetching import WeightsNotFoundError, without_dead_network
 from timm_dvt.files import write_whole
 from timm_dvt.images import ImageError, to_rgb, upright
 from timm_dvt.model import Denoised
@@ -28,7 +27,6 @@ from timm_dvt.weights import CheckpointError
 
 DEFAULT_MODEL = FOCUS.name
 MAX_ASPECT = 3.0  # longer images are cropped around their middle
-PROBE_SECONDS = 5.0
 ASSETS = Path(str(resources.files("timm_dvt"))) / "assets"
 PHOTOGRAPHS = (ASSETS / "cat.jpg", ASSETS / "mountain.jpg")  # README.md there says whose they are
 EXPLANATION = (
@@ -189,28 +187,6 @@ def create(name: str, pretrained: bool) -> nn.Module:
     if model.in_chans != 3:
         raise DemoError(f"{name!r} takes images of {model.in_chans} channels; the demo has 3")
     return model
-
-
-@contextmanager
-def without_dead_network() -> Iterator[None]:
-    """Where the Hub does not answer, use the cache alone: its client would try for 23 seconds, file by file, aloud."""
-    from huggingface_hub import constants, utils
-
-    before = constants.HF_HUB_OFFLINE
-    # Below huggingface_hub 1.0 a session decides when it is made whether it may use the network.
-    renew = getattr(utils, "reset_sessions", lambda: None)
-    if not before:
-        try:
-            utils.get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-        except Exception:  # the network library's own; any answer at all is a living network
-            constants.HF_HUB_OFFLINE = True
-            renew()
-    try:
-        yield
-    finally:
-        if constants.HF_HUB_OFFLINE != before:
-            constants.HF_HUB_OFFLINE = before
-            renew()
 
 
 # ---- features

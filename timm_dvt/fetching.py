@@ -3,6 +3,9 @@
 import hashlib
 import os
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from timm.models import get_pretrained_cfg
@@ -10,6 +13,8 @@ from timm.models import get_pretrained_cfg
 from timm_dvt.timm_private import get_safe_alternatives, hf_hub_download
 
 WEIGHTS_NAME = "model.safetensors"
+PROBE_SECONDS = 5.0
+PROBE_LASTS = 60.0  # seconds for which an answer of the Hub is trusted to be followed by others
 Files = list[tuple[str, str, str | None]]  # (repo, file, revision)
 
 
@@ -33,11 +38,12 @@ def fetch(
         WeightsNotFoundError: it is neither on this machine nor can it be had, or is not what the Hub says it is.
     """
     needed = needed or [(repo, filename, revision)]
-    try:
-        path = hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir)
-    except Exception as e:  # the client raises its own, the network library's and the system's errors
-        what = f"{repo}/{filename}" + (f" at {revision}" if revision else "")
-        raise WeightsNotFoundError(f"Could not fetch {what}: {explain(e, repo, needed)}") from e
+    with without_dead_network() as dead:
+        try:
+            path = hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir)
+        except Exception as e:  # the client raises its own, the network library's and the system's errors
+            what = f"{repo}/{filename}" + (f" at {revision}" if revision else "")
+            raise WeightsNotFoundError(f"Could not fetch {what}: {explain(dead or e, repo, needed)}") from e
     if not _matches_its_hash(path):
         for name in (path, os.path.realpath(path)):
             Path(name).unlink(missing_ok=True)
@@ -46,6 +52,37 @@ def fetch(
             f"again to fetch it anew."
         )
     return path
+
+
+_answered = -PROBE_LASTS  # when the Hub last answered
+
+
+@contextmanager
+def without_dead_network() -> Iterator[Exception | None]:
+    """Where the Hub does not answer, use the cache alone: its client would try for 23 seconds, file by file, aloud.
+
+    Yields:
+        What the network said in place of an answer, if it is dead.
+    """
+    global _answered
+    from huggingface_hub import constants, utils
+
+    before, dead = constants.HF_HUB_OFFLINE, None
+    # Below huggingface_hub 1.0 a session decides when it is made whether it may use the network.
+    renew = getattr(utils, "reset_sessions", lambda: None)
+    if not before and time.monotonic() - _answered > PROBE_LASTS:
+        try:
+            utils.get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+            _answered = time.monotonic()
+        except Exception as e:  # the network library's own; any answer at all is a living network
+            dead, constants.HF_HUB_OFFLINE = e, True
+            renew()
+    try:
+        yield dead
+    finally:
+        if constants.HF_HUB_OFFLINE != before:
+            constants.HF_HUB_OFFLINE = before
+            renew()
 
 
 def _matches_its_hash(path: str) -> bool:

@@ -144,6 +144,7 @@ def test_gradients_reach_the_denoiser_and_frozen_backbones_get_none(name):
         timm_dvt.freeze_backbone(timm.create_model("vit_tiny_patch16_224", depth=1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compile(name):
     model, images = create(name)
@@ -179,7 +180,7 @@ def test_export(name, state):
     assert torch.allclose(program.module()(more), model.forward_features(more), atol=1e-4)
 
 
-@pytest.mark.parametrize("own_grid", [True, False])
+@pytest.mark.parametrize("own_grid", [pytest.param(True, marks=pytest.mark.slow), False])
 @torch.no_grad()
 def test_onnx_export_with_dynamic_batch(name, own_grid, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -65,6 +65,7 @@ def test_transformers_saves_and_loads_it_again(folder, tmp_path):
         assert torch.equal(again(images).last_hidden_state, model(images).last_hidden_state)
 
 
+@pytest.mark.slow
 def test_without_importing_timm_dvt_transformers_says_that_it_does_not_know_the_architecture(tmp_path):
     pytest.importorskip("transformers")
     config = {"architecture": "denoised_vit", "pretrained_cfg": {}, "num_classes": 0, "num_features": 192}

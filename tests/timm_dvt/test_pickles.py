@@ -85,6 +85,7 @@ class Allowed:
     """Somebody else's class."""
 
 
+@pytest.mark.slow
 def test_torchs_switch_for_weights_only_changes_nothing(content, tmp_path):
     path = authors.save(content, tmp_path / "file.pth", "zip")
     code = f"from timm_dvt.weights import read_checkpoint; read_checkpoint({str(path)!r})"

@@ -29,8 +29,9 @@ def pair(name: str, dtype=torch.float32, **kwargs):
     return model, plain, torch.randn(2, 3, 5 * patch, 4 * patch, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", DENOISED + ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(n, torch.float32) for n in DENOISED] + [(n, torch.bfloat16) for n in ARCHITECTURES]
+)
 @torch.no_grad()
 def test_switching_off_gives_the_backbone_bit_for_bit(name, dtype):
     model, plain, images = pair(name, dtype)

@@ -147,6 +147,7 @@ def test_distilled_variant_is_called_so(data, tmp_path):
     assert set(result["states"]) == {"distilled"}
 
 
+@pytest.mark.slow
 def test_killed_run_continues_to_the_same_result(model, data, tmp_path):
     command = [
         sys.executable,

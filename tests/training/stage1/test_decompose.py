@@ -12,6 +12,7 @@ from training.common.views import patch_centres
 from training.stage1.conditioning import IllConditioned
 from training.stage1.decompose import Decomposition, NonFiniteFeatures, Stage1Settings, decompose
 from training.stage1.field.fit import FieldSettings
+from training.stage1.field.hashgrid import HashGridSettings
 
 
 def patch_means(pos_scale: float = 0.0, pixels: int = 64) -> VisionTransformer:
@@ -124,7 +125,9 @@ def test_layers_of_one_pass_are_those_of_separate_passes():
 
 
 def test_the_field_gives_the_same_kind_of_answer():
-    settings = Stage1Settings(solver="field", views=24, input_size=64, field=FieldSettings(steps=200, batch=512))
+    small = HashGridSettings(levels=8, log2_hashmap_size=14, per_level_scale=1.5)
+    field = FieldSettings(steps=200, batch=512, grid=small)
+    settings = Stage1Settings(solver="field", views=24, input_size=64, field=field)
     steps = []
     result = decompose(patch_means(), coordinate_image(96, 96), settings, fit_progress=steps.append)
     centres = patch_centres(64, 8, 8).float()

@@ -86,6 +86,7 @@ def test_killed_between_a_pair_and_its_line_the_pair_is_kept(images, tmp_path):
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_processes_started_by_hand_share_a_folder_and_do_each_image_once(uninterrupted, tmp_path):
     options, wanted_contents = uninterrupted
     out = tmp_path / "shared"
@@ -112,6 +113,7 @@ with SharedFolder(sys.argv[1]) as folder, folder.claim("a/0.png"):
     assert [entry.image for entry in read_index(out)][-1] == "a/0.png" and len(read_index(out)) == 6
 
 
+@pytest.mark.slow
 def test_torchrun_does_the_same_with_one_progress_bar(uninterrupted, tmp_path):
     options, wanted_contents = uninterrupted
     out = tmp_path / "shared"

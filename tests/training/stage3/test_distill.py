@@ -132,6 +132,7 @@ def test_killed_at_random_moments_and_run_again_ends_with_the_same_weights(data,
     assert same(weights(torn), weights(whole))
 
 
+@pytest.mark.slow
 def test_two_processes_at_half_the_batch_end_with_the_weights_of_one(data, tmp_path):
     assert run(data, tmp_path / "one") == 0
     two = torchrun(29621, *command(data, tmp_path / "two", "--batch-size", "1"))
