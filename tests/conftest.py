@@ -6,6 +6,11 @@ from pathlib import Path
 
 from tests.helpers.hub import Hub
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: threads of one would wait for those of another. What tests start does the same. NumPy's
+    # and torch's libraries read this when they are loaded.
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
 # huggingface_hub reads these when it is imported, so they are set before anything imports it.
 _FOLDER = Path(tempfile.mkdtemp(prefix="timm_dvt_tests_"))
 _HUB = Hub(_FOLDER / "hub")
@@ -24,9 +29,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores: threads of one would wait for those of another. What tests start does the same.
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -151,7 +151,7 @@ def _calibrate_leftover(
     training = model.training
     try:
         with _as_predicted(denoisers.values()), model.denoising():
-            reader = ViewReader(model.eval(), batch_size)
+            reader = ViewReader(model.eval(), batch_size, _size_of_denoiser(model))
             count, told = _look(reader, found, views, tolerance, progress)
     except SampleError as e:
         raise CalibrationError(str(e)) from e
@@ -173,6 +173,15 @@ def _calibrate_leftover(
             share_after=position.share_without_artifacts,
         )
     return model
+
+
+def _size_of_denoiser(model: Any) -> tuple[int, int] | None:
+    """The input size in pixels at which a denoiser's grid is the model's, of a model that takes any size."""
+    if not getattr(model, "dynamic_img_size", False):
+        return None
+    denoisers, layout = model.denoisers(), model.layout
+    grid = denoisers[max(denoisers)].grid_size
+    return grid[0] * (layout.img_size[0] // layout.grid[0]), grid[1] * (layout.img_size[1] // layout.grid[1])
 
 
 @contextmanager
@@ -208,13 +217,17 @@ class ViewReader:
         views: how many were read.
     """
 
-    def __init__(self, model: Any, batch_size: int) -> None:
+    def __init__(self, model: Any, batch_size: int, size: tuple[int, int] | None = None) -> None:
+        """
+        Args:
+            size: of an input; default the model's own.
+        """
         self.model, self.batch_size, self.views = model, batch_size, 0
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         config = resolve_model_data_config(model)
         embed = getattr(model, "patch_embed", None)
-        self.size = tuple(getattr(embed, "img_size", None) or config["input_size"][-2:])
+        self.size = size or tuple(getattr(embed, "img_size", None) or config["input_size"][-2:])
         self.channels = getattr(model, "in_chans", 3)
         self.mean, self.std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
         self.blocks = sorted(model.denoisers())

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_dvt import calibrate, save_pretrained
 from timm_dvt.model import timm_name
 from training.common.backbone import DTYPES, FeatureReader
 from training.common.command import add_model_arguments, help_from, positive
@@ -47,6 +48,7 @@ from training.stage2.targets import TARGETS
 from training.stage2.train import Stage2Settings, check_fit, describe_training, save, train
 
 VIEWS, IMAGES = 16, 128
+LEFTOVER_VIEWS = 128
 HELD_OUT, MOST_HELD_OUT = 0.1, 16  # of the images, and no more
 BATCH, EPOCHS, LEAST_STEPS = 8, 10, 150  # of stage 2: a few pairs, seen often enough
 
@@ -75,6 +77,12 @@ def make_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="bring clean tokens to the length of the raw ones (default: yes)",
+    )
+    parser.add_argument(
+        "--leftover",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take off what the trained denoiser leaves of position, by timm_dvt.calibrate (default: yes)",
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of forward passes (%(default)s)")
     parser.add_argument("--pairs", action=argparse.BooleanOptionalAction, default=True, help="keep pairs in OUT/pairs")
@@ -105,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     with join_processes(device) as processes:
         stage2 = stage2_settings(args, len(seen), processes)
         if processes.first:
-            print(cost(reader, stage1, stage2, len(seen), processes.count), flush=True)
+            print(cost(reader, stage1, stage2, len(seen), processes.count, args.leftover), flush=True)
         pairs, make_reader = stage1_pairs(args, backbone, seen, stage1, made_with, processes)
         model = load_pairs_model(args.model, args.pretrained, made_with, args.out)
         check_fit(model, pairs, args.model)
@@ -122,12 +130,16 @@ def run(args: argparse.Namespace) -> None:
             )
             if processes.first:
                 save(model, denoisers, folder)
+                if args.leftover:
+                    calibrate(model.to(device), [s.path for s in seen], method="leftover", views=LEFTOVER_VIEWS)
+                    save_pretrained(model, folder, model_args=model.recorded_arguments)
                 facts = {
                     "images": str(len(pairs.files)),
                     "views of each": str(stage1.views),
                     "forward passes": str(len(pairs.files) * stage1.views),
                     "steps of stage 2": str(stage2.steps),
                     "target": stage2.target,
+                    "views for what it leaves": str(LEFTOVER_VIEWS if args.leftover else 0),
                 }
                 before_after(model.to(device).eval(), held_out, folder, args.out, facts)
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
@@ -204,7 +216,9 @@ def seconds_of(work: Any) -> float:
     return time.perf_counter() - start
 
 
-def cost(reader: FeatureReader, stage1: Stage1Settings, stage2: Stage2Settings, images: int, processes: int) -> str:
+def cost(
+    reader: FeatureReader, stage1: Stage1Settings, stage2: Stage2Settings, images: int, processes: int, leftover: bool
+) -> str:
     """What the run will take here, in words, from a timed batch of the backbone and of a denoiser."""
     views = torch.rand(stage1.batch_size, 3, reader.input_size, reader.input_size)
     each = seconds_of(lambda: reader.patch_features(views)[reader.layers[-1]].sum().item()) / len(views)
@@ -217,6 +231,8 @@ def cost(reader: FeatureReader, stage1: Stage1Settings, stage2: Stage2Settings, 
     return (
         f"stage 1: {images} images x {stage1.views} views = {images * stage1.views} forward passes at {each:.3g} s, "
         f"about {first:.3g} minutes; stage 2: {stage2.steps} steps at {step:.3g} s, about {second:.3g} minutes"
+        + f"; what it leaves: {LEFTOVER_VIEWS} views, about {LEFTOVER_VIEWS * each / 60:.3g} minutes"
+        * leftover
     )
 
 

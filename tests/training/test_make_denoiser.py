@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import timm_dvt  # noqa: F401
-from tests.helpers.processes import kill_at_random_moments, same, start
+from tests.helpers.processes import kill_at_random_moments, same, start, torchrun
 from training import make_denoiser
 from training.common.hub_images import fetch_images
 from training.figures.page import Picture, Section, Table, Text, page
@@ -59,6 +59,26 @@ def test_the_folder_loads_and_its_denoiser_can_be_switched(made):
     plain.set_input_size(img_size=(64, 64))
     with torch.no_grad():
         assert torch.equal(off, plain.forward_features(x)) and not torch.equal(on, off)
+
+
+def test_what_the_denoiser_leaves_of_position_is_taken_off_unless_told_otherwise(images, made, tmp_path):
+    assert run(images, tmp_path / "out", "--no-leftover") == 0
+    as_trained, taken_off = (load_file(out / "model.safetensors") for out in (tmp_path / "out", made))
+    assert set(taken_off) - set(as_trained) == {"denoiser.pos_embed_out"}
+    assert taken_off["denoiser.pos_embed_out"].abs().sum() > 0
+    assert same({k: v for k, v in taken_off.items() if k in as_trained}, as_trained)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_denoiser_of_one(images, made, tmp_path):
+    two = torchrun(29651, *command(images, tmp_path / "out"))
+    errors = two.communicate()[1]
+    assert two.returncode == 0, errors
+    together, alone = (load_file(out / "model.safetensors") for out in (tmp_path / "out", made))
+    assert set(together) == set(alone)
+    for key, value in alone.items():
+        torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-4, msg=key)
+    assert (tmp_path / "out" / "page.html").exists()
 
 
 def test_card_and_page_say_what_came_of_it(made):
