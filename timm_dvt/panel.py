@@ -45,13 +45,14 @@ def draw(shown: Sequence[Shown], title: str, lines: Sequence[str], note: str = "
     """
     blocks = [_block(one) for one in shown]
     width = max(block.width for block in blocks)
-    sheet = Image.new("RGB", (width, HEAD + sum(block.height for block in blocks)), PAPER)
+    head = HEAD if title or lines else MARGIN // 2
+    sheet = Image.new("RGB", (width, head + sum(block.height for block in blocks)), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, 18), _fitting(pen, title, 24, width - 2 * MARGIN), fill=INK, font=_font(24))
     inks = [FAINT] * len(lines) + [WARNING]
     for y, text, ink in zip((52, 74, 96), [*lines, note], inks):
         pen.text((MARGIN, y), _fitting(pen, text, 16, width - 2 * MARGIN), fill=ink, font=_font(16))
-    top = HEAD
+    top = head
     for block in blocks:
         sheet.paste(block, (0, top))
         top += block.height
@@ -64,34 +65,38 @@ def _block(shown: Shown) -> Image.Image:
     patch = max(1, round((CELL_AREA / (rows * columns)) ** 0.5))  # whole pixels: all patches are drawn alike
     width, height = patch * columns, patch * rows
     pitch = max(width, MIN_PITCH) + GAP
-    titles = [
-        ("photograph", "as the model sees it"),
-        *((name, explained.format(clusters=shown.clusters)) for name, explained in looks.WORDS.values()),
-    ]
+    maps, patch_shown = (shown.off, shown.on), shown.patch or looks.centre(shown.off)
+    drawn = {
+        "colours": (looks.colours(*maps), None),
+        "groups": (looks.groups(*maps, shown.clusters), None),
+        "lengths": looks.lengths(*maps),
+        "similarities": looks.similarities(*maps, patch_shown),
+        "removed": looks.removed(*maps),
+    }
+    if looks.have_one_length(*maps):  # two maps alike would say nothing
+        del drawn["lengths"]
+    titles = [("photograph", "as the model sees it"), *(looks.WORDS[name] for name in drawn)]
     size = (2 * MARGIN + len(titles) * pitch - GAP, TITLE + 2 * (LINE + height) + LINE + 2 * BAR)
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
     for column, (name, explained) in enumerate(titles):
         pen.text((MARGIN + column * pitch, 4), name, fill=INK, font=_font(17))
+        explained = explained.format(clusters=shown.clusters)
         pen.text((MARGIN + column * pitch, 25), explained, fill=FAINT, font=_font(14))
-
-    maps, patch_shown = (shown.off, shown.on), shown.patch or looks.centre(shown.off)
-    pairs = [looks.colours(*maps), looks.groups(*maps, shown.clusters)]
-    scaled = (looks.lengths(*maps), looks.similarities(*maps, patch_shown), looks.removed(*maps))
-    pairs += [pair for pair, _ in scaled]
-    scales = {column: scale for column, (_, scale) in enumerate(scaled, start=3)}
+    at_a_patch = (0, 1 + list(drawn).index("similarities"))
     for row, (state, remark) in enumerate(zip(("denoiser off", "denoiser on"), shown.remarks)):
         top = TITLE + row * (LINE + height) + LINE
         pen.text((MARGIN, top - 24), state, fill=INK, font=_font(17))
         pen.text((MARGIN + pen.textlength(state, _font(17)) + 10, top - 22), remark, fill=FAINT, font=_font(15))
         sheet.paste(shown.image.resize((width, height), Image.Resampling.LANCZOS), (MARGIN, top))
-        for column, pair in enumerate(pairs, start=1):
+        for column, (pair, _) in enumerate(drawn.values(), start=1):
             cell = as_image(pair[row]).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(cell, (MARGIN + column * pitch, top))
-        for column in (0, 4):
+        for column in at_a_patch:
             _mark(pen, (MARGIN + column * pitch, top), patch, patch_shown)
-    for column, ends in scales.items():
-        _scale(sheet, pen, (MARGIN + column * pitch, size[1] - LINE - BAR), width, ends)
+    for column, (_, ends) in enumerate(drawn.values(), start=1):
+        if ends is not None:
+            _scale(sheet, pen, (MARGIN + column * pitch, size[1] - LINE - BAR), width, ends)
     return sheet
 
 

@@ -84,7 +84,7 @@ def measure(
             pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
             shown = Shown(Image.fromarray(pixels), raw[0].cpu().numpy(), denoised[0].cpu().numpy(), ("", ""))
             data = io.BytesIO()
-            draw([shown], Path(source.name).name, []).save(data, "PNG")
+            draw([shown], "", []).save(data, "PNG")
             pictures.append((data.getvalue(), Path(source.name).name))
     if statistics["raw"].count < 2:
         raise ValueError("fewer than two of the images held out can be read")
