@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # huggingface_hub reads these when it is imported, so they are set before anything imports it.
 _FOLDER = Path(tempfile.mkdtemp(prefix="timm_dvt_tests_"))
 _HUB = Hub(_FOLDER / "hub")
+TOKEN = "hf_writer"  # of the account on it
 os.environ.update(
     HF_ENDPOINT=_HUB.url,
     HF_HOME=str(_FOLDER / "home"),
@@ -42,6 +43,14 @@ def hub():
     """The stand-in hub, empty before and after: put files under `hub.folder / ORG / REPO`."""
     yield _HUB
     _HUB.reset()
+
+
+@pytest.fixture
+def account(hub, monkeypatch):
+    """An account on the hub, logged in."""
+    hub.tokens[TOKEN] = {"me"}
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
 
 
 @pytest.fixture(scope="module")

@@ -25,17 +25,15 @@ from timm_dvt.weights import CheckpointError
 FILES = (WEIGHTS_NAME, "config.json", "README.md")
 
 
+Say = Callable[[str], None]
+
+
 class PushError(Exception):
     """Something the person at the command line can put right; the message says what."""
 
 
 def push(
-    target: str,
-    repo_id: str,
-    private: bool = False,
-    create_pr: bool = False,
-    dry_run: bool = False,
-    say: Callable[[str], None] = print,
+    target: str, repo_id: str, private: bool = False, create_pr: bool = False, dry_run: bool = False, say: Say = print
 ) -> bool:
     """Publish a folder, or a variant converted on the way; files the repo has already, by their hashes, are left out.
 

@@ -1,25 +1,19 @@
 """Publishing the page as a Space of the Hub: a folder of three files, and this package beside them."""
 
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
 from huggingface_hub import HfApi, RepoCard
 
 from timm_dvt.fetching import first_line
-from timm_dvt.push import PushError, check_id, commit, files_there, told
+from timm_dvt.push import PushError, Say, check_id, commit, files_there, told
 
 FOLDER = "hub_cards/space"
 FILES = ("README.md", "requirements.txt", "app.py")
 
 
 def push_space(
-    folder: str,
-    repo_id: str,
-    private: bool = False,
-    create_pr: bool = False,
-    dry_run: bool = False,
-    say: Callable[[str], None] = print,
+    folder: str, repo_id: str, private: bool = False, create_pr: bool = False, dry_run: bool = False, say: Say = print
 ) -> bool:
     """Publish the page as a Space; files it has already, by their hashes, are left out.
 

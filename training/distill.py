@@ -51,7 +51,7 @@ from training.loop.options import add_training_arguments, training_settings
 from training.loop.order import positions, split_places
 from training.loop.reading_ahead import read_ahead, reading_threads
 from training.loop.run import resume, run_steps
-from training.loop.settings import TrainingSettings
+from training.loop.settings import USUAL_PACE, Pace, TrainingSettings
 from training.stage3.crops import AUGMENTS, CropReader
 from training.stage3.student import MOST_VALIDATION, Student, Validation, freeze_unused
 
@@ -86,17 +86,7 @@ def run(args: argparse.Namespace) -> None:
     with join_processes(device) as processes:
         settings = make_settings(args, teacher, sources, processes)
         with only_run(args.out, processes, lambda: describe(args, teacher, sources, settings)) as folder:
-            student = train(
-                teacher,
-                sources,
-                settings,
-                folder,
-                device,
-                processes,
-                args.workers,
-                args.checkpoint_every,
-                args.val_every,
-            )
+            student = train(teacher, sources, settings, folder, device, processes, Pace.of(args))
             if processes.first:
                 save_plain(student.cpu(), folder, teacher.backbone_name)
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
@@ -168,9 +158,7 @@ def train(
     folder: Path,
     device: torch.device,
     processes: Processes = ALONE,
-    workers: int | None = None,
-    checkpoint_every: int = 200,
-    val_every: int | None = None,
+    pace: Pace = USUAL_PACE,
 ) -> nn.Module:
     """Train, or continue to train, a student of a denoised model.
 
@@ -181,8 +169,7 @@ def train(
         folder: gets log, pictures and checkpoint, and is continued from.
         device: where to compute.
         processes: this process and the others.
-        workers: threads that read images ahead; None is as many as suit the device.
-        checkpoint_every, val_every: in steps; None is ten times a run.
+        pace: what decides nothing of the weights.
 
     Returns:
         The student: a plain timm model.
@@ -217,7 +204,7 @@ def train(
         part = processes.part(step, settings.batch_size)
         return crops.random(positions(len(crops), part.start, part.stop, settings.seed), part.start)
 
-    workers = reading_threads(device) if workers is None else workers
+    workers = reading_threads(device) if pace.workers is None else pace.workers
     batches = read_ahead((partial(read, step) for step in range(first, settings.steps)), workers)
 
     wanted = torch.empty(0)  # the teacher's tokens of the last step
@@ -250,11 +237,11 @@ def train(
             log,
             first,
             checkpoint=folder / CHECKPOINT,
-            checkpoint_every=checkpoint_every,
+            checkpoint_every=pace.checkpoint_every,
             limit=lambda: loss_limit(student.distance, wanted[:, student.first :]),
             explain=not_sane,
             validate=validate,
-            val_every=val_every,
+            val_every=pace.val_every,
             processes=processes,
         )
     return student.vit

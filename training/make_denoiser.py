@@ -38,6 +38,7 @@ from training.evaluate.before_after import before_after
 from training.loop.distributed import Processes, join_processes
 from training.loop.entry import exit_code, only_run
 from training.loop.order import split_places
+from training.loop.settings import Pace
 from training.pairs.folder import PairFolder
 from training.pairs.reader import PairReader, PairSet, open_pairs
 from training.stage1.decompose import Stage1Settings
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
                 processes,
                 backbone=timm_name(model),
                 make_reader=make_reader,
-                workers=None if args.pairs else 0,
+                pace=Pace(None if args.pairs else 0),
             )
             if processes.first:
                 save(model, denoisers, folder)

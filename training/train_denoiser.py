@@ -28,6 +28,7 @@ from training.common.recipes import STAGE2, add_recipe
 from training.loop.distributed import Processes, join_processes
 from training.loop.entry import exit_code, only_run
 from training.loop.options import add_training_arguments, training_settings
+from training.loop.settings import Pace
 from training.pairs.reader import PairSet, open_pairs
 from training.stage2.targets import TARGETS
 from training.stage2.train import Stage2Settings, check_fit, describe_training, save, train
@@ -48,17 +49,7 @@ def run(args: argparse.Namespace) -> None:
     with join_processes(device) as processes:
         settings = make_settings(args, pairs, processes)
         with only_run(args.out, processes, lambda: describe_training(args.model, model, pairs, settings)) as folder:
-            denoisers = train(
-                pairs,
-                settings,
-                folder,
-                device,
-                processes,
-                args.workers,
-                args.checkpoint_every,
-                args.val_every,
-                timm_name(model),
-            )
+            denoisers = train(pairs, settings, folder, device, processes, Pace.of(args), timm_name(model))
             if processes.first:
                 save(model, denoisers, folder)
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")

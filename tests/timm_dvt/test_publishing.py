@@ -21,16 +21,6 @@ from timm_dvt.registry import VARIANTS
 from timm_dvt.saving import write_tensors
 from timm_dvt.variants import Variant
 
-TOKEN = "hf_writer"
-
-
-@pytest.fixture
-def account(hub, monkeypatch):
-    """An account on the hub, logged in."""
-    hub.tokens[TOKEN] = {"me"}
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    return hub
-
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):

@@ -12,16 +12,6 @@ from packaging.requirements import Requirement
 from timm_dvt import space
 from timm_dvt.__main__ import main
 
-TOKEN = "hf_writer"
-
-
-@pytest.fixture
-def account(hub, monkeypatch):
-    """An account on the hub, logged in."""
-    hub.tokens[TOKEN] = {"me"}
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    return hub
-
 
 def commits(hub) -> list[str]:
     return [request for request in hub.requests if "/commit/" in request]

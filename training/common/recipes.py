@@ -60,17 +60,20 @@ STAGE1: Recipes = {
     "paper": {"solver": "field", "views": 768},
     "repository": {"solver": "field", "views": 769, "field_steps": 25_000},  # 768 and the whole image
 }
+_OPTIMISATION = {  # the repository's, of stages 2 and 3
+    "base_lr": 2e-4,
+    "warmup": "15%",
+    "min_lr": 1e-6,
+    "loss": "mse",
+    "weight_decay": 1e-5,
+    "decay_all": True,
+}
 STAGE2: Recipes = {
     "paper": {"epochs": 10, "batch_size": 64, "lr": 2e-4, "loss": "norm", "start": "random"},
     "repository": {
         "steps": 50_000,
         "batch_size": 128,
-        "base_lr": 2e-4,
-        "warmup": "15%",
-        "min_lr": 1e-6,
-        "loss": "mse",
-        "weight_decay": 1e-5,
-        "decay_all": True,
+        **_OPTIMISATION,
         "start": "random",
     },
 }
@@ -79,12 +82,7 @@ STAGE3: Recipes = {
     "repository": {
         "epochs": 5,
         "batch_size": 512,
-        "base_lr": 2e-4,
-        "warmup": "15%",
-        "min_lr": 1e-6,
-        "loss": "mse",
-        "weight_decay": 1e-5,
-        "decay_all": True,
+        **_OPTIMISATION,
         "augment": "flip",
         "tokens": "patches",
     },

@@ -47,7 +47,6 @@ def train(
     count: int,
     run: Run,
     recipe: Recipe,
-    *,
     steps: int,
     decay: Callable[[float], float],
     label: str,

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass
 
 from training.common.backbone import DTYPES
 from training.loop.distance import DISTANCES
 from training.loop.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a training is run, which decides nothing of its weights.
+
+    Attributes:
+        workers: threads that read ahead; None is as many as suit the device.
+        checkpoint_every, val_every: in steps; None is ten times a run.
+    """
+
+    workers: int | None = None
+    checkpoint_every: int = 200
+    val_every: int | None = None
+
+    @classmethod
+    def of(cls, args: Namespace) -> Pace:
+        """That of a command line with the options of training/loop/options.py."""
+        return cls(args.workers, args.checkpoint_every, args.val_every)
+
+
+USUAL_PACE = Pace()
 
 
 @dataclass(frozen=True, kw_only=True)

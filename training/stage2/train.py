@@ -24,7 +24,7 @@ from training.loop.optimisation import autocast, make_adamw
 from training.loop.order import positions
 from training.loop.reading_ahead import reading_threads
 from training.loop.run import resume, run_steps
-from training.loop.settings import TrainingSettings
+from training.loop.settings import USUAL_PACE, Pace, TrainingSettings
 from training.pairs.reader import PairError, PairReader, PairSet, read_batches
 from training.stage2.denoisers import Stage2, Validation, make_denoisers
 from training.stage2.starts import load_init, start_as_static, subtract_mean_artifacts
@@ -87,9 +87,7 @@ def train(
     folder: Path,
     device: torch.device,
     processes: Processes = ALONE,
-    workers: int | None = None,
-    checkpoint_every: int = 200,
-    val_every: int | None = None,
+    pace: Pace = USUAL_PACE,
     backbone: str = "",
     make_reader: Callable[[PairSet, Sequence[str]], PairReader] = PairReader,
 ) -> dict[int, Denoiser]:
@@ -101,8 +99,7 @@ def train(
         folder: gets log, pictures and checkpoint, and is continued from.
         device: where to compute.
         processes: this process and the others.
-        workers: threads that read pairs ahead; None is as many as suit the device.
-        checkpoint_every, val_every: in steps; None is ten times a run.
+        pace: what decides nothing of the weights.
         backbone: by which `settings.init` is checked.
         make_reader: of some pairs' maps, from a folder or from elsewhere.
 
@@ -140,7 +137,7 @@ def train(
 
     # A GPU is sent what the files hold and makes float32 of it faster than a CPU does.
     precision = torch.float32 if device.type == "cpu" else reader.read(places(first)[:1]).dtype
-    workers = reading_threads(device) if workers is None else workers
+    workers = reading_threads(device) if pace.workers is None else pace.workers
     batches = read_batches(reader, places, range(first, settings.steps), precision, workers)
 
     clean = torch.empty(0)  # the target of the last step
@@ -179,11 +176,11 @@ def train(
             log,
             first,
             checkpoint=folder / CHECKPOINT,
-            checkpoint_every=checkpoint_every,
+            checkpoint_every=pace.checkpoint_every,
             limit=lambda: loss_limit(module.distance, clean),
             explain=not_sane,
             validate=validate,
-            val_every=val_every,
+            val_every=pace.val_every,
             processes=processes,
         )
         if settings.steps == 0 and processes.first:

@@ -39,6 +39,7 @@ from training.evaluate.live import LiveFeatures
 from training.evaluate.probe import Validations, train
 from training.evaluate.runner import Run
 from training.evaluate.segmentation import upsample
+from training.evaluate.tasks import depth as paper
 from training.evaluate.tasks.depth import depth_numbers
 from training.evaluate.windows import pad_below
 from training.loop.schedule import cosine
@@ -52,7 +53,7 @@ TOGETHER = 2  # images whose pixels one loss is of: those of one of the authors'
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(paper.Settings):
     """The repository's.
 
     Attributes:
@@ -64,14 +65,6 @@ class Settings:
         validate_every: steps.
     """
 
-    steps: int = 38_400
-    batch_size: int = 16
-    lr: float = 5e-3
-    weight_decay: float = 0.01
-    warmup: int = 12_800
-    bins: int = 256
-    least: float = 1e-3
-    most: float = 10.0
     crop: tuple[int, ...] = (416, 544)
     clip: float = 35.0
     gradient_weight: float = 0.0
@@ -146,9 +139,9 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         len(training),
         run,
         settings,
-        steps=settings.steps,
-        decay=cosine,
-        label="depth",
+        settings.steps,
+        cosine,
+        "depth",
         read=read,
         adjust=adjust,
         validations=validations,

@@ -125,9 +125,9 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         len(training),
         run,
         settings,
-        steps=settings.steps,
-        decay=stepped(settings.decay_from),
-        label="detection",
+        settings.steps,
+        stepped(settings.decay_from),
+        "detection",
         read=read,
     )
     found: list[Detections] = []

@@ -78,7 +78,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     torch.manual_seed(run.seed)
     probe = AttentiveProbe(training.channels, len(val.split.classes), heads).to(run.device)
     steps = settings.epochs * max(1, len(training) // settings.batch_size)
-    train(probe, loss, len(training), run, settings, steps=steps, decay=cosine, label="attentive-probe")
+    train(probe, loss, len(training), run, settings, steps, cosine, "attentive-probe")
     right = 0
     with torch.no_grad():
         for indices, maps in val.batches(run.state, f"attentive-probe ({run.state})"):

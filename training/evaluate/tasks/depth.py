@@ -93,7 +93,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     torch.manual_seed(run.seed)
     channels = training.channels + training.class_tokens([0]).shape[1]
     head = DepthHead(channels, settings).to(run.device)
-    train(head, loss, len(training), run, settings, steps=settings.steps, decay=cosine, label="depth")
+    train(head, loss, len(training), run, settings, settings.steps, cosine, "depth")
     found: list[dict[str, float]] = []
     with torch.no_grad():
         for indices, _ in val.batches(run.state, f"depth ({run.state})"):

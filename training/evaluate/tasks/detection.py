@@ -118,16 +118,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
 
     torch.manual_seed(run.seed)
     detector = Detector(training.channels, classes, training.grid, size, settings).to(run.device)
-    train(
-        detector,
-        loss,
-        len(training),
-        run,
-        settings,
-        steps=settings.steps,
-        decay=stepped(settings.decay_from),
-        label="detection",
-    )
+    train(detector, loss, len(training), run, settings, settings.steps, stepped(settings.decay_from), "detection")
     found: list[Detections] = []
     true: list[Boxes] = []
     with torch.no_grad():

@@ -89,16 +89,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
 
     torch.manual_seed(run.seed)
     head = LinearHead(training.channels, classes, settings.batch_norm).to(run.device)
-    train(
-        head,
-        loss,
-        len(training),
-        run,
-        settings,
-        steps=settings.steps,
-        decay=straight,
-        label="linear-seg",
-    )
+    train(head, loss, len(training), run, settings, settings.steps, straight, "linear-seg")
     score = SegmentationScore(classes)
     with torch.no_grad():
         for indices, maps in val.batches(run.state, f"linear-seg ({run.state})"):
