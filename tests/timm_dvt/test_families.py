@@ -17,7 +17,7 @@ import timm_dvt
 from timm_dvt.families import examples
 from timm_dvt.layouts import Refused, layout_of
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "training" / "README.md"
 
 # Sizes that make a model small, the first that its entrypoint takes and that leaves it what it is; most take one.
 NARROW = {"embed_dim": 64, "num_heads": 1}
