@@ -1,7 +1,6 @@
 """The maximal information coefficient against exhaustive search and against what is published of it."""
 
 import math
-import time
 from itertools import combinations
 
 import numpy as np
