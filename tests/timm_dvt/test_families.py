@@ -151,7 +151,7 @@ def sweep(folder, most: float) -> tuple[set[str], dict[str, str]]:
     return supported, refused
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_every_class_of_timm_works_or_is_refused_with_the_reason(tmp_path):
     supported, refused = sweep(tmp_path, most=3e6)
     assert {
@@ -171,6 +171,6 @@ def test_every_class_of_timm_works_or_is_refused_with_the_reason(tmp_path):
     assert all(len(reason) > 20 for reason in refused.values()) and "ResNet" in refused
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_also_the_classes_that_have_no_small_model(tmp_path):
     sweep(tmp_path, most=float("inf"))

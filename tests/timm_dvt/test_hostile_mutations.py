@@ -110,7 +110,7 @@ def test_a_few_hundred_mutations_are_errors_or_correct_models(valid, tmp_path, h
     check_mutations(valid, tmp_path, 300)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @torch.no_grad()
 def test_ten_thousand_mutations_are_errors_or_correct_models(valid, tmp_path, hub):
     check_mutations(valid, tmp_path, MANY)
@@ -154,7 +154,7 @@ def test_a_mutated_pickle_is_an_error_or_harmless(form, tmp_path, monkeypatch):
     check_pickles(tmp_path, form, 300)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 def test_many_mutated_pickles_are_errors_or_harmless(form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

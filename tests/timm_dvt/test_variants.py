@@ -23,8 +23,12 @@ def pair(name: str, dtype=torch.float32, **kwargs):
     model = timm.create_model(name, **SHALLOW, **kwargs).eval().to(dtype)
     size = model.patch_embed.img_size
     arguments = {"img_size": size, "dynamic_img_size": True, **SHALLOW, **kwargs}
-    plain = timm.create_model(model.backbone_name, **arguments).eval().to(dtype)
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("denoiser.")})
+    # Random weights would be drawn in vain, but buffers that no state dict holds (EVA-02's) are computed on the way.
+    device = None if any(True for _ in model.buffers()) else "meta"
+    plain = timm.create_model(model.backbone_name, device=device, **arguments).eval()
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("denoiser.")}
+    plain.load_state_dict(state, assign=device is not None)
+    plain.to(dtype)
     patch = model.patch_embed.patch_size[0]
     return model, plain, torch.randn(2, 3, 5 * patch, 4 * patch, dtype=dtype)
 

@@ -53,7 +53,7 @@ def test_killed_at_any_moment_and_run_again_equals_an_uninterrupted_run(uninterr
     assert all(path.stat().st_mtime_ns == time for path, time in done.items())  # none was done again
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_two_processes_killed_again_and_again_lose_nothing_and_do_nothing_twice(tmp_path):
     images = tmp_path / "images"
     images.mkdir()

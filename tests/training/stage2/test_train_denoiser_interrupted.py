@@ -26,7 +26,7 @@ def finish(process: subprocess.Popen) -> int:
     return process.returncode
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.sweep)])
 def test_killed_at_random_moments_and_run_again_ends_with_the_same_weights(pairs, tmp_path, times):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert finish(start(*command(pairs, whole, *STEPS))) == 0
