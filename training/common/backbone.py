@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,12 @@ from timm_dvt.reading import final_tokens, fit_to
 from training.common.views import patch_centres
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def autocasting(weight: Tensor, dtype: torch.dtype) -> AbstractContextManager:
+    """Where a model of such a weight computes in `dtype`: autocast, if it is of float32 and to be faster."""
+    cast = dtype != torch.float32 and weight.dtype == torch.float32
+    return torch.autocast(weight.device.type, dtype) if cast else nullcontext()
 
 
 class FeatureReader:
@@ -127,8 +133,7 @@ class FeatureReader:
             raise ValueError(f"images must be (B, 3, {self.input_size}, {self.input_size}), got {tuple(images.shape)}")
         weight = next(self._model.parameters())
         images = (images.to(self.device, torch.float32) - self.mean) / self.std
-        lower = self.dtype != torch.float32 and weight.dtype == torch.float32
-        with torch.autocast(self.device.type, self.dtype) if lower else nullcontext():
+        with autocasting(weight, self.dtype):
             if self._whole:
                 prefix, patches, grid = final_tokens(self._model, images.to(weight.dtype), self.layout)
                 return prefix.float(), {self.depth - 1: patches.float().unflatten(1, grid)}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from training.common.backbone import autocasting
 from training.evaluate.features import Extractor
 from training.evaluate.windows import patch_padding
 
@@ -49,8 +49,7 @@ class LiveFeatures:
         grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
         weight = twin.patch_embed.proj.weight
         dtype = self._extractor.reader.dtype
-        lower = dtype != torch.float32 and weight.dtype == torch.float32
-        with torch.autocast(self.device.type, dtype) if lower else nullcontext():
+        with autocasting(weight, dtype):
             (found,) = twin.forward_intermediates(
                 images.to(weight.dtype),
                 indices=[len(twin.blocks) - 1],

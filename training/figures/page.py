@@ -16,7 +16,8 @@ h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere } h2 { font-s
 p { max-width: 46rem } p.faint, figcaption { color: var(--faint) }
 div.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left }
-td + td, th + th { text-align: right; white-space: nowrap } figure { margin: 1rem 0 } img { max-width: 100%; background: #fff }
+td + td, th + th { text-align: right; white-space: nowrap }
+figure { margin: 1rem 0 } img { max-width: 100%; background: #fff }
 pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line) }
 """
 

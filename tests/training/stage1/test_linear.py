@@ -11,7 +11,7 @@ from training.common.views import Views, patch_centres, sample_views, view_axes,
 from training.stage1.conditioning import IllConditioned, check_views
 from training.stage1.linear.banded import BandedFactor, roughness, roughness_diagonals, roughness_probes
 from training.stage1.linear.evidence import Strengths, factorise, solve
-from training.stage1.linear.normal_equations import Sums, interpolate
+from training.stage1.linear.normal_equations import NormalEquations, interpolate
 from training.stage1.linear.solver import LinearSettings, LinearSolver
 
 GRID, NODES, CHANNELS = 4, 7, 3
@@ -55,16 +55,16 @@ def rough_rows(nodes: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def problem():
-    """Views of random features: the sums, and the same as one explicit weighted design matrix."""
+    """Views of random features: the equations, and the same as one explicit weighted design matrix."""
     views = sample_views(9, (400, 300), seed=5)
     xs, ys = view_axes(views, patch_centres(64, 16, 16))
     draw = torch.Generator().manual_seed(0)
-    sums = Sums(NODES, GRID, CHANNELS)
+    equations = NormalEquations(NODES, GRID, CHANNELS)
     rows, targets = [], []
     for v in range(len(views)):
         features = torch.randn(GRID, GRID, CHANNELS, generator=draw)
         weights = torch.rand(GRID, GRID, generator=draw)
-        sums.add(xs[v], ys[v], features, weights)
+        equations.add(xs[v], ys[v], features, weights)
         for i in range(GRID):
             for j in range(GRID):
                 f = np.outer(weights_along(float(ys[v, i]), NODES), weights_along(float(xs[v, j]), NODES))
@@ -72,24 +72,24 @@ def problem():
                 root = math.sqrt(float(weights[i, j]))
                 rows.append(root * np.concatenate([f.ravel(), g]))
                 targets.append(root * features[i, j].double().numpy())
-    return sums, np.array(rows), np.array(targets)
+    return equations, np.array(rows), np.array(targets)
 
 
 def test_sums_are_those_of_the_explicit_matrix(problem):
-    sums, design, target = problem
+    equations, design, target = problem
     nodes = NODES * NODES
     gram, right = design.T @ design, design.T @ target
-    np.testing.assert_allclose(dense_of(sums.ff, NODES), gram[:nodes, :nodes], atol=1e-12)
-    np.testing.assert_allclose(sums.fg, gram[:nodes, nodes:], atol=1e-12)
-    np.testing.assert_allclose(torch.diag(sums.gg), gram[nodes:, nodes:], atol=1e-12)
-    np.testing.assert_allclose(sums.fy, right[:nodes], atol=2e-6)  # products in float32
-    np.testing.assert_allclose(sums.gy, right[nodes:], atol=2e-6)
-    assert sums.yy == pytest.approx((target**2).sum(), rel=1e-6)
+    np.testing.assert_allclose(dense_of(equations.ff, NODES), gram[:nodes, :nodes], atol=1e-12)
+    np.testing.assert_allclose(equations.fg, gram[:nodes, nodes:], atol=1e-12)
+    np.testing.assert_allclose(torch.diag(equations.gg), gram[nodes:, nodes:], atol=1e-12)
+    np.testing.assert_allclose(equations.fy, right[:nodes], atol=2e-6)  # products in float32
+    np.testing.assert_allclose(equations.gy, right[nodes:], atol=2e-6)
+    assert equations.yy == pytest.approx((target**2).sum(), rel=1e-6)
 
 
 @pytest.mark.parametrize("smooth, ridge", [(1.0, 1.0), (1e-4, 1e-3), (300.0, 0.1), (0.1, 500.0)])
 def test_the_solution_is_that_of_dense_least_squares(problem, smooth, ridge):
-    sums, design, target = problem
+    equations, design, target = problem
     penalties = [
         np.hstack([math.sqrt(smooth) * rough_rows(NODES), np.zeros((len(rough_rows(NODES)), GRID * GRID))]),
         np.hstack([np.zeros((GRID * GRID, NODES * NODES)), math.sqrt(ridge) * np.eye(GRID * GRID)]),
@@ -97,13 +97,13 @@ def test_the_solution_is_that_of_dense_least_squares(problem, smooth, ridge):
     stacked = np.vstack([design, *penalties])
     zeros = np.zeros((len(stacked) - len(design), CHANNELS))
     expected = np.linalg.lstsq(stacked, np.vstack([target, zeros]), rcond=None)[0]
-    solution = solve(sums, factorise(sums, Strengths(smooth, ridge)))
+    solution = solve(equations, factorise(equations, Strengths(smooth, ridge)))
     np.testing.assert_allclose(solution.semantics, expected[: NODES * NODES], atol=1e-4)
     np.testing.assert_allclose(solution.artifacts, expected[NODES * NODES :], atol=1e-4)
 
 
 def test_freedoms_and_noise_are_those_of_dense_algebra(problem):
-    sums, design, target = problem
+    equations, design, target = problem
     smooth, ridge = 0.3, 2.0
     rows, nodes = rough_rows(NODES), NODES * NODES
     penalty = np.zeros((design.shape[1], design.shape[1]))
@@ -111,12 +111,12 @@ def test_freedoms_and_noise_are_those_of_dense_algebra(problem):
     penalty[nodes:, nodes:] = ridge * np.eye(GRID * GRID)
     inverse = np.linalg.inv(design.T @ design + penalty)
     determined = np.eye(len(inverse)) - inverse @ penalty
-    solution = solve(sums, factorise(sums, Strengths(smooth, ridge)))
+    solution = solve(equations, factorise(equations, Strengths(smooth, ridge)))
     assert solution.factors.artifact_freedom == pytest.approx(np.trace(determined[nodes:, nodes:]), rel=1e-6)
     assert solution.factors.semantic_freedom == pytest.approx(np.trace(determined[:nodes, :nodes]), rel=0.1)
     fitted = np.vstack([solution.semantics, solution.artifacts])
     misfit = ((target - design @ fitted) ** 2).sum()
-    left = sums.weight - solution.factors.semantic_freedom - solution.factors.artifact_freedom
+    left = equations.weight - solution.factors.semantic_freedom - solution.factors.artifact_freedom
     assert solution.noise == pytest.approx(misfit / left / CHANNELS, rel=1e-5)
 
 
@@ -124,10 +124,10 @@ def test_the_chosen_strengths_maximise_the_evidence():
     scene = Scene(Regime("smooth", "high", noise=0.5, residual=0.0, grid=GRID, channels=40), seed=1)
     views = scene.views(12)
     xs, ys = view_axes(views, scene.centres)
-    sums, rows, targets = Sums(NODES, GRID, 40), [], []
+    equations, rows, targets = NormalEquations(NODES, GRID, 40), [], []
     for v in range(len(views)):
         features = scene.view(views, v)
-        sums.add(xs[v], ys[v], features, torch.ones(GRID, GRID))
+        equations.add(xs[v], ys[v], features, torch.ones(GRID, GRID))
         for i in range(GRID):
             for j in range(GRID):
                 f = np.outer(weights_along(float(ys[v, i]), NODES), weights_along(float(xs[v, j]), NODES))
@@ -136,7 +136,7 @@ def test_the_chosen_strengths_maximise_the_evidence():
     design, target = np.array(rows), np.array(targets)
     strengths = Strengths()
     for _ in range(60):
-        strengths = solve(sums, factorise(sums, strengths)).strengths
+        strengths = solve(equations, factorise(equations, strengths)).strengths
     rough = rough_rows(NODES).T @ rough_rows(NODES)
 
     def evidence(smooth, ridge):
@@ -228,7 +228,7 @@ def test_sums_of_a_sketch_are_those_of_the_sketched_features():
     xs, ys = view_axes(views, patch_centres(64, 16, 16))
     draw = torch.Generator().manual_seed(0)
     mixing = torch.randn(CHANNELS, 2, generator=draw)
-    whole, expected = Sums(NODES, GRID, CHANNELS), Sums(NODES, GRID, 2)
+    whole, expected = NormalEquations(NODES, GRID, CHANNELS), NormalEquations(NODES, GRID, 2)
     for v in range(len(views)):
         features = torch.randn(GRID, GRID, CHANNELS, generator=draw)
         weights = torch.rand(GRID, GRID, generator=draw)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from training.stage1.linear.banded import BandedFactor, roughness, roughness_diagonals, roughness_probes
-from training.stage1.linear.normal_equations import Sums
+from training.stage1.linear.normal_equations import NormalEquations
 
 PROBES = 32
 
@@ -52,7 +52,7 @@ class Solution:
     factors: Factors
 
 
-def factorise(sums: Sums, strengths: Strengths, with_artifacts: bool = True) -> Factors:
+def factorise(equations: NormalEquations, strengths: Strengths, with_artifacts: bool = True) -> Factors:
     """The factors of the system, and the freedoms they leave F and G.
 
     F's own matrix is banded, so it is F that is eliminated: a banded factor, then a Cholesky factor of the
@@ -63,23 +63,23 @@ def factorise(sums: Sums, strengths: Strengths, with_artifacts: bool = True) -> 
         torch.linalg.LinAlgError: the system is not positive definite to working precision.
     """
     smooth, ridge = strengths.smoothness, strengths.artifacts
-    device, patches = sums.ff.device, len(sums.gg)
-    factor = BandedFactor(sums.ff + smooth * roughness_diagonals(sums.nodes).to(device), sums.nodes)
-    probed = factor.forward(roughness_probes(sums.nodes, PROBES).to(device))
+    device, patches = equations.ff.device, len(equations.gg)
+    factor = BandedFactor(equations.ff + smooth * roughness_diagonals(equations.nodes).to(device), equations.nodes)
+    probed = factor.forward(roughness_probes(equations.nodes, PROBES).to(device))
     energy = float(probed.square().sum())
     if not with_artifacts:
-        return Factors(strengths, factor, None, None, len(sums.ff) - smooth * energy / PROBES, 0.0)
-    coupling = factor.forward(sums.fg)
-    schur_factor = torch.linalg.cholesky(torch.diag(sums.gg + ridge) - _lower_gram(coupling))
+        return Factors(strengths, factor, None, None, len(equations.ff) - smooth * energy / PROBES, 0.0)
+    coupling = factor.forward(equations.fg)
+    schur_factor = torch.linalg.cholesky(torch.diag(equations.gg + ridge) - _lower_gram(coupling))
     through = torch.linalg.solve_triangular(schur_factor, coupling.T @ probed, upper=False)
     energy += float(through.square().sum())
     eye = torch.eye(patches, dtype=schur_factor.dtype, device=device)
     trace = float(torch.linalg.solve_triangular(schur_factor, eye, upper=False).square().sum())
-    semantic_freedom = len(sums.ff) - smooth * energy / PROBES
+    semantic_freedom = len(equations.ff) - smooth * energy / PROBES
     return Factors(strengths, factor, coupling, schur_factor, semantic_freedom, patches - ridge * trace)
 
 
-def solve(sums: Sums, factors: Factors) -> Solution:
+def solve(equations: NormalEquations, factors: Factors) -> Solution:
     """Minimise sum w |y - F - G|^2 + smoothness * f'Rf + artifacts * |G|^2, and re-estimate the strengths.
 
     The strengths that come back are one step of MacKay's fixed point for the evidence of the Gaussian model
@@ -87,25 +87,25 @@ def solve(sums: Sums, factors: Factors) -> Solution:
     maximise the evidence.
     """
     smooth, ridge = factors.strengths.smoothness, factors.strengths.artifacts
-    channels, patches = sums.channels, len(sums.gg)
-    solved = factors.semantics.forward(sums.fy)
-    artifacts = torch.zeros_like(sums.gy)
+    channels, patches = equations.channels, len(equations.gg)
+    solved = factors.semantics.forward(equations.fy)
+    artifacts = torch.zeros_like(equations.gy)
     if factors.coupling is not None and factors.patches is not None:
-        artifacts = torch.cholesky_solve(sums.gy - factors.coupling.T @ solved, factors.patches)
+        artifacts = torch.cholesky_solve(equations.gy - factors.coupling.T @ solved, factors.patches)
         solved -= factors.coupling @ artifacts
     semantics = factors.semantics.backward(solved)
 
     # At the minimum, misfit + penalties = y'wy - f.W'wy - g.S'wy.
-    explained = float(_inner(semantics, sums.fy) + _inner(artifacts, sums.gy))
-    bending = roughness(semantics, sums.nodes)
+    explained = float(_inner(semantics, equations.fy) + _inner(artifacts, equations.gy))
+    bending = roughness(semantics, equations.nodes)
     size = float(_inner(artifacts, artifacts))
-    misfit = max(sums.yy - explained - smooth * bending - ridge * size, 1e-12 * sums.yy, 1e-30)
+    misfit = max(equations.yy - explained - smooth * bending - ridge * size, 1e-12 * equations.yy, 1e-30)
     freedom = factors.semantic_freedom + factors.artifact_freedom
-    noise = misfit / (channels * max(sums.weight - freedom, 0.05 * sums.weight))
+    noise = misfit / (channels * max(equations.weight - freedom, 0.05 * equations.weight))
     # R does not see constants and ramps: three parameters that need no prior.
     semantic_variance = bending / max(factors.semantic_freedom - 3, 1.0)
     artifact_variance = size / max(factors.artifact_freedom, 1e-3)
-    per_node, per_patch = sums.weight / len(semantics), sums.weight / patches
+    per_node, per_patch = equations.weight / len(semantics), equations.weight / patches
     wanted = Strengths(
         _clamp(noise * channels / max(semantic_variance, 1e-30), 1e-6 * per_node, 1e6 * per_node),
         _clamp(noise * channels / max(artifact_variance, 1e-30), 1e-7 * per_patch, 1e6 * per_patch),

@@ -1,4 +1,4 @@
-"""The sums of the linear stage 1: all that is kept of the views, whatever their number."""
+"""The normal equations of the linear stage 1: all that is kept of the views, whatever their number."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Sums:
+class NormalEquations:
     """Weighted normal equations of y = F(coords) + G(patch), summed view by view in float64.
 
     F lives on an M x M grid over the image (bilinear, node a at (a + 1/2) / M, constant beyond the outer
@@ -84,12 +84,12 @@ class Sums:
         window = self.fy.view(nodes, nodes, -1)[y_from:y_to, x_from:x_to]
         window += to_columns @ by_row
 
-    def sketched(self, mixing: Tensor) -> Sums:
-        """The sums of features @ mixing, for mixing (C, c): what is of the geometry alone is shared, not copied."""
-        sums = copy.copy(self)
-        sums.channels, sums.yy = mixing.shape[1], self.sketch_yy
-        sums.fy, sums.gy = self.fy @ mixing.double(), self.gy @ mixing.double()
-        return sums
+    def sketched(self, mixing: Tensor) -> NormalEquations:
+        """The equations of features @ mixing, for mixing (C, c): what is of geometry alone is shared, not copied."""
+        equations = copy.copy(self)
+        equations.channels, equations.yy = mixing.shape[1], self.sketch_yy
+        equations.fy, equations.gy = self.fy @ mixing.double(), self.gy @ mixing.double()
+        return equations
 
 
 def cell_of(coords: Tensor, nodes: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from training.stage1.conditioning import IllConditioned, separation, warn_if_inseparable
 from training.stage1.linear.evidence import Solution, Strengths, factorise, solve
-from training.stage1.linear.normal_equations import Sums, interpolate
+from training.stage1.linear.normal_equations import NormalEquations, interpolate
 
 # Nodes a side that are enough to tell outliers from the rest.
 COARSE = 32
@@ -75,7 +75,7 @@ class LinearSolver:
     """Takes one view's features after another, keeps sums, and gives F and G at the end.
 
     The first views wait in a buffer of fixed size until there is an estimate that tells outlier tokens from
-    the rest; from then on each view is weighed against the running estimate, added to the sums and forgotten.
+    the rest; from then on each view is weighed against the running estimate, added to the equations and forgotten.
     The estimate is renewed each time the number of views has doubled. What comes out does not depend on how
     the views were batched.
     """
@@ -92,14 +92,14 @@ class LinearSolver:
             grid: K.
             channels: C.
             settings: see LinearSettings; None is its defaults.
-            device: where sums are kept and solved; needs float64.
+            device: where the normal equations are kept and solved; needs float64.
         """
         self.settings = settings or LinearSettings()
         self.grid, self.channels, self.device = grid, channels, device
         self.nodes = self.settings.nodes or min(max(2 * grid, 64), max(5 * grid, 4))
         self.views = 0
         self._buffer: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._sums: Sums | None = None
+        self._equations: NormalEquations | None = None
         self._strengths = Strengths()
         self._lost = 0.0
         self._mixing: Tensor | None = None
@@ -111,7 +111,7 @@ class LinearSolver:
         """Add one view: xs, ys (K,) image coordinates of its columns and rows, features (K, K, C) float32."""
         xs, ys, features = xs.to(self.device), ys.to(self.device), features.to(self.device)
         self.views += 1
-        if self._sums is None:
+        if self._equations is None:
             self._buffer.append((xs, ys, features.clone()))
             if self.views == self.settings.first_views:
                 self._start()
@@ -123,7 +123,7 @@ class LinearSolver:
         sketch = self._sketch(features)
         weights = self._weigh(self._squared_residual(xs, ys, sketch))
         self._lost += float((1 - weights).sum())
-        self._sums.add(xs, ys, features, weights, sketch)
+        self._equations.add(xs, ys, features, weights, sketch)
 
     def solve(self) -> LinearFit:
         """F and G from all views added so far.
@@ -133,17 +133,17 @@ class LinearSolver:
         """
         if not self.views:
             raise IllConditioned("no views were added: add some before solving")
-        if self._sums is None:
+        if self._equations is None:
             self._start()
         for _ in range(MAX_STEPS):
             before, solution = self._strengths, None  # the last factors make room for the next
             solution = self._renew()
             if _close(before, self._strengths):
                 break
-        assert self._sums is not None and solution is not None
-        sums, factors = self._sums, solution.factors
+        assert self._equations is not None and solution is not None
+        equations, factors = self._equations, solution.factors
         if self._mixing is not None:
-            solution = solve(sums, factors)
+            solution = solve(equations, factors)
         level = solution.artifacts.mean(0)
         semantics = solution.semantics + level + self._offset
         diagnostics = {
@@ -154,13 +154,13 @@ class LinearSolver:
             "semantic_freedom": factors.semantic_freedom / len(solution.semantics),
             "artifact_freedom": factors.artifact_freedom / len(solution.artifacts),
             "outlier_share": self._lost / (self.views * self.grid**2),
-            "unseen": self._unseen(sums),
+            "unseen": self._unseen(equations),
         }
         if factors.patches is not None:
-            per_patch = float(sums.gg.mean())
+            per_patch = float(equations.gg.mean())
             diagnostics["separation"] = separation(factors.patches, before.artifacts, per_patch)
             variance = solution.noise / max(diagnostics["separation"] * per_patch, 1e-12)
-            content = sums.yy / (sums.weight * self.channels)
+            content = equations.yy / (equations.weight * self.channels)
             uncertainty = math.sqrt(variance / max(content, 1e-30))
             warn_if_inseparable(diagnostics["separation"], uncertainty, diagnostics["unseen"])
         return LinearFit(
@@ -169,9 +169,9 @@ class LinearSolver:
             diagnostics,
         )
 
-    def _unseen(self, sums: Sums) -> float:
+    def _unseen(self, equations: NormalEquations) -> float:
         """Share of the patches' places in the whole image that no view comes near."""
-        seen = (sums.ff[:, 12] > 0).double().view(1, 1, self.nodes, self.nodes)
+        seen = (equations.ff[:, 12] > 0).double().view(1, 1, self.nodes, self.nodes)
         near = torch.nn.functional.adaptive_max_pool2d(seen, min(self.grid, self.nodes))
         return float(1 - near.mean())
 
@@ -186,18 +186,18 @@ class LinearSolver:
         # Nothing is fitted yet: only tokens far beyond the content's own variety are suspect.
         self._limit = 4 * self._spread
         for nodes in 2 * [min(self.nodes, COARSE)]:
-            coarse = Sums(nodes, self.grid, sketches[0][2].shape[-1], self.device)
+            coarse = NormalEquations(nodes, self.grid, sketches[0][2].shape[-1], self.device)
             for view, residual in zip(sketches, residuals):
                 coarse.add(*view, self._weigh(residual))
             self._estimate(coarse)
             residuals = torch.stack([self._squared_residual(*view) for view in sketches])
             lower, upper = residuals.quantile(0.25), residuals.quantile(0.75)
             self._limit = float(upper + self.settings.outlier * (upper - lower)) + FLOOR * self._spread
-        self._sums = Sums(self.nodes, self.grid, self.channels, self.device)
+        self._equations = NormalEquations(self.nodes, self.grid, self.channels, self.device)
         for view, (_, _, sketch), residual in zip(self._buffer, sketches, residuals):
             weights = self._weigh(residual)
             self._lost += float((1 - weights).sum())
-            self._sums.add(*view, weights, sketch)
+            self._equations.add(*view, weights, sketch)
         # The penalty is on differences between nodes; this keeps it the same on the field they sample.
         finer = self.nodes / min(self.nodes, COARSE)
         self._strengths = Strengths(self._strengths.smoothness * finer**2, self._strengths.artifacts)
@@ -208,24 +208,24 @@ class LinearSolver:
         return features if self._mixing is None else features @ self._mixing
 
     def _renew(self) -> Solution:
-        assert self._sums is not None
-        return self._estimate(self._sums if self._mixing is None else self._sums.sketched(self._mixing))
+        assert self._equations is not None
+        return self._estimate(self._equations if self._mixing is None else self._equations.sketched(self._mixing))
 
-    def _estimate(self, sums: Sums) -> Solution:
+    def _estimate(self, equations: NormalEquations) -> Solution:
         """F and G of the features' sketch, that new views are held against, and the strengths to go on with.
 
         The solution is returned and not kept: its factors are larger than all else that the solver holds.
         """
         try:
-            factors = factorise(sums, self._strengths, self.settings.artifacts)
+            factors = factorise(equations, self._strengths, self.settings.artifacts)
         except torch.linalg.LinAlgError as error:
             raise IllConditioned(
                 f"the equations of {self.views} views cannot be solved ({error}); use more views, of "
                 "different places and sizes"
             ) from error
-        solution = solve(sums, factors)
+        solution = solve(equations, factors)
         self._strengths = solution.strengths
-        self._nodal = solution.semantics.float().view(sums.nodes, sums.nodes, -1)
+        self._nodal = solution.semantics.float().view(equations.nodes, equations.nodes, -1)
         self._artifacts = solution.artifacts.float().view(self.grid, self.grid, -1)
         return solution
 
