@@ -1,6 +1,6 @@
 """The denoiser of DVT's stage 2: a learned position embedding and transformer blocks behind a ViT's final norm."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ class Denoiser(nn.Module):
             has one key more, `keeps_length`.
         pos_embed_out: add a second position embedding to the clean tokens, F = blocks(y + PE) + PE_out: for
             PE_out = -G of its predictions, what still shows of position in them (`timm_dvt.calibrate`, "leftover").
+            True for one of `grid_size`, or rows and columns of its own: such a rest can be smooth.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Denoiser(nn.Module):
         pos_embed: bool = True,
         arch: str = "block",
         keep_length: bool = False,
-        pos_embed_out: bool = False,
+        pos_embed_out: bool | tuple[int, int] = False,
         device=None,
         dtype=None,
     ):
@@ -87,8 +88,10 @@ class Denoiser(nn.Module):
         else:
             self.blocks = nn.Sequential(*[block(**factory) for _ in range(0 if arch == "static" else depth)])
         self.pos_embed_out: nn.Parameter | None = None
+        rows, columns = self.grid_size if isinstance(pos_embed_out, bool) else pos_embed_out
+        self.out_grid_size = (int(rows), int(columns))
         if pos_embed_out:
-            self.pos_embed_out = nn.Parameter(torch.zeros(1, self.grid_size[0] * self.grid_size[1], dim, **factory))
+            self.pos_embed_out = nn.Parameter(torch.zeros(1, rows * columns, dim, **factory))
         self._kept = {"in": _Resampled(), "out": _Resampled()}
         self.keep_length = False
         if keep_length:
@@ -105,6 +108,7 @@ class Denoiser(nn.Module):
     def start_adding(self, pos_embed_out: torch.Tensor) -> None:
         """From now on, add this position embedding (1, H*W, C) of the own grid to the clean tokens."""
         like = next(self.parameters())
+        self.out_grid_size = self.grid_size
         self.pos_embed_out = nn.Parameter(pos_embed_out.to(like), requires_grad=like.requires_grad)
 
     def init_weights(self) -> None:
@@ -138,7 +142,7 @@ class Denoiser(nn.Module):
         x = self.norm(x)
         clean = self._clean(x, grid_size)
         if self.pos_embed_out is not None:
-            clean = clean + self._position(self.pos_embed_out, "out", grid_size)
+            clean = clean + self._position(self.pos_embed_out, "out", self.out_grid_size, grid_size)
         if self.keep_length:
             # In float32: the square of a token's length can be beyond half precision.
             lengths = [torch.linalg.vector_norm(y.float(), dim=-1, keepdim=True) for y in (x, clean)]
@@ -161,30 +165,33 @@ class Denoiser(nn.Module):
     def position(self, grid_size: tuple[int, int]) -> torch.Tensor:
         """The position embedding (1, H*W, C) for a grid (H, W), resampled bicubically where it is not the own one."""
         assert self.pos_embed is not None
-        return self._position(self.pos_embed, "in", grid_size)
+        return self._position(self.pos_embed, "in", self.grid_size, grid_size)
 
-    def _position(self, pos_embed: torch.Tensor, which: str, grid_size: tuple[int, int]) -> torch.Tensor:
-        if grid_size[0] == self.grid_size[0] and grid_size[1] == self.grid_size[1]:
+    def _position(
+        self, pos_embed: torch.Tensor, which: str, own: tuple[int, int], grid_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """An embedding of a grid of its own at another one."""
+        if grid_size[0] == own[0] and grid_size[1] == own[1]:
             return pos_embed
         if torch.jit.is_scripting():
-            return self._resample(pos_embed, grid_size)
+            return _resample(pos_embed, own, grid_size)
         # In a graph that is being recorded the embedding must stay an input, and a gradient must find its way to it.
         recording = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if recording or (torch.is_grad_enabled() and pos_embed.requires_grad):
-            return self._resample(pos_embed, grid_size)
-        return self._resampled_once(pos_embed, which, grid_size)
-
-    def _resample(self, pos_embed: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        return resample_abs_pos_embed(
-            pos_embed,
-            new_size=[grid_size[0], grid_size[1]],
-            old_size=[self.grid_size[0], self.grid_size[1]],
-            num_prefix_tokens=0,
-        )
+            return _resample(pos_embed, own, grid_size)
+        return self._resampled_once(pos_embed, which, own, grid_size)
 
     @torch.jit.unused
-    def _resampled_once(self, pos_embed: torch.Tensor, which: str, grid_size: tuple[int, int]) -> torch.Tensor:
-        return self._kept[which].at(grid_size, pos_embed, self._resample)
+    def _resampled_once(
+        self, pos_embed: torch.Tensor, which: str, own: tuple[int, int], grid_size: tuple[int, int]
+    ) -> torch.Tensor:
+        return self._kept[which].at(grid_size, pos_embed, own)
+
+
+def _resample(pos_embed: torch.Tensor, own: tuple[int, int], grid_size: tuple[int, int]) -> torch.Tensor:
+    return resample_abs_pos_embed(
+        pos_embed, new_size=[grid_size[0], grid_size[1]], old_size=[own[0], own[1]], num_prefix_tokens=0
+    )
 
 
 class _Resampled:
@@ -198,7 +205,7 @@ class _Resampled:
         self.source: torch.Tensor | None = None
         self.grids: dict[tuple[int, int], torch.Tensor] = {}
 
-    def at(self, grid_size: tuple[int, int], pos_embed: torch.Tensor, resample: Callable) -> torch.Tensor:
+    def at(self, grid_size: tuple[int, int], pos_embed: torch.Tensor, own: tuple[int, int]) -> torch.Tensor:
         source = self.source
         same = source is not None and source.dtype == pos_embed.dtype and source.device == pos_embed.device
         with torch.inference_mode(False), torch.no_grad():
@@ -207,7 +214,7 @@ class _Resampled:
             if grid_size not in self.grids:
                 if len(self.grids) >= MAX_CACHED_GRIDS:
                     self.grids.pop(next(iter(self.grids)))
-                self.grids[grid_size] = resample(pos_embed, grid_size)
+                self.grids[grid_size] = _resample(pos_embed, own, grid_size)
         return self.grids[grid_size]
 
     def __reduce__(self) -> tuple:

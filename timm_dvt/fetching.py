@@ -3,10 +3,13 @@
 import hashlib
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from timm.models import get_pretrained_cfg
 
@@ -70,12 +73,15 @@ def without_dead_network() -> Iterator[Exception | None]:
     before, dead = constants.HF_HUB_OFFLINE, None
     # Below huggingface_hub 1.0 a session decides when it is made whether it may use the network.
     renew = getattr(utils, "reset_sessions", lambda: None)
-    if not before and time.monotonic() - _answered > PROBE_LASTS:
+    address = urlsplit(constants.ENDPOINT)
+    # Behind a proxy nothing is known of the Hub from here.
+    if not before and not getproxies() and time.monotonic() - _answered > PROBE_LASTS:
         try:
-            utils.get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+            port = address.port or (443 if address.scheme == "https" else 80)
+            socket.create_connection((address.hostname or "", port), PROBE_SECONDS).close()
             _answered = time.monotonic()
-        except Exception as e:  # the network library's own; any answer at all is a living network
-            dead, constants.HF_HUB_OFFLINE = e, True
+        except OSError as e:
+            dead, constants.HF_HUB_OFFLINE = ConnectionError(str(e)), True
             renew()
     try:
         yield dead

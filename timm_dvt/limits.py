@@ -49,7 +49,10 @@ def check_denoiser(options: object, accepted_by: Callable) -> None:
     if not isinstance(options, dict) or not set(options) <= set(accepted):
         raise ValueError(f"denoiser is {str(options)[:200]!r}; it has to be a dict with keys of {', '.join(accepted)}.")
     check_sizes(options, DENOISER_SIZES)
-    for name in ("pos_embed", "keep_length", "pos_embed_out"):
+    out = options.get("pos_embed_out", False)
+    if not isinstance(out, bool):
+        check_sizes({"grid_size": list(out) if isinstance(out, (list, tuple)) else out}, DENOISER_SIZES)
+    for name in ("pos_embed", "keep_length"):
         if not isinstance(options.get(name, True), bool):
             raise ValueError(f"{name} is {str(options[name])[:100]!r}; it has to be True or False.")
     layers = options.get("layers")

@@ -38,7 +38,7 @@ def add_denoiser(
     arch: str = "block",
     layers: Sequence[int] | None = None,
     keep_length: bool = False,
-    pos_embed_out: bool = False,
+    pos_embed_out: bool | Sequence[int] = False,
 ) -> nn.Module:
     """Give a timm model a denoiser, in place, and return it. The denoiser is new: train or load it.
 
@@ -64,6 +64,7 @@ def add_denoiser(
     wanted = [-1] if layers is None else list(layers)
     if not wanted or any(not -count <= block < count for block in wanted):
         raise ValueError(f"layers must be one or more blocks from {-count} to {count - 1}, got {layers}")
+    out = pos_embed_out if isinstance(pos_embed_out, bool) else to_2tuple(pos_embed_out)
     grid = to_2tuple(layout.grid if grid_size is None else grid_size)
     weight = next(model.parameters())
     factory = {"device": weight.device, "dtype": weight.dtype}
@@ -76,7 +77,7 @@ def add_denoiser(
             pos_embed,
             arch,
             keep_length,
-            pos_embed_out,
+            out,
             **factory,
         )
         for block in sorted({block % count for block in wanted})

@@ -1,5 +1,6 @@
 """Weights: reading published checkpoints and our own, finding them on the Hub, loading all or nothing."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -165,11 +166,21 @@ def _one_denoiser(state: State, new: Callable[..., Denoiser], path: str, prefix:
         arch = "project" if kernel.ndim == 2 else "conv3x3" if kernel.shape[-1] == 3 else "conv1x1"
     elif set(state) - {"keeps_length", "pos_embed_out"} == {"pos_embed"}:
         arch = "static"
-    denoiser = new(depth=depth, arch=arch, keep_length="keeps_length" in state, pos_embed_out="pos_embed_out" in state)
+    denoiser = new(depth=depth, arch=arch, keep_length="keeps_length" in state, pos_embed_out=_out_grid(state))
     check_state(denoiser, state, path, prefix=prefix)
     dtype = next(iter(state.values())).dtype
     denoiser.to_empty(device="cpu").to(dtype).load_state_dict(state)
     return denoiser
+
+
+def _out_grid(state: State) -> bool | tuple[int, int]:
+    """Whether there is an output embedding; its grid, if it is a square one with other places than the input's."""
+    if "pos_embed_out" not in state or state["pos_embed_out"].ndim != 3:
+        return "pos_embed_out" in state
+    places = state["pos_embed_out"].shape[1]
+    side = math.isqrt(places)
+    same = "pos_embed" in state and state["pos_embed"].shape[1:2] == (places,)
+    return True if same or side * side != places or not side else (side, side)
 
 
 def check_state(

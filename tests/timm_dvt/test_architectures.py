@@ -147,17 +147,17 @@ def test_a_saved_denoiser_that_keeps_the_length_is_known_again(tmp_path):
     assert again.denoiser.keep_length and "keeps_length" in load_denoiser_keys(tmp_path)
 
 
-@pytest.mark.parametrize("keep_length", [False, True])
-def test_an_output_embedding_is_added_resampled_as_timm_does_before_lengths_are_kept(keep_length):
+@pytest.mark.parametrize(("keep_length", "own"), [(False, (4, 4)), (True, (4, 4)), (True, (3, 3))])
+def test_an_output_embedding_is_added_resampled_as_timm_does_before_lengths_are_kept(keep_length, own):
     torch.manual_seed(0)
     plain = Denoiser(64, (4, 4))
-    adding = Denoiser(64, (4, 4), pos_embed_out=True, keep_length=keep_length)
-    out = torch.randn(1, 16, 64)
+    adding = Denoiser(64, (4, 4), pos_embed_out=True if own == (4, 4) else own, keep_length=keep_length)
+    out = torch.randn(1, own[0] * own[1], 64)
     state = {**plain.state_dict(), "pos_embed_out": out, **({"keeps_length": torch.ones(())} if keep_length else {})}
     adding.load_state_dict(state)
     x = torch.randn(2, 30, 64)
     with torch.no_grad():
-        want = plain(x, (6, 5)) + resample_abs_pos_embed(out, [6, 5], [4, 4], num_prefix_tokens=0)
+        want = plain(x, (6, 5)) + resample_abs_pos_embed(out, [6, 5], list(own), num_prefix_tokens=0)
         if keep_length:
             want = want / want.norm(dim=-1, keepdim=True) * x.norm(dim=-1, keepdim=True)
         torch.testing.assert_close(adding(x, (6, 5)), want)
@@ -165,8 +165,9 @@ def test_an_output_embedding_is_added_resampled_as_timm_does_before_lengths_are_
         assert not torch.allclose(adding(x, (6, 5)), want, atol=1e-2)
 
 
-def test_a_saved_output_embedding_comes_back_and_is_not_decayed(tmp_path):
-    model = timm_dvt.add_denoiser(timm.create_model("test_vit", dynamic_img_size=True), pos_embed_out=True).eval()
+@pytest.mark.parametrize("out", [True, (3, 3), 5])
+def test_a_saved_output_embedding_comes_back_and_is_not_decayed(tmp_path, out):
+    model = timm_dvt.add_denoiser(timm.create_model("test_vit", dynamic_img_size=True), pos_embed_out=out).eval()
     torch.nn.init.normal_(model.denoiser.pos_embed_out)
     assert {"denoiser.pos_embed", "denoiser.pos_embed_out"} <= model.no_weight_decay()
     timm_dvt.save_pretrained(model, tmp_path)
