@@ -8,6 +8,7 @@ import torch
 
 import timm_dvt
 from tests.timm_dvt.test_calibration import photographs, plant, vit
+from timm_dvt.__main__ import main
 from timm_dvt.calibration import CalibrationError, calibrate
 
 
@@ -58,3 +59,17 @@ def test_what_cannot_be_is_refused_and_leaves_the_denoiser_as_it_was(tmp_path):
     with pytest.raises(CalibrationError, match=r"bad\.png"):
         calibrate(model, [tmp_path / "bad.png"] * 4, method="leftover")
     assert model.denoiser.keep_length and model.denoiser.pos_embed_out is None
+
+
+def test_the_command_improves_a_saved_denoiser(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = timm_dvt.add_denoiser(timm.create_model("vit_tiny_patch16_224", img_size=96, depth=2)).eval()
+    timm_dvt.save_pretrained(model, tmp_path / "trained")
+    for number, image in enumerate(photographs(4)):
+        image.save(tmp_path / f"{number}.png")
+    words = ["--model", f"local-dir:{tmp_path / 'trained'}", "--out", str(tmp_path / "out"), "--views", "32"]
+    assert main(["calibrate", "--method", "leftover", *words, "--images", *map(str, tmp_path.glob("*.png"))]) == 0
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert again.denoiser.pos_embed_out.abs().sum() > 0
+    assert torch.equal(again.denoiser.blocks[0].attn.qkv.weight, model.denoiser.blocks[0].attn.qkv.weight)
+    assert "Position explains" in capsys.readouterr().out
