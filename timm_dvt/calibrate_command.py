@@ -14,13 +14,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from timm_dvt.calibration import METHODS, Calibration, CalibrationError, ViewReader, calibrate
+from timm_dvt.calibration import METHODS, Calibration, CalibrationError, calibrate
 from timm_dvt.demo import PHOTOGRAPHS, DemoError, read_image
 from timm_dvt.fetching import without_dead_network
 from timm_dvt.files import write_whole
 from timm_dvt.panel import Shown, draw
 from timm_dvt.sample_images import SampleError, sources
 from timm_dvt.saving import recorded_arguments, save_pretrained
+from timm_dvt.viewing import ViewReader
 
 PANEL = "before_after.png"
 MOST_SHOWN = 2

@@ -6,23 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
 from timm.layers import resample_abs_pos_embed
 from torch import nn
-from tqdm import tqdm
 
 from timm_dvt.denoiser import Denoiser, combine
 from timm_dvt.model import Denoised, add_denoiser, attach_denoiser, remove_denoiser
-from timm_dvt.positions import MOST_GROUPS, Position, PositionSums, Windows
-from timm_dvt.sample_images import SampleError, Source, blank, canvas, sources
+from timm_dvt.positions import Position
+from timm_dvt.sample_images import SampleError, Source, sources
+from timm_dvt.viewing import WINDOWS, CalibrationError, ViewReader, look
 
 METHODS = ("static", "project", "leftover")
-WINDOWS = 8  # views of a canvas
 LEAST_VIEWS = 4 * WINDOWS  # two canvases, whose estimates are compared, of the images and of blank ones
-
-
-class CalibrationError(ValueError):
-    """What keeps a model from being calibrated; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +105,8 @@ def calibrate(
         # In images content hides the directions of position: the one that a DINOv2-S shows first holds 27% of what
         # varies in its features, where six found on blank images hold 4.5%. So images only tell the mean token.
         twice = method == "project" and found is not None
-        count, told = _look(reader, found, views // 2 if twice else views, tolerance, progress)
-        basis = _look(reader, None, views // 2, tolerance, progress)[1] if twice else told
+        count, told = look(reader, found, views // 2 if twice else views, tolerance, progress)
+        basis = look(reader, None, views // 2, tolerance, progress)[1] if twice else told
         facts = dict(method=method, images=0 if found is None else min(len(found), count), views=reader.views)
         new = {block: _denoiser(position, basis[block], facts) for block, position in told.items()}
         final = model.final_block
@@ -152,7 +146,7 @@ def _calibrate_leftover(
     try:
         with _as_predicted(denoisers.values()), model.denoising():
             reader = ViewReader(model.eval(), batch_size, _size_of_denoiser(model))
-            count, told = _look(reader, found, views, tolerance, progress)
+            count, told = look(reader, found, views, tolerance, progress)
     except SampleError as e:
         raise CalibrationError(str(e)) from e
     finally:
@@ -206,102 +200,6 @@ def _take_denoiser(model: nn.Module) -> tuple[dict[int, Denoiser], Any]:
         raise CalibrationError("Blocks or the final norm of this model were pruned away; calibrate before pruning.")
     remove_denoiser(model)
     return before, old
-
-
-class ViewReader:
-    """Reads what the denoisers of a model give; new static ones, which are the identity, give what they see.
-
-    Attributes:
-        size: (height, width) of an input, in pixels.
-        grid: (H, W) of the maps.
-        views: how many were read.
-    """
-
-    def __init__(self, model: Any, batch_size: int, size: tuple[int, int] | None = None) -> None:
-        """
-        Args:
-            size: of an input; default the model's own.
-        """
-        self.model, self.batch_size, self.views = model, batch_size, 0
-        weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
-        config = resolve_model_data_config(model)
-        embed = getattr(model, "patch_embed", None)
-        self.size = size or tuple(getattr(embed, "img_size", None) or config["input_size"][-2:])
-        self.channels = getattr(model, "in_chans", 3)
-        self.mean, self.std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
-        self.blocks = sorted(model.denoisers())
-        zeros = torch.zeros(1, self.channels, *self.size)
-        self.grid = tuple(self(zeros)[self.blocks[-1]].shape[1:3])
-        self.views = 0  # the one of zeros was to learn the grid
-        self.patch = tuple(side // count for side, count in zip(self.size, self.grid))
-
-    def normalised(self, image: torch.Tensor) -> torch.Tensor:
-        """An RGB image (3, h, w) in [0, 1] as the model takes it."""
-        return (image - self.mean) / self.std
-
-    @torch.no_grad()
-    def __call__(self, inputs: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Inputs (V, channels, *size), normalised, to maps (V, H, W, C) by block, float32."""
-        read = []
-        # Inner blocks are read as they leave them. The last one's is normed in any case, but with norm=True it is timm
-        # that norms, prefix tokens and all, as in forward_features.
-        norm = self.blocks == [self.model.final_block]
-        for batch in inputs.split(self.batch_size):
-            batch = batch.to(self.device, self.dtype)
-            maps = self.model.forward_intermediates(batch, indices=self.blocks, norm=norm, intermediates_only=True)
-            read.append(maps)
-        self.views += len(inputs)
-        found = {block: torch.cat(parts).permute(0, 2, 3, 1).float() for block, parts in zip(self.blocks, zip(*read))}
-        for block, one in found.items():
-            if not torch.isfinite(one).all():
-                raise CalibrationError(
-                    f"Features of block {block} are not finite, in {self.dtype}; calibrate in float32 and convert then."
-                )
-        return found
-
-
-def _look(
-    reader: ViewReader, found: list[Source] | None, views: int, tolerance: float, progress: bool
-) -> tuple[int, dict[int, Position]]:
-    """Sum up canvases until the error is small enough or the views are spent; their number, and what they told."""
-    windows = Windows.whole() if found is None else Windows.draw(WINDOWS, (reader.grid[0] // 2, reader.grid[1] // 2))
-    # Images of one group share no content with those of another. Below 4 images, canvases must do.
-    groups = MOST_GROUPS if found is None or not 4 <= len(found) < MOST_GROUPS else len(found)
-    most = views // len(windows.places)
-    sums = {block: PositionSums(windows, groups) for block in reader.blocks}
-    check = groups
-    with tqdm(total=most, unit="image", desc="calibrate", disable=not progress) as bar:
-        for visit in range(most):
-            image, inputs = _inputs(reader, windows, found, visit)
-            for block, maps in reader(inputs).items():
-                sums[block].add(maps, image % groups)
-            bar.update()
-            if visit + 1 == check and visit + 1 < most:
-                error = max(one.estimate().error for one in sums.values())
-                bar.set_postfix_str(f"error {error:.0%}")
-                if error <= tolerance:
-                    break
-                check += check
-    return visit + 1, {block: one.estimate() for block, one in sums.items()}
-
-
-def _inputs(reader: ViewReader, windows: Windows, found: list[Source] | None, visit: int) -> tuple[int, torch.Tensor]:
-    """The number by which an image is grouped, and its windows as the model's input (V, channels, *size)."""
-    if found is None:  # by turns of two kinds: two in a row make a fair sample of blank images
-        return visit // 2, blank(reader.channels, reader.size, visit)[None]
-    if reader.channels != 3:
-        raise SampleError(f"The model takes images of {reader.channels} channels; use blank ones (images=None).")
-    size = tuple(side + more * patch for side, more, patch in zip(reader.size, windows.margin, reader.patch))
-    image = visit % len(found) if len(found) >= 4 else visit
-    part = reader.normalised(canvas(found[visit % len(found)], size, visit))
-    return image, torch.stack([_cut(part, place, reader) for place in windows.places])
-
-
-def _cut(part: torch.Tensor, place: tuple[int, int, bool], reader: ViewReader) -> torch.Tensor:
-    y, x, mirrored = place[0] * reader.patch[0], place[1] * reader.patch[1], place[2]
-    view = part[:, y : y + reader.size[0], x : x + reader.size[1]]
-    return view.flip(-1) if mirrored else view
 
 
 def _denoiser(position: Position, blanks: Position, facts: dict) -> Denoiser:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
 from torch import nn
+from tqdm import tqdm
 
 from timm_dvt.fetching import WeightsNotFoundError, without_dead_network
 from timm_dvt.files import write_whole
@@ -82,7 +83,7 @@ def run(
     shown = []
     for source, photograph in zip(sources, photographs):
         resized, pixels = prepare(network, photograph, size)
-        off, on = measure(network, pixels.to(device), rounds)
+        off, on = measure(network, pixels.to(device), rounds, label=source.name)
         rows, columns, channels = on.features.shape
         print(
             f"{source.name}: {resized.width} x {resized.height} pixels, {rows} x {columns} patch tokens of {channels} "
@@ -210,16 +211,19 @@ def prepare(model: Any, image: Image.Image, size: int | None = None) -> tuple[Im
 
 
 @torch.inference_mode()
-def measure(model: Any, pixels: torch.Tensor, rounds: int, warm_up: bool = True) -> tuple[Measured, Measured]:
+def measure(
+    model: Any, pixels: torch.Tensor, rounds: int, warm_up: bool = True, label: str = ""
+) -> tuple[Measured, Measured]:
     """The patch tokens of an input (1, 3, h, w) with the denoiser off and on, and how long each takes.
 
     Args:
         rounds: forwards of each state, of which the median counts.
         warm_up: False where the model has computed before, to save a forward of each state.
+        label: of a progress bar; none without.
     """
     seconds: dict[bool, list[float]] = {False: [], True: []}
     features = {}
-    for i in range(0 if warm_up else 1, rounds + 1):
+    for i in tqdm(range(0 if warm_up else 1, rounds + 1), label, unit="round", leave=False, disable=not label):
         for state in (False, True):
             with model.denoising(state):
                 start = time.perf_counter()
