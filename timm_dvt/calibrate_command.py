@@ -42,7 +42,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--images",
         nargs="+",
         metavar="PATH",
-        help="image files or folders; 16 images do, 64 do better (default: blank and noise images)",
+        help="image files or folders, 16 images or more of many kinds (default: blank and noise images)",
     )
     command.add_argument(
         "--method",
