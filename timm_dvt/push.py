@@ -23,8 +23,6 @@ from timm_dvt.variants import Variant
 from timm_dvt.weights import CheckpointError
 
 FILES = (WEIGHTS_NAME, "config.json", "README.md")
-
-
 Say = Callable[[str], None]
 
 
@@ -80,7 +78,7 @@ def commit(
     private: bool,
     create_pr: bool,
     dry_run: bool,
-    say: Callable[[str], None],
+    say: Say,
     kind: str = "model",
 ) -> bool:
     """Commit what differs of files, by their names in the repo, from those `there`; made if there is None.
@@ -111,7 +109,7 @@ def commit(
     return True
 
 
-def push_all(namespace: str, private: bool = False, dry_run: bool = False, say: Callable[[str], None] = print) -> int:
+def push_all(namespace: str, private: bool = False, dry_run: bool = False, say: Say = print) -> int:
     """Publish every variant as NAMESPACE/NAME, and go on where a variant fails; run again, it continues.
 
     Returns:
@@ -167,7 +165,7 @@ def files_there(api: HfApi, repo_id: str, private: bool, create_pr: bool, kind: 
     return {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id or "" for s in getattr(info, "siblings", None) or []}
 
 
-def _say_variant(variant: Variant, repo_id: str, there: dict | None, say: Callable[[str], None]) -> bool:
+def _say_variant(variant: Variant, repo_id: str, there: dict | None, say: Say) -> bool:
     """What a push of a variant would do, as far as can be said without fetching and converting its weights."""
     size = readable(Facts.of(timm.create_model(variant.name, device="meta")).whole)
     state = "would create the repo and" if there is None else "the repo is there; would"

@@ -145,7 +145,7 @@ def _route(arch: str) -> None:
             return focus.build_pretrained(timms, **kwargs)
         return timms(pretrained=pretrained, **kwargs)
 
-    setattr(entrypoint, "timms_entrypoint", timms)  # noqa: B010
+    entrypoint.timms_entrypoint = timms  # type: ignore[attr-defined]
     timm_private.model_entrypoints[arch] = entrypoint
 
 

@@ -23,8 +23,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def autocasting(weight: Tensor, dtype: torch.dtype) -> AbstractContextManager:
     """Where a model of such a weight computes in `dtype`: autocast, if it is of float32 and to be faster."""
-    cast = dtype != torch.float32 and weight.dtype == torch.float32
-    return torch.autocast(weight.device.type, dtype) if cast else nullcontext()
+    faster = dtype != torch.float32 and weight.dtype == torch.float32
+    return torch.autocast(weight.device.type, dtype) if faster else nullcontext()
 
 
 class FeatureReader:
