@@ -1,7 +1,8 @@
 """What position adds to a ViT's features, told apart from what images show: sums over views, and what follows of them.
 
-A canvas is an image, and its windows are the views of it that the model is given, shifted by whole patches and half of
-them mirrored. The patch at place p of window w shows the cell c_w(p) of the canvas, so its token is
+A canvas is an image, and its windows are the views of it that the model is given, shifted by whole patches, half of
+them mirrored and half of them upside down. The patch at place p of window w shows the cell c_w(p) of the canvas, so its
+token is
 
     y_w(p) = F(c_w(p)) + G(p) + residual                                    (paper, Eq. 3, with G shared by all images)
 
@@ -22,18 +23,25 @@ import numpy as np
 import torch
 
 # With 8 images of 8 windows of a real ViT, 0.5, 1, 2 and 3 leave 2.24, 2.20, 2.29 and 2.39% of the variance of other
-# images to position, the plain mean 3.37%, nothing done 6.40%.
+# images to position, the plain mean 3.37%, nothing done 6.40%; with no window upside down.
 PRIOR = 1.0
 MOST_GROUPS = 8  # of images, whose estimates are compared; more tell the error no better, and each is kept
 LEAST = 0.01  # of the mean map's square that is taken for G's at the least
+TURNS = ((), (1,), (0,), (0, 1))  # by turns
 SPLITS = 20  # into two halves, whose differences say what noise alone would look like
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How each canvas is cut: rows and columns of patches from its corner, and whether the window is mirrored."""
+    """How each canvas is cut: rows and columns of patches from its corner, and the axes (H, W) that are reversed.
 
-    places: tuple[tuple[int, int, bool], ...]
+    Where all images have their sky above, what the sums leave of content is the same at a place of all windows, and
+    would pass for what position adds; but not if half of the windows have it below. From 16 landscapes position keeps
+    3.9% of the variance of other images (raw 6.4%), where windows mirrored left to right alone leave it 6.1%; from 16
+    composed images 2.7 and 3.3%.
+    """
+
+    places: tuple[tuple[int, int, tuple[int, ...]], ...]
     margin: tuple[int, int]  # patches by which the canvas is larger than a window
 
     @classmethod
@@ -41,12 +49,12 @@ class Windows:
         """Windows spread at random, not regularly: a pattern with the period of a lattice would pass for content."""
         draw = np.random.default_rng(seed)
         rows, columns = (draw.integers(0, most + 1, count).tolist() for most in margin)
-        return cls(tuple(zip(rows, columns, (place % 2 == 1 for place in range(count)))), margin)
+        return cls(tuple(zip(rows, columns, (TURNS[place % len(TURNS)] for place in range(count)))), margin)
 
     @classmethod
     def whole(cls) -> "Windows":
         """One window that is the canvas."""
-        return cls(((0, 0, False),), (0, 0))
+        return cls(((0, 0, ()),), (0, 0))
 
     def without_content(self, maps: torch.Tensor) -> torch.Tensor:
         """R y: maps (..., V, H, W, C) of the windows of a canvas to (..., H, W, C)."""
@@ -54,13 +62,12 @@ class Windows:
         size = (rows + self.margin[0], columns + self.margin[1])
         canvas, shown = maps.new_zeros(*maps.shape[:-4], *size, maps.shape[-1]), maps.new_zeros(*size, 1)
         left = maps.sum(-4)
-        for view, (y, x, mirrored) in zip(maps.unbind(-4), self.places):
-            canvas[..., y : y + rows, x : x + columns, :] += view.flip(-2) if mirrored else view
+        for view, (y, x, turned) in zip(maps.unbind(-4), self.places):
+            canvas[..., y : y + rows, x : x + columns, :] += view.flip(_dims(turned))
             shown[y : y + rows, x : x + columns] += 1
         canvas /= shown + PRIOR
-        for y, x, mirrored in self.places:
-            content = canvas[..., y : y + rows, x : x + columns, :]
-            left -= content.flip(-2) if mirrored else content
+        for y, x, turned in self.places:
+            left -= canvas[..., y : y + rows, x : x + columns, :].flip(_dims(turned))
         return left
 
     def solve(self, right: torch.Tensor) -> torch.Tensor:
@@ -207,6 +214,11 @@ class PositionSums:
             (self.tokens / count).cpu().double(),
             (self.covariance / count).cpu().double(),
         )
+
+
+def _dims(axes: tuple[int, ...]) -> list[int]:
+    """Axes of a map (H, W) as dimensions of (..., H, W, C)."""
+    return [axis - 3 for axis in axes]
 
 
 def _fraction(part: float, whole: float) -> float:

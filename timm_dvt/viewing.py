@@ -106,7 +106,6 @@ def _inputs(reader: ViewReader, windows: Windows, found: list[Source] | None, vi
     return image, torch.stack([_cut(part, place, reader) for place in windows.places])
 
 
-def _cut(part: torch.Tensor, place: tuple[int, int, bool], reader: ViewReader) -> torch.Tensor:
-    y, x, mirrored = place[0] * reader.patch[0], place[1] * reader.patch[1], place[2]
-    view = part[:, y : y + reader.size[0], x : x + reader.size[1]]
-    return view.flip(-1) if mirrored else view
+def _cut(part: torch.Tensor, place: tuple[int, int, tuple[int, ...]], reader: ViewReader) -> torch.Tensor:
+    y, x = place[0] * reader.patch[0], place[1] * reader.patch[1]
+    return part[:, y : y + reader.size[0], x : x + reader.size[1]].flip([axis - 2 for axis in place[2]])
