@@ -28,6 +28,18 @@ for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGINGFACE_HUB_CACHE", "HF_HUB_CACH
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from timm.layers import weight_init  # noqa: E402
+
+
+def _draw(tensor: torch.Tensor, mean: float, std: float, *_bounds: float) -> torch.Tensor:
+    """timm's random weights in a half of its time, and none on the meta device, where it takes half a second a model.
+
+    Its bounds, -2 and 2, are a hundred times the spread that its models ask for.
+    """
+    return tensor if tensor.is_meta else tensor.normal_(mean, std)
+
+
+weight_init._trunc_normal_ = _draw
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

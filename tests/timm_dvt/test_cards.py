@@ -124,6 +124,7 @@ def test_only_variants_with_weights_have_a_card():
     assert sorted(path.stem for path in FOLDER.glob("*.md")) == sorted(NAMES) and not any("giant" in n for n in NAMES)
 
 
+@pytest.mark.slow
 def test_the_code_of_a_card_runs(tmp_path):
     text = str(card(VARIANTS["vit_small_patch14_reg4_dinov2.lvd142m_dvt"], "me/model"))
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]

@@ -67,7 +67,7 @@ def client(request):
     return request.getfixturevalue("huggingface_cli")
 
 
-both = pytest.mark.parametrize("client", ["hf", "huggingface-cli"], indirect=True)
+both = pytest.mark.parametrize("client", ["hf", pytest.param("huggingface-cli", marks=pytest.mark.slow)], indirect=True)
 
 
 def run(client, *arguments, **environment):
@@ -257,6 +257,7 @@ def test_a_passing_trouble_is_waited_for(status, hub, repo, tmp_path, naps):
     assert isinstance(load(tmp_path), timm_dvt.Denoised)
 
 
+@pytest.mark.slow
 def test_without_network_a_cached_repo_loads_and_another_says_how(hub, repo, tmp_path):
     load(tmp_path)
     code = "import sys, timm, timm_dvt; timm.create_model(sys.argv[1], pretrained=True, cache_dir=sys.argv[2])"
@@ -266,6 +267,7 @@ def test_without_network_a_cached_repo_loads_and_another_says_how(hub, repo, tmp
     assert "no network" in error and f"hf download jjiaweiyang/DVT voc_denoised/{name[:-4]}.pth && " in error
 
 
+@pytest.mark.slow
 def test_a_fetch_shows_a_person_its_rate_and_what_is_left(repo, tmp_path):
     """Bars are drawn on terminals only, so this gives it one."""
     terminal, end = pty.openpty()

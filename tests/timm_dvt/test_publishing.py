@@ -74,6 +74,7 @@ def test_from_a_published_pth_over_convert_push_and_download_to_an_equal_model(a
 # ---- convert
 
 
+@pytest.mark.slow
 def test_a_distilled_vit_becomes_a_plain_timm_model(hub, tmp_path):
     name, file = f"{BACKBONE}_dvt_distilled", f"voc_distilled/{BACKBONE}.pth"
     registry._register(Variant(name, BACKBONE, 96, distilled=True, hub_id="jjiaweiyang/DVT", hub_file=file))

@@ -63,7 +63,7 @@ def snapshot(*arguments: str) -> dict:
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_nothing_of_timms_own_changes_and_no_socket_is_opened(when):
     plain, ours = snapshot(), snapshot(when, "dvt")
     assert ours["opened"] == 0

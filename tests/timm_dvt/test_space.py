@@ -25,6 +25,7 @@ def test_the_space_is_published_in_one_commit_and_then_skipped(account, capsys):
     assert len(commits(account)) == 1 and "nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_published_is_whole_without_the_checkout(account, tmp_path):
     main(["push", "--space", "--repo", "me/page"])
     published = account.folder / "me/page"

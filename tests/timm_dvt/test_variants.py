@@ -15,6 +15,14 @@ TABLE = [*published_variants(), FOCUS]
 NAMES = [variant.name for variant in TABLE]
 DENOISED = [variant.name for variant in TABLE if not variant.distilled]
 ARCHITECTURES = sorted({f"{variant.architecture}_dvt" for variant in TABLE})
+LARGE = re.compile("large|giant")  # and slow; .ci/run tries them too
+
+
+def of_any_size(names, *arguments) -> list:
+    """A name a test, with arguments; the large ones among the slow tests."""
+    return [pytest.param(n, *arguments, marks=[pytest.mark.slow] if LARGE.search(n) else []) for n in names]
+
+
 SHALLOW = {"depth": 2}  # the real widths, patch sizes and prefix tokens, at a depth that a test can afford
 
 
@@ -34,7 +42,7 @@ def pair(name: str, dtype=torch.float32, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(n, torch.float32) for n in DENOISED] + [(n, torch.bfloat16) for n in ARCHITECTURES]
+    ("name", "dtype"), of_any_size(DENOISED, torch.float32) + of_any_size(ARCHITECTURES, torch.bfloat16)
 )
 @torch.no_grad()
 def test_switching_off_gives_the_backbone_bit_for_bit(name, dtype):
@@ -59,7 +67,7 @@ def test_switching_off_gives_the_backbone_bit_for_bit(name, dtype):
             assert torch.equal(model(images), logits)
 
 
-@pytest.mark.parametrize("name", DENOISED)
+@pytest.mark.parametrize("name", of_any_size(DENOISED))
 @torch.no_grad()
 def test_switched_on_equals_the_recomputed_denoiser_on_the_backbones_tokens(name):
     model, plain, images = pair(name, torch.float64)

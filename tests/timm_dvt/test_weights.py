@@ -52,6 +52,7 @@ def test_a_training_checkpoint_loads_from_the_hub_where_it_is_published(variant,
     assert torch.equal(model.forward_features(images), tokens) and torch.equal(model(images), plain(images))
 
 
+@pytest.mark.slow
 def test_the_network_is_not_needed_once_the_files_are_cached(hub, tmp_path):
     publish_backbone(hub, BACKBONE, depth=1)
     publish(hub, f"voc_denoised/{BACKBONE}.pth", {"denoiser": reference.published_state(384, 37)})
@@ -61,7 +62,7 @@ def test_the_network_is_not_needed_once_the_files_are_cached(hub, tmp_path):
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
-@pytest.mark.parametrize("cached", ["nothing", "the denoiser"])
+@pytest.mark.parametrize("cached", [pytest.param("nothing", marks=pytest.mark.slow), "the denoiser"])
 def test_without_network_the_error_names_both_files_and_the_commands(hub, tmp_path, cached):
     if cached == "the denoiser":
         publish(hub, f"voc_denoised/{BACKBONE}.pth", {"denoiser": reference.published_state(384, 37)})

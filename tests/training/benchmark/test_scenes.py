@@ -51,6 +51,7 @@ def test_the_error_ignores_constants_and_nothing_else():
     assert relative_error(1.5 * truth, truth) == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_each_method():
     results = {m: stage1.measure(m, "smooth, low", 12, 0, 20) for m in ("raw", "average", "linear", "field")}
     assert results["linear"].semantics < results["average"].semantics < results["raw"].semantics

@@ -51,6 +51,7 @@ def test_a_claim_is_given_back_when_its_block_ends(tmp_path):
         other.wait()
 
 
+@pytest.mark.slow
 def test_lines_of_many_processes_are_all_there_and_whole(tmp_path):
     script = """
 with SharedFolder(sys.argv[1]) as folder:

@@ -44,7 +44,7 @@ QUICK = [
 ]
 # task, dataset, number, what chance gives at most (for errors: at least). None: nothing to learn there.
 RUNS = [
-    ("mic", "voc", "mic", None),
+    pytest.param("mic", "voc", "mic", None, marks=pytest.mark.slow),
     ("position", "ade20k", "share", None),
     ("knn-seg", "voc", "mIoU", 25.0),
     ("linear-seg", "voc", "mIoU", 25.0),
@@ -95,6 +95,7 @@ def test_task_runs_raw_and_denoised_and_beats_chance(task, dataset, number, chan
     assert header[:2] == ["raw", "denoised"] and header[-1] == "difference"
 
 
+@pytest.mark.slow
 def test_all_runs_what_the_stamps_have_annotations_for(model, data, tmp_path):
     results = evaluate("all", "stamps", model, data, tmp_path, "--limit", "8")
     assert set(results) == set(TASKS) - {"depth"}
@@ -122,6 +123,7 @@ def test_raw_features_are_evaluated_once_for_all_denoisers_of_a_backbone(model, 
     assert results == [first["states"]["raw"]] * 2
 
 
+@pytest.mark.slow
 def test_without_a_cache_the_numbers_are_the_same(model, data, tmp_path):
     kept = evaluate("linear-seg", "stamps", model, data, tmp_path / "a")["linear-seg"]
     streamed = evaluate("linear-seg", "stamps", model, data, tmp_path / "b", "--cache", "off")["linear-seg"]

@@ -211,6 +211,7 @@ def test_fixed_positions_tell_places_apart_and_are_the_same_at_each_call():
     assert torch.pdist(positions.flatten(0, 1)).min() > 0.1
 
 
+@pytest.mark.slow
 def test_the_detector_learns_objects_that_the_maps_show():
     """One object an image, its class a channel of the map. A property, not a score: the loss falls to a third."""
     settings = detection.Settings(width=16, hidden=32, proposals=32, candidates=50)

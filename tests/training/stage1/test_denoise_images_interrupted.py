@@ -36,6 +36,7 @@ def uninterrupted(tmp_path_factory):
     return options, contents(folder / "out")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_run_again_equals_an_uninterrupted_run(uninterrupted, tmp_path):
     options, wanted_contents = uninterrupted
     out = tmp_path / "killed"

@@ -26,7 +26,7 @@ def finish(process: subprocess.Popen) -> int:
     return process.returncode
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.sweep)])
 def test_killed_at_random_moments_and_run_again_ends_with_the_same_weights(pairs, tmp_path, times):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert finish(start(*command(pairs, whole, *STEPS))) == 0
@@ -69,6 +69,7 @@ def test_a_finished_run_is_not_done_again_and_other_settings_are_refused(pairs, 
     assert same(weights(tmp_path / "out"), before)
 
 
+@pytest.mark.slow
 def test_two_processes_at_half_the_batch_end_with_the_weights_of_one(pairs, tmp_path):
     options = ("--steps", "12", "--val-every", "6")
     assert run(pairs, tmp_path / "one", *options) == 0

@@ -121,7 +121,7 @@ def test_a_perfect_student_has_no_loss_however_the_model_pools(arguments, tmp_pa
     assert distill.Student(plain, teacher.norm_after_pool)(images, wanted) < 1e-4
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.sweep)])
 def test_killed_at_random_moments_and_run_again_ends_with_the_same_weights(data, tmp_path, times):
     steps = ("--steps", "40")
     whole, torn = tmp_path / "whole", tmp_path / "torn"
