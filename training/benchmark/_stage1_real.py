@@ -7,6 +7,9 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import timm
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from training.common.backbone import FeatureReader
+from training.common.models import pick_device
 from training.common.views import render_views
 from training.evaluate.tasks.position import position_share
 from training.stage1.decompose import Stage1Settings, decompose, image_views
@@ -35,52 +39,78 @@ def create(name: str, pretrained: bool) -> nn.Module:
     return timm.create_model(name, pretrained=pretrained).eval()
 
 
-def end_to_end(name: str, pretrained: bool, input_size: int | None) -> int:
-    """Print seconds of stage 1 over those of the bare forward passes, and peak memory at 32 and 256 views."""
-    measured = {}
+@dataclass(frozen=True)
+class Run:
+    """What `end_to_end` times: a model by name, with its own or random weights, and where and how it computes."""
+
+    name: str
+    pretrained: bool
+    input_size: int | None
+    device: str
+    dtype: str
+
+
+def end_to_end(run: Run, counts: Sequence[int]) -> int:
+    """Print seconds of stage 1 over those of the bare forward passes, and peak memory, at these numbers of views."""
+    peaks = []
     missed = 0
-    for views in (32, 256):
-        result = measured[views] = _child(name, pretrained, input_size, views)
+    for views in counts:
+        result = _child(run, views)
+        peaks.append(result["peak"])
         ratio = result["stage1"] / result["forward"]
         missed += ratio > 1.10
         print(
-            f"{name}, {views} views: bare forward passes {result['forward']:.1f} s, stage 1 "
-            f"{result['stage1']:.1f} s, ratio {ratio:.3f} (bar 1.10); peak memory {result['peak']:.0f} MB",
+            f"{run.name}, {run.dtype} on {result['where']}, {views} views: bare forward passes "
+            f"{result['forward']:.2f} s, stage 1 {result['stage1']:.2f} s, ratio {ratio:.3f} (bar 1.10); peak memory "
+            f"{result['peak']:.0f} MB",
             flush=True,
         )
-    growth = measured[256]["peak"] / measured[32]["peak"] - 1
-    print(f"peak memory grows by {growth:.1%} from 32 to 256 views (bar 5%)")
+    growth = max(peaks) / peaks[0] - 1
+    print(f"peak memory grows by {growth:.1%} from {counts[0]} views on (bar 5%)")
     return 1 if missed or growth >= 0.05 else 0
 
 
-def _child(name: str, pretrained: bool, input_size: int | None, views: int) -> dict[str, float]:
-    arguments = json.dumps([name, pretrained, input_size, views])
+def _child(run: Run, views: int) -> dict[str, Any]:
+    arguments = json.dumps([asdict(run), views])
     command = [sys.executable, "-m", "training.benchmark._stage1_real", arguments]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
 
-def time_once(name: str, pretrained: bool, input_size: int | None, views: int) -> dict[str, float]:
+def time_once(run: Run, views: int) -> dict[str, Any]:
     """Forward passes and stage 1 in turns, batch by batch: a machine that slows down slows both alike."""
-    model = create(name, pretrained)
+    device = pick_device(run.device)
+    gpu = device.type == "cuda"
+    model = create(run.name, run.pretrained).to(device)
     image = photographs()["astronaut"]
-    settings = Stage1Settings(views=views, input_size=input_size)
-    reader = FeatureReader(model, input_size=input_size)
+    settings = Stage1Settings(views=views, input_size=run.input_size, dtype=run.dtype)
+    reader = FeatureReader(model, input_size=run.input_size, dtype=run.dtype)
     rendered = render_views(image, image_views(settings, (512, 512))[: settings.batch_size], reader.input_size)
-    reader.patch_features(rendered[:2])
+    rendered = rendered.to(device)
+    if gpu:  # its libraries load at their first use
+        decompose(model, image, replace(settings, views=2 * settings.batch_size))
+    reader.patch_features(rendered)
     forward = 0.0
+
+    def now() -> float:
+        if gpu:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
     def bare(count: int) -> None:
         nonlocal forward
-        start = time.perf_counter()
+        start = now()
         reader.patch_features(rendered[:count])
-        forward += time.perf_counter() - start
+        forward += now() - start
 
-    start = time.perf_counter()
+    start = now()
     decompose(model, image, settings, progress=bare)
-    stage1 = time.perf_counter() - start - forward
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"forward": forward, "stage1": stage1, "peak": peak}
+    stage1 = now() - start - forward
+    if gpu:
+        where, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        where, peak = "CPU", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"forward": forward, "stage1": stage1, "peak": peak, "where": where}
 
 
 def stability(name: str, pretrained: bool, input_size: int | None, views: int) -> int:
@@ -109,4 +139,5 @@ def stability(name: str, pretrained: bool, input_size: int | None, views: int) -
 
 
 if __name__ == "__main__":
-    print(json.dumps(time_once(*json.loads(sys.argv[1]))))
+    told, count = json.loads(sys.argv[1])
+    print(json.dumps(time_once(Run(**told), count)))

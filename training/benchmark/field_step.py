@@ -12,23 +12,26 @@ import time
 import torch
 
 from training.common.memory import keep_freed_memory
+from training.common.models import pick_device
+from training.stage1.field.backends import BACKENDS
 from training.stage1.field.fit import REPORT_EVERY, FieldSettings, fit_field
 
 
-def measure_steps(channels: int, grid: int) -> list[tuple[float, float]]:
+def measure_steps(channels: int, grid: int, device: torch.device, backend: str) -> list[tuple[float, float]]:
     """Milliseconds a step by the clock and of the processor, in the first and in the second phase."""
     generator = torch.Generator().manual_seed(0)
     count = 16 * grid**2
     coords = torch.rand(count, 2, generator=generator)
     patches = torch.arange(grid**2).repeat(16)
-    features = torch.randn(count, channels, generator=generator)
+    features = torch.randn(count, channels, generator=generator).to(device)
     marks = [(time.perf_counter(), time.process_time())]
     fit_field(
         coords,
         patches,
         features,
         grid,
-        FieldSettings(steps=4 * REPORT_EVERY, backend="torch"),
+        FieldSettings(steps=4 * REPORT_EVERY, backend=backend),
+        device=device,
         progress=lambda _: marks.append((time.perf_counter(), time.process_time())),
     )
     taken = [[1000 * (b - a) / REPORT_EVERY for a, b in zip(*pair)] for pair in zip(marks, marks[1:])]
@@ -45,13 +48,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--grid", type=int, default=37)
     parser.add_argument("--rounds", type=int, default=3, help="turns (3)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", choices=BACKENDS, default="torch", help="of the hash grid (%(default)s)")
     options = parser.parse_args(argv)
+    device = pick_device(options.device)
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # as the commands do, and the next
     keep_freed_memory()
-    turns = [measure_steps(options.channels, options.grid) for _ in range(options.rounds)]
-    print(f"ms a step: C={options.channels}, K={options.grid}, batch 2048, {options.threads} threads")
+    turns = [measure_steps(options.channels, options.grid, device, options.backend) for _ in range(options.rounds)]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{options.threads} threads"
+    print(f"ms a step: C={options.channels}, K={options.grid}, batch 2048, {options.backend} on {where}")
     for phase, taken in zip((1, 2), zip(*turns)):
         clock, processor = (min(times) for times in zip(*taken))
-        print(f"phase {phase}: {clock:.0f} by the clock, {processor:.0f} of the processor")
+        print(f"phase {phase}: {clock:.3g} by the clock, {processor:.3g} of the processor")
     return 0

@@ -4,6 +4,7 @@ python -m training.benchmark stage1 --quick              six regimes, no field: 
 python -m training.benchmark stage1 --no-field           all regimes: about five minutes on two cores
 python -m training.benchmark stage1                      with the field at 2,000 steps: shows its progress
 python -m training.benchmark stage1 --end-to-end vit_base_patch14_dinov2     time and memory of decompose
+                                    --device cuda --dtype bfloat16 --counts 16 64 256 768
 python -m training.benchmark stage1 --real NAME          seed and position dependence on real photographs
 """
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from training.benchmark import _stage1_real as real
 from training.benchmark.scenes import REGIMES, Scene, relative_error
+from training.common.backbone import DTYPES
 from training.common.views import view_axes
 from training.stage1.field.fit import FieldSettings, fit_field
 from training.stage1.linear.solver import LinearSettings, LinearSolver
@@ -192,13 +194,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-curve", action="store_true", help="leave out error against number of views")
     parser.add_argument("--end-to-end", metavar="MODEL", help="instead: time and memory with this timm model")
     parser.add_argument(
+        "--counts", type=int, nargs="+", default=[32, 256], metavar="VIEWS", help="of --end-to-end (%(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="of --end-to-end (%(default)s)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of --end-to-end (%(default)s)")
+    parser.add_argument(
         "--real", metavar="MODEL", help="instead: seeds and position dependence of this timm model's features"
     )
     parser.add_argument("--pretrained", action="store_true", help="of --end-to-end and --real: load weights")
     parser.add_argument("--input-size", type=int, help="of --end-to-end and --real: pixels a side")
     args = parser.parse_args(argv)
     if args.end_to_end:
-        return real.end_to_end(args.end_to_end, args.pretrained, args.input_size)
+        run = real.Run(args.end_to_end, args.pretrained, args.input_size, args.device, args.dtype)
+        return real.end_to_end(run, args.counts)
     if args.real:
         return real.stability(args.real, args.pretrained, args.input_size, args.views)
     names = args.regimes or (list(QUICK) if args.quick else list(REGIMES))

@@ -55,13 +55,18 @@ def claim(folder: SharedFolder, processes: Processes) -> AbstractContextManager[
 
 @contextmanager
 def join_processes(device: torch.device) -> Iterator[Processes]:
-    """Join the other processes that torchrun started, if it did: by NCCL on GPUs (unproven here), by gloo on CPUs."""
+    """Join the other processes that torchrun started, if it did.
+
+    By NCCL on GPUs of their own; by gloo on CPUs, and where processes share a GPU, which NCCL refuses.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    alone = device.type == "cuda" and torch.cuda.device_count() >= here
+    distributed.init_process_group("nccl" if alone else "gloo")
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size())
     finally:

@@ -150,6 +150,8 @@ def decompose(
     reader = FeatureReader(
         model, settings.layers, input_size=settings.input_size, stride=settings.stride, dtype=settings.dtype
     )
+    if reader.device.type == "cuda":
+        image = image.to(reader.device)  # which cuts views faster than a CPU can feed it
     if settings.square_first:
         image = render_views(image, whole_view(), reader.input_size)[0]
     image = shrink_for_views(image, reader.input_size, settings.area, settings.aspect)
@@ -226,7 +228,12 @@ class _CollectingField:
     ) -> None:
         self.reader, self.centres, self.settings = reader, centres, settings
         count = len(xs)
-        self.features = torch.empty(count, reader.grid**2, reader.channels)
+        where = torch.device("cpu")
+        if reader.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(reader.device)
+            # Half of what is free: the networks and their optimiser take theirs.
+            where = reader.device if 8 * count * reader.grid**2 * reader.channels < free else where
+        self.features = torch.empty(count, reader.grid**2, reader.channels, device=where)
         self.coords = (
             torch.stack([xs[:, None, :].expand(-1, reader.grid, -1), ys[:, :, None].expand(-1, -1, reader.grid)], -1)
             .reshape(-1, 2)
@@ -237,7 +244,7 @@ class _CollectingField:
         self.field: Field | None = None
 
     def add(self, view: int, features: Tensor) -> None:
-        self.features[view] = features.flatten(0, 1).cpu()
+        self.features[view] = features.flatten(0, 1)
 
     def solve(self, raw: Tensor, progress: Callable[[int], Any] | None) -> tuple[Tensor, Tensor, Tensor]:
         fit = fit_field(
