@@ -252,8 +252,8 @@ def main(argv: Sequence[str]) -> int:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {args.threads} threads"
     print(
         f"torch {torch.__version__}, timm {timm.__version__}, timm_dvt {timm_dvt.__version__}, {where}, {args.dtype}, "
-        f"{'compiled, ' if args.compile else ''}random weights; {args.clock} time, {args.rounds} rounds in turn, medians "
-        "of paired ratios"
+        f"{'compiled, ' if args.compile else ''}random weights; {args.clock} time, {args.rounds} rounds in turn, "
+        "medians of paired ratios"
     )
     comparisons = []
     if not args.skip_import:

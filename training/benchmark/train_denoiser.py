@@ -24,6 +24,7 @@ import torch
 from training.benchmark._synthetic_pairs import MODELS, World
 from training.benchmark.scenes import REGIMES
 from training.common.memory import keep_freed_memory
+from training.common.models import pick_device
 from training.loop.distance import norm_distance
 from training.loop.optimisation import make_adamw, set_learning_rate
 from training.loop.order import positions
@@ -36,16 +37,17 @@ from training.stage2.train import Stage2Settings, train
 BAR = 0.95
 
 
-def ours(pairs: PairSet, settings: Stage2Settings, folder: Path) -> float:
+def ours(pairs: PairSet, settings: Stage2Settings, folder: Path, device: torch.device) -> float:
     """Pairs a second of the command's own loop, log, checks and all."""
-    train(pairs, settings, folder, torch.device("cpu"), pace=Pace(None, 10**9, 10**9))
+    train(pairs, settings, folder, device, pace=Pace(None, 10**9, 10**9))
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [line["images_per_second"] for line in lines if "images_per_second" in line][-1]
 
 
 def bare(pairs: PairSet, settings: Stage2Settings, batches: list[torch.Tensor]) -> float:
-    """Pairs a second of nothing but the arithmetic, on batches (2, B, 1, N, C) float32 in memory."""
+    """Pairs a second of nothing but the arithmetic, on batches (2, B, 1, N, C) float32 in the device's memory."""
     (denoiser,) = make_denoisers(pairs, settings.arch, settings.blocks, settings.seed).values()
+    denoiser.to(batches[0].device)
     optimizer = make_adamw(denoiser, settings.lr, settings.weight_decay)
     start = time.perf_counter()
     for step in range(settings.steps):
@@ -55,6 +57,7 @@ def bare(pairs: PairSet, settings: Stage2Settings, batches: list[torch.Tensor]) 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+    loss.item()  # which waits for a GPU
     return settings.steps * settings.batch_size / (time.perf_counter() - start)
 
 
@@ -69,7 +72,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=60, help="of each turn (60)")
     parser.add_argument("--rounds", type=int, default=4, help="turns of each (4)")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cpu", help="where to train (%(default)s)")
     args = parser.parse_args(argv)
+    device = pick_device(args.device)
     keep_freed_memory()  # as the command does
     settings = Stage2Settings(steps=args.steps, batch_size=args.batch_size, val_fraction=0.0, start="random")
     world = World(dataclasses.replace(REGIMES["blobby, high"], channels=args.channels, grid=args.grid))
@@ -83,14 +88,17 @@ def main(argv: list[str]) -> int:
             reader.read(positions(count, step * args.batch_size, (step + 1) * args.batch_size, settings.seed)).float()
             for step in range(min(args.steps, 20))
         ]
+        batches = [batch.to(device) for batch in batches]
         bare(pairs, dataclasses.replace(settings, steps=2), batches)
         ratios: dict[str, list[float]] = {"read": [], "kept": []}
-        print(f"C={args.channels}, K={args.grid}, batches of {args.batch_size}, {torch.get_num_threads()} threads")
+        gpu = device.type == "cuda"
+        hardware = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
+        print(f"C={args.channels}, K={args.grid}, batches of {args.batch_size}, {hardware}")
         free_memory = pairs_reader._free_memory
         for turn in range(args.rounds):
             for kind in ratios:
                 pairs_reader._free_memory = free_memory if kind == "kept" else (lambda: 0)
-                rates = ours(pairs, settings, where / f"{kind}-{turn}"), bare(pairs, settings, batches)
+                rates = ours(pairs, settings, where / f"{kind}-{turn}", device), bare(pairs, settings, batches)
                 ratios[kind].append(rates[0] / rates[1])
                 print(
                     f"  {kind}: ours {rates[0]:.1f} pairs/s, bare {rates[1]:.1f}, ratio {ratios[kind][-1]:.3f}",
