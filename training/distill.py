@@ -237,11 +237,10 @@ def train(
             log,
             first,
             checkpoint=folder / CHECKPOINT,
-            checkpoint_every=pace.checkpoint_every,
+            pace=pace,
             limit=lambda: loss_limit(student.distance, wanted[:, student.first :]),
             explain=not_sane,
             validate=validate,
-            val_every=pace.val_every,
             processes=processes,
         )
     return student.vit

@@ -20,6 +20,7 @@ from training.loop.order import positions
 from training.loop.reading_ahead import read_ahead
 from training.loop.run import resume, run_steps
 from training.loop.schedule import Schedule
+from training.loop.settings import Pace
 
 CHECKPOINT_EVERY = 100  # steps
 Read = Callable[[Sequence[int], Sequence[np.random.Generator], int], Any]
@@ -108,9 +109,8 @@ def train(
             log,
             first,
             checkpoint=run.checkpoint,
-            checkpoint_every=CHECKPOINT_EVERY,
+            pace=Pace(None, CHECKPOINT_EVERY, None if validations is None else validations.every),
             validate=validations,
-            val_every=None if validations is None else validations.every,
         )
     head.eval()
 

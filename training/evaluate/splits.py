@@ -58,6 +58,16 @@ class Split:
         except ImageError as error:
             raise ValueError(f"{self.images[index]}: {error}") from error
 
+    def crops(
+        self,
+        indices: Sequence[int],
+        draws: Sequence[np.random.Generator],
+        crop: Callable[[Tensor, Any, np.random.Generator], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Random crops (B, 3, h, w) of images, and those of their annotations (B, h, w): `crop` of both, for each."""
+        made = [crop(self.image(index), self.annotation(index), draw) for index, draw in zip(indices, draws)]
+        return torch.stack([image for image, _ in made]), torch.stack([annotation for _, annotation in made])
+
     def limit(self, count: int | None) -> Split:
         """At most `count` images, evenly spread over the list (sorted lists keep classes together)."""
         if count is None or count >= len(self):

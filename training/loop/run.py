@@ -14,6 +14,7 @@ from training.loop.distributed import ALONE, Processes
 from training.loop.log import TrainingLog
 from training.loop.optimisation import set_learning_rate
 from training.loop.schedule import Schedule
+from training.loop.settings import USUAL_PACE, Pace
 
 LOG_EVERY = 10  # steps
 
@@ -37,11 +38,10 @@ def run_steps(
     first: int,
     *,
     checkpoint: Path | None,
-    checkpoint_every: int,
+    pace: Pace = USUAL_PACE,
     limit: Callable[[], float] = lambda: math.inf,
     explain: Callable[[float, float, range], Exception] | None = None,
     validate: Callable[[int], dict[str, float]] | None = None,
-    val_every: int | None = None,
     processes: Processes = ALONE,
 ) -> None:
     """Train `module` in place from step `first` to the end of the schedule.
@@ -57,7 +57,7 @@ def run_steps(
         log: told of everything.
         first: steps already done, from `resume`.
         checkpoint: the file; None keeps none.
-        checkpoint_every, val_every: in steps; without val_every it is ten times a run. The last step has both.
+        pace: how often there is a checkpoint and a validation; the last step has both.
         limit: asked for once, after a loss; a mean loss beyond it is an error.
         explain: loss, limit and the steps since the last look -> that error.
         validate: steps done -> numbers for the log. On the first process alone.
@@ -70,7 +70,7 @@ def run_steps(
     """
     device = next(module.parameters()).device
     check_every = 1 if device.type == "cpu" else LOG_EVERY  # looking at the loss makes a GPU wait
-    val_every = val_every or max(1, schedule.steps // 10)
+    val_every = pace.val_every or max(1, schedule.steps // 10)
     highest: float | None = None
     looked = first
     for step in range(first, schedule.steps):
@@ -95,7 +95,7 @@ def run_steps(
         if validate is not None and (done % val_every == 0 or last) and processes.first:
             log.write(done, **validate(done))
             log.resume()
-        if checkpoint is not None and (done % checkpoint_every == 0 or last) and processes.first:
+        if checkpoint is not None and (done % pace.checkpoint_every == 0 or last) and processes.first:
             save_checkpoint(checkpoint, module, optimizer, done, {})
             log.resume()
 

@@ -176,11 +176,10 @@ def train(
             log,
             first,
             checkpoint=folder / CHECKPOINT,
-            checkpoint_every=pace.checkpoint_every,
+            pace=pace,
             limit=lambda: loss_limit(module.distance, clean),
             explain=not_sane,
             validate=validate,
-            val_every=pace.val_every,
             processes=processes,
         )
         if settings.steps == 0 and processes.first:

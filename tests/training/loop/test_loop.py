@@ -11,6 +11,7 @@ from training.loop.log import TrainingLog
 from training.loop.order import positions, split_places
 from training.loop.run import resume, run_steps
 from training.loop.schedule import Schedule, stepped, straight
+from training.loop.settings import Pace
 
 
 def test_the_rate_rises_straight_then_falls_along_half_a_cosine_to_0():
@@ -74,7 +75,7 @@ class Fit:
         self.validated.append(step)
         return {"val_loss": 0.0}
 
-    def run(self, **more):
+    def run(self, val_every=None, **more):
         first = resume(self.checkpoint, self.module, self.optimizer)
         with TrainingLog(None, self.steps, first, batch_size=4, samples=50) as log:
             run_steps(
@@ -85,7 +86,7 @@ class Fit:
                 log,
                 first,
                 checkpoint=self.checkpoint,
-                checkpoint_every=7,
+                pace=Pace(checkpoint_every=7, val_every=val_every),
                 validate=self.validate,
                 **more,
             )

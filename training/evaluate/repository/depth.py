@@ -96,11 +96,11 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     training, val = data["train"].split, data["val"].split
     live = LiveFeatures(data["val"].extractor)
 
+    def crop(image: Tensor, depth: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+        return training_crop(image, depth, settings, draw)
+
     def read(indices: Sequence[int], draws: Sequence[np.random.Generator], step: int) -> tuple[Tensor, Tensor, int]:
-        crops = [
-            training_crop(training.image(i), training.annotation(i), settings, draw) for i, draw in zip(indices, draws)
-        ]
-        return torch.stack([image for image, _ in crops]), torch.stack([depth for _, depth in crops]), step
+        return *training.crops(indices, draws, crop), step
 
     def depths(images: Tensor) -> Tensor:
         return head(*live(images, run.state))

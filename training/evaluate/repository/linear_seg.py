@@ -77,11 +77,11 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     training, val = data["train"].split, data["val"].split
     live = LiveFeatures(data["val"].extractor)
 
+    def crop(image: Tensor, mask: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+        return training_crop(image, mask, settings, draw)
+
     def read(indices: Sequence[int], draws: Sequence[np.random.Generator], step: int) -> tuple[Tensor, Tensor]:
-        crops = [
-            training_crop(training.image(i), training.annotation(i), settings, draw) for i, draw in zip(indices, draws)
-        ]
-        return torch.stack([image for image, _ in crops]), torch.stack([mask for _, mask in crops])
+        return training.crops(indices, draws, crop)
 
     def logits(images: Tensor) -> Tensor:
         maps, _ = live(images, run.state, settings.final_norm)
