@@ -26,7 +26,7 @@ class Look:
         model, device: their names.
         original: what was chosen, reduced. image: as the model saw it.
         off, on: patch tokens (H, W, C).
-        milliseconds: of a forward with the denoiser off and on.
+        milliseconds: of a forward with the denoiser off and on, at its fastest.
     """
 
     model: str
@@ -73,7 +73,7 @@ def overview(look: Look) -> str:
         "variant": look.model,
         "image": f"{look.image.width} x {look.image.height} pixels",
         "features": f"{rows} x {columns} patches, {look.off.shape[2]} channels",
-        STATES[0]: f"{before:.0f} ms, one forward on {look.device}",
+        STATES[0]: f"{before:.0f} ms a forward on {look.device}, at its fastest",
         STATES[1]: f"{after:.0f} ms",
     }
     return (
