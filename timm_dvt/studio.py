@@ -3,19 +3,15 @@
 import secrets
 import threading
 from collections import OrderedDict
-from io import BytesIO
 
 import torch
 from PIL import Image
 from torch import nn
 
-from timm_dvt.demo import PHOTOGRAPHS, DemoError, decode, load_model, measure, prepare, read_image
+from timm_dvt.demo import PHOTOGRAPHS, DemoError, load_model, measure, prepare, read_image
 from timm_dvt.page import Look
 from timm_dvt.registry import VARIANTS
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # not EPS, say, for which Pillow starts another program
-MAX_PIXELS = 25e6
-SIDE = 1536  # pixels of the longer side of what is kept of an image; models see about 518
 ROUNDS = 2  # timed forwards of each state, behind one that warms up: a visitor waits for all of them
 LOOKS, MODELS = 16, 2  # kept in memory; a look is 9 MB with a ViT-S and 17 MB with a ViT-L
 
@@ -84,10 +80,3 @@ def _keep(kept: OrderedDict, key: str, value: object, most: int) -> None:
     kept[key] = value
     while len(kept) > most:
         kept.popitem(last=False)
-
-
-def read_upload(content: bytes) -> Image.Image:
-    """The image in a file's content, made smaller. Raises DemoError."""
-    image = decode(BytesIO(content), "This file", list(FORMATS), MAX_PIXELS)
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return image

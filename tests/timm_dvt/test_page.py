@@ -17,7 +17,8 @@ from timm_dvt import looks, page, studio
 from timm_dvt.colors import PALETTE, fit_projection
 from timm_dvt.demo import DemoError
 from timm_dvt.page import Look
-from timm_dvt.studio import Studio, read_upload
+from timm_dvt.studio import Studio
+from timm_dvt.uploads import FORMATS, SIDE, read_upload
 
 
 def maps(*grid: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,11 +153,11 @@ def content(image: Image.Image, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", studio.FORMATS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_an_upload_is_rgb_and_of_bounded_size(kind):
     assert read_upload(content(Image.new("RGB", (60, 40)), kind)).size == (60, 40)
     big = read_upload(content(Image.new("L", (3000, 1000)), kind))
-    assert big.size == (studio.SIDE, studio.SIDE // 3) and big.mode == "RGB"
+    assert big.size == (SIDE, SIDE // 3) and big.mode == "RGB"
 
 
 @pytest.mark.parametrize(
