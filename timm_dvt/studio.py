@@ -36,25 +36,32 @@ class Studio:
         self.names = [v.name for v in VARIANTS.values() if not v.distilled and v.source != "no weights"]
         if model not in self.names:
             self.names.insert(0, model)
-        self.first_look = self.example(0, model)
+        self.first_look = self.example(0, model, "first example")
         self.kept[self.first_look] = self.looks.pop(self.first_look)  # each visit starts with it
 
-    def example(self, number: int, name: str) -> str:
-        """The key of a look at one of the package's photographs, computed once for all visitors."""
+    def example(self, number: int, name: str, label: str = "") -> str:
+        """The key of a look at one of the package's photographs, computed once for all visitors; see `look`."""
         key = f"{PHOTOGRAPHS[number].stem}-{self.names.index(name)}"
         if key not in self.looks and key not in self.kept:
-            self.look(read_image(PHOTOGRAPHS[number]), name, key)
+            self.look(read_image(PHOTOGRAPHS[number]), name, key, label)
         return key
 
-    def look(self, image: Image.Image, name: str, key: str | None = None) -> str:
-        """Show an image to a variant; returns the key of what it saw, which nobody can guess. Raises DemoError."""
+    def look(self, image: Image.Image, name: str, key: str | None = None, label: str = "") -> str:
+        """Show an image to a variant; returns the key of what it saw, which nobody can guess.
+
+        Args:
+            key: one that may be guessed. label: of a progress bar on stderr; none without.
+
+        Raises:
+            DemoError: there is no such variant, or it cannot be loaded.
+        """
         if name not in self.names:
             raise DemoError(f"{name!r} is not one of the variants")
         key = key or secrets.token_urlsafe(16)
         with self.lock:
             model = self._model(name)
             resized, pixels = prepare(model, image)
-            off, on = measure(model, pixels.to(self.device), ROUNDS, of=min)
+            off, on = measure(model, pixels.to(self.device), ROUNDS, min, label)
             times = (off.milliseconds, on.milliseconds)
             found = Look(name, self.device, image, resized, off.features.numpy(), on.features.numpy(), times)
             _keep(self.looks, key, found, LOOKS)

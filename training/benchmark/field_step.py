@@ -10,26 +10,34 @@ import argparse
 import time
 
 import torch
+from tqdm import tqdm
 
 from training.common.memory import keep_freed_memory
 from training.stage1.field.fit import REPORT_EVERY, FieldSettings, fit_field
 
+STEPS = 4 * REPORT_EVERY  # of a turn, two parts each phase
 
-def measure_steps(channels: int, grid: int) -> list[tuple[float, float]]:
-    """Milliseconds a step by the clock and of the processor, in the first and in the second phase."""
+
+def measure_steps(channels: int, grid: int, bar: tqdm) -> list[tuple[float, float]]:
+    """Milliseconds a step by the clock and of the processor, in the first and in the second phase; moves a bar on."""
     generator = torch.Generator().manual_seed(0)
     count = 16 * grid**2
     coords = torch.rand(count, 2, generator=generator)
     patches = torch.arange(grid**2).repeat(16)
     features = torch.randn(count, channels, generator=generator)
     marks = [(time.perf_counter(), time.process_time())]
+
+    def mark(steps: int) -> None:
+        marks.append((time.perf_counter(), time.process_time()))
+        bar.update(steps)
+
     fit_field(
         coords,
         patches,
         features,
         grid,
-        FieldSettings(steps=4 * REPORT_EVERY, backend="torch"),
-        progress=lambda _: marks.append((time.perf_counter(), time.process_time())),
+        FieldSettings(steps=STEPS, backend="torch"),
+        progress=mark,
     )
     taken = [[1000 * (b - a) / REPORT_EVERY for a, b in zip(*pair)] for pair in zip(marks, marks[1:])]
     return [(taken[warm][0], taken[warm][1]) for warm in (1, 3)]
@@ -49,7 +57,8 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # as the commands do, and the next
     keep_freed_memory()
-    turns = [measure_steps(options.channels, options.grid) for _ in range(options.rounds)]
+    with tqdm(total=options.rounds * STEPS, desc="field_step", unit="step", leave=False) as bar:
+        turns = [measure_steps(options.channels, options.grid, bar) for _ in range(options.rounds)]
     print(f"ms a step: C={options.channels}, K={options.grid}, batch 2048, {options.threads} threads")
     for phase, taken in zip((1, 2), zip(*turns)):
         clock, processor = (min(times) for times in zip(*taken))
