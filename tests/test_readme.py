@@ -60,6 +60,13 @@ def test_every_command_of_the_pages_parses_and_the_photographs_it_names_are_ther
         (make_parser(arguments) if takes_line else make_parser()).parse_args(arguments)
 
 
+def test_each_command_that_the_readme_marks_is_run_before_a_change_lands():
+    marked = re.findall(r"^<!-- (\w+) -->\n```sh\n", PAGES["README.md"], re.MULTILINE)
+    script = (ROOT / ".ci" / "run").read_text()
+    assert {"demo", "tests"} <= set(marked) and all(f"{name}=$(readme_command {name})\n" in script for name in marked)
+    assert all(f'eval "${name}' in script for name in marked)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_within_the_repository_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
