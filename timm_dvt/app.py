@@ -34,8 +34,8 @@ try:
 except ModuleNotFoundError as e:
     raise DemoError(f"the page needs Gradio, and {e.name} is not installed; run: {INSTALL}") from e
 
-MAX_BYTES = "100mb"  # of a file; what lies uncompressed in one is bounded by its pixels
-LIMITS = f"Your image (up to {MAX_BYTES[:-2]} MB and {MAX_PIXELS / 1e6:.0f} megapixels)"
+MEGABYTES = "100"  # of a file, at the most; what lies compressed in one is bounded by its pixels
+LIMITS = f"Your image (up to {MEGABYTES} MB and {MAX_PIXELS / 1e6:.0f} megapixels)"
 WAITING = 24  # visitors in the queue
 CLUSTERS = (2, 10)
 CACHE = (60, 3600)  # seconds: how often Gradio looks for uploads that nobody took, and how old those are
@@ -80,7 +80,7 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
                 footer_links=[],
                 run_history=False,
                 allowed_paths=[],
-                max_file_size=MAX_BYTES,
+                max_file_size=f"{MEGABYTES}mb",
                 ssr_mode=False,
                 mcp_server=False,
                 pwa=False,
@@ -117,7 +117,7 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
                 variant = gr.Dropdown(studio.names, value=studio.first, label="Variant", elem_id="variant")
                 with gr.Row(elem_classes="dvt-examples"):
                     examples = [gr.Button(f"Example: {p.stem}", size="sm", min_width=120) for p in PHOTOGRAPHS]
-        notice = gr.HTML(js_on_load=_asset("notice.js"), elem_id="notice")
+        notice = gr.HTML(js_on_load=_asset("notice.js").replace("MEGABYTES", MEGABYTES), elem_id="notice")
         overview = gr.HTML(start.pop(0), js_on_load=_asset("app.js"), elem_id="overview")
         alike = gr.HTML(start.pop(0), js_on_load=_asset("app.js"), elem_id="alike")
         with gr.Row(elem_classes="dvt-groups"):

@@ -205,6 +205,11 @@ def test_a_refused_file_takes_back_what_was_said_of_the_one_before(page, tmp_pat
         until(lambda: not said(page) and "Invalid file type" in find(page, "body").text)
         page.execute_script("document.querySelectorAll('.toast-close').forEach(button => button.click())")
     assert "100 MB and 25 megapixels" in find(page, "#upload").text
+    large = tmp_path / "large.png"
+    with large.open("wb") as file:
+        file.truncate(101 << 20)
+    upload(page, large)
+    assert until(lambda: said(page)) == "This file: 101 MB; the most that is taken is 100."
 
 
 def test_two_visitors_at_once_get_their_own(page, server, tmp_path):
@@ -244,6 +249,8 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(page):
         for part in ("#upload", "#variant", ".dvt-compare", ".dvt-pick", "#clusters", "#groups", "#rest", "#files"):
             box = find(page, part).rect
             assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["width"] > 100
+        maps = page.find_elements("css selector", ".dvt-map")
+        assert len(maps) == 9 and all(map.rect["width"] > 300 for map in maps)
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

@@ -1,5 +1,6 @@
 """What the page is made of, without a browser: pictures, files, limits, and visitors who come at once."""
 
+import dataclasses
 import io
 import threading
 import urllib.request
@@ -123,6 +124,14 @@ def test_every_part_is_whole_and_has_one_pixel_a_patch(look):
     assert np.array_equal(Parts(parts["overview"][0]).pictures()[2], want)
     for text in (page.intro(), page.downloads("key", (1, 2), 4), page.heading("groups", "text")):
         Parts(text)
+
+
+def test_of_a_denoiser_that_keeps_lengths_one_map_of_them_is_shown_and_that_is_said(look):
+    said = "This denoiser keeps lengths."
+    assert said not in page.rest(look) and len(Parts(page.rest(look)).pictures()) == 4
+    lengths = np.linalg.norm(look.off, axis=-1, keepdims=True) / np.linalg.norm(look.on, axis=-1, keepdims=True)
+    kept = dataclasses.replace(look, on=look.on * lengths)
+    assert said in page.rest(kept) and len(Parts(page.rest(kept)).pictures()) == 3
 
 
 def test_a_notice_says_what_it_is_given_and_runs_none_of_it():
