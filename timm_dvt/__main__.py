@@ -171,8 +171,8 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _cards(args: argparse.Namespace) -> None:
     if not args.check:
-        print(f"wrote {len(write_cards(args.out))} cards to {args.out}")
-    elif stale := stale_cards(args.out):
+        print(f"wrote {len(write_cards(args.out, progress=True))} cards to {args.out}")
+    elif stale := stale_cards(args.out, progress=True):
         raise ConvertError(f"stale in {args.out}: {', '.join(stale)}; run python -m timm_dvt cards --out {args.out}")
 
 
@@ -223,7 +223,7 @@ def as_table() -> str:
 
 def families_as_table() -> str:
     """timm's model classes, a line each: "yes", or why not."""
-    return "\n".join(f"{name}: {reason or 'yes'}" for name, reason in families().items())
+    return "\n".join(f"{name}: {reason or 'yes'}" for name, reason in families(progress=True).items())
 
 
 def as_json() -> str:

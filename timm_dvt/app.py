@@ -9,7 +9,9 @@ that imports Gradio (extra `app`).
 
 import os
 import signal
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -17,7 +19,8 @@ from typing import Any
 
 from timm_dvt import looks, page
 from timm_dvt.demo import DEFAULT_MODEL, PHOTOGRAPHS, DemoError
-from timm_dvt.studio import Studio, read_upload
+from timm_dvt.studio import Studio
+from timm_dvt.uploads import MAX_PIXELS, Uploads
 
 INSTALL = 'pip install "gradio>=6.31,<7"'  # what the extra app holds
 
@@ -31,9 +34,11 @@ try:
 except ModuleNotFoundError as e:
     raise DemoError(f"the page needs Gradio, and {e.name} is not installed; run: {INSTALL}") from e
 
-MAX_BYTES = "25mb"
+MEGABYTES = "100"  # of a file, at the most; what lies compressed in one is bounded by its pixels
+LIMITS = f"Your image (up to {MEGABYTES} MB and {MAX_PIXELS / 1e6:.0f} megapixels)"
 WAITING = 24  # visitors in the queue
 CLUSTERS = (2, 10)
+CACHE = (60, 3600)  # seconds: how often Gradio looks for uploads that nobody took, and how old those are
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; base-uri 'self'"
@@ -63,8 +68,8 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
     studio = Studio(model or DEFAULT_MODEL)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C, so that the folder below is removed
     with tempfile.TemporaryDirectory(prefix="timm_dvt_app_") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        blocks = build(studio)
+        os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio writes uploads; read when blocks are made, not on import
+        blocks = build(studio, Uploads(Path(folder)))
         try:
             _, address, _ = blocks.launch(
                 server_name=host,
@@ -75,7 +80,7 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
                 footer_links=[],
                 run_history=False,
                 allowed_paths=[],
-                max_file_size=MAX_BYTES,
+                max_file_size=f"{MEGABYTES}mb",
                 ssr_mode=False,
                 mcp_server=False,
                 pwa=False,
@@ -98,26 +103,28 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
         blocks.block_thread()
 
 
-def build(studio: Studio) -> gr.Blocks:
+def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
     """The page over a studio, the first look drawn already."""
     first, count = studio.find(studio.first_look), looks.CLUSTERS
     start = _parts(studio.first_look, first, count)
-    with gr.Blocks(title="timm-dvt", analytics_enabled=False, delete_cache=(60, 60), fill_width=True) as blocks:
+    with gr.Blocks(title="timm-dvt", analytics_enabled=False, delete_cache=CACHE, fill_width=True) as blocks:
         key, patch = gr.State(start.pop(0)), gr.State(start.pop(0))
         gr.HTML(page.intro(), js_on_load=None)
         with gr.Row():
-            upload = gr.File(label="Your image", file_types=["image"], type="filepath", height=130, elem_id="upload")
+            upload = gr.File(label=LIMITS, file_types=["image"], height=130, elem_id="upload")
+            _read_by(upload, _path)  # Gradio's own reading leaves an empty file for each upload
             with gr.Column():
                 variant = gr.Dropdown(studio.names, value=studio.first, label="Variant", elem_id="variant")
                 with gr.Row(elem_classes="dvt-examples"):
                     examples = [gr.Button(f"Example: {p.stem}", size="sm", min_width=120) for p in PHOTOGRAPHS]
-        notice = gr.HTML(js_on_load=None, elem_id="notice")
+        notice = gr.HTML(js_on_load=_asset("notice.js").replace("MEGABYTES", MEGABYTES), elem_id="notice")
         overview = gr.HTML(start.pop(0), js_on_load=_asset("app.js"), elem_id="overview")
         alike = gr.HTML(start.pop(0), js_on_load=_asset("app.js"), elem_id="alike")
         with gr.Row(elem_classes="dvt-groups"):
             with gr.Column(scale=1, min_width=240):
                 gr.HTML(page.heading("groups", "Patches with alike features, found in each map by k-means."))
                 clusters = gr.Slider(*CLUSTERS, count, step=1, label="Number of groups", elem_id="clusters")
+                _read_by(clusters, _count)  # Gradio's own fails at an emptied field
             with gr.Column(scale=2, min_width=320):
                 groups = gr.HTML(start.pop(0), js_on_load=None, elem_id="groups")
         rest = gr.HTML(start.pop(0), js_on_load=None, elem_id="rest")
@@ -133,7 +140,8 @@ def build(studio: Studio) -> gr.Blocks:
         return _told(parts, everything)
 
     def uploaded(path: str, name: str, count: int) -> list[Any]:
-        return [None, *show(lambda: studio.look(_take(path), name), count)]  # the field is free for the next file
+        # None: the field is free for the next file.
+        return [None, *show(lambda: studio.look(uploads.take(path), name), count)]
 
     def changed(old: str, name: str, count: int) -> list[Any]:
         return show(lambda: studio.look(studio.find(old).original, name), count)
@@ -172,12 +180,29 @@ def _parts(key: str, look: page.Look, count: int) -> list[Any]:
     return [key, at, *parts, page.downloads(key, at, count)]
 
 
+def _count(asked: Any) -> int:
+    """The number of groups nearest to what was asked for; an emptied field asks for none."""
+    return round(min(max(asked, CLUSTERS[0]), CLUSTERS[1])) if isinstance(asked, (int, float)) else looks.CLUSTERS
+
+
 def _told(make: Callable[[], list[Any]], outputs: list[Any]) -> list[Any]:
     """An event's outputs, no notice first; or what is wrong, and all else as it was."""
     try:
         return ["", *make()]
     except DemoError as e:
-        return [page.notice(_sentence(e)), *[gr.skip()] * (len(outputs) - 1)]
+        told = _sentence(e)
+    except Exception as e:  # whatever it is, a visitor reads what to do, and who serves the page where it came from
+        traceback.print_exc(file=sys.stderr)
+        told = _unforeseen(e)
+    return [page.notice(told), *[gr.skip()] * (len(outputs) - 1)]
+
+
+def _unforeseen(error: Exception) -> str:
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "not enough memory" in str(error):
+        return "The machine that serves this page has too little memory for this. Take a smaller variant or image."
+    return (
+        f"This went wrong ({type(error).__name__}; the server's terminal says more). Try again, or take another image."
+    )
 
 
 def _sentence(error: DemoError) -> str:
@@ -185,13 +210,14 @@ def _sentence(error: DemoError) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def _take(path: str) -> Any:
-    """The image of an upload, whose file is deleted before anything else is done."""
-    content = Path(path).read_bytes()
-    Path(path).unlink()
-    for empty in Path(os.environ["GRADIO_TEMP_DIR"]).glob("tmp*"):  # Gradio makes one for each upload and leaves it
-        empty.unlink(missing_ok=True)
-    return read_upload(content)
+def _read_by(field: Any, read: Callable[[Any], Any]) -> None:
+    """Have what a browser sends for a field read by a function of ours. To subclass makes Gradio write a file."""
+    field.preprocess = read
+
+
+def _path(payload: Any) -> str:
+    """Where an upload lies: Gradio has made sure that it is in the folder for them."""
+    return payload.path if payload else ""
 
 
 def _asset(name: str) -> str:
@@ -213,7 +239,7 @@ def download(studio: Studio) -> Callable[[Request], Response]:
             return PlainTextResponse(_sentence(e), 404)
         if name not in page.KINDS:
             return PlainTextResponse("There is no such file.", 404)
-        count = min(max(count or looks.CLUSTERS, CLUSTERS[0]), CLUSTERS[1])
+        count = _count(count)
         headers = {"Content-Disposition": f'attachment; filename="{name}"', "Cache-Control": "no-store"}
         content = page.file(look, name, look.clamped(row, column), count)
         return Response(content, media_type="application/octet-stream", headers=headers)

@@ -54,7 +54,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--views", type=int, default=256, metavar="N", help="forward passes at the most (default: %(default)s)"
     )
-    command.add_argument("--json", action="store_true", help="print what was found as JSON, and nothing else")
+    command.add_argument(
+        "--json", action="store_true", help="print what was found as JSON, and nothing else; progress goes to stderr"
+    )
     command.add_argument("--no-pretrained", action="store_true", help="random weights: fetch nothing")
     command.set_defaults(
         run=lambda args: run(
@@ -91,7 +93,7 @@ def run(
     say(f"model: {name} on {device}" + ("" if pretrained else ", random weights, as asked for"))
     start = time.perf_counter()
     try:
-        calibrate(model.to(device).eval(), images, method=method, views=views, progress=not as_json)
+        calibrate(model.to(device).eval(), images, method=method, views=views, progress=True)
     except TypeError as e:  # a class that cannot have a denoiser
         raise CalibrationError(str(e)) from e
     facts = model.denoiser.calibration

@@ -1,6 +1,7 @@
 """Model cards: one a variant, made from the table of variants, the published results and one template."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -11,6 +12,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 from torch import nn
+from tqdm import tqdm
 
 from timm_dvt import published
 from timm_dvt.files import write_whole
@@ -191,22 +193,35 @@ def readable(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} KB"
 
 
-def write_cards(folder: str | os.PathLike) -> list[Path]:
-    """Write NAME.md for every variant that has weights, remove cards of others, and return what was written."""
+def write_cards(folder: str | os.PathLike, progress: bool = False) -> list[Path]:
+    """Write NAME.md for every variant that has weights, remove cards of others, and return what was written.
+
+    Args:
+        progress: show a bar.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {folder / f"{v.name}.md": v for v in publishable()}
-    for path, variant in wanted.items():
-        text = str(card(VARIANTS[variant.name]))
+    wanted = [folder / f"{variant.name}.md" for variant in publishable()]
+    for path, text in zip(wanted, _texts(progress)):
         write_whole(path, partial(Path.write_text, data=text, encoding="utf-8"))
     for path in set(folder.glob("*.md")) - set(wanted):
         path.unlink()
-    return list(wanted)
+    return wanted
 
 
-def stale_cards(folder: str | os.PathLike) -> list[str]:
-    """Names of files that are not, or not as, `write_cards` would write them."""
+def stale_cards(folder: str | os.PathLike, progress: bool = False) -> list[str]:
+    """Names of files that are not, or not as, `write_cards` would write them.
+
+    Args:
+        progress: show a bar.
+    """
     folder = Path(folder)
-    wanted = {f"{v.name}.md": str(card(v)) for v in publishable()}
+    wanted = {f"{variant.name}.md": text for variant, text in zip(publishable(), _texts(progress))}
     there = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
     return sorted(name for name in set(wanted) | set(there) if wanted.get(name) != there.get(name))
+
+
+def _texts(progress: bool) -> Iterator[str]:
+    """The card of every variant that has weights."""
+    for variant in tqdm(publishable(), "cards", unit="card", leave=False, disable=not progress):
+        yield str(card(VARIANTS[variant.name]))

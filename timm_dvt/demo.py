@@ -5,7 +5,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -43,7 +43,7 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Measured:
-    """Patch tokens (H, W, C), float32 on the CPU, and the median milliseconds of a forward."""
+    """Patch tokens (H, W, C), float32 on the CPU, and the milliseconds of a forward."""
 
     features: torch.Tensor
     milliseconds: float
@@ -212,25 +212,29 @@ def prepare(model: Any, image: Image.Image, size: int | None = None) -> tuple[Im
 
 @torch.inference_mode()
 def measure(
-    model: Any, pixels: torch.Tensor, rounds: int, warm_up: bool = True, label: str = ""
+    model: Any,
+    pixels: torch.Tensor,
+    rounds: int,
+    of: Callable[[Sequence[float]], float] = statistics.median,
+    label: str = "",
 ) -> tuple[Measured, Measured]:
     """The patch tokens of an input (1, 3, h, w) with the denoiser off and on, and how long each takes.
 
     Args:
-        rounds: forwards of each state, of which the median counts.
-        warm_up: False where the model has computed before, to save a forward of each state.
+        rounds: forwards of each state, by turns, behind one that warms up at this size.
+        of: what counts of their times.
         label: of a progress bar; none without.
     """
     seconds: dict[bool, list[float]] = {False: [], True: []}
     features = {}
-    for i in tqdm(range(0 if warm_up else 1, rounds + 1), label, unit="round", leave=False, disable=not label):
-        for state in (False, True):
+    for i in tqdm(range(rounds + 1), label, unit="round", leave=False, disable=not label):
+        for state in (False, True) if i % 2 else (True, False):  # neither always follows the other
             with model.denoising(state):
                 start = time.perf_counter()
                 features[state] = patch_tokens(model, pixels)
                 if i:  # the first forward warms up
                     seconds[state].append(time.perf_counter() - start)
-    off, on = (Measured(features[state], statistics.median(seconds[state]) * 1e3) for state in (False, True))
+    off, on = (Measured(features[state], of(seconds[state]) * 1e3) for state in (False, True))
     return off, on
 
 

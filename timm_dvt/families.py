@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from timm.models import create_model, list_models, list_modules
 from torch import nn
+from tqdm import tqdm
 
 from timm_dvt.layouts import Refused, layout_of
 
 
-def families() -> dict[str, str]:
+def families(progress: bool = False) -> dict[str, str]:
     """Why a class of timm's cannot have a denoiser, by its name; empty for those that can. Takes a minute.
 
     A class of which some architectures can have one, in any of timm's modules, is among those that can.
+
+    Args:
+        progress: show a bar.
     """
     found: dict[str, str] = {}
-    for _, model in examples():
+    for _, model in examples(progress):
         kind, reason = type(model).__name__, ""
         try:
             layout_of(model)
@@ -28,12 +32,12 @@ def families() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def examples() -> Iterator[tuple[str, nn.Module]]:
+def examples(progress: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """An architecture and its model, without weights, for each class that each of timm's modules makes models of.
 
     It is a small one of them, as far as names tell.
     """
-    for module in list_modules():
+    for module in tqdm(list_modules(), "timm's classes", unit="module", leave=False, disable=not progress):
         source = sys.modules.get(f"timm.models.{module}")
         if source is None:  # a module of ours, or of another plug-in
             continue

@@ -56,7 +56,7 @@ def similarities(off: np.ndarray, on: np.ndarray, patch: tuple[int, int]) -> tup
 def removed(off: np.ndarray, on: np.ndarray) -> tuple[Pair, Scale]:
     """Off minus on, as colours of its three principal components and by its length: two pictures (H, W, 3)."""
     difference = off - on
-    scale = _range([norms(difference)])
+    scale = scale_of([norms(difference)])
     return (fit_projection(difference).colors(difference), heat(norms(difference), *scale)), scale
 
 
@@ -66,11 +66,14 @@ def centre(features: np.ndarray) -> tuple[int, int]:
 
 
 def _heated(off: np.ndarray, on: np.ndarray) -> tuple[Pair, Scale]:
-    scale = _range([off, on])
+    scale = scale_of([off, on])
     return (heat(off, *scale), heat(on, *scale)), scale
 
 
-def _range(values: Sequence[np.ndarray]) -> Scale:
-    """The first and last percentile: a few outlier tokens must not decide the contrast of all others."""
+def scale_of(values: Sequence[np.ndarray]) -> Scale:
+    """What the ends of a colour scale stand for: the first and last percentile of all values.
+
+    A few outlier tokens must not decide the contrast of all others.
+    """
     low, high = np.percentile(np.concatenate([v.ravel() for v in values]), (1, 99))
     return float(low), float(high)

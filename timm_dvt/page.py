@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -26,7 +27,7 @@ class Look:
         model, device: their names.
         original: what was chosen, reduced. image: as the model saw it.
         off, on: patch tokens (H, W, C).
-        milliseconds: of a forward with the denoiser off and on.
+        milliseconds: of a forward with the denoiser off and on, at its fastest.
     """
 
     model: str
@@ -73,8 +74,9 @@ def overview(look: Look) -> str:
         "variant": look.model,
         "image": f"{look.image.width} x {look.image.height} pixels",
         "features": f"{rows} x {columns} patches, {look.off.shape[2]} channels",
-        STATES[0]: f"{before:.0f} ms, one forward on {look.device}",
+        STATES[0]: f"{before:.0f} ms a forward",
         STATES[1]: f"{after:.0f} ms",
+        "timed": f"on {look.device}, the best of several",
     }
     return (
         f'<section class="dvt-row dvt-overview"><div class="dvt-text">{_photograph(look)}<dl>'
@@ -82,9 +84,10 @@ def overview(look: Look) -> str:
         + f'</dl></div><div><div class="dvt-compare dvt-map" style="--at: 50%; {_aspect(look)}">'
         f'<img src="{off}" alt="Features as colours, {STATES[0]}">'
         f'<img class="dvt-over" src="{on}" alt="Features as colours, {STATES[1]}">'
-        f'<input class="dvt-bar" type="range" min="0" max="100" value="50" aria-label="How much of the left is shown '
-        f'with the denoiser off"><span class="dvt-line"></span><span class="dvt-left">{STATES[0]}</span>'
-        f'<span class="dvt-right">{STATES[1]}</span></div><p class="dvt-hint">Features as colours: the three principal '
+        f'<input class="dvt-bar" type="range" min="0" max="100" value="50" aria-label="Divider, in percent of the '
+        f'width: left of it the denoiser is off, right of it on"><span class="dvt-line"></span>'
+        f'<span class="dvt-left">{STATES[0]}</span><span class="dvt-right">{STATES[1]}</span></div>'
+        f'<p class="dvt-hint">Features as colours: the three principal '
         f"components of each map. Drag the bar, or use the arrow keys.</p></div></section>"
     )
 
@@ -119,12 +122,11 @@ def rest(look: Look) -> str:
     """The norms, and what was removed."""
     lengths, length_scale = looks.lengths(look.off, look.on)
     removed, removed_scale = looks.removed(look.off, look.on)
-    return _section(
-        "lengths",
-        "Their norm, both maps on one scale. Single bright patches are outlier tokens.",
-        length_scale,
-        _both(look, lengths, STATES, "Length"),
-    ) + _section(
+    words, maps = "Their norm, both maps on one scale.", dict(zip(STATES, lengths))
+    if looks.have_one_length(look.off, look.on):  # two maps alike would say nothing
+        words, maps = "Their norm. This denoiser keeps lengths.", {"denoiser off and on": lengths[0]}
+    words += " Single bright patches are outlier tokens."
+    return _section("lengths", words, length_scale, _both(look, [*maps.values()], [*maps], "Length")) + _section(
         "removed",
         "Off minus on. What depends on the place and not on the image is noise.",
         removed_scale,
@@ -178,7 +180,7 @@ def _section(kind: str, text: str, scale: looks.Scale, maps: str) -> str:
     return f'<section class="dvt-row"><div class="dvt-text">{words}{_scale(scale)}</div>{maps}</section>'
 
 
-def _both(look: Look, pair: looks.Pair, captions: tuple[str, str], name: str) -> str:
+def _both(look: Look, pair: Sequence[np.ndarray], captions: Sequence[str], name: str) -> str:
     return "".join(_figure(_map(c, look, f"{name}, {s}"), s) for c, s in zip(pair, captions))
 
 

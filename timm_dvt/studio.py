@@ -3,19 +3,16 @@
 import secrets
 import threading
 from collections import OrderedDict
-from io import BytesIO
 
 import torch
 from PIL import Image
 from torch import nn
 
-from timm_dvt.demo import PHOTOGRAPHS, DemoError, decode, load_model, measure, patch_tokens, prepare, read_image
+from timm_dvt.demo import PHOTOGRAPHS, DemoError, load_model, measure, prepare, read_image
 from timm_dvt.page import Look
 from timm_dvt.registry import VARIANTS
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # not EPS, say, for which Pillow starts another program
-MAX_PIXELS = 25e6
-SIDE = 1536  # pixels of the longer side of what is kept of an image; models see about 518
+ROUNDS = 2  # timed forwards of each state, behind one that warms up: a visitor waits for all of them
 LOOKS, MODELS = 16, 2  # kept in memory; a look is 9 MB with a ViT-S and 17 MB with a ViT-L
 
 
@@ -39,25 +36,32 @@ class Studio:
         self.names = [v.name for v in VARIANTS.values() if not v.distilled and v.source != "no weights"]
         if model not in self.names:
             self.names.insert(0, model)
-        self.first_look = self.example(0, model)
+        self.first_look = self.example(0, model, "first example")
         self.kept[self.first_look] = self.looks.pop(self.first_look)  # each visit starts with it
 
-    def example(self, number: int, name: str) -> str:
-        """The key of a look at one of the package's photographs, computed once for all visitors."""
+    def example(self, number: int, name: str, label: str = "") -> str:
+        """The key of a look at one of the package's photographs, computed once for all visitors; see `look`."""
         key = f"{PHOTOGRAPHS[number].stem}-{self.names.index(name)}"
         if key not in self.looks and key not in self.kept:
-            self.look(read_image(PHOTOGRAPHS[number]), name, key)
+            self.look(read_image(PHOTOGRAPHS[number]), name, key, label)
         return key
 
-    def look(self, image: Image.Image, name: str, key: str | None = None) -> str:
-        """Show an image to a variant; returns the key of what it saw, which nobody can guess. Raises DemoError."""
+    def look(self, image: Image.Image, name: str, key: str | None = None, label: str = "") -> str:
+        """Show an image to a variant; returns the key of what it saw, which nobody can guess.
+
+        Args:
+            key: one that may be guessed. label: of a progress bar on stderr; none without.
+
+        Raises:
+            DemoError: there is no such variant, or it cannot be loaded.
+        """
         if name not in self.names:
             raise DemoError(f"{name!r} is not one of the variants")
         key = key or secrets.token_urlsafe(16)
         with self.lock:
             model = self._model(name)
             resized, pixels = prepare(model, image)
-            off, on = measure(model, pixels.to(self.device), rounds=1, warm_up=False)
+            off, on = measure(model, pixels.to(self.device), ROUNDS, min, label)
             times = (off.milliseconds, on.milliseconds)
             found = Look(name, self.device, image, resized, off.features.numpy(), on.features.numpy(), times)
             _keep(self.looks, key, found, LOOKS)
@@ -74,10 +78,7 @@ class Studio:
         if name not in self.models:
             while len(self.models) >= MODELS:  # before the next one is there, or memory would hold one more
                 self.models.popitem(last=False)
-            model = load_model(name)[0].to(self.device).eval()
-            with torch.inference_mode():
-                patch_tokens(model, prepare(model, Image.new("RGB", (64, 64)), 64)[1].to(self.device))  # warms up
-            _keep(self.models, name, model, MODELS)
+            _keep(self.models, name, load_model(name)[0].to(self.device).eval(), MODELS)
         self.models.move_to_end(name)
         return self.models[name]
 
@@ -86,10 +87,3 @@ def _keep(kept: OrderedDict, key: str, value: object, most: int) -> None:
     kept[key] = value
     while len(kept) > most:
         kept.popitem(last=False)
-
-
-def read_upload(content: bytes) -> Image.Image:
-    """The image in a file's content, made smaller. Raises DemoError."""
-    image = decode(BytesIO(content), "This file", list(FORMATS), MAX_PIXELS)
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return image

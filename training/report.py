@@ -15,58 +15,26 @@ cell the later one counts.
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from timm_dvt.published import SEVEN, Key, Numbers, Source, numbers_for
 from timm_dvt.variants import SUFFIXES
 from training.common.shared_folder import OutputError, write_atomically
+from training.evaluate.results import COLUMNS, MEANINGS, Row, columns_of, heading, read_rows
 from training.figures.page import Picture, Section, Table, Text, page
+from training.figures.plots import Line, draw_lines
 
-# The paper's columns in its order (Tabs. 2, 3, 4, S3, 5, 1, and Fig. 3 in a number): task, number, heading.
-COLUMNS = (
-    ("linear-seg", "mIoU", "mIoU"),
-    ("linear-seg", "mAcc", "mAcc"),
-    ("depth", "delta1", "delta1"),
-    ("depth", "AbsRel", "AbsRel"),
-    ("depth", "RMSE", "RMSE"),
-    ("detection", "mAP_11", "mAP, 11 points"),
-    ("discovery", "CorLoc/", "CorLoc"),
-    ("attentive-probe", "top1", "top-1"),
-    ("knn-seg", "mIoU", "k-NN mIoU"),
-    ("mic", "mic", "MIC"),
-    ("mic", "mic_shuffled", "MIC by chance"),
-    ("position", "share", "position %"),
-    ("position", "zero_correlation", "zero-image corr."),
-)
-NAMES = {"voc": "VOC12", "ade20k": "ADE20k", "nyu": "NYUv2", "coco": "COCO", "imagefolder": "ImageFolder"}
-STATES = ("raw", "denoised", "artifacts", "distilled")
+# By what results can differ along a figure: its file, the name of its axis, and what it shows.
+AXES = {
+    "parameters": ("fig7a", "parameters (millions)", "By the size of the model."),
+    "pairs": ("fig7b", "training pairs", "By the number of images that the denoiser was trained on."),
+    "views": ("fig7c", "views of an image", "By the number of views from which each training target was made."),
+}
+LEGEND = "Solid: denoiser on; broken: off; faint: as published. Bars are the spread over seeds, where there is one."
 _STYLES = {"raw": "--", "denoised": "-", "raw, published": ":", "denoised, published": "-."}
-
-
-@dataclass
-class Row:
-    """What is known of one model in one state.
-
-    Attributes:
-        model: as it was named.
-        state: "raw", "denoised", "artifacts" or "distilled".
-        tags: pairs=N and so on.
-        parameters: of the whole model.
-        cells: {column: (mean, spread or None, whether of the full protocol)}.
-    """
-
-    model: str
-    state: str
-    tags: dict[str, str]
-    parameters: int
-    cells: dict[Key, tuple[float, float | None, bool]] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table)
         write_atomically(folder / "report.md", table.encode())
         pictures: dict[str, bytes] = {}
-        for name, axis in (("fig7a", "parameters"), ("fig7b", "pairs"), ("fig7c", "views")):
+        for axis, (name, *_) in AXES.items():
             picture = draw(rows, axis)
             if picture is None:
                 print(f"{name}.png left out: fewer than two results differ in {axis}")
             else:
-                pictures[f"against {axis}"] = picture
+                pictures[axis] = picture
                 write_atomically(folder / f"{name}.png", picture)
                 print(f"{folder / name}.png")
         write_atomically(folder / "report.html", results_page(rows, pictures))
@@ -101,54 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """The results of a folder by model, tags and state, in order of their names.
-
-    Raises:
-        ValueError: there is no result in the folder.
-    """
-    rows: dict[tuple, Row] = {}
-    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
-        result: dict[str, Any] = json.loads(path.read_text())
-        if "task" not in result or "states" not in result:
-            continue
-        whole = not result["limit"] and not result["changed"]
-        protocol = result.get("protocol", "fast")  # results before there were several do not say
-        tags = result["tags"] | ({} if protocol == "fast" else {"protocol": protocol})
-        for state, numbers in result["states"].items():
-            key = (result["model"], tuple(sorted(tags.items())), state)
-            row = rows.setdefault(key, Row(result["model"], state, tags, result["parameters"]))
-            for name, summary in numbers.items():
-                spread = summary["std"] if len(summary["values"]) > 1 else None
-                row.cells[(result["task"], result["dataset"], name)] = (summary["mean"], spread, whole)
-    if not rows:
-        raise ValueError(f"no results in {folder}: python -m training.evaluate TASK --out {folder} writes them")
-    return sorted(rows.values(), key=lambda row: (row.model, sorted(row.tags.items()), STATES.index(row.state)))
-
-
-def columns_of(rows: Sequence[Row]) -> list[Key]:
-    """The columns that have a measured number, in the paper's order."""
-    present = list(dict.fromkeys(key for row in rows for key in row.cells))
-    ordered = []
-    for task, number, _ in COLUMNS:
-        ordered += sorted(
-            (key for key in present if key[0] == task and _is_number(key[2], number)),
-            key=lambda key: [*NAMES, "stamps", "folder"].index(key[1]),
-        )
-    return ordered
-
-
-def heading(key: Key) -> str:
-    """A column's name: dataset and number."""
-    task, dataset, number = key
-    if task == "discovery":
-        return f"{number.removeprefix('CorLoc/')} CorLoc"
-    if (task, dataset) == ("detection", "voc"):
-        return "VOC07 mAP (11 points)"
-    title = next(title for t, n, title in COLUMNS if t == task and _is_number(number, n))
-    return f"{NAMES.get(dataset, dataset)} {title}"
 
 
 def tables(rows: Sequence[Row]) -> tuple[list[list[str]], list[list[str]]]:
@@ -190,12 +110,17 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def results_page(rows: Sequence[Row], pictures: Mapping[str, bytes]) -> bytes:
     """The tables and pictures as one HTML page; see training/figures/page.py."""
-    measured, published = ([[cell.replace("`", "") for cell in line] for line in one] for one in tables(rows))
-    sections = [Section("Measured, beside published", [Table(measured[0], measured[1:]), Text(notes(rows))])]
+    measured, published = (
+        [[cell.replace("`", "").replace("\\*", "*") for cell in line] for line in one] for one in tables(rows)
+    )
+    tasks = {task for row in rows for task, *_ in row.cells}
+    words = [Text(text) for text in (notes(rows), *(MEANINGS[task] for task in MEANINGS if task in tasks)) if text]
+    sections = [Section("Measured, beside published", [Table(measured[0], measured[1:], words=3), *words])]
     if pictures:
-        sections.append(Section("Along one axis (Fig. 7)", [Picture(png, name) for name, png in pictures.items()]))
+        drawn = [Picture(png, f"{AXES[axis][2]} {LEGEND}") for axis, png in pictures.items()]
+        sections.append(Section("What it depends on", drawn))
     if len(published) > 1:
-        sections.append(Section("Published linear probes", [Table(published[0], published[1:])]))
+        sections.append(Section("Published linear probes", [Table(published[0], published[1:], words=3)]))
     lead = "Frozen features with the denoiser off (raw) and on (denoised); means and spreads over seeds."
     return page("Evaluation of denoised features", lead, sections)
 
@@ -230,54 +155,16 @@ def draw(rows: Sequence[Row], axis: str) -> bytes | None:
 
     Args:
         rows: the results.
-        axis: "parameters", or a tag: "pairs", "views".
+        axis: one of `AXES`.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     wanted = [task for task, *_ in COLUMNS[:-4]]  # MIC and position's share have no part in Fig. 7
-    figures = {key: _lines(rows, key, axis) for key in columns_of(rows) if key[0] in wanted}
-    figures = {key: lines for key, lines in figures.items() if lines}
-    if not figures:
-        return None
-    across = min(3, len(figures))
-    down = -(-len(figures) // across)
-    figure, plots = plt.subplots(down, across, figsize=(4.2 * across, 3.2 * down), squeeze=False, layout="constrained")
-    for plot in plots.flat[len(figures) :]:
-        plot.set_axis_off()
-    for plot, (key, lines) in zip(plots.flat, figures.items()):
-        families = sorted({family for family, _ in lines})
-        for (family, state), points in sorted(lines.items()):
-            xs, ys, spreads = zip(*sorted(points))
-            plot.errorbar(
-                xs,
-                ys,
-                yerr=spreads,
-                marker="o",
-                markersize=4,
-                capsize=3,
-                color=f"C{families.index(family)}",
-                label=f"{family} {state}",
-                linestyle=_STYLES[state],
-                alpha=0.5 if "published" in state else 1,
-            )
-        plot.set_xscale("log")
-        ticks = sorted({x for points in lines.values() for x, *_ in points})
-        plot.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        plot.minorticks_off()
-        plot.set(xlabel={"parameters": "parameters (M)"}.get(axis, axis), ylabel=heading(key))
-        plot.grid(alpha=0.3)
-        plot.legend(fontsize=7)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120)
-    plt.close(figure)
-    return data.getvalue()
+    plots = {heading(key): _lines(rows, key, axis) for key in columns_of(rows) if key[0] in wanted}
+    plots = {title: lines for title, lines in plots.items() if lines}
+    return draw_lines(plots, AXES[axis][1]) if plots else None
 
 
-def _lines(rows: Sequence[Row], key: Key, axis: str) -> dict[tuple[str, str], list[tuple[float, float, float]]]:
-    """Points (x, mean, spread) of one number, by family of models and state; families at one place are left out."""
+def _lines(rows: Sequence[Row], key: Key, axis: str) -> list[Line]:
+    """Points of one number, by family of models and state; families at one place are left out."""
     lines: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for row in rows:
         place = _place(row, axis)
@@ -289,7 +176,11 @@ def _lines(rows: Sequence[Row], key: Key, axis: str) -> dict[tuple[str, str], li
             if axis == "parameters" and values:  # of two sources the first, as all sizes are in it
                 published = lines.setdefault((_family(row, axis), f"{row.state}, published"), [])
                 published.append((place, values[0], 0.0))
-    return {name: points for name, points in lines.items() if len({x for x, *_ in points}) > 1}
+    return [
+        Line(family, state, _STYLES[state], "published" in state, points)
+        for (family, state), points in lines.items()
+        if len({x for x, *_ in points}) > 1
+    ]
 
 
 def _family(row: Row, axis: str) -> str:
@@ -307,10 +198,6 @@ def _place(row: Row, axis: str) -> float | None:
         return float(row.tags[axis])
     except (KeyError, ValueError):
         return None
-
-
-def _is_number(name: str, wanted: str) -> bool:
-    return name.startswith(wanted) if wanted.endswith("/") else name == wanted
 
 
 def _cell(mean: float, spread: float | None, whole: bool) -> str:

@@ -32,7 +32,8 @@ from training.common.images import ImageError, Source, decode_image, list_images
 from training.common.models import load_model, pick_device
 from training.common.recipes import STAGE1, add_recipe
 from training.common.views import render_views, whole_view
-from training.figures.panels import Row, draw_positional, draw_stage1, save_figure
+from training.figures.panels import Row, draw_positional, draw_stage1
+from training.figures.sheet import save_figure
 from training.figures.video import Maps, count_frames, draw_video
 from training.stage1.decompose import Stage1Settings, decompose
 from training.stage1.many import IMAGE_ERRORS, image_seed
@@ -188,7 +189,7 @@ def _stage1(args: argparse.Namespace, model: nn.Module, settings: Stage1Settings
             bar.settle(done, failed)
     if not rows:
         raise ValueError("none of the images could be drawn")
-    return _save(draw_stage1(rows, args.clusters, args.seed), args.out or "stage1.png", failed)
+    return _save(draw_stage1(rows, args.clusters), args.out or "stage1.png", failed)
 
 
 def _positional(args: argparse.Namespace, model: nn.Module, settings: Stage1Settings, sources: list[Source]) -> int:

@@ -2,16 +2,8 @@
 
 import io
 import json
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -22,11 +14,8 @@ import timm
 import torch
 from PIL import Image
 
-import timm_dvt
+from tests.helpers.app_server import noise, save, serving, small_folder, until
 from timm_dvt import demo
-from timm_dvt.__main__ import main
-
-PATIENCE = 60  # seconds until a test gives up waiting; a busy machine is no failure
 
 pytest.importorskip("gradio", reason="needs the extra app")
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, of the extra test")
@@ -37,30 +26,13 @@ if not (CHROMIUM and DRIVER):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small denoised model, as a folder that timm loads."""
-    torch.manual_seed(0)
-    arguments = {"depth": 2, "img_size": 96, "dynamic_img_size": True}
-    model = timm_dvt.add_denoiser(timm.create_model("vit_tiny_patch16_224", **arguments))
-    torch.nn.init.normal_(model.denoiser.pos_embed)
-    return timm_dvt.save_pretrained(model, tmp_path_factory.mktemp("model"), model_args=arguments)
+    return small_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
-    """The address of a page, its process and the folder that it makes its temporary ones in."""
-    temporary = tmp_path_factory.mktemp("temporary")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "timm_dvt", "app", "--model", f"local-dir:{folder}", "--port", str(port)]
-    environment = os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    printed = [process.stdout.readline(), process.stdout.readline()]
-    assert f"the page is at http://127.0.0.1:{port}/" in printed[1], printed + process.stdout.readlines()
-    yield f"http://127.0.0.1:{port}/", process, temporary
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE) == 0
-    assert not list(temporary.glob("timm_dvt_app_*")), "the page left its folder behind"
+    with serving(folder, tmp_path_factory.mktemp("temporary")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +55,6 @@ def page(browser, server):
     return browser
 
 
-def until(holds, what: str = ""):
-    """The first true value of a condition; the condition may fail while the page is drawn anew."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        try:
-            if found := holds():
-                return found
-        except webdriver.remote.webdriver.WebDriverException:
-            pass
-        time.sleep(0.05)
-    raise AssertionError(f"waited {PATIENCE} s in vain {what}")
-
-
 def find(page, selector: str):
     return page.find_element("css selector", selector)
 
@@ -110,15 +69,6 @@ def said(page) -> str:
 
 def upload(page, path: Path | str) -> None:
     find(page, "#upload input[type=file]").send_keys(str(Path(path).resolve()))
-
-
-def save(image: Image.Image, path: Path) -> Path:
-    image.save(path)
-    return path
-
-
-def noise(*size: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(sum(size)).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
 
 
 # ---- a visit
@@ -243,6 +193,25 @@ def test_a_bad_upload_is_told_and_the_page_goes_on(case, page, server, tmp_path)
     until(lambda: sources(page, "#overview") != before and not said(page))
 
 
+def test_a_refused_file_takes_back_what_was_said_of_the_one_before(page, tmp_path):
+    """The browser refuses it, or the server while it comes in; neither reaches what draws the page."""
+    text, other = tmp_path / "file.png", tmp_path / "file.pdf"
+    for path in (text, other):
+        path.write_text("no image")
+    for _ in range(2):  # and what is said a second time is seen a second time
+        upload(page, text)
+        until(lambda: "not an image" in said(page))
+        upload(page, other)
+        until(lambda: not said(page) and "Invalid file type" in find(page, "body").text)
+        page.execute_script("document.querySelectorAll('.toast-close').forEach(button => button.click())")
+    assert "100 MB and 25 megapixels" in find(page, "#upload").text
+    large = tmp_path / "large.png"
+    with large.open("wb") as file:
+        file.truncate(101 << 20)
+    upload(page, large)
+    assert until(lambda: said(page)) == "This file: 101 MB; the most that is taken is 100."
+
+
 def test_two_visitors_at_once_get_their_own(page, server, tmp_path):
     windows, sizes = [page.current_window_handle], {(160, 96): "128 x 80", (96, 160): "80 x 128"}
     page.switch_to.new_window("tab")
@@ -280,6 +249,8 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(page):
         for part in ("#upload", "#variant", ".dvt-compare", ".dvt-pick", "#clusters", "#groups", "#rest", "#files"):
             box = find(page, part).rect
             assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["width"] > 100
+        maps = page.find_elements("css selector", ".dvt-map")
+        assert len(maps) == 9 and all(map.rect["width"] > 300 for map in maps)
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -298,49 +269,3 @@ def test_every_control_is_reached_by_the_tabulator(page):
             )
         )
     assert wanted <= seen
-
-
-def status(address: str, body: bytes | None = None, headers: dict | None = None) -> tuple[int, bytes]:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, body, headers or {})) as answer:
-            return answer.status, answer.read()
-    except urllib.error.HTTPError as e:
-        return e.code, e.read()
-
-
-def shown_of(address: str, path: str, session: str) -> bool:
-    """Whether the page shows the file of a path, asked for as its own script asks for an upload."""
-    config = json.loads(status(f"{address}config")[1])
-    (event,) = [e for e in config["dependencies"] if e["targets"][0][1] == "upload"]
-    values = {c["id"]: c["props"].get("value") for c in config["components"]}
-    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    data = [file, *(values[component] for component in event["inputs"][1:])]
-    join = {"fn_index": event["id"], "session_hash": session, "data": data}
-    status(f"{address}gradio_api/queue/join", json.dumps(join).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash={session}", timeout=PATIENCE) as answer:
-        (line,) = [line for line in answer if b"process_completed" in line]
-    return b'"success":true' in line and b"data:image" in line
-
-
-def test_no_path_that_a_visitor_names_is_read(server, tmp_path):
-    secret = save(noise(64, 64), Path(tempfile.gettempdir()) / f"{tmp_path.name}_secret.png")
-    try:
-        for path in (secret, Path("setup.cfg").resolve(), "/etc/passwd"):
-            assert status(f"{server[0]}gradio_api/file={path}")[0] in (403, 404)
-        assert status(f"{server[0]}dvt/..%2F..%2Fsetup.cfg/maps.npy")[0] == 404
-        assert status(f"{server[0]}dvt/cat-0/..%2Fsetup.cfg")[0] == 404
-        assert not shown_of(server[0], str(secret), "a") and secret.exists()
-        boundary = "--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n".encode()
-        sent = boundary + secret.read_bytes() + b"\r\n--x--\r\n"
-        kind = {"Content-Type": "multipart/form-data; boundary=x"}
-        (uploaded,) = json.loads(status(f"{server[0]}gradio_api/upload", sent, kind)[1])
-        assert shown_of(server[0], uploaded, "b")  # the same request with a file that was sent is answered
-    finally:
-        secret.unlink()
-
-
-def test_a_port_in_use_is_one_clear_line(server, folder, capsys):
-    port = server[0].rstrip("/").rsplit(":", 1)[1]
-    assert main(["app", "--model", f"local-dir:{folder}", "--port", port]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"cannot serve on 127.0.0.1:{port}" in error

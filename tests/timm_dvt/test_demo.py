@@ -85,6 +85,23 @@ def test_the_features_shown_are_the_models(folder):
     assert torch.equal(off.features.flatten(0, 1), model.forward_features(pixels)[0, 1:])
 
 
+def test_what_is_timed_comes_behind_a_warm_up_and_by_turns(folder, monkeypatch):
+    """On a clock that each forward moves on; the first of each state is slow, as it is where memory must be found."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    took, states, clock = iter([900, 900, 13, 12, 11, 15, 16, 10]), [], [0.0]
+
+    def forward(model, pixels):
+        states.append(model.denoise)
+        clock[0] += next(took) / 1e3
+        return torch.zeros(2, 2, 4)
+
+    monkeypatch.setattr(demo, "patch_tokens", forward)
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: clock[0])
+    off, on = demo.measure(model, torch.zeros(1), rounds=3, of=min)
+    assert states == [True, False, False, True, True, False, False, True]
+    assert (round(off.milliseconds), round(on.milliseconds)) == (13, 10)
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "I;16", "1"])
 def test_any_kind_of_image_is_read_as_rgb(mode, tmp_path):
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")

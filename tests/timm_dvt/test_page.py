@@ -1,5 +1,6 @@
 """What the page is made of, without a browser: pictures, files, limits, and visitors who come at once."""
 
+import dataclasses
 import io
 import threading
 import urllib.request
@@ -17,7 +18,8 @@ from timm_dvt import looks, page, studio
 from timm_dvt.colors import PALETTE, fit_projection
 from timm_dvt.demo import DemoError
 from timm_dvt.page import Look
-from timm_dvt.studio import Studio, read_upload
+from timm_dvt.studio import Studio
+from timm_dvt.uploads import FORMATS, SIDE, read_upload
 
 
 def maps(*grid: int) -> tuple[np.ndarray, np.ndarray]:
@@ -124,6 +126,14 @@ def test_every_part_is_whole_and_has_one_pixel_a_patch(look):
         Parts(text)
 
 
+def test_of_a_denoiser_that_keeps_lengths_one_map_of_them_is_shown_and_that_is_said(look):
+    said = "This denoiser keeps lengths."
+    assert said not in page.rest(look) and len(Parts(page.rest(look)).pictures()) == 4
+    lengths = np.linalg.norm(look.off, axis=-1, keepdims=True) / np.linalg.norm(look.on, axis=-1, keepdims=True)
+    kept = dataclasses.replace(look, on=look.on * lengths)
+    assert said in page.rest(kept) and len(Parts(page.rest(kept)).pictures()) == 3
+
+
 def test_a_notice_says_what_it_is_given_and_runs_none_of_it():
     assert page.notice("") == ""
     assert "&lt;script&gt;" in page.notice("<script>")
@@ -152,11 +162,11 @@ def content(image: Image.Image, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", studio.FORMATS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_an_upload_is_rgb_and_of_bounded_size(kind):
     assert read_upload(content(Image.new("RGB", (60, 40)), kind)).size == (60, 40)
     big = read_upload(content(Image.new("L", (3000, 1000)), kind))
-    assert big.size == (studio.SIDE, studio.SIDE // 3) and big.mode == "RGB"
+    assert big.size == (SIDE, SIDE // 3) and big.mode == "RGB"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from timm_dvt.published import DINOV2, REG
-from training.report import main, read_rows
+from training.evaluate.results import COLUMNS, MEANINGS, read_rows
+from training.figures import plots
+from training.report import main
 
 
 def result(folder, name, model, states, task="linear-seg", dataset="voc", parameters=86_000_000, **more):
@@ -52,7 +54,9 @@ def test_measured_stands_above_what_is_published(tmp_path, capsys):
     assert rows[6] == ["", "denoised", readme, "84.92", "91.74", ""]
     assert rows[7] == ["", "denoised", paper, "84.84", "91.7", "58"]
     html = (tmp_path / "report.html").read_text()
-    assert all(f"<td>{escape(cell)}</td>" in html for row in rows[2:8] for cell in row[2:])
+    assert all(f"<td>{escape(row[2])}</td>" in html for row in rows[2:8])
+    assert all(f'<td class="number">{escape(cell)}</td>' in html for row in rows[2:8] for cell in row[3:])
+    assert "segmentation by one linear layer" in html and "found without any training" in html and "MIC:" not in html
     assert "published linear probes" in html.lower() and "http" not in html and "`" not in html
 
 
@@ -89,6 +93,8 @@ def test_numbers_off_the_protocol_are_marked(tmp_path):
     main([str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     assert "10.00\\* |" in text and "| 20.00 |" in text and "not the full protocol" in text
+    html = (tmp_path / "report.html").read_text()
+    assert ">10.00*<" in html and ">20.00<" in html
 
 
 def test_figure_7_is_drawn_along_each_axis_that_has_two_places(tmp_path, capsys):
@@ -103,6 +109,30 @@ def test_figure_7_is_drawn_along_each_axis_that_has_two_places(tmp_path, capsys)
     assert (tmp_path / "fig7b.png").exists() and not (tmp_path / "fig7c.png").exists()
     assert "fig7c.png left out: fewer than two results differ in views" in capsys.readouterr().out
     assert [row.tags for row in read_rows(tmp_path) if row.tags][0] == {"pairs": "100"}
+
+
+def test_the_page_says_in_words_what_a_figure_shows_and_what_each_number_is(tmp_path):
+    for views in (8, 32):
+        result(
+            tmp_path, f"v{views}", "local-dir:a", {"raw": {"mIoU": (80 + views / 100, 0)}}, tags={"views": str(views)}
+        )
+    main([str(tmp_path)])
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("By the number of views from which each training target was made. Solid: denoiser on") == 2
+    assert {task for task, *_ in COLUMNS} == set(MEANINGS)
+
+
+def test_the_legend_of_a_figure_lies_below_its_axes(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    lines = [plots.Line(f"family {i}", "denoised", "-", False, [(1, 2, 0.1), (3, 4, 0)]) for i in range(3)]
+    plots.draw_lines({"VOC12 mIoU": lines, "ADE20k mIoU": lines[:2]}, "views")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    below = legend.get_window_extent().y1
+    assert all(axes.get_tightbbox().y0 >= below and axes.get_legend() is None for axes in figure.axes)
+    assert [text.get_text() for text in legend.get_texts()] == [f"family {i}, denoised" for i in range(3)]
 
 
 def test_a_folder_without_results_is_an_error(tmp_path, capsys):

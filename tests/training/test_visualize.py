@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
+from timm_dvt import looks
 from timm_dvt.colors import fit_projection
 from training import visualize
 from training.common.backbone import FeatureReader
 from training.common.images import list_images, load_image
 from training.common.models import load_model
 from training.figures import video
-from training.figures.panels import Row, draw_stage1
+from training.figures.panels import Row, draw_positional, draw_stage1
 from training.figures.video import draw_video, frame_rate, read_frames, side_by_side
 from training.stage1.decompose import Stage1Settings
 from training.visualize import positional_maps, video_maps
@@ -66,13 +67,34 @@ def test_f_can_be_drawn_between_the_patches_and_a_name_without_a_suffix_is_a_png
 def test_no_text_of_a_panel_is_cut_or_lies_on_another():
     generator = np.random.default_rng(0)
     maps = [generator.normal(size=(5, 5, 8)) * 1e5 for _ in range(4)]
-    figure = draw_stage1([Row("a_very_long_name_of_an_image.jpeg, block 11", np.ones((8, 8, 3)), *maps)] * 3)
+    assert_texts_apart(draw_stage1([Row("a_very_long_name_of_an_image.jpeg, block 11", np.ones((8, 8, 3)), *maps)] * 3))
+
+
+def assert_texts_apart(figure):
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in figure.texts]
     for i, box in enumerate(boxes):
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
         for other in boxes[:i]:
             assert not box.overlaps(other)
+
+
+@pytest.mark.parametrize("resolution", [5, 15])
+def test_a_panel_has_the_colours_of_the_demo_and_one_scale_for_raw_and_clean_features(resolution):
+    """Also where F is drawn between the patches."""
+    generator = np.random.default_rng(0)
+    raw, artifacts, residual = (generator.normal(size=(5, 5, 8)) for _ in range(3))
+    clean = 3 * generator.normal(size=(resolution, resolution, 8))
+    figure = draw_stage1([Row("image.jpeg", np.ones((8, 8, 3)), raw, clean, artifacts, residual)], clusters=4)
+    pictures = [np.asarray(image.get_array()) for axes in figure.axes for image in axes.images]
+    times = resolution // 5
+    fine = raw.repeat(times, 0).repeat(times, 1)
+    lengths, ends = looks.lengths(fine, clean)
+    similarities, _ = looks.similarities(fine, clean, (resolution // 2, resolution // 2))
+    for wanted in (*looks.colours(fine, clean), *looks.groups(fine, clean, 4), *lengths, *similarities):
+        assert any(one.shape == wanted.shape and np.allclose(one, wanted) for one in pictures)
+    texts = [text.get_text() for text in figure.texts]
+    assert [texts.count(f"{end:.3g}") for end in ends] == [2, 2]
 
 
 def test_images_that_cannot_be_drawn_are_named_and_the_rest_is_drawn(frames, tmp_path, capsys):
@@ -103,14 +125,16 @@ def test_positional_maps_are_those_of_a_zero_tensor_and_the_mean(frames):
     assert count == 5
 
 
-def test_the_positional_picture_has_a_column_for_each_layer(frames, tmp_path):
-    sizes = []
-    for layers in (["-1"], ["0", "3", "5"]):
+def test_the_positional_picture_has_a_column_for_each_layer(frames, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(visualize, "draw_positional", lambda *a: drawn.append(draw_positional(*a)) or drawn[-1])
+    for layers in (["-1"], ["0", "1", "3", "5"]):
         out = tmp_path / f"{len(layers)}.png"
         options = ["--positional", "--out", str(out), "--layers", *layers]
         assert visualize.main([str(frames), *SMALL, *options]) == 0
-        sizes.append(Image.open(out).size)
-    assert sizes[0][1] == sizes[1][1] and sizes[1][0] > 2 * sizes[0][0]
+        maps = [image for axes in drawn[-1].axes for image in axes.images if image.get_array().shape == (4, 4, 3)]
+        assert len(maps) == 4 * len(layers) and Image.open(out).size[1] > 700
+        assert_texts_apart(drawn[-1])
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])

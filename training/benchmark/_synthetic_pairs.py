@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.benchmark.scenes import Regime, Scene
+from training.benchmark._scenes import Regime, Scene
 from training.common.images import Fingerprint, Source
 from training.pairs.folder import PairFolder
 
@@ -19,7 +19,7 @@ class World:
     """The images of one synthetic backbone: what position does is the backbone's, what is shown is each image's.
 
     raw = F + (1 + v) G + residual (F A) * P + noise: F is each image's own; G, A and P are the same for all (in
-    training/benchmark/scenes.py every scene has its own, which one forward pass could not know); v is drawn for each
+    training/benchmark/_scenes.py every scene has its own, which one forward pass could not know); v is drawn for each
     image.
     """
 

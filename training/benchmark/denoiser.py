@@ -19,8 +19,8 @@ import torch
 
 from timm_dvt.denoiser import ARCHITECTURES
 from training import train_denoiser
+from training.benchmark._scenes import REGIMES, relative_error
 from training.benchmark._synthetic_pairs import MODELS, World
-from training.benchmark.scenes import REGIMES, relative_error
 
 
 def unseen_error(folder: Path | None, world: World, first: int, count: int) -> float:

@@ -10,29 +10,37 @@ import argparse
 import time
 
 import torch
+from tqdm import tqdm
 
 from training.common.memory import keep_freed_memory
 from training.common.models import pick_device
 from training.stage1.field.backends import BACKENDS
 from training.stage1.field.fit import REPORT_EVERY, FieldSettings, fit_field
 
+STEPS = 4 * REPORT_EVERY  # of a turn, two parts each phase
 
-def measure_steps(channels: int, grid: int, device: torch.device, backend: str) -> list[tuple[float, float]]:
-    """Milliseconds a step by the clock and of the processor, in the first and in the second phase."""
+
+def measure_steps(channels: int, grid: int, device: torch.device, backend: str, bar: tqdm) -> list[tuple[float, float]]:
+    """Milliseconds a step by the clock and of the processor, in the first and in the second phase; moves a bar on."""
     generator = torch.Generator().manual_seed(0)
     count = 16 * grid**2
     coords = torch.rand(count, 2, generator=generator)
     patches = torch.arange(grid**2).repeat(16)
     features = torch.randn(count, channels, generator=generator).to(device)
     marks = [(time.perf_counter(), time.process_time())]
+
+    def mark(steps: int) -> None:
+        marks.append((time.perf_counter(), time.process_time()))
+        bar.update(steps)
+
     fit_field(
         coords,
         patches,
         features,
         grid,
-        FieldSettings(steps=4 * REPORT_EVERY, backend=backend),
+        FieldSettings(steps=STEPS, backend=backend),
         device=device,
-        progress=lambda _: marks.append((time.perf_counter(), time.process_time())),
+        progress=mark,
     )
     taken = [[1000 * (b - a) / REPORT_EVERY for a, b in zip(*pair)] for pair in zip(marks, marks[1:])]
     return [(taken[warm][0], taken[warm][1]) for warm in (1, 3)]
@@ -55,7 +63,10 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # as the commands do, and the next
     keep_freed_memory()
-    turns = [measure_steps(options.channels, options.grid, device, options.backend) for _ in range(options.rounds)]
+    with tqdm(total=options.rounds * STEPS, desc="field_step", unit="step", leave=False) as bar:
+        turns = [
+            measure_steps(options.channels, options.grid, device, options.backend, bar) for _ in range(options.rounds)
+        ]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{options.threads} threads"
     print(f"ms a step: C={options.channels}, K={options.grid}, batch 2048, {options.backend} on {where}")
     for phase, taken in zip((1, 2), zip(*turns)):

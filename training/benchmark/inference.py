@@ -21,6 +21,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import nn
+from tqdm import trange
 
 import timm_dvt
 from timm_dvt.registry import VARIANTS
@@ -107,7 +108,7 @@ def interleaved(
     clock()  # a GPU's work is done before what counts begins
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
-    for i in range(rounds):
+    for i in trange(rounds, desc="rounds", unit="round", leave=False):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             start = clock()
             calls[name]()
@@ -200,7 +201,7 @@ def measure_within(model: Any, images: torch.Tensor, rounds: int, clock: Callabl
 
     model._backbone_features = timed
     try:
-        for _ in range(rounds):
+        for _ in trange(rounds, desc="within one forward", unit="round", leave=False):
             start = clock()
             model.forward_features(images)
             ratios.append((clock() - start) / spent[0])
@@ -216,7 +217,7 @@ def measure_import(rounds: int) -> Comparison:
         "c = time.perf_counter(); print((c - a) / (b - a))"
     )
     ratios = []
-    for i in range(rounds + 1):
+    for i in trange(rounds + 1, desc="import", unit="process", leave=False):
         answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         if i:  # the first fills the file cache
             ratios.append(float(answer.stdout))

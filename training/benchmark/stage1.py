@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.benchmark import _stage1_real as real
-from training.benchmark.scenes import REGIMES, Scene, relative_error
+from training.benchmark._scenes import REGIMES, Scene, relative_error
 from training.common.backbone import DTYPES
 from training.common.views import view_axes
 from training.stage1.field.fit import FieldSettings, fit_field

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
+from training.benchmark._scenes import REGIMES
 from training.benchmark._synthetic_pairs import MODELS, World
-from training.benchmark.scenes import REGIMES
 from training.common.memory import keep_freed_memory
 from training.common.models import pick_device
 from training.loop.distance import norm_distance

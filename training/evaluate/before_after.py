@@ -48,7 +48,7 @@ def before_after(
     sections = [
         Section("In numbers", [Table(["", "off", "on"], rows)]),
         Section("In pictures", [Picture(png, caption) for png, caption in pictures]),
-        Section("How it was made", [Table(["", ""], list(facts.items()))]),
+        Section("How it was made", [Table(["", ""], list(facts.items()), words=2)]),
         Section("How to use it", [Text(code, code=True)]),
     ]
     write_atomically(folder / "page.html", page(title, lead, sections))

@@ -16,7 +16,7 @@ h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere } h2 { font-s
 p { max-width: 46rem } p.faint, figcaption { color: var(--faint) }
 div.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left }
-td + td, th + th { text-align: right; white-space: nowrap }
+td.number, th.number { text-align: right } td:not(:last-child), .number { white-space: nowrap }
 figure { margin: 1rem 0 } img { max-width: 100%; background: #fff }
 pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line) }
 """
@@ -36,13 +36,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells below a row of headings; the first column is words, the others are numbers."""
+    """Rows of cells below a row of headings; the first `words` columns are words, the others are numbers."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: int = 1
 
     def html(self) -> str:
-        lines = [_row("th", self.headings), *(_row("td", row) for row in self.rows)]
+        lines = [_row("th", self.headings, self.words), *(_row("td", row, self.words) for row in self.rows)]
         return '<div class="wide"><table>' + "".join(lines) + "</table></div>"
 
 
@@ -77,5 +78,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> bytes:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{"".join(body)}</body></html>\n'.encode()
 
 
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+def _row(tag: str, cells: Sequence[str], words: int) -> str:
+    number = ' class="number"'
+    marked = ((cell, "" if place < words else number) for place, cell in enumerate(cells))
+    return "<tr>" + "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for cell, mark in marked) + "</tr>"

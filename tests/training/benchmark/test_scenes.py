@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from training.benchmark import stage1
+from training.benchmark._scenes import REGIMES, Regime, Scene, relative_error
 from training.benchmark._stage1_real import position_share
-from training.benchmark.scenes import REGIMES, Regime, Scene, relative_error
 from training.common.views import view_axes
 
 

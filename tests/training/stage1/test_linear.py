@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.benchmark.scenes import Regime, Scene, relative_error
+from training.benchmark._scenes import Regime, Scene, relative_error
 from training.common.views import Views, patch_centres, sample_views, view_axes, whole_view
 from training.stage1.conditioning import IllConditioned, check_views
 from training.stage1.linear.banded import BandedFactor, roughness, roughness_diagonals, roughness_probes

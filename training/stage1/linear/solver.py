@@ -30,7 +30,7 @@ MAX_STEPS = 4
 class LinearSettings:
     """Settings of the linear solver; there is one default for all images and models.
 
-    How it was chosen: errors of F and G over the regimes of `training.benchmark.scenes` at 8, 64 and 256 views. M from
+    How it was chosen: errors of F and G over the regimes of `training.benchmark._scenes` at 8, 64 and 256 views. M from
     K to 5 K: no regime gets worse with a finer grid, because the evidence chooses the smoothness, and sharp
     borders without noise gain tenfold up to M = 64; 2 K is what a solve in a second allows at K = 37. The
     smoothness and G's penalty are not settings: they follow from the data (`training.stage1.linear.evidence`). An

@@ -1,0 +1,148 @@
+"""The page without a browser: what its server reads, keeps and answers, whoever asks and however slowly."""
+
+import io
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.app_server import (
+    BOUNDARY,
+    is_look,
+    multipart,
+    noise,
+    save,
+    sent,
+    serving,
+    shown,
+    small_folder,
+    status,
+    until,
+)
+from timm_dvt.__main__ import main
+
+pytest.importorskip("gradio", reason="needs the extra app")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return small_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    with serving(folder, tmp_path_factory.mktemp("temporary")) as found:
+        yield found
+
+
+def png(*size: int) -> bytes:
+    file = io.BytesIO()
+    noise(*size).save(file, "PNG")
+    return file.getvalue()
+
+
+def left(server) -> list[Path]:
+    """What lies in the folders of the page."""
+    return [path for folder in server[2].glob("timm_dvt_app_*") for path in folder.iterdir()]
+
+
+# ---- uploads
+
+
+def test_an_upload_that_takes_its_time_outlives_those_of_others(server):
+    """Sent by halves, with another visitor's upload shown and deleted in between."""
+    slow, quick = png(96, 96), png(80, 80)
+    host, port = server[0].removeprefix("http://").rstrip("/").split(":")
+    body = multipart(slow, "slow.png")
+    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {len(body)}\r\n"
+    head += f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\nConnection: close\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as line:
+        line.sendall(head.encode() + body[: len(body) // 2])
+        until(lambda: len(left(server)) == 1)
+        assert is_look(shown(server[0], sent(server[0], quick), "quick"))
+        line.sendall(body[len(body) // 2 :])
+        answer = b"".join(iter(lambda: line.recv(65536), b""))
+    path = answer.decode().split('"')[1]
+    assert is_look(shown(server[0], path, "slow"))
+    assert not left(server)
+
+
+def test_what_is_left_of_an_upload_given_up_half_way_is_deleted_in_time(server):
+    (folder,) = server[2].glob("timm_dvt_app_*")
+    old, new = folder / "tmp_old", folder / "tmp_new"
+    for part in (old, new):
+        part.write_bytes(b"half")
+    os.utime(old, (time.time() - 700,) * 2)
+    assert is_look(shown(server[0], sent(server[0], png(64, 64)), "later"))
+    assert not old.exists() and new.exists()
+    new.unlink()
+
+
+def test_two_who_send_the_same_file_at_the_same_time_both_see_it(server):
+    """It lies in one place, which is named after its content."""
+    first, second = sent(server[0], png(72, 64)), sent(server[0], png(72, 64))
+    assert first == second
+    assert is_look(shown(server[0], first, "one")) and is_look(shown(server[0], second, "two"))
+
+
+def test_an_upload_that_is_gone_is_told(server):
+    path = sent(server[0], png(88, 64))
+    Path(path).unlink()
+    answer = shown(server[0], path, "gone")
+    assert "This upload is no longer here; choose it again." in answer and not is_look(answer)
+
+
+def test_an_upload_outlives_the_longest_queue(monkeypatch):
+    """At two minutes for each visitor before."""
+    from timm_dvt import app
+
+    assert app.CACHE[1] >= app.WAITING * 120
+
+
+def test_an_emptied_number_of_groups_is_six_of_them(server):
+    answer = shown(server[0], sent(server[0], png(64, 80)), "none", groups=None)
+    assert is_look(answer) and "clusters=6" in answer
+
+
+def test_whatever_goes_wrong_is_told_and_leaves_the_page_as_it_was(capsys):
+    import gradio
+
+    from timm_dvt import app
+
+    def fail(error):
+        raise error
+
+    for error, words in (
+        (ValueError("/a/path/of/the/server"), "This went wrong (ValueError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: not enough memory"), "too little memory"),
+        (MemoryError(), "too little memory"),
+    ):
+        told, *others = app._told(lambda error=error: fail(error), [None] * 3)
+        assert words in told and "/a/path" not in told and others == [gradio.skip()] * 2
+        assert type(error).__name__ in capsys.readouterr().err
+
+
+# ---- against some
+
+
+def test_no_path_that_a_visitor_names_is_read(server, tmp_path):
+    secret = save(noise(64, 64), Path(tempfile.gettempdir()) / f"{tmp_path.name}_secret.png")
+    try:
+        for path in (secret, Path("setup.cfg").resolve(), "/etc/passwd"):
+            assert status(f"{server[0]}gradio_api/file={path}")[0] in (403, 404)
+        assert status(f"{server[0]}dvt/..%2F..%2Fsetup.cfg/maps.npy")[0] == 404
+        assert status(f"{server[0]}dvt/cat-0/..%2Fsetup.cfg")[0] == 404
+        assert not is_look(shown(server[0], str(secret), "a")) and secret.exists()
+        assert is_look(shown(server[0], sent(server[0], secret.read_bytes()), "b"))  # the same, of a file that was sent
+    finally:
+        secret.unlink()
+
+
+def test_a_port_in_use_is_one_clear_line(server, folder, capsys):
+    port = server[0].rstrip("/").rsplit(":", 1)[1]
+    assert main(["app", "--model", f"local-dir:{folder}", "--port", port]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"cannot serve on 127.0.0.1:{port}" in error

@@ -1,0 +1,52 @@
+"""What takes more than ten seconds shows a bar on stderr, with a rate and the time that is left; stdout stays clean."""
+
+import json
+import re
+
+import pytest
+
+from timm_dvt import cards, families
+from timm_dvt.__main__ import main
+from timm_dvt.demo import DEFAULT_MODEL
+from timm_dvt.registry import VARIANTS
+from timm_dvt.studio import Studio
+
+
+def has_bar(err: str, unit: str, total: int) -> bool:
+    return bool(re.search(rf"\b0/{total} \[00:00<\?, \?{unit}/s", err))
+
+
+@pytest.fixture
+def one_variant(monkeypatch):
+    monkeypatch.setattr(cards, "publishable", lambda: [VARIANTS[DEFAULT_MODEL]])
+
+
+def test_families(capsys, monkeypatch):
+    monkeypatch.setattr(families, "list_modules", lambda: ["mlp_mixer", "vision_transformer_relpos"])
+    assert main(["families"]) == 0
+    printed = capsys.readouterr()
+    assert has_bar(printed.err, "module", 2)
+    assert printed.out.splitlines() == ["MlpMixer: yes", "VisionTransformerRelPos: yes"]
+
+
+@pytest.mark.usefixtures("one_variant")
+def test_cards_and_their_check(tmp_path, capsys):
+    for more in ([], ["--check"]):
+        assert main(["cards", "--out", str(tmp_path), *more]) == 0
+        assert has_bar(capsys.readouterr().err, "card", 1)
+
+
+def test_calibrate_as_json(tmp_path, capsys):
+    command = ["calibrate", "--model", "vit_tiny_patch16_224", "--no-pretrained", "--views", "32", "--json"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert has_bar(printed.err, "image", 32) and json.loads(printed.out)["folder"] == str(tmp_path)
+
+
+def test_the_pages_first_example_and_no_visitors_look(tmp_path, capsys):
+    from tests.helpers.app_server import small_folder
+
+    studio = Studio(f"local-dir:{small_folder(tmp_path)}")
+    assert has_bar(capsys.readouterr().err, "round", 3)
+    studio.example(1, studio.first)
+    assert "round" not in capsys.readouterr().err

@@ -1,0 +1,43 @@
+"""Claims about `python -m training.benchmark`: it tells what there is, and runs what it tells."""
+
+import importlib
+import re
+
+import pytest
+
+from training.benchmark import field_step
+from training.benchmark.__main__ import main
+
+
+def told(capsys) -> str:
+    with pytest.raises(SystemExit) as leaving:
+        main(["--help"])
+    assert leaving.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_each_benchmark_and_each_can_be_run(capsys):
+    names = re.findall(r"^  (\w+) +\S", told(capsys).split("help message and exit")[1], re.MULTILINE)
+    assert {"stage1", "inference", "field_step"} <= set(names)
+    for name in names:
+        assert callable(importlib.import_module(f"training.benchmark.{name}").main)
+
+
+@pytest.mark.parametrize("arguments", [[], ["scenes"], ["_scenes"], ["nonsense"]])
+def test_what_is_no_benchmark_is_one_clear_line(arguments, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(arguments)
+    assert leaving.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error:" in last and ("'stage1'" in last if arguments else "NAME" in last)
+
+
+def test_field_step_tells_how_far_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(field_step, "fit_field", lambda *_, progress, **__: [progress(50) for _ in range(4)])
+    for setting in ("set_num_threads", "set_flush_denormal"):  # which would outlast this test
+        monkeypatch.setattr(field_step.torch, setting, lambda _: None)
+    monkeypatch.setattr(field_step, "keep_freed_memory", lambda: None)
+    assert main(["field_step", "--rounds", "2", "--threads", "1"]) == 0
+    printed = capsys.readouterr()
+    assert "0/400 [00:00<?, ?step/s]" in printed.err and re.search(r"\b[1-9]\d*/400 ", printed.err)
+    assert "phase 2" in printed.out

@@ -1,0 +1,123 @@
+"""A figure of equal square cells with titles, scales and frames: what the panels are drawn on."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from timm_dvt.colors import heat
+from timm_dvt.looks import Scale
+from timm_dvt.panel import FAINT, INK, MARK
+
+CELL, GAP, GROUP_GAP, ROW_GAP = 1.42, 0.09, 0.30, 0.42  # inches
+LEFT, TITLES, GROUPS, RIGHT, BOTTOM = 0.42, 0.44, 0.36, 0.16, 0.36
+BAR = 0.055  # height of a colour scale
+HEAD, LINE, LETTER = 0.42, 0.18, 0.078  # a heading, a line of words below it, and the width of a letter of these
+NARROWEST = 4.9  # a figure of one column has words above it too
+DPI = 110
+_INK, _FAINT, _MARK = (tuple(part / 255 for part in colour) for colour in (INK, FAINT, MARK))
+
+
+class Sheet:
+    """Cells placed by the inch, so that no text moves or cuts them."""
+
+    def __init__(
+        self,
+        rows: Sequence[str],
+        columns: Sequence[tuple[str, str]],
+        groups: Sequence[tuple[int, int, str]],
+        title: str,
+        words: str,
+    ) -> None:
+        """
+        Args:
+            rows: a label at the left of each; a long one is shortened in its middle.
+            columns: a title above each, and a line below it that explains it.
+            groups: (first column, last column, title) of columns that belong together.
+            title, words: above all of them.
+        """
+        starts = {first for first, _, _ in groups}
+        self._x = [LEFT]
+        for column in range(1, len(columns)):
+            self._x.append(self._x[-1] + CELL + (GROUP_GAP if column in starts else GAP))
+        self.width = max(self._x[-1] + CELL + RIGHT, NARROWEST)
+        heads = textwrap.wrap(title, max(int((self.width - LEFT) / (1.5 * LETTER)), 8))
+        lines = textwrap.wrap(words, max(int((self.width - LEFT) / LETTER), 12))
+        explained = any(below for _, below in columns)
+        above = (TITLES if explained else TITLES - 0.17) + (GROUPS if groups else 0)
+        head = 0.14 + HEAD * len(heads) * 0.7 + LINE * len(lines) + 0.16
+        self.height = head + above + len(rows) * CELL + (len(rows) - 1) * ROW_GAP + BOTTOM
+        top = self.height - head - above
+        self._y = [top - (row + 1) * CELL - row * ROW_GAP for row in range(len(rows))]
+        self.figure = Figure(figsize=(self.width, self.height), dpi=DPI, facecolor="white")
+
+        down = self.height - 0.14
+        for text in heads:
+            self._text(LEFT, down, text, 14, ha="left", va="top")
+            down -= HEAD * 0.7
+        for text in lines:
+            self._text(LEFT, down, text, 9, ha="left", va="top", color=_FAINT)
+            down -= LINE
+        for x, (name, below) in zip(self._x, columns):
+            self._text(x, top + (0.25 if explained else 0.08), name, 10, ha="left", va="bottom")
+            self._text(x, top + 0.08, below, 8, ha="left", va="bottom", color=_FAINT)
+        for first, last, name in groups:
+            left, right = self._x[first], self._x[last] + CELL
+            self._text(left, top + TITLES + 0.09, name, 11, ha="left", va="bottom", weight="bold")
+            self._line(left, top + TITLES + 0.03, right - left)
+        for y, label in zip(self._y, rows):
+            short = label if len(label) <= 22 else f"{label[:12]}…{label[-9:]}"
+            self._text(LEFT - 0.12, y + CELL / 2, short, 9, ha="right", va="center", rotation=90)
+
+    def picture(self, row: int, column: int, colours: np.ndarray, scale: Scale | None = None) -> None:
+        """Draw (H, W, 3) colours in [0, 1], patches as squares; below them what the ends of their scale stand for."""
+        self._axes(row, column, CELL).imshow(colours, interpolation="nearest", aspect="auto")
+        if scale is None:
+            return
+        ramp = heat(np.linspace(0, 1, 256)[None], 0.0, 1.0)
+        self._axes(row, column, BAR, -0.06 - BAR).imshow(ramp, interpolation="nearest", aspect="auto")
+        for value, x, ha in zip(scale, (0, CELL), ("left", "right")):
+            at = self._x[column] + x, self._y[row] - 0.08 - BAR
+            self._text(*at, f"{value:.3g}", 7.5, ha=ha, va="top", color=_FAINT)
+
+    def frame(self, row: int, column: int, grid: int) -> None:
+        """Frame the middle patch of a map of grid x grid patches, or of the image that it is of."""
+        axes = self._axes(row, column, CELL)
+        axes.set(xlim=(0, grid), ylim=(grid, 0), facecolor="none")
+        corner = (grid // 2, grid // 2)
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="white", linewidth=2.4, alpha=0.8))
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_MARK, linewidth=1.4))
+
+    def note(self, row: int, column: int, text: str) -> None:
+        """Write a small note below a cell."""
+        self._text(self._x[column], self._y[row] - 0.06, text, 8, ha="left", va="top", color=_FAINT)
+
+    def _axes(self, row: int, column: int, height: float, above: float = 0.0) -> Axes:
+        """Axes without marks, as wide as a cell, from so far above its lower edge."""
+        x, y = self._x[column] / self.width, (self._y[row] + above) / self.height
+        axes = self.figure.add_axes((x, y, CELL / self.width, height / self.height))
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        return axes
+
+    def _line(self, x: float, y: float, width: float) -> None:
+        line = Rectangle((x / self.width, y / self.height), width / self.width, 0.012 / self.height)
+        line.set(facecolor=_FAINT, edgecolor="none", transform=self.figure.transFigure)
+        self.figure.add_artist(line)
+
+    def _text(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
+        if text:
+            self.figure.text(x / self.width, y / self.height, text, fontsize=size, **({"color": _INK} | style))
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as its name's suffix says (png, pdf, svg, jpg, ...); makes missing folders."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
