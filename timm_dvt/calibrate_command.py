@@ -55,12 +55,22 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--views", type=int, default=256, metavar="N", help="forward passes at the most (default: %(default)s)"
     )
     command.add_argument(
+        "--keep-length", action="store_true", help="clean tokens of the raw ones' length, for what lives on lengths"
+    )
+    command.add_argument(
         "--json", action="store_true", help="print what was found as JSON, and nothing else; progress goes to stderr"
     )
     command.add_argument("--no-pretrained", action="store_true", help="random weights: fetch nothing")
     command.set_defaults(
         run=lambda args: run(
-            args.model, args.out, args.images, args.method, args.views, not args.no_pretrained, args.json
+            args.model,
+            args.out,
+            args.images,
+            args.method,
+            args.views,
+            not args.no_pretrained,
+            args.json,
+            args.keep_length,
         )
     )
 
@@ -73,6 +83,7 @@ def run(
     views: int = 256,
     pretrained: bool = True,
     as_json: bool = False,
+    keep_length: bool = False,
 ) -> Path:
     """Calibrate a model by name and save it; prints what was found, returns the folder written.
 
@@ -93,7 +104,8 @@ def run(
     say(f"model: {name} on {device}" + ("" if pretrained else ", random weights, as asked for"))
     start = time.perf_counter()
     try:
-        calibrate(model.to(device).eval(), images, method=method, views=views, progress=True)
+        model.to(device).eval()
+        calibrate(model, images, method=method, views=views, keep_length=keep_length, progress=True)
     except TypeError as e:  # a class that cannot have a denoiser
         raise CalibrationError(str(e)) from e
     facts = model.denoiser.calibration

@@ -133,6 +133,27 @@ def test_calibrated_saved_loaded_toggled_and_bit_equal_when_off(name, method, tm
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", ["static", "project", "leftover"])
+@torch.no_grad()
+def test_with_lengths_kept_tokens_point_as_without_and_are_as_long_as_raw_ones(method, tmp_path):
+    model, images = vit(), torch.randn(2, 3, 96, 96)
+    plant(model)
+    raw = model.forward_features(images)[:, 1:]
+    if method == "leftover":
+        timm_dvt.add_denoiser(model, arch="static")
+    clean = {}
+    for keep in (False, True):
+        calibrate(model, photographs(4), method=method, views=64, keep_length=keep)
+        clean[keep] = model.forward_features(images)[:, 1:]
+    assert (clean[False].norm(dim=-1) / raw.norm(dim=-1) - 1).abs().max() > 0.01
+    torch.testing.assert_close(clean[True].norm(dim=-1), raw.norm(dim=-1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*(torch.nn.functional.normalize(one, dim=-1) for one in clean.values()))
+    model.norm = model.norm.norm  # without what was planted it is one that timm makes
+    timm_dvt.save_pretrained(model, tmp_path, model_args={"depth": 2})
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again.denoiser(raw, (6, 6)), model.denoiser(raw, (6, 6)))
+
+
 def test_several_layers_have_a_map_each():
     model = calibrate(vit(), layers=[0, -1], views=32)
     assert sorted(model.denoisers()) == [0, 1]
