@@ -9,6 +9,7 @@ that imports Gradio (extra `app`).
 
 import os
 import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -43,6 +44,7 @@ POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; base-uri 'self'"
 )
+CLOSED = "/process_recording"  # writes what it is sent into a file, and starts ffmpeg on it
 # Gradio's settings of an event. Models compute one at a time; what is only drawn does not wait for them.
 HEAVY: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 LIGHT: dict[str, Any] = {
@@ -64,11 +66,14 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
     Raises:
         DemoError: the model cannot be loaded, or the address cannot be used.
     """
+    _check_host(host)
     print("loading the model, and showing it the first example ...", flush=True)
     studio = Studio(model or DEFAULT_MODEL)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C, so that the folder below is removed
-    with tempfile.TemporaryDirectory(prefix="timm_dvt_app_") as folder:
+    folders = (tempfile.TemporaryDirectory(prefix=f"timm_dvt_{name}_") for name in ("app", "gradio"))
+    with next(folders) as folder, next(folders) as other:
         os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio writes uploads; read when blocks are made, not on import
+        gr.routes.DEFAULT_TEMP_DIR = other  # but this was, and Gradio makes a folder in it that it leaves behind
         blocks = build(studio, Uploads(Path(folder)))
         try:
             _, address, _ = blocks.launch(
@@ -101,6 +106,18 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
             raise DemoError(f"cannot serve on {where}: it is in use, or not an address of this machine") from e
         print(f"the page is at {address} (end it with Ctrl+C)", flush=True)
         blocks.block_thread()
+
+
+def _check_host(host: str) -> None:
+    """Raise DemoError for an address that is not this machine's: Gradio would try a hundred ports, for minutes."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except (OSError, UnicodeError) as e:
+        raise DemoError(
+            f"cannot serve on {host}: it is not an address of this machine; leave --host out, or use 0.0.0.0 for all"
+        ) from e
 
 
 def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
@@ -248,12 +265,16 @@ def download(studio: Studio) -> Callable[[Request], Response]:
 
 
 class Guard:
-    """Tells browsers that nothing from elsewhere belongs to this page."""
+    """Tells browsers that nothing from elsewhere belongs to this page, and closes what of Gradio it has no use for."""
 
     def __init__(self, app: Any):
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"].rstrip("/").endswith(CLOSED):
+            await PlainTextResponse("There is no such page.", 404)(scope, receive, send)
+            return
+
         async def guarded(message: Any) -> None:
             if message["type"] == "http.response.start":
                 extra = {"content-security-policy": POLICY, "x-content-type-options": "nosniff"}

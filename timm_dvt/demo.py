@@ -141,19 +141,24 @@ def decode(file: BinaryIO, name: str, formats: list[str] | None = None, max_pixe
     try:
         with Image.open(file, formats=formats) as image:
             if image.width * image.height > max_pixels:
+                size = math.ceil(image.width * image.height / 1e5) / 10  # never as much as what would be taken
                 raise DemoError(
-                    f"{name}: {image.width * image.height / 1e6:.0f} megapixels ({image.width} x {image.height}); the "
-                    f"most that is taken is {max_pixels / 1e6:.0f}. Make it smaller and try again"
+                    f"{name}: {size:g} megapixels ({image.width} x {image.height}); the most that is taken is "
+                    f"{max_pixels / 1e6:g}. Make it smaller and try again"
                 )
             image.load()
             return to_rgb(upright(image))
     except ImageError as e:
         raise DemoError(f"{name}: {e}") from e
     except Image.UnidentifiedImageError as e:
-        raise DemoError(f"{name}: not an image that Pillow can read") from e
+        kinds = f"is taken; choose one of {', '.join(formats)}" if formats else "Pillow can read"
+        raise DemoError(f"{name}: not an image that {kinds}") from e
+    except Image.DecompressionBombError as e:  # it comes before the size can be asked for
+        most = f"the most that is taken is {max_pixels / 1e6:g} megapixels. " if max_pixels < math.inf else ""
+        raise DemoError(f"{name}: far too many pixels to be read; {most}Make it smaller and try again") from e
     except OSError as e:
         raise DemoError(f"{name}: {e.strerror or e}") from e
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's words for damaged and huge files
+    except (ValueError, SyntaxError) as e:  # Pillow's words for damaged files
         raise DemoError(f"{name}: not an image that can be read ({e})") from e
 
 

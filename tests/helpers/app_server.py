@@ -49,7 +49,7 @@ def serving(folder: Path, temporary: Path) -> Iterator[tuple[str, subprocess.Pop
     yield f"http://127.0.0.1:{port}/", process, temporary
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 0
-    assert not list(temporary.glob("timm_dvt_app_*")), "the page left its folder behind"
+    assert not [*temporary.glob("gradio*"), *temporary.glob("timm_dvt_*")], "it left a folder behind"
 
 
 def until(holds: Callable[[], Any], what: str = "") -> Any:

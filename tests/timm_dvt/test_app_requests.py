@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers.app_server import (
     BOUNDARY,
+    MULTIPART,
     is_look,
     multipart,
     noise,
@@ -146,3 +147,17 @@ def test_a_port_in_use_is_one_clear_line(server, folder, capsys):
     assert main(["app", "--model", f"local-dir:{folder}", "--port", port]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"cannot serve on 127.0.0.1:{port}" in error
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
+def test_an_address_of_another_machine_is_one_clear_line_before_anything_slow(host, capsys):
+    assert main(["app", "--model", "never-loaded", "--host", host]) == 2
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1 and f"cannot serve on {host}" in output.err and "--host" in output.err
+    assert not output.out
+
+
+def test_nothing_of_gradios_lies_elsewhere_and_its_recordings_are_closed(server):
+    assert not (server[2] / "gradio").exists()
+    body = multipart(b"no video", "a.mp4").replace(b"name=files", b"name=video")
+    assert status(f"{server[0]}gradio_api/process_recording", body, MULTIPART)[0] == 404

@@ -190,8 +190,12 @@ def test_a_huge_image_is_refused_before_it_is_decoded(monkeypatch):
     huge = content(Image.new("1", (7200, 7000)))
     monkeypatch.setattr(Image.Image, "convert", None)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
-    with pytest.raises(DemoError, match="50 megapixels"):
+    with pytest.raises(DemoError, match="50.4 megapixels"):
         read_upload(huge)
+    with pytest.raises(DemoError, match=r"25\.1 megapixels .5001 x 5000.; the most that is taken is 25\. "):
+        read_upload(content(Image.new("1", (5001, 5000))))
+    with pytest.raises(DemoError, match="far too many pixels.* 25 megapixels. Make it smaller"):
+        read_upload(content(Image.new("1", (20000, 20000))))  # which Pillow itself refuses, in its own words
 
 
 def test_visitors_at_once_get_their_own_and_memory_is_bounded(folder, monkeypatch):
