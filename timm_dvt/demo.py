@@ -23,6 +23,7 @@ from timm_dvt.files import write_whole
 from timm_dvt.images import ImageError, to_rgb, upright
 from timm_dvt.model import Denoised
 from timm_dvt.panel import Shown, draw
+from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import FOCUS
 from timm_dvt.weights import CheckpointError
 
@@ -187,7 +188,10 @@ def create(name: str, pretrained: bool) -> nn.Module:
         raise DemoError(str(e)) from e
     except Exception as e:  # a folder, a hub repo or a tag that does not exist: timm's, the client's or json's errors
         reason = next(iter(str(e).strip().splitlines()), "")
-        raise DemoError(f"cannot create {name!r}: {type(e).__name__}: {reason}") from e
+        remedy = (
+            "" if scheme or name in VARIANTS else "; python -m timm_dvt list prints the models that have a denoiser"
+        )
+        raise DemoError(f"cannot create {name!r}: {type(e).__name__}: {reason.rstrip('.')}{remedy}") from e
     if not isinstance(model, Denoised) or model.denoiser is None:
         raise DemoError(f"{name!r} has no denoiser to switch; python -m timm_dvt list prints those that have")
     if model.in_chans != 3:

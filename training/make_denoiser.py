@@ -139,10 +139,11 @@ def run(args: argparse.Namespace) -> None:
                     "images": str(len(pairs.files)),
                     "views of each": str(stage1.views),
                     "forward passes": str(len(pairs.files) * stage1.views),
-                    "steps of stage 2": str(stage2.steps),
-                    "target": stage2.target,
-                    "views for what it leaves": str(LEFTOVER_VIEWS if args.leftover else 0),
+                    "training steps": str(stage2.steps),
+                    "learned to give": f"{stage2.target} (training/README.md explains the symbols)",
                 }
+                if args.leftover:
+                    facts["views for what it left of position, taken off"] = str(LEFTOVER_VIEWS)
                 before_after(model.to(device).eval(), held_out, folder, args.out, facts)
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
                 print(f"{folder / 'page.html'}")

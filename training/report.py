@@ -192,8 +192,8 @@ def _family(row: Row, axis: str) -> str:
 
 
 def _place(row: Row, axis: str) -> float | None:
-    if axis == "parameters":
-        return round(row.parameters / 1e6, 1)
+    if axis == "parameters":  # a run of other axes would give one size several numbers, and the line any of them
+        return None if AXES.keys() & row.tags.keys() else round(row.parameters / 1e6, 1)
     try:
         return float(row.tags[axis])
     except (KeyError, ValueError):

@@ -9,7 +9,7 @@ from PIL import Image
 from timm_dvt.published import DINOV2, REG
 from training.evaluate.results import COLUMNS, MEANINGS, read_rows
 from training.figures import plots
-from training.report import main
+from training.report import draw, main
 
 
 def result(folder, name, model, states, task="linear-seg", dataset="voc", parameters=86_000_000, **more):
@@ -97,7 +97,7 @@ def test_numbers_off_the_protocol_are_marked(tmp_path):
     assert ">10.00*<" in html and ">20.00<" in html
 
 
-def test_figure_7_is_drawn_along_each_axis_that_has_two_places(tmp_path, capsys):
+def test_figure_7_is_drawn_along_each_axis_that_has_two_places(tmp_path, capsys, monkeypatch):
     for size, parameters, miou in (("small", 22e6, 81.0), ("base", 86e6, 83.5), ("large", 304e6, 83.4)):
         states = {"raw": {"mIoU": (miou, 0.2)}, "denoised": {"mIoU": (miou + 1.2, 0.1)}}
         result(tmp_path, size, f"vit_{size}_patch14_dinov2.lvd142m_dvt", states, parameters=int(parameters))
@@ -108,7 +108,15 @@ def test_figure_7_is_drawn_along_each_axis_that_has_two_places(tmp_path, capsys)
     assert Image.open(tmp_path / "fig7a.png").size > (300, 200)
     assert (tmp_path / "fig7b.png").exists() and not (tmp_path / "fig7c.png").exists()
     assert "fig7c.png left out: fewer than two results differ in views" in capsys.readouterr().out
-    assert [row.tags for row in read_rows(tmp_path) if row.tags][0] == {"pairs": "100"}
+    rows = read_rows(tmp_path)
+    assert [row.tags for row in rows if row.tags][0] == {"pairs": "100"}
+    monkeypatch.setattr("training.report.draw_lines", lambda plots, axis: plots)
+    # Of one size a line has one point, however many runs of it differ in pairs.
+    for pairs, miou in ((50, 70.0), (60, 71.0)):
+        name = "vit_base_patch14_dinov2.lvd142m_dvt"
+        result(tmp_path, f"q{pairs}", name, {"raw": {"mIoU": (miou, 0)}}, tags={"pairs": str(pairs)})
+    (raw,) = [line for line in draw(read_rows(tmp_path), "parameters")["VOC12 mIoU"] if line.state == "raw"]
+    assert sorted(raw.points) == [(22.0, 81.0, 0.2), (86.0, 83.5, 0.2), (304.0, 83.4, 0.2)]
 
 
 def test_the_page_says_in_words_what_a_figure_shows_and_what_each_number_is(tmp_path):

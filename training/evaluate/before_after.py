@@ -21,9 +21,17 @@ from training.figures.page import Picture, Section, Table, Text, page
 
 PICTURES = 4
 WORDS = {
-    "share": "variance explained by position, %",
-    "zero": "correlation of the mean map with the zero image's",
+    "share": "variance that position explains, %",
+    "zero": "correlation with the map of a blank image",
 }
+MEANING = (
+    "What depends on the place of a patch and not on the image is noise, so both are better the nearer they are to 0. "
+    "Measured on {count} images that were held out."
+)
+FEW = 20  # images, below which the numbers say little
+TOO_FEW = (
+    " So few tell little: chance moves the numbers, also below 0, and what all of them show at a place counts too."
+)
 
 
 def before_after(
@@ -38,7 +46,8 @@ def before_after(
         facts: what it was trained on, in words.
     """
     extractor = Extractor(model)
-    numbers, pictures = measure(extractor, sources)
+    numbers, pictures, count = measure(extractor, sources)
+    meaning = MEANING.format(count=count) + (TOO_FEW if count < FEW else "")
     load = f'import timm, timm_dvt\n\nmodel = timm.create_model("local-dir:{name}", pretrained=True).eval()\n'
     code = load + "tokens = model.forward_features(images)   # (B, prefix + H*W, C), patch tokens denoised\n"
     code += "model.set_denoise(False)                 # the original output again, bit for bit\n"
@@ -46,7 +55,7 @@ def before_after(
     title = f"A denoiser of {getattr(model, 'backbone_name', '') or type(model).__name__}"
     lead = "Its features with the denoiser off and on, on images that it was not trained on."
     sections = [
-        Section("In numbers", [Table(["", "off", "on"], rows)]),
+        Section("In numbers", [Table(["", "off", "on"], rows), Text(meaning)]),
         Section("In pictures", [Picture(png, caption) for png, caption in pictures]),
         Section("How it was made", [Table(["", ""], list(facts.items()), words=2)]),
         Section("How to use it", [Text(code, code=True)]),
@@ -54,14 +63,16 @@ def before_after(
     write_atomically(folder / "page.html", page(title, lead, sections))
     table = "\n".join(f"| {' | '.join(row)} |" for row in (["", "off", "on"], ["---"] * 3, *rows))
     made = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    card = f"---\nlibrary_name: timm\ntags:\n- timm\n- dvt\n---\n# {title}\n\n{lead}\n\n{table}\n\n{made}\n\n"
+    card = (
+        f"---\nlibrary_name: timm\ntags:\n- timm\n- dvt\n---\n# {title}\n\n{lead}\n\n{table}\n\n{meaning}\n\n{made}\n\n"
+    )
     write_atomically(folder / "README.md", (card + f"```python\n{code}```\n").encode())
 
 
 def measure(
     extractor: Extractor, sources: Sequence[Source]
-) -> tuple[dict[str, dict[str, float]], list[tuple[bytes, str]]]:
-    """Position's share and the zero image's correlation by state, and pictures of some images with their names.
+) -> tuple[dict[str, dict[str, float]], list[tuple[bytes, str]], int]:
+    """Position's share and the zero image's correlation by state, pictures of some images with names, their count.
 
     Raises:
         ValueError: fewer than two images can be read.
@@ -92,4 +103,4 @@ def measure(
         state: {"share": 100 * one.share(), "zero": map_correlation(zero.cpu().numpy(), one.mean_map().numpy())}
         for state, one in statistics.items()
     }
-    return numbers, pictures
+    return numbers, pictures, statistics["raw"].count

@@ -18,6 +18,8 @@ div.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-nu
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left }
 td.number, th.number { text-align: right } td:not(:last-child), .number { white-space: nowrap }
 figure { margin: 1rem 0 } img { max-width: 100%; background: #fff }
+@media (max-width: 40rem) { td:first-child { white-space: normal !important } figure { overflow-x: auto }
+  img { max-width: none; width: max(100%, 44rem) } }
 pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line) }
 """
 
