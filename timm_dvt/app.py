@@ -74,7 +74,8 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
     with next(folders) as folder, next(folders) as other:
         os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio writes uploads; read when blocks are made, not on import
         gr.routes.DEFAULT_TEMP_DIR = other  # but this was, and Gradio makes a folder in it that it leaves behind
-        blocks = build(studio, Uploads(Path(folder)))
+        uploads = Uploads(Path(folder))
+        blocks = build(studio, uploads)
         try:
             _, address, _ = blocks.launch(
                 server_name=host,
@@ -95,7 +96,7 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
                 css=f":root {{ --dvt-scale: {page.gradient()}; }}\n{_asset('app.css')}",
                 app_kwargs={
                     "routes": [Route("/dvt/{key}/{name}", download(studio))],
-                    "middleware": [Middleware(Guard)],
+                    "middleware": [Middleware(Guard, uploads)],
                     "docs_url": None,
                     "redoc_url": None,
                     "openapi_url": None,
@@ -265,14 +266,21 @@ def download(studio: Studio) -> Callable[[Request], Response]:
 
 
 class Guard:
-    """Tells browsers that nothing from elsewhere belongs to this page, and closes what of Gradio it has no use for."""
+    """Tells browsers that nothing from elsewhere belongs to this page, and closes what of Gradio it has no use for.
 
-    def __init__(self, app: Any):
-        self.app = app
+    It also keeps uploads that nobody looks at from filling the disk.
+    """
+
+    def __init__(self, app: Any, uploads: Uploads):
+        self.app, self.uploads = app, uploads
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"].rstrip("/").endswith(CLOSED):
             await PlainTextResponse("There is no such page.", 404)(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload") and self.uploads.are_too_many():
+            text = "Too many uploads are waiting here; try again in some minutes."
+            await PlainTextResponse(text, 503)(scope, receive, send)
             return
 
         async def guarded(message: Any) -> None:

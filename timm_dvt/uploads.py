@@ -13,6 +13,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # not EPS, say, for whi
 MAX_PIXELS = 25e6
 SIDE = 1536  # pixels of the longer side of what is kept of an image; models see about 518
 ABANDONED = 600  # seconds since its last byte after which a part of an upload is one that nobody goes on sending
+ROOM = 4 * 10**9  # bytes that uploads which nobody has looked at yet may take on the disk
 TWINS = 4  # images kept for visitors who sent the same file at the same time
 
 
@@ -49,6 +50,17 @@ class Uploads:
         while len(self.taken) > TWINS:
             self.taken.popitem(last=False)
         return self.taken[path]
+
+    def are_too_many(self) -> bool:
+        """Whether no further one is to be let in for now."""
+        self._sweep()
+        size = 0
+        for path in self.folder.rglob("*"):
+            try:
+                size += path.stat().st_size
+            except OSError:  # taken meanwhile
+                pass
+        return size > ROOM
 
     def _sweep(self) -> None:
         """Delete what is left of uploads that were given up half-way; others may be on their way in."""

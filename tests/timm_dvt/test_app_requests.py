@@ -82,6 +82,19 @@ def test_what_is_left_of_an_upload_given_up_half_way_is_deleted_in_time(server):
     new.unlink()
 
 
+def test_uploads_that_nobody_looks_at_do_not_fill_the_disk(server):
+    (folder,) = server[2].glob("timm_dvt_app_*")
+    waiting = folder / "a digest" / "waiting.png"
+    waiting.parent.mkdir()
+    with open(waiting, "wb") as file:
+        file.truncate(5 * 10**9)  # takes no room itself
+    code, text = status(f"{server[0]}gradio_api/upload", multipart(png(64, 72), "one.png"), MULTIPART)
+    assert code == 503 and b"try again" in text
+    waiting.unlink()
+    waiting.parent.rmdir()
+    assert is_look(shown(server[0], sent(server[0], png(64, 72)), "after"))
+
+
 def test_two_who_send_the_same_file_at_the_same_time_both_see_it(server):
     """It lies in one place, which is named after its content."""
     first, second = sent(server[0], png(72, 64)), sent(server[0], png(72, 64))
