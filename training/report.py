@@ -34,6 +34,12 @@ AXES = {
     "views": ("fig7c", "views of an image", "By the number of views from which each training target was made."),
 }
 LEGEND = "Solid: denoiser on; broken: off; faint: as published. Bars are the spread over seeds, where there is one."
+FEATURES = {  # what the published files hold, in words
+    "voc_denoised": "denoised, of VOC",
+    "imgnet_denoised": "denoised, of ImageNet",
+    "voc_distilled": "distilled, of VOC",
+    "imgnet_distilled": "distilled, of ImageNet",
+}
 _STYLES = {"raw": "--", "denoised": "-", "raw, published": ":", "denoised, published": "-."}
 
 
@@ -86,7 +92,7 @@ def tables(rows: Sequence[Row]) -> tuple[list[list[str]], list[list[str]]]:
     published = [["backbone", "features", "source", *map(heading, SEVEN)]]
     for name in sorted({backbone(row.model) for row in rows}):
         for features in ("raw", *SUFFIXES):
-            published += _published([f"`{name}`", features], numbers_for(name, features), SEVEN)
+            published += _published([f"`{name}`", FEATURES.get(features, features)], numbers_for(name, features), SEVEN)
     return measured, published
 
 

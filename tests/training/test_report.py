@@ -78,10 +78,10 @@ def test_all_that_is_published_of_a_backbone_stands_below(tmp_path):
     main([str(tmp_path)])
     rows = table((tmp_path / "report.md").read_text().split("Published linear probes:")[1])
     assert len(rows[0]) == 3 + 7 and rows[0][3:5] == ["VOC12 mIoU", "VOC12 mAcc"] and rows[0][7] == "NYUv2 RMSE"
-    kinds = ("raw", "voc_denoised", "imgnet_denoised", "voc_distilled", "imgnet_distilled")
+    kinds = ("raw", "denoised, of VOC", "denoised, of ImageNet", "distilled, of VOC", "distilled, of ImageNet")
     assert [row[:2] for row in rows[2:] if "README" in row[2]] == [
         *([f"`{DINOV2}`", kind] for kind in kinds),
-        *([f"`{REG}`", kind] for kind in kinds if "imgnet" not in kind),
+        *([f"`{REG}`", kind] for kind in kinds if "ImageNet" not in kind),
     ]
     assert rows[2][3:] == ["83.52", "90.6", "47.02", "58.45", "0.3965", "0.1197", "87.59"]
     assert rows[3][2:] == ["published, paper", "83.6", "90.82", "47.29", "59.18", "", "0.1238", "86.88"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from training.common.backbone import DTYPES
 from training.common.command import add_model_arguments, complain, flush_subnormals
 from training.common.models import load_model, pick_device
-from training.evaluate.datasets import DATASETS, kinds_of
+from training.evaluate.datasets import DATASETS, kinds_of, open_dataset
 from training.evaluate.features import Extractor
 from training.evaluate.runner import PROTOCOLS, TASKS, Request, evaluate, load_task, task_settings, tasks_of
 from training.evaluate.tables import result_table
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         names = [name for name in tasks_of(args.protocol) if load_task(name, args.protocol).KIND in kinds]
     for name in names:  # before anything slow
         task_settings(name, args.dataset, args.set, args.protocol)
+        if not Path(args.data).is_dir():
+            open_dataset(args.dataset, args.data, load_task(name, args.protocol).KIND)  # says what it should hold
     out = Path(args.out)
     request = Request(
         task=args.task,

@@ -202,6 +202,13 @@ def test_missing_files_are_an_error_that_shows_the_layout(name, tmp_path):
         assert DATASETS[name].layout in str(error.value)
 
 
+def test_a_missing_folder_is_told_before_a_model_is_asked_for(tmp_path, capsys):
+    words = ["knn-seg", "--model", "no_such_model", "--dataset", "voc", "--data", str(tmp_path / "none")]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "Expected layout" in error and "no_such_model" not in error
+
+
 def test_one_missing_folder_is_named(model, data, tmp_path, capsys):
     shutil.copytree(data["ade20k"], tmp_path / "ade")
     shutil.rmtree(tmp_path / "ade" / "ADEChallengeData2016" / "images" / "validation")
