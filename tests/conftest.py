@@ -31,12 +31,12 @@ import torch  # noqa: E402
 from timm.layers import weight_init  # noqa: E402
 
 
-def _draw(tensor: torch.Tensor, mean: float, std: float, *_bounds: float) -> torch.Tensor:
-    """timm's random weights in a half of its time, and none on the meta device, where it takes half a second a model.
+_drawn = weight_init._trunc_normal_
 
-    Its bounds, -2 and 2, are a hundred times the spread that its models ask for.
-    """
-    return tensor if tensor.is_meta else tensor.normal_(mean, std)
+
+def _draw(tensor: torch.Tensor, *bounds: float) -> torch.Tensor:
+    """timm's random weights; none on the meta device, where they take half a second a model and are nowhere."""
+    return tensor if tensor.is_meta else _drawn(tensor, *bounds)
 
 
 weight_init._trunc_normal_ = _draw
