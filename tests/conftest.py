@@ -30,7 +30,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from timm.layers import weight_init  # noqa: E402
 
-
 _drawn = weight_init._trunc_normal_
 
 
