@@ -243,15 +243,18 @@ def test_calibration_finds_what_it_finds_on_the_cpu(method):
     assert models[GPU].denoiser.calibration.error == pytest.approx(models["cpu"].denoiser.calibration.error, rel=1e-2)
 
 
-@pytest.mark.parametrize("task, dataset, number", [
-    ("position", "ade20k", "share"),
-    ("knn-seg", "voc", "mIoU"),
-    ("linear-seg", "voc", "mIoU"),
-    ("depth", "nyu", "delta1"),
-    ("discovery", "voc", "CorLoc/voc2007"),
-    ("detection", "voc", "mAP"),
-    ("attentive-probe", "imagefolder", "top1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, dataset, number",
+    [
+        ("position", "ade20k", "share"),
+        ("knn-seg", "voc", "mIoU"),
+        ("linear-seg", "voc", "mIoU"),
+        ("depth", "nyu", "delta1"),
+        ("discovery", "voc", "CorLoc/voc2007"),
+        ("detection", "voc", "mAP"),
+        ("attentive-probe", "imagefolder", "top1"),
+    ],
+)
 def test_tasks_give_what_they_give_on_the_cpu(task, dataset, number, tmp_path, tmp_path_factory):
     model = small_datasets.saved_model(tmp_path / "model", ARGS)
     data = small_datasets.written([dataset], tmp_path_factory.mktemp, train=24, val=12)[dataset]
