@@ -160,18 +160,19 @@ class PairReader:
         self._free = _free_memory() // 4 if cache_bytes is None else cache_bytes
         self._kept: dict[int, list[list[Tensor]]] = {}
 
-    def read(self, positions: Sequence[int], out: Tensor | None = None) -> Tensor:
+    def read(self, positions: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """Maps (parts, B, layers, K*K, C) of the pairs at these places of `pairs.files`, in the files' precision.
 
-        With `out` they are written there, in its precision. Safe in several threads at once.
+        With `dtype` in that one. Safe in several threads at once.
 
         Raises:
             PairError: a pair is damaged; names the file.
         """
+        out: Tensor | None = None
         for i, position in enumerate(positions):
             maps = self._one(position)
             if out is None:
-                out = maps[0][0].new_empty(self.batch_shape(len(positions)))
+                out = maps[0][0].new_empty(self._batch_shape(len(positions)), dtype=dtype)
             grids = out[:, i].unflatten(2, self.pairs.grid)
             for part, layers in enumerate(maps):
                 for layer, one in enumerate(layers):
@@ -179,7 +180,7 @@ class PairReader:
         assert out is not None
         return out
 
-    def batch_shape(self, count: int) -> tuple[int, ...]:
+    def _batch_shape(self, count: int) -> tuple[int, ...]:
         """(parts, B, layers, K*K, C) for B = count pairs."""
         rows, columns = self.pairs.grid
         return len(self.parts), count, len(self.pairs.layers), rows * columns, self.pairs.channels
@@ -211,22 +212,6 @@ class PairReader:
     def _path(self, position: int) -> str:
         return os.path.join(self._folder, self.pairs.files[position])  # a Path takes ten times as long to make
 
-    def announce(self, positions: Iterable[int]) -> None:
-        """Have the system fetch the files of these pairs, which will be read soon, while others are computed with."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for position in positions:
-            if position in self._kept:
-                continue
-            try:
-                descriptor = os.open(self._path(position), os.O_RDONLY)
-            except OSError:
-                continue  # reading it will say what is wrong
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
-
     def not_finite(self, positions: Iterable[int]) -> list[Path]:
         """Which of these pairs hold NaN or infinity."""
         files = {position: Path(self._path(position)) for position in positions}
@@ -236,22 +221,8 @@ class PairReader:
 def read_batches(
     reader: PairReader, places: Callable[[int], Sequence[int]], steps: range, dtype: torch.dtype, workers: int = 2
 ) -> Iterator[Tensor]:
-    """The batches of some steps, `reader.read(places(step))` in `dtype`, read ahead by threads if there are workers.
-
-    A batch is valid until the next one is asked for: its memory is used again, because to get as much from the
-    system anew for every step takes as long as reading does. All steps have batches of one size.
-    """
-    if not len(steps):
-        return
-    shape = reader.batch_shape(len(places(steps[0])))
-    ring = [torch.empty(shape, dtype=dtype) for _ in range(min(len(steps), 2 * workers + 1))]
-
-    def read(index: int, step: int) -> Tensor:
-        if not workers and step + 1 in steps:
-            reader.announce(places(step + 1))
-        return reader.read(places(step), ring[index % len(ring)])
-
-    yield from read_ahead((partial(read, index, step) for index, step in enumerate(steps)), workers)
+    """The batches of some steps, `reader.read(places(step), dtype)`, read ahead by threads if there are workers."""
+    yield from read_ahead((partial(lambda step: reader.read(places(step), dtype), step) for step in steps), workers)
 
 
 def _free_memory() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,3 @@ class SolvingReader(PairReader):
         maps = {layer: pair_maps(part) for layer, part in found.items()}
         half = PRECISIONS["half"]
         return [[maps[layer][part].to(half) for layer in self.pairs.layers] for part in self.parts]
-
-    def announce(self, positions: Iterable[int]) -> None:
-        """Nothing: there are no files to fetch."""

@@ -1,6 +1,5 @@
 """Claims about how training reads pairs: in the order that the seed decides, ahead of time, from memory or disk."""
 
-import os
 import time
 
 import pytest
@@ -19,23 +18,6 @@ def test_every_epoch_visits_every_pair_once_in_another_order_that_step_and_seed_
     assert sum((positions(10, first, first + 3, 3) for first in range(0, 30, 3)), []) == whole
 
 
-def test_without_workers_the_next_batch_is_announced_and_what_is_kept_is_not(tmp_path, monkeypatch):
-    advised = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda *given: advised.append(os.fstat(given[0]).st_ino), raising=False)
-    pairs = open_pairs(write_pairs(tmp_path))
-    nodes = [(pairs.folder / file).stat().st_ino for file in pairs.files]
-    reader = PairReader(pairs, cache_bytes=0)
-    list(read_batches(reader, lambda step: [step, step + 1], range(3), torch.float32, workers=0))
-    assert advised == [nodes[place] for place in (1, 2, 2, 3)]
-    advised.clear()
-    reader = PairReader(pairs)
-    reader.read([0, 1])
-    reader.announce([0, 1, 2])
-    assert advised == [nodes[2]]
-    (pairs.folder / pairs.files[3]).unlink()
-    reader.announce([3])  # reading it is an error that names it, and comes when it is used
-
-
 def test_pairs_kept_in_memory_are_those_on_disk(tmp_path):
     found = open_pairs(write_pairs(tmp_path))
     kept, read = PairReader(found), PairReader(found, cache_bytes=0)
@@ -46,7 +28,6 @@ def test_pairs_kept_in_memory_are_those_on_disk(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(tmp_path, workers):
-    """However far the threads are ahead: the memory they write to is that of batches that are done with."""
     reader = PairReader(open_pairs(write_pairs(tmp_path)), cache_bytes=0)
     count = len(reader.pairs.files)
     steps = range(3, 20)
