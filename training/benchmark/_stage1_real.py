@@ -6,7 +6,6 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from training.benchmark._hardware import hardware, waiting
 from training.common.backbone import FeatureReader
 from training.common.models import pick_device
 from training.common.views import render_views
@@ -90,12 +90,7 @@ def time_once(run: Run, views: int) -> dict[str, Any]:
     if gpu:  # its libraries load at their first use
         decompose(model, image, replace(settings, views=2 * settings.batch_size))
     reader.patch_features(rendered)
-    forward = 0.0
-
-    def now() -> float:
-        if gpu:
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
+    forward, now = 0.0, waiting(device)
 
     def bare(count: int) -> None:
         nonlocal forward
@@ -106,11 +101,9 @@ def time_once(run: Run, views: int) -> dict[str, Any]:
     start = now()
     decompose(model, image, settings, progress=bare)
     stage1 = now() - start - forward
-    if gpu:
-        where, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device) / 2**20
-    else:
-        where, peak = "CPU", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"forward": forward, "stage1": stage1, "peak": peak, "where": where}
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if gpu else own
+    return {"forward": forward, "stage1": stage1, "peak": peak, "where": hardware(device)}
 
 
 def stability(name: str, pretrained: bool, input_size: int | None, views: int) -> int:

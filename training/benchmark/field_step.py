@@ -12,6 +12,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from training.benchmark._hardware import hardware
 from training.common.memory import keep_freed_memory
 from training.common.models import pick_device
 from training.stage1.field.backends import BACKENDS
@@ -67,8 +68,7 @@ def main(argv: list[str]) -> int:
         turns = [
             measure_steps(options.channels, options.grid, device, options.backend, bar) for _ in range(options.rounds)
         ]
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{options.threads} threads"
-    print(f"ms a step: C={options.channels}, K={options.grid}, batch 2048, {options.backend} on {where}")
+    print(f"ms a step: C={options.channels}, K={options.grid}, batch 2048, {options.backend} on {hardware(device)}")
     for phase, taken in zip((1, 2), zip(*turns)):
         clock, processor = (min(times) for times in zip(*taken))
         print(f"phase {phase}: {clock:.3g} by the clock, {processor:.3g} of the processor")

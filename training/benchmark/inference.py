@@ -25,6 +25,7 @@ from tqdm import trange
 
 import timm_dvt
 from timm_dvt.registry import VARIANTS
+from training.benchmark._hardware import hardware, waiting
 from training.common.models import pick_device
 
 MODELS = ("vit_small_patch14_dinov2.lvd142m_dvt", "vit_base_patch14_dinov2.lvd142m_dvt")
@@ -114,19 +115,6 @@ def interleaved(
             calls[name]()
             seconds[name].append(clock() - start)
     return seconds
-
-
-def clock_for(name: str, device: torch.device) -> Callable[[], float]:
-    """A clock of `CLOCKS` that first waits for what the device has been told to do."""
-    clock = CLOCKS[name]
-    if device.type != "cuda":
-        return clock
-
-    def synchronised() -> float:
-        torch.cuda.synchronize(device)
-        return clock()
-
-    return synchronised
 
 
 def paired(seconds: dict[str, list[float]]) -> list[Comparison]:
@@ -260,12 +248,11 @@ def main(argv: Sequence[str]) -> int:
         device, dtype = pick_device(args.device), DTYPES[args.dtype]
     except ValueError as error:
         parser.error(f"--device: {error}")
-    clock = clock_for(args.clock, device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {args.threads} threads"
+    clock = waiting(device, CLOCKS[args.clock])
     print(
-        f"torch {torch.__version__}, timm {timm.__version__}, timm_dvt {timm_dvt.__version__}, {where}, {args.dtype}, "
-        f"{'compiled, ' if args.compile else ''}random weights; {args.clock} time, {args.rounds} rounds in turn, "
-        "medians of paired ratios"
+        f"torch {torch.__version__}, timm {timm.__version__}, timm_dvt {timm_dvt.__version__}, {hardware(device)}, "
+        f"{args.dtype}, {'compiled, ' if args.compile else ''}random weights; {args.clock} time, {args.rounds} rounds "
+        "in turn, medians of paired ratios"
     )
     comparisons = []
     if not args.skip_import:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from training.benchmark._hardware import hardware
 from training.benchmark._scenes import REGIMES
 from training.benchmark._synthetic_pairs import MODELS, World
 from training.common.memory import keep_freed_memory
@@ -91,9 +92,7 @@ def main(argv: list[str]) -> int:
         batches = [batch.to(device) for batch in batches]
         bare(pairs, dataclasses.replace(settings, steps=2), batches)
         ratios: dict[str, list[float]] = {"read": [], "kept": []}
-        gpu = device.type == "cuda"
-        hardware = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
-        print(f"C={args.channels}, K={args.grid}, batches of {args.batch_size}, {hardware}")
+        print(f"C={args.channels}, K={args.grid}, batches of {args.batch_size}, {hardware(device)}")
         free_memory = pairs_reader._free_memory
         for turn in range(args.rounds):
             for kind in ratios:

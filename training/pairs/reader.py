@@ -222,7 +222,11 @@ def read_batches(
     reader: PairReader, places: Callable[[int], Sequence[int]], steps: range, dtype: torch.dtype, workers: int = 2
 ) -> Iterator[Tensor]:
     """The batches of some steps, `reader.read(places(step), dtype)`, read ahead by threads if there are workers."""
-    yield from read_ahead((partial(lambda step: reader.read(places(step), dtype), step) for step in steps), workers)
+
+    def read(step: int) -> Tensor:
+        return reader.read(places(step), dtype)
+
+    yield from read_ahead((partial(read, step) for step in steps), workers)
 
 
 def _free_memory() -> int:
