@@ -14,7 +14,7 @@ import timm
 import torch
 from PIL import Image
 
-from tests.helpers.app_server import noise, save, serving, small_folder, until
+from tests.helpers.app_server import noise, save, until
 from timm_dvt import demo
 
 pytest.importorskip("gradio", reason="needs the extra app")
@@ -22,17 +22,6 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, of
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (CHROMIUM and DRIVER):
     pytest.skip("needs a browser: apt-get install chromium chromium-driver", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return small_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def server(folder, tmp_path_factory):
-    with serving(folder, tmp_path_factory.mktemp("temporary")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

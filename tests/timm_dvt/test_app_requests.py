@@ -17,26 +17,13 @@ from tests.helpers.app_server import (
     noise,
     save,
     sent,
-    serving,
     shown,
-    small_folder,
     status,
     until,
 )
 from timm_dvt.__main__ import main
 
 pytest.importorskip("gradio", reason="needs the extra app")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return small_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def server(folder, tmp_path_factory):
-    with serving(folder, tmp_path_factory.mktemp("temporary")) as found:
-        yield found
 
 
 def png(*size: int) -> bytes:
