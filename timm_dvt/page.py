@@ -76,7 +76,7 @@ def overview(look: Look) -> str:
         "features": f"{rows} x {columns} patches, {look.off.shape[2]} channels",
         STATES[0]: f"{before:.0f} ms a forward",
         STATES[1]: f"{after:.0f} ms",
-        "timed": f"on {look.device}, the better of two",
+        "timed": f"on {look.device}, at its fastest",
     }
     return (
         f'<section class="dvt-row dvt-overview"><div class="dvt-text">{_photograph(look)}<dl>'
