@@ -96,6 +96,14 @@ def ade20k(folder: Path, train: int, val: int) -> None:
             save(base / "annotations" / part / f"ADE_{i:04d}.png", mask)
 
 
+def camvid(folder: Path, train: int, val: int) -> None:
+    for part, count in (("train", train), ("test", val)):
+        for i, scene in enumerate(scenes("train" if part == "train" else "val", count)):
+            save(folder / "CamVid" / part / f"{part}_{i:05d}.png", scene.image)
+            mask = np.where(scene.mask == 255, 11, scene.mask).astype(np.uint8)  # 11 is void
+            save(folder / "CamVid" / f"{part}annot" / f"{part}_{i:05d}.png", mask)
+
+
 def nyu(folder: Path, train: int, val: int) -> None:
     for part, listing, count in (("train", "nyu_train.txt", train), ("val", "nyu_test.txt", val)):
         lines = []

@@ -21,7 +21,16 @@ from training.common.command import add_model_arguments, complain, flush_subnorm
 from training.common.models import load_model, pick_device
 from training.evaluate.datasets import DATASETS, kinds_of, open_dataset
 from training.evaluate.features import Extractor
-from training.evaluate.runner import PROTOCOLS, TASKS, Request, evaluate, load_task, task_settings, tasks_of
+from training.evaluate.runner import (
+    PROTOCOLS,
+    SMALL_DATASETS,
+    TASKS,
+    Request,
+    evaluate,
+    load_task,
+    task_settings,
+    tasks_of,
+)
 from training.evaluate.tables import result_table
 from training.loop.checkpoints import Diverged
 
@@ -95,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.evaluate",
         description=head,
-        epilog=f"{tail}\nSettings (--set), the paper's / on stamps where they differ:\n{describe_settings()}",
+        epilog=f"{tail}\nSettings (--set), the paper's / on {' and '.join(SMALL_DATASETS)} where they differ:\n{describe_settings()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=[*TASKS, "all"], metavar="TASK", help=", ".join([*TASKS, "all"]))
@@ -149,8 +158,8 @@ def describe_settings() -> str:
     """One line a task and protocol: its settings with their defaults."""
     lines = []
     for name in TASKS:
-        paper, stamps = (asdict(task_settings(name, dataset)) for dataset in ("voc", "stamps"))
-        words = [f"{k}={v}" if v == stamps[k] else f"{k}={v}/{stamps[k]}" for k, v in paper.items()]
+        paper, small = (asdict(task_settings(name, dataset)) for dataset in ("voc", SMALL_DATASETS[0]))
+        words = [f"{k}={v}" if v == small[k] else f"{k}={v}/{small[k]}" for k, v in paper.items()]
         lines.append(f"  {name}: {', '.join(words)}")
     for name in tasks_of("repository"):
         settings = asdict(task_settings(name, "voc", protocol="repository"))

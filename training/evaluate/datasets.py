@@ -24,7 +24,7 @@ from torchvision.datasets import CocoDetection, ImageFolder
 
 from training.evaluate import folder as own_folder
 from training.evaluate import voc
-from training.evaluate.splits import Boxes, Split, boxes_from, read_mask
+from training.evaluate.splits import IGNORE, Boxes, Split, boxes_from, read_mask
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,26 @@ def _listing(folder: Path, *suffixes: str) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+
+
+# ---- CamVid
+
+CAMVID_CLASSES = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
+
+
+def _camvid(folder: Path, kind: str) -> dict[str, Split]:
+    base = folder / "CamVid" if (folder / "CamVid").is_dir() else folder
+    return {part: _camvid_split(base, name) for part, name in (("train", "train"), ("val", "test"))}
+
+
+def _camvid_split(base: Path, part: str) -> Split:
+    images = _listing(base / part, ".png")
+
+    def read(i: int) -> Tensor:
+        mask = read_mask(base / f"{part}annot" / images[i].name)
+        return torch.where(mask == len(CAMVID_CLASSES), IGNORE, mask)  # the number after the last class is "void"
+
+    return Split(f"CamVid {part}", images, CAMVID_CLASSES, read)
 
 
 # ---- NYU
@@ -236,6 +256,12 @@ DATASETS = {
         ("images", "masks"),
         """  DATA/ADEChallengeData2016/images/{training,validation}/*.jpg
   DATA/ADEChallengeData2016/annotations/{training,validation}/*.png      0 other, 1 to 150 classes""",
+    ),
+    "camvid": Dataset(
+        _camvid,
+        ("images", "masks"),
+        """  DATA/CamVid/{train,test}/*.png            street scenes, 11 classes: the version with SegNet's tutorial
+  DATA/CamVid/{train,test}annot/*.png      0 to 10 classes, 11 void""",
     ),
     "nyu": Dataset(
         _nyu,

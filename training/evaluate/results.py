@@ -26,7 +26,14 @@ COLUMNS = (
     ("position", "share", "position %"),
     ("position", "zero_correlation", "zero-image corr."),
 )
-NAMES = {"voc": "VOC12", "ade20k": "ADE20k", "nyu": "NYUv2", "coco": "COCO", "imagefolder": "ImageFolder"}
+NAMES = {
+    "voc": "VOC12",
+    "ade20k": "ADE20k",
+    "nyu": "NYUv2",
+    "coco": "COCO",
+    "imagefolder": "ImageFolder",
+    "camvid": "CamVid",
+}
 STATES = ("raw", "denoised", "artifacts", "distilled")
 MEANINGS = {  # of a task's numbers, for who has not read the paper
     "linear-seg": "mIoU, mAcc: segmentation by one linear layer on the patches, in percent; more is better.",

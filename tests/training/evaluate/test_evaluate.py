@@ -49,6 +49,7 @@ RUNS = [
     ("knn-seg", "voc", "mIoU", 25.0),
     ("linear-seg", "voc", "mIoU", 25.0),
     ("linear-seg", "ade20k", "mIoU", 25.0),
+    ("linear-seg", "camvid", "mIoU", 25.0),
     ("linear-seg", "folder", "mIoU", 25.0),
     ("depth", "nyu", "delta1", 60.0),
     ("discovery", "voc", "CorLoc/voc2007", None),
@@ -192,6 +193,14 @@ def test_killed_run_continues_to_the_same_result(model, data, tmp_path):
     results = [json.loads(next(folder.glob("*.json")).read_text()) for folder in (out, tmp_path / "whole")]
     assert results[0]["states"] == results[1]["states"]
     assert not list((out / "parts").glob("*.safetensors"))
+
+
+def test_void_pixels_of_street_scenes_do_not_count(tmp_path):
+    small_datasets.camvid(tmp_path, train=3, val=2)
+    splits = open_dataset("camvid", tmp_path, "masks")
+    assert [len(splits[part]) for part in ("train", "val")] == [3, 2] and len(splits["val"].classes) == 11
+    written = small_datasets.scenes("val", 2)[1].mask  # 255 where the file has 11
+    assert (splits["val"].annotation(1).numpy() == written).all() and (written == 255).any()
 
 
 @pytest.mark.parametrize("name", DATASETS)

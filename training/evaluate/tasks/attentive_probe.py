@@ -37,7 +37,7 @@ class Settings:
     heads: int = 0
 
 
-STAMPS = Settings(epochs=15, batch_size=64, warmup=20)
+SMALL = Settings(epochs=15, batch_size=64, warmup=20)
 
 
 class AttentiveProbe(nn.Module):

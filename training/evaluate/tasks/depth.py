@@ -48,7 +48,7 @@ class Settings:
     most: float = 10.0
 
 
-STAMPS = Settings()  # which have no depth
+SMALL = Settings()  # which have no depth
 
 
 class DepthHead(nn.Module):

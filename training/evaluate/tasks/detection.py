@@ -63,7 +63,7 @@ class Settings:
     candidates: int = 2000
 
 
-STAMPS = Settings(steps=400, batch_size=8, lr=1e-3, width=48, hidden=128, proposals=64, candidates=100)
+SMALL = Settings(steps=400, batch_size=8, lr=1e-3, width=48, hidden=128, proposals=64, candidates=100)
 
 
 class Detector(MapDetector):

@@ -27,7 +27,7 @@ class Settings:
     centre: bool = True
 
 
-STAMPS = Settings()
+SMALL = Settings()
 
 
 def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str, float]:

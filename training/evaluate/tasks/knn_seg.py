@@ -45,7 +45,7 @@ class Settings:
     query_size: int = 0
 
 
-STAMPS = Settings(bank_share=0.5, query_size=48)
+SMALL = Settings(bank_share=0.5, query_size=48)
 
 
 def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str, float]:

@@ -50,7 +50,7 @@ class Settings:
     batch_norm: bool = True
 
 
-STAMPS = Settings(steps=1_500, warmup=100, label_size=48)
+SMALL = Settings(steps=1_500, warmup=100, label_size=48)
 
 
 class LinearHead(nn.Module):

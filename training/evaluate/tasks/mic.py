@@ -35,7 +35,7 @@ class Settings:
     shuffled: int = 5
 
 
-STAMPS = Settings()
+SMALL = Settings()
 
 
 def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str, float]:

@@ -41,7 +41,7 @@ class Settings:
     images: int = 1_000
 
 
-STAMPS = Settings(images=400)
+SMALL = Settings(images=400)
 
 
 class PositionStatistics:
