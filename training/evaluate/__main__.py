@@ -101,10 +101,11 @@ def run(args: argparse.Namespace) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     head, tail = (__doc__ or "").split("\n\n", 1)
+    small = " and ".join(SMALL_DATASETS)
     parser = argparse.ArgumentParser(
         prog="python -m training.evaluate",
         description=head,
-        epilog=f"{tail}\nSettings (--set), the paper's / on {' and '.join(SMALL_DATASETS)} where they differ:\n{describe_settings()}",
+        epilog=f"{tail}\nSettings (--set), the paper's / on {small} where they differ:\n{describe_settings()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=[*TASKS, "all"], metavar="TASK", help=", ".join([*TASKS, "all"]))
