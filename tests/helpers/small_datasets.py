@@ -98,7 +98,7 @@ def ade20k(folder: Path, train: int, val: int) -> None:
 
 def camvid(folder: Path, train: int, val: int) -> None:
     for part, count in (("train", train), ("test", val)):
-        for i, scene in enumerate(scenes("train" if part == "train" else "val", count)):
+        for i, scene in enumerate(scenes(part, count)):
             save(folder / "CamVid" / part / f"{part}_{i:05d}.png", scene.image)
             mask = np.where(scene.mask == 255, 11, scene.mask).astype(np.uint8)  # 11 is void
             save(folder / "CamVid" / f"{part}annot" / f"{part}_{i:05d}.png", mask)

@@ -67,15 +67,15 @@ def test_place_says_nothing_of_the_class(share):
 
 def test_with_places_by_class_the_height_of_an_object_tells_its_class(share):
     """Least squares from the height of a whole object to its class: all of it where places say so, none elsewhere."""
-    explained = {}
+    sources, explained = load_sources("train", share, size=192), {}
     for places in stamps.PLACES:
-        composer = stamps.Composer("train", sources=load_sources("train", share, size=192), size=192, places=places)
+        composer = stamps.Composer("train", sources=sources, size=192, places=places)
         objects = [thing for index in range(80) for thing in composer[index].objects]
         whole = [(label, y0 + y1) for label, (_, y0, _, y1) in objects if y0 > 0 and y1 < 192]
         explained[places] = np.corrcoef(np.array(whole, float).T)[0, 1] ** 2
     assert explained["class"] > 0.8 and explained["any"] < 0.1
     with pytest.raises(ValueError, match="places must be one of"):
-        stamps.Composer("train", sources=load_sources("train", share), places="street")
+        stamps.Composer("train", sources=sources, places="street")
 
 
 def test_an_image_depends_on_seed_split_and_number_alone(share):

@@ -21,16 +21,7 @@ from training.common.command import add_model_arguments, complain, flush_subnorm
 from training.common.models import load_model, pick_device
 from training.evaluate.datasets import DATASETS, kinds_of, open_dataset
 from training.evaluate.features import Extractor
-from training.evaluate.runner import (
-    PROTOCOLS,
-    SMALL_DATASETS,
-    TASKS,
-    Request,
-    evaluate,
-    load_task,
-    task_settings,
-    tasks_of,
-)
+from training.evaluate.runner import PROTOCOLS, TASKS, Request, evaluate, load_task, task_settings, tasks_of
 from training.evaluate.tables import result_table
 from training.loop.checkpoints import Diverged
 
@@ -101,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     head, tail = (__doc__ or "").split("\n\n", 1)
-    small = " and ".join(SMALL_DATASETS)
+    small = " and ".join(name for name, dataset in DATASETS.items() if dataset.small)
     parser = argparse.ArgumentParser(
         prog="python -m training.evaluate",
         description=head,
@@ -159,7 +150,7 @@ def describe_settings() -> str:
     """One line a task and protocol: its settings with their defaults."""
     lines = []
     for name in TASKS:
-        paper, small = (asdict(task_settings(name, dataset)) for dataset in ("voc", SMALL_DATASETS[0]))
+        paper, small = (asdict(task_settings(name, dataset)) for dataset in ("voc", "stamps"))
         words = [f"{k}={v}" if v == small[k] else f"{k}={v}/{small[k]}" for k, v in paper.items()]
         lines.append(f"  {name}: {', '.join(words)}")
     for name in tasks_of("repository"):

@@ -36,17 +36,26 @@ class Dataset:
         kinds: of annotation that it has: images, masks, boxes, discovery, labels, depth.
         layout: what must lie in the folder, for the error message.
         present: folder -> those of the kinds that it has, where that differs from one to the next; None is all.
+        small: whether it has some hundreds of images and no protocol in the paper: tasks take their `SMALL` settings.
     """
 
     read: Callable[..., dict[str, Split]]
     kinds: Sequence[str]
     layout: str
     present: Callable[[Path], Sequence[str]] | None = None
+    small: bool = False
+
+
+def named(name: str) -> Dataset:
+    """A dataset by its name. Raises ValueError if there is none."""
+    if name not in DATASETS:
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
+    return DATASETS[name]
 
 
 def kinds_of(name: str, folder: str | Path) -> Sequence[str]:
     """The kinds of annotation that a dataset has in this folder."""
-    dataset = DATASETS[name]
+    dataset = named(name)
     return dataset.kinds if dataset.present is None else dataset.present(Path(folder))
 
 
@@ -60,9 +69,7 @@ def open_dataset(name: str, folder: str | Path, kind: str, trainaug: bool | None
         ValueError: no such dataset, no such annotation in it, or a file or folder is missing or empty; the
             message shows the layout expected.
     """
-    if name not in DATASETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
-    dataset = DATASETS[name]
+    dataset = named(name)
     if kind not in dataset.kinds:
         able = [other for other, entry in DATASETS.items() if kind in entry.kinds]
         raise ValueError(f"dataset {name} has no {kind}; those that have: {', '.join(able)}")
@@ -262,6 +269,7 @@ DATASETS = {
         ("images", "masks"),
         """  DATA/CamVid/{train,test}/*.png            street scenes, 11 classes: the version with SegNet's tutorial
   DATA/CamVid/{train,test}annot/*.png      0 to 10 classes, 11 void""",
+        small=True,
     ),
     "nyu": Dataset(
         _nyu,
@@ -288,6 +296,7 @@ DATASETS = {
   DATA/{train,val}/masks/NNNNN.png         class a pixel, 255 ignored
   DATA/{train,val}/objects.json            {"NNNNN": [{"class": 3, "box": [x0, y0, x1, y1]}]}
   (python -m training.stamps --out DATA writes it)""",
+        small=True,
     ),
     "folder": Dataset(
         own_folder.read_folder, ("images", "masks", "boxes", "discovery"), own_folder.LAYOUT, own_folder.kinds_present

@@ -4,7 +4,7 @@ A task is a module of training/evaluate/tasks with
 
     KIND                what annotation it needs: a kind of datasets.py
     Settings            a frozen dataclass: the paper's protocol
-    SMALL               the same, sized for `SMALL_DATASETS` and two cores (may be left out)
+    SMALL               the same, sized for datasets that are `small` and two cores (may be left out)
     STATES              which of "raw", "denoised", "artifacts" it is for; those that the model has are run
     run(data, settings, run) -> {name: number}
 
@@ -32,12 +32,11 @@ from torch import nn
 import training.evaluate.repository as repository_package
 import training.evaluate.tasks as fast_package
 from timm_dvt.version import __version__
-from training.evaluate.datasets import open_dataset
+from training.evaluate.datasets import named, open_dataset
 from training.evaluate.features import Extractor, Features
 from training.evaluate.pair_features import SAME, STATES, pair_data
 from training.evaluate.tables import summarise, write_json
 
-SMALL_DATASETS = ("stamps", "camvid")  # of some hundreds of images, and with no protocol in the paper
 PAIR_TASKS = ("knn-seg", "linear-seg", "mic", "position")  # those for which --pairs says something
 # fast: features extracted once, from whole images resized to a square; repository: as the authors' code evaluates.
 PROTOCOLS = {"fast": fast_package, "repository": repository_package}
@@ -106,10 +105,10 @@ def task_settings(name: str, dataset: str, words: Sequence[str] = (), protocol: 
     """A task's settings for a dataset, with `NAME=VALUE` or `TASK.NAME=VALUE` overriding them.
 
     Raises:
-        ValueError: no such setting, or a value of the wrong type; a `TASK.` of another task is left alone.
+        ValueError: no such dataset or setting, or a value of the wrong type; a `TASK.` of another task is left alone.
     """
     task = load_task(name, protocol)
-    settings = getattr(task, "SMALL", task.Settings()) if dataset in SMALL_DATASETS else task.Settings()
+    settings = getattr(task, "SMALL", task.Settings()) if named(dataset).small else task.Settings()
     known = {field.name: getattr(settings, field.name) for field in fields(settings)}
     changes = {}
     for word in words:

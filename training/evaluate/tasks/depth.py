@@ -48,9 +48,6 @@ class Settings:
     most: float = 10.0
 
 
-SMALL = Settings()  # which have no depth
-
-
 class DepthHead(nn.Module):
     """Depth logits of patch tokens with the class token appended."""
 

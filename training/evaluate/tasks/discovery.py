@@ -27,9 +27,6 @@ class Settings:
     centre: bool = True
 
 
-SMALL = Settings()
-
-
 def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str, float]:
     """CorLoc/PART in percent, for each set of images."""
     numbers = {}

@@ -35,9 +35,6 @@ class Settings:
     shuffled: int = 5
 
 
-SMALL = Settings()
-
-
 def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str, float]:
     """mic and mic_shuffled, from 0 to 1."""
     features = data["val"]
