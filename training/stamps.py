@@ -1,7 +1,7 @@
 """Images with exact class masks, composed of cut-outs on photographs: python -m training.stamps --out DIR
 
     DIR/classes.txt                     a class a line; the first is the background
-    DIR/settings.json                   what made the folder
+    DIR/settings.json                   what made the folder: images of other settings are refused
     DIR/{train,val}/images/00000.png    RGB, 518 x 518
     DIR/{train,val}/masks/00000.png     8 bits: the class of each pixel
     DIR/{train,val}/objects.json        {"00000": [{"class": 3, "box": [x0, y0, x1, y1]}, ...]}, pixels, x1 and y1
@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
-from training.common.shared_folder import OutputError, write_atomically
+from training.common.shared_folder import OutputError, SettingsDiffer, SharedFolder, write_atomically
 from training.common.stamp_sources import CLASSES, SHARE, SPLITS, STAMP_CLASSES, Sources, SourcesMissing, load_sources
 
 PLACES = ("any", "class")
@@ -162,14 +162,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--train and --val must be 0 or more")
     if not 32 <= args.size <= 4096:
         parser.error("--size must be from 32 to 4096")
-    settings = {"train": args.train, "val": args.val, "seed": args.seed, "size": args.size, "places": args.places}
     try:
-        for split, count in zip(SPLITS, (args.train, args.val)):
-            sources = load_sources(split, args.share, args.size)
-            write_split(args.out / split, Composer(split, args.seed, sources, args.size, args.places), count)
+        sources = [load_sources(split, args.share, args.size) for split in SPLITS]
+        with SharedFolder(args.out) as folder:  # more images may follow, of the same settings
+            folder.settle({"seed": args.seed, "size": args.size, "places": args.places})
+        for split, count, own in zip(SPLITS, (args.train, args.val), sources):
+            write_split(args.out / split, Composer(split, args.seed, own, args.size, args.places), count)
         write_atomically(args.out / "classes.txt", "".join(f"{name}\n" for name in CLASSES).encode())
-        write_atomically(args.out / "settings.json", json.dumps(settings).encode())
-    except (SourcesMissing, OutputError) as e:
+    except (SourcesMissing, SettingsDiffer, OutputError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     return 0

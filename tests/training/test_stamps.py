@@ -103,6 +103,21 @@ def test_the_folder_is_complete_and_made_again_is_the_same(share, tmp_path):
         assert {entry["class"] for entry in objects["00000"]} <= set(np.unique(np.asarray(mask)))
 
 
+def test_a_folder_takes_more_images_of_its_settings_and_none_of_others(share, tmp_path, capsys):
+    """Two seeds, or two places, in one folder would be a dataset that no command makes again."""
+    arguments = ["--val", "1", "--share", str(share), "--size", "140", "--out", str(tmp_path)]
+    assert stamps.main([*arguments, "--train", "1"]) == 0
+    first = (tmp_path / "train" / "images" / "00000.png").read_bytes()
+    assert stamps.main([*arguments, "--train", "2"]) == 0
+    for other in (["--seed", "1"], ["--size", "96"], ["--places", "class"]):
+        capsys.readouterr()
+        assert stamps.main([*arguments, "--train", "2", *other]) == 1
+        told = capsys.readouterr().err
+        assert f"begun with other settings; use those, or another folder:\n  {other[0][2:]}: " in told
+    assert (tmp_path / "train" / "images" / "00000.png").read_bytes() == first
+    assert len(list((tmp_path / "train" / "images").iterdir())) == 2
+
+
 def test_a_missing_package_is_one_line_that_says_what_to_install(tmp_path, capsys):
     with pytest.raises(SourcesMissing, match="apt-get install .*tuxpaint-stamps-default"):
         load_sources("train", tmp_path)
