@@ -22,7 +22,7 @@ from training.common.models import load_model, pick_device
 from training.common.recipes import STAGE1, add_recipe
 from training.common.shared_folder import OutputError
 from training.pairs.folder import FAILURES, PRECISIONS, PairFolder
-from training.stage1.many import VIEWS, denoise_images, describe_pairs
+from training.stage1.many import CROPS, VIEWS, denoise_images, describe_pairs
 from training.stage1.options import add_stage1_arguments, stage1_settings
 from training.stage1.progress import is_first_process
 
@@ -59,7 +59,7 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--images", required=True, help="a folder, an image or a .txt list of paths")
     parser.add_argument("--out", required=True, help="folder of the pairs; made, or continued if it exists")
     add_model_arguments(parser)
-    add_stage1_arguments(parser, VIEWS)
+    add_stage1_arguments(parser, VIEWS, CROPS)
     parser.add_argument("--limit", type=int, help="only the first so many images")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="half", help="of the maps on disk (default: %(default)s)"

@@ -42,7 +42,7 @@ from training.loop.settings import Pace
 from training.pairs.folder import PairFolder
 from training.pairs.reader import PairReader, PairSet, open_pairs
 from training.stage1.decompose import Stage1Settings
-from training.stage1.many import denoise_images, describe_pairs
+from training.stage1.many import CROPS, denoise_images, describe_pairs
 from training.stage1.on_the_fly import SolvingReader, pairs_of_images
 from training.stage2.denoisers import make_denoisers
 from training.stage2.targets import TARGETS
@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
     reader = FeatureReader(backbone, input_size=args.input_size, dtype=args.dtype)
     stage1 = Stage1Settings(
         views=args.views,
+        crops=min(CROPS, args.views - 1),
         seed=args.seed,
         layers=reader.layers,
         input_size=reader.input_size,

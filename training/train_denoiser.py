@@ -103,6 +103,14 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
         help="of a block: from the mean correction, the block an identity (default), or from random "
         "weights alone; the paper does not say",
     )
+    group.add_argument(
+        "--whole",
+        type=float,
+        default=Stage2Settings.whole,
+        metavar="SHARE",
+        help="of whole images among what is learned from, where the pairs hold crops too; 1 leaves crops out, as the "
+        "paper does (default: %(default)s)",
+    )
     group.add_argument("--init", metavar="FOLDER", help="start from a trained denoiser instead")
     add_training_arguments(parser, "pairs", Stage2Settings())
     add_recipe(parser, STAGE2, argv)
@@ -126,6 +134,7 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, processes: Processes
         arch=args.arch,
         blocks=args.blocks,
         target=args.target,
+        whole=args.whole,
         start=args.start,
         init=args.init,
         keep_length=args.keep_length,

@@ -11,7 +11,7 @@ from training.pairs.folder import PairFolder, pair_file
 MODEL = ["--model", "test_vit", "--no-pretrained"]  # 6 blocks of 64 channels, patches of 16 pixels
 
 
-def make_maps(image: int, grid: int = 4, channels: int = 64, layers=(5,)) -> dict:
+def make_maps(image: int, grid: int = 4, channels: int = 64, layers=(5,), crops: int = 0) -> dict:
     draw = torch.Generator().manual_seed(0)
     shared = {layer: torch.randn(grid, grid, channels, generator=draw) for layer in range(6)}
     draw = torch.Generator().manual_seed(100 + image)
@@ -20,12 +20,16 @@ def make_maps(image: int, grid: int = 4, channels: int = 64, layers=(5,)) -> dic
         clean = torch.randn(grid, grid, 4, generator=draw) @ torch.randn(4, channels, generator=draw)
         artifacts = shared[layer] + 0.1 * torch.randn(grid, grid, channels, generator=draw)
         maps[layer] = {"raw": clean + artifacts, "clean": clean, "artifacts": artifacts}
+        if crops:
+            cleans = torch.randn(crops, grid, grid, 4, generator=draw) @ torch.randn(4, channels, generator=draw)
+            maps[layer] |= {"crops.raw": cleans + artifacts, "crops.clean": cleans}
     return maps
 
 
-def write_pairs(folder: Path, count: int = 12, grid: int = 4, layers=(5,), **settings) -> Path:
+def write_pairs(folder: Path, count: int = 12, grid: int = 4, layers=(5,), crops: int = 0, **settings) -> Path:
     """Pairs as training.denoise_images would leave them for `test_vit` with random weights of seed 0."""
     known = {
+        **({"crops": crops} if crops else {}),
         "model": "test_vit",
         "pretrained": False,
         "seed": 0,
@@ -38,7 +42,8 @@ def write_pairs(folder: Path, count: int = 12, grid: int = 4, layers=(5,), **set
     with PairFolder(folder, {**known, **settings}) as pairs:
         for image in range(count):
             content = Fingerprint(f"{image:064x}", 0, 0)
-            pairs.save(Source(f"{image}.png", folder), content, make_maps(image, grid, layers=layers), {})
+            maps = make_maps(image, grid, layers=layers, crops=crops)
+            pairs.save(Source(f"{image}.png", folder), content, maps, {})
     return folder
 
 

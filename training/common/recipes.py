@@ -21,6 +21,7 @@ A dash says that the source is silent; then ours stands.
                                                    absolute values
     G starts at          -                         normal, 0.02                   0
     coordinates          -                         corner-aligned                 patch centres
+    kept for stage 2     the whole image           the whole image                8 crops too
 
     stage 2              paper (4.3, A.2)          repository                     ours, the default
     length               10 epochs at 64           50,000 steps at 8 x 16         10 epochs at 64
@@ -29,6 +30,7 @@ A dash says that the source is silent; then ours stands.
                                                    of rise, cosine to 1e-6
     AdamW's decay        -                         1e-5, on everything            0.01, on matrices
     start                -                         random                         the mean correction
+    learned from         whole images              whole images                   crops too, three times of four
 
     stage 3              paper                     repository                     ours, the default
     length               -                         5 epochs at 8 x 64             10 epochs at 64
@@ -57,8 +59,8 @@ NAMES = ("ours", "paper", "repository")
 Recipes = Mapping[str, Mapping[str, Any]]
 
 STAGE1: Recipes = {
-    "paper": {"solver": "field", "views": 768},
-    "repository": {"solver": "field", "views": 769, "field_steps": 25_000},  # 768 and the whole image
+    "paper": {"solver": "field", "views": 768, "crops": 0},
+    "repository": {"solver": "field", "views": 769, "crops": 0, "field_steps": 25_000},  # 768 and the whole image
 }
 _OPTIMISATION = {  # the repository's, of stages 2 and 3
     "base_lr": 2e-4,
@@ -69,12 +71,13 @@ _OPTIMISATION = {  # the repository's, of stages 2 and 3
     "decay_all": True,
 }
 STAGE2: Recipes = {
-    "paper": {"epochs": 10, "batch_size": 64, "lr": 2e-4, "loss": "norm", "start": "random"},
+    "paper": {"epochs": 10, "batch_size": 64, "lr": 2e-4, "loss": "norm", "start": "random", "whole": 1.0},
     "repository": {
         "steps": 50_000,
         "batch_size": 128,
         **_OPTIMISATION,
         "start": "random",
+        "whole": 1.0,
     },
 }
 STAGE3: Recipes = {

@@ -22,6 +22,24 @@ def positions(count: int, first: int, last: int, seed: int) -> list[int]:
     return places
 
 
+def with_crops(places: list[int], first: int, count: int, crops: int, whole: float, seed: int) -> list[int]:
+    """Which view of the image shall come at each place: the image's own place for the whole, + k * count for crop k.
+
+    Args:
+        places: of `positions`, from place `first` of its stream on. count: of images.
+        crops: of each image, all equally likely.
+        whole: the share of places at which the whole image comes.
+    """
+    if not crops:
+        return places
+    chosen = []
+    for stream, place in enumerate(places, start=first):
+        rng = np.random.default_rng([seed, stream])
+        crop = 0 if rng.random() < whole else 1 + int(rng.integers(crops))
+        chosen.append(place + crop * count)
+    return chosen
+
+
 def split_places(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Which of `count` samples to train on and which to validate with; above 0, a fraction gives one at least."""
     held = round(fraction * count)

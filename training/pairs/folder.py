@@ -12,10 +12,13 @@ between the two leaves a file without a line; the next run adds the line instead
 pair is named after its image's name and content: equal names in two folders do not collide, and a changed
 image is a new one.
 
-A million images, for ViT-B at 518 px (K = 37, C = 768; a pair is three maps of 2.1 MB in half precision):
+A pair may hold crops beside its whole image, each a raw map and F at the places of its patches: the views of stage 1
+once more, for stage 2 to learn from.
 
-- Disk: 6.3 MB a pair, 6.3 TB in all; the paper's 10,000 images are 63 GB. Full precision doubles it, ViT-S
-  halves it.
+A million images, for ViT-B at 518 px (K = 37, C = 768; a map has 2.1 MB in half precision, a pair three of them):
+
+- Disk: 6.3 MB a pair, 6.3 TB in all; the paper's 10,000 images are 63 GB. Each crop adds 4.2 MB to a pair, so leave
+  them out (`--crops 0`) where images are many: crops are for few. Full precision doubles it, ViT-S halves it.
 - Folders: 256, named by two hexadecimal digits, of 3,900 files each, so no listing is ever long.
 - Index: 243 bytes a line, 0.24 GB in all, read in 4 to 7 s (measured). A process keeps 0.4 GB to know its
   list and what is done; continuing costs one `stat` an image, and no image is read again.
@@ -50,7 +53,7 @@ from training.common.shared_folder import SharedFolder, read_lines, write_atomic
 PARTS = ("raw", "clean", "artifacts")
 PRECISIONS = {"half": torch.float16, "full": torch.float32}
 INDEX, FAILURES = "index.jsonl", "failures.jsonl"
-Maps = Mapping[int, Mapping[str, Tensor]]  # {layer: {part: (K, K, C)}}
+Maps = Mapping[int, Mapping[str, Tensor]]  # {layer: {part: (K, K, C)}}, of N crops {"crops." + part: (N, K, K, C)}
 
 
 class ValueTooLarge(ValueError):
@@ -146,7 +149,8 @@ class PairFolder:
         Args:
             source: the image.
             content: of its file.
-            maps: for each layer the `PARTS`, (K, K, C) each.
+            maps: for each layer the `PARTS`, (K, K, C) each; "crops.raw" and "crops.clean", (N, K, K, C), if there
+                are crops.
             facts: what else the header should tell of this image; anything JSON can hold.
 
         Raises:
@@ -220,17 +224,17 @@ def pair_file(name: str, digest: str) -> str:
 
 
 def encode_pair(maps: Maps, header: Mapping[str, Any], precision: str) -> bytes:
-    """A pair's file: tensors `LAYER.raw`, `LAYER.clean`, `LAYER.artifacts`, and the header as JSON.
+    """A pair's file: tensors `LAYER.raw`, `LAYER.clean`, `LAYER.artifacts`, perhaps crops, and the header as JSON.
 
     Raises:
         ValueTooLarge: half precision cannot hold a value.
     """
     tensors = {}
     for layer, parts in maps.items():
-        for part in PARTS:
-            stored = parts[part].to("cpu", PRECISIONS[precision]).contiguous()
+        for part, map_ in parts.items():
+            stored = map_.to("cpu", PRECISIONS[precision]).contiguous()
             if not bool(stored.isfinite().all()):
-                largest = parts[part].abs().max().item()
+                largest = map_.abs().max().item()
                 raise ValueTooLarge(
                     f"block {layer}: {part} holds {largest:.3g}, too large for {precision} precision on "
                     "disk; use full precision (--precision full)"
@@ -260,14 +264,20 @@ def read_pair(path: str | Path, layer: int | None = None, parts: Iterable[str] =
         return {part: _map(file, layer, part) for part in parts}
 
 
-def read_maps(path: str | Path, layers: Sequence[int], parts: Sequence[str]) -> list[list[Tensor]]:
-    """Maps (K, K, C) of one pair by part and layer, in the file's precision; SafetensorError if it lacks one."""
+def read_maps(path: str | Path, layers: Sequence[int], parts: Sequence[str], crop: int = 0) -> list[list[Tensor]]:
+    """Maps (K, K, C) of one pair by part and layer, in the file's precision; SafetensorError if it lacks one.
+
+    Args:
+        crop: 0 is the whole image, k the k-th of its crops, whose artifacts are those of the whole image.
+    """
     with safe_open(path, "np") as file:
-        return [[_map(file, layer, part) for layer in layers] for part in parts]
+        return [[_map(file, layer, part, crop) for layer in layers] for part in parts]
 
 
-def _map(file: Any, layer: int, part: str) -> Tensor:
+def _map(file: Any, layer: int, part: str, crop: int = 0) -> Tensor:
     # As NumPy's, which are read; torch's are mapped, and to page in what is read once takes longer than to read it.
+    if crop and part != "artifacts":
+        return torch.from_numpy(file.get_slice(f"{layer}.crops.{part}")[crop - 1])
     return torch.from_numpy(file.get_tensor(f"{layer}.{part}"))
 
 

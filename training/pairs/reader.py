@@ -34,6 +34,7 @@ class PairSet:
         layers: blocks to train for, counted from 0.
         grid: rows and columns of every map.
         channels: C.
+        crops: how many crops of its image each pair holds beside the whole.
         settings: settings.json, what stage 1 made the pairs with.
     """
 
@@ -43,10 +44,12 @@ class PairSet:
     grid: tuple[int, int]
     channels: int
     settings: dict[str, Any]
+    crops: int = 0
 
     def digest(self) -> str:
-        """By what to know these pairs again: their names (which hash the images' content) and layers."""
-        return hashlib.sha256("\n".join([*self.files, repr(self.layers)]).encode()).hexdigest()
+        """By what to know these pairs again: their names (which hash the images' content), layers and crops."""
+        crops = [f"{self.crops} crops"] if self.crops else []
+        return hashlib.sha256("\n".join([*self.files, repr(self.layers), *crops]).encode()).hexdigest()
 
     def split(self, fraction: float, seed: int) -> tuple[PairSet, PairSet]:
         """Training and validation pairs, drawn at random: see `split_places`."""
@@ -87,16 +90,17 @@ def open_pairs(folder: str | Path, layers: Sequence[int] | None = None) -> PairS
             f"{folder} holds no finished pairs: {INDEX} is missing or empty; "
             "python -m training.denoise_images makes them"
         )
-    held, shape = _shape(folder / files[0], None)
+    crops = settings.get("crops", 0)
+    held, shape = _shape(folder / files[0], None, crops)
     chosen = held if layers is None else _choose(layers, held, folder)
     for file in files:
-        _, own = _shape(folder / file, chosen)
+        _, own = _shape(folder / file, chosen, crops)
         if own != shape:
             raise PairError(
                 f"mixed grids: {folder / file} holds maps of {_show(own)}, {folder / files[0]} of {_show(shape)}; "
                 "pairs of one folder must be alike"
             )
-    return PairSet(folder, files, chosen, shape[:2], shape[2], settings)
+    return PairSet(folder, files, chosen, shape[:2], shape[2], settings, crops)
 
 
 def _choose(layers: Sequence[int], held: tuple[int, ...], folder: Path) -> tuple[int, ...]:
@@ -117,17 +121,19 @@ def _show(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _shape(path: Path, layers: tuple[int, ...] | None) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+def _shape(path: Path, layers: tuple[int, ...] | None, crops: int) -> tuple[tuple[int, ...], tuple[int, int, int]]:
     """The layers of a pair and the one shape of its maps, read from the header alone."""
     try:
         with safe_open(path, "pt") as file:
             keys = set(file.keys())
             held = tuple(sorted({int(key.split(".")[0]) for key in keys}))
             wanted = [f"{layer}.{part}" for layer in layers or held for part in ("raw", "clean")]
-            missing = [key for key in wanted if key not in keys]
+            wanted_crops = [key.replace(".", ".crops.") for key in wanted] if crops else []
+            missing = [key for key in (*wanted, *wanted_crops) if key not in keys]
             if missing:
                 raise PairError(f"{path} has no map {', '.join(missing)}: it holds {_blocks(held)}")
             shapes = {tuple(file.get_slice(key).get_shape()) for key in wanted}
+            stacks = {tuple(file.get_slice(key).get_shape()) for key in wanted_crops}
     except (OSError, SafetensorError, ValueError) as error:
         if isinstance(error, PairError):
             raise
@@ -135,6 +141,8 @@ def _shape(path: Path, layers: tuple[int, ...] | None) -> tuple[tuple[int, ...],
     shape = next(iter(shapes), ())
     if len(shapes) != 1 or len(shape) != 3:
         raise PairError(f"{path}: maps must be (K, K, C), all of one shape, got {sorted(shapes)}")
+    if stacks - {(crops, *shape)}:
+        raise PairError(f"{path}: crops must be {_show((crops, *shape))}, as settings.json says, got {sorted(stacks)}")
     return held, shape
 
 
@@ -163,7 +171,8 @@ class PairReader:
     def read(self, positions: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """Maps (parts, B, layers, K*K, C) of the pairs at these places of `pairs.files`, in the files' precision.
 
-        With `dtype` in that one. Safe in several threads at once.
+        Counted on beyond the last file, place + k * len(files) is the k-th crop of the pair at that place. With `dtype`
+        in that one. Safe in several threads at once.
 
         Raises:
             PairError: a pair is damaged; names the file.
@@ -191,17 +200,21 @@ class PairReader:
         if kept is not None:
             return kept
         maps = self._load(position)
+        self._keep(position, maps)
+        return maps
+
+    def _keep(self, position: int, maps: list[list[Tensor]]) -> None:
+        """Keep these maps in memory, if there is room."""
         size = sum(one.nbytes for one in chain.from_iterable(maps))
-        if self._free >= size:
+        if self._free >= size and position not in self._kept:
             self._free -= size
             self._kept[position] = maps
-        return maps
 
     def _load(self, position: int) -> list[list[Tensor]]:
         """Maps (K, K, C) by part and layer, from where they lie."""
         path = self._path(position)
         try:
-            maps = read_maps(path, self.pairs.layers, self.parts)
+            maps = read_maps(path, self.pairs.layers, self.parts, position // len(self.pairs.files))
             for one in chain.from_iterable(maps):
                 if one.shape != self._shape:
                     raise ValueError(f"maps of {_show(one.shape)} where there were {_show(self._shape)} before")
@@ -210,7 +223,8 @@ class PairReader:
         return maps
 
     def _path(self, position: int) -> str:
-        return os.path.join(self._folder, self.pairs.files[position])  # a Path takes ten times as long to make
+        file = self.pairs.files[position % len(self.pairs.files)]
+        return os.path.join(self._folder, file)  # a Path takes ten times as long to make
 
     def not_finite(self, positions: Iterable[int]) -> list[Path]:
         """Which of these pairs hold NaN or infinity."""

@@ -40,6 +40,8 @@ class Stage1Settings:
         corner_aligned, square_first: as the paper's repository has it, patches' places run from edge to edge of a
             view instead of from centre to centre, and the image is resized to the input's square before it is cut.
         area, aspect, flip: of the crops, see `training.common.views.sample_views`.
+        crops: how many of the crops' own maps to keep, with F at their patches: further samples for stage 2, at no
+            further forward pass.
         linear, field: settings of the two solvers.
     """
 
@@ -54,6 +56,7 @@ class Stage1Settings:
     area: tuple[float, float] = (0.1, 0.5)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    crops: int = 0
     corner_aligned: bool = False
     square_first: bool = False
     linear: LinearSettings = LinearSettings()
@@ -76,6 +79,8 @@ class Decomposition:
         settings: what was asked for.
         diagnostics: what the solver chose and found.
         field: F at any places, see `at`.
+        crop_raw: (N, K, K, C) what the backbone gives for the first N = settings.crops crops.
+        crop_semantics: (N, K, K, C) F at their patch centres.
     All tensors are float32 on the CPU.
     """
 
@@ -87,6 +92,8 @@ class Decomposition:
     settings: Stage1Settings
     diagnostics: dict[str, Any] = dataclass_field(default_factory=dict)
     field: Field | None = dataclass_field(default=None, repr=False, compare=False)
+    crop_raw: Tensor | None = dataclass_field(default=None, repr=False)
+    crop_semantics: Tensor | None = dataclass_field(default=None, repr=False)
 
     def at(self, height: int, width: int) -> Tensor:
         """F at the centres of height x width equal cells of the whole image: (height, width, C) float32 on the CPU.
@@ -145,6 +152,8 @@ def decompose(
         raise ValueError(f"solver must be one of {SOLVERS}, got {settings.solver!r}")
     if settings.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {settings.batch_size}")
+    if not 0 <= settings.crops < settings.views:
+        raise ValueError(f"crops must be from 0 to {settings.views - 1}, one below views, got {settings.crops}")
     if device is not None:
         model = model.to(device)
     reader = FeatureReader(
@@ -161,7 +170,7 @@ def decompose(
     check_views(xs, ys)
     make = _StreamingLinear if settings.solver == "linear" else _CollectingField
     solvers = {layer: make(reader, centres, xs, ys, settings) for layer in reader.layers}
-    raw: dict[int, Tensor] = {}
+    kept: dict[int, list[Tensor]] = {layer: [] for layer in reader.layers}  # of the whole image, then of crops
     for first in range(0, len(views), settings.batch_size):
         batch = slice(first, first + settings.batch_size)
         features = reader.patch_features(render_views(image, views[batch], reader.input_size))
@@ -171,17 +180,23 @@ def decompose(
                     f"block {layer} gave NaN or infinite features in views {first} to "
                     f"{first + len(maps) - 1}; check the image and the weights, or use dtype='float32'"
                 )
-            raw.setdefault(layer, maps[0].clone())
+            kept[layer] += [one.clone() for one in maps[: max(0, 1 + settings.crops - first)]]
             for view, view_features in enumerate(maps, start=first):
                 solvers[layer].add(view, view_features)
         if progress is not None:
             progress(len(views[batch]))
     results = {}
     for layer, solver in solvers.items():
-        semantics, artifacts, residual = (part.cpu() for part in solver.solve(raw[layer], fit_progress))
-        results[layer] = Decomposition(
-            raw[layer].cpu(), semantics, artifacts, residual, layer, settings, solver.diagnostics, solver.field
+        raw, *crops = kept[layer]
+        semantics, artifacts, residual = (part.cpu() for part in solver.solve(raw, fit_progress))
+        results[layer] = parts = Decomposition(
+            raw.cpu(), semantics, artifacts, residual, layer, settings, solver.diagnostics, solver.field
         )
+        if crops:
+            parts.crop_raw = torch.stack(crops).cpu()
+            assert solver.field is not None  # it is solved
+            seen = [solver.field(xs[view], ys[view]).float() for view in range(1, 1 + len(crops))]
+            parts.crop_semantics = torch.stack(seen).cpu()
     return results if settings.layers is not None else results[reader.layers[0]]
 
 

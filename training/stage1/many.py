@@ -23,6 +23,7 @@ from training.stage1.progress import Progress, is_first_process
 # Of one image of many. Stage 2 learns the mean over images: of as many forward passes, with DINOv2-S, 48 images of 32
 # views and 96 of 16 gave the best denoisers (README). The paper's is 768 (Stage1Settings.views).
 VIEWS = 32
+CROPS = 8  # of the views, kept for stage 2
 
 # What costs one image its pair, while the others go on.
 IMAGE_ERRORS = (ImageError, NonFiniteFeatures, IllConditioned, ValueTooLarge)
@@ -34,7 +35,11 @@ def describe_pairs(name: str, pretrained: bool, model: nn.Module, settings: Stag
     chosen = asdict(settings)
     solver = {name: chosen.pop(name) for name in SOLVERS if name in chosen}
     chosen.pop("batch_size")
-    for option in ("corner_aligned", "square_first"):  # said where they are so: folders begun before them go on
+    for option in (
+        "corner_aligned",
+        "square_first",
+        "crops",
+    ):  # said where they are so: folders begun before them go on
         if not chosen[option]:
             chosen.pop(option)
     return {
@@ -148,4 +153,7 @@ def image_seed(seed: int, digest: str) -> int:
 
 def pair_maps(parts: Decomposition) -> dict[str, Tensor]:
     """The maps that a pair keeps; not the residual: with the linear solver it is raw - clean - artifacts."""
-    return {"raw": parts.raw, "clean": parts.semantics, "artifacts": parts.artifacts}
+    maps = {"raw": parts.raw, "clean": parts.semantics, "artifacts": parts.artifacts}
+    if parts.crop_raw is not None and parts.crop_semantics is not None:
+        maps |= {"crops.raw": parts.crop_raw, "crops.clean": parts.crop_semantics}
+    return maps

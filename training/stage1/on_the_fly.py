@@ -33,7 +33,8 @@ def pairs_of_images(
     by_file = {pair_file(source.name, read_file(source.path)[1].sha256): source for source in sources}
     reader = FeatureReader(model, settings.layers, input_size=settings.input_size, stride=settings.stride)
     grid = (reader.grid, reader.grid)
-    pairs = PairSet(where, tuple(sorted(by_file)), reader.layers, grid, reader.channels, dict(made_with))
+    files = tuple(sorted(by_file))
+    pairs = PairSet(where, files, reader.layers, grid, reader.channels, dict(made_with), settings.crops)
     return pairs, by_file
 
 
@@ -61,7 +62,25 @@ class SolvingReader(PairReader):
         self._one_at_a_time = threading.Lock()
 
     def _load(self, position: int) -> list[list[Tensor]]:
-        source = self.sources[self.pairs.files[position]]
+        crop, place = divmod(position, len(self.pairs.files))
+        maps = self._solve(place)
+        for other in range(1 + self.pairs.crops):  # they came at one price
+            if other != crop:
+                self._keep(place + other * len(self.pairs.files), self._of_crop(maps, other))
+        return self._of_crop(maps, crop)
+
+    def _of_crop(self, maps: Mapping[int, Mapping[str, Tensor]], crop: int) -> list[list[Tensor]]:
+        """Maps (K, K, C) by part and layer, of the whole image (0) or of its crop number `crop`."""
+
+        def of(layer: int, part: str) -> Tensor:
+            whole = not crop or part == "artifacts"
+            return (maps[layer][part] if whole else maps[layer][f"crops.{part}"][crop - 1]).to(PRECISIONS["half"])
+
+        return [[of(layer, part) for layer in self.pairs.layers] for part in self.parts]
+
+    def _solve(self, place: int) -> dict[int, dict[str, Tensor]]:
+        """All that a pair's file would hold."""
+        source = self.sources[self.pairs.files[place]]
         with self._one_at_a_time:
             try:
                 data, content = read_file(source.path)
@@ -71,6 +90,4 @@ class SolvingReader(PairReader):
             except IMAGE_ERRORS as error:
                 raise PairError(f"{source.path}: {error}") from error
         assert isinstance(found, dict)  # settings.layers is filled in
-        maps = {layer: pair_maps(part) for layer, part in found.items()}
-        half = PRECISIONS["half"]
-        return [[maps[layer][part].to(half) for layer in self.pairs.layers] for part in self.parts]
+        return {layer: pair_maps(part) for layer, part in found.items()}

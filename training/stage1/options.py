@@ -11,8 +11,14 @@ from training.stage1.field.fit import FieldSettings
 from training.stage1.linear.solver import LinearSettings
 
 
-def add_stage1_arguments(parser: argparse.ArgumentParser, views: int = Stage1Settings.views) -> None:
-    """Give a command line the settings of stage 1; `stage1_settings` reads them."""
+def add_stage1_arguments(
+    parser: argparse.ArgumentParser, views: int = Stage1Settings.views, crops: int | None = None
+) -> None:
+    """Give a command line the settings of stage 1; `stage1_settings` reads them.
+
+    Args:
+        views: the default. crops: the default, if this command keeps crops.
+    """
     group = parser.add_argument_group("stage 1")
     group.add_argument(
         "--solver",
@@ -23,6 +29,15 @@ def add_stage1_arguments(parser: argparse.ArgumentParser, views: int = Stage1Set
     group.add_argument(
         "--views", type=int, default=views, help="forward passes an image (default: %(default)s; the paper's: 768)"
     )
+    if crops is not None:
+        group.add_argument(
+            "--crops",
+            type=int,
+            metavar="N",
+            default=crops,
+            help="of the views, whose own maps are kept as well, with F at their patches: more to learn from at no "
+            "further forward pass, and two maps each on disk (default: %(default)s, where there are so many)",
+        )
     group.add_argument(
         "--area",
         type=float,
@@ -72,8 +87,9 @@ def stage1_settings(args: argparse.Namespace, model: nn.Module) -> Stage1Setting
         ValueError: a value that cannot be.
         TypeError: the model is none of timm's ViTs.
     """
-    for name, least in (("views", 2), ("batch_size", 1), ("field_steps", 2)):
-        if getattr(args, name) < least:
+    crops = getattr(args, "crops", 0)
+    for name, least in (("views", 2), ("crops", 0), ("batch_size", 1), ("field_steps", 2)):
+        if getattr(args, name, least) < least:
             raise ValueError(f"{name} must be {least} or more, got {getattr(args, name)}")
     layers = _parse_layers(args.layers, model)
     reader = FeatureReader(model, layers, input_size=args.input_size, stride=args.stride, dtype=args.dtype)
@@ -87,6 +103,7 @@ def stage1_settings(args: argparse.Namespace, model: nn.Module) -> Stage1Setting
         batch_size=args.batch_size,
         dtype=args.dtype,
         area=tuple(args.area),
+        crops=min(crops, args.views - 1),
         corner_aligned=args.recipe == "repository",
         square_first=args.recipe == "repository",
         linear=LinearSettings(artifacts=args.artifacts),

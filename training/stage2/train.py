@@ -21,7 +21,7 @@ from training.loop.distance import loss_limit
 from training.loop.distributed import ALONE, Processes
 from training.loop.log import TrainingLog
 from training.loop.optimisation import autocast, make_adamw
-from training.loop.order import positions
+from training.loop.order import positions, with_crops
 from training.loop.reading_ahead import reading_threads
 from training.loop.run import resume, run_steps
 from training.loop.settings import USUAL_PACE, Pace, TrainingSettings
@@ -39,6 +39,7 @@ class Stage2Settings(TrainingSettings):
         arch: of `timm_dvt.denoiser.ARCHITECTURES`.
         blocks: transformer blocks of a denoiser.
         target: of `training.stage2.targets.TARGETS`, what is predicted.
+        whole: share of whole images among what is learned from; the rest are crops of them, where the pairs hold crops.
         keep_length: whether, once trained, the denoisers bring tokens to the length of the raw ones.
         start: "static" (see `training.stage2.starts.start_as_static`) or "random".
         init: a folder to start from instead.
@@ -47,9 +48,15 @@ class Stage2Settings(TrainingSettings):
     arch: str = "block"
     blocks: int = 1
     target: str = "F"
+    whole: float = 0.25
     start: str = "static"
     keep_length: bool = False
     init: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.whole <= 1:
+            raise ValueError(f"whole must be from 0 to 1, a share, got {self.whole}")
 
 
 def check_fit(model: Any, pairs: PairSet, name: str) -> None:
@@ -129,11 +136,13 @@ def train(
     shown = validation if validation.files else training
     validation_loss = Validation(make_reader(shown, parts_for(settings.target)), settings.target, device, autocasting)
 
-    # Nothing is flipped or cropped: artifacts are tied to places, so that a flipped raw map is one that the backbone
-    # never gives, and the denoiser would learn the mean of the artifacts and of their mirror image.
+    # No map is flipped or cropped: artifacts are tied to places, so that a flipped raw map is one that the backbone
+    # never gives, and the denoiser would learn the mean of the artifacts and of their mirror image. Crops are of the
+    # image, each with the map that the backbone gives for it.
     def places(step: int) -> list[int]:
-        part = processes.part(step, settings.batch_size)
-        return positions(len(training.files), part.start, part.stop, settings.seed)
+        part, count = processes.part(step, settings.batch_size), len(training.files)
+        images = positions(count, part.start, part.stop, settings.seed)
+        return with_crops(images, part.start, count, training.crops, settings.whole, settings.seed)
 
     # A GPU is sent what the files hold and makes float32 of it faster than a CPU does.
     precision = torch.float32 if device.type == "cpu" else reader.read(places(first)[:1]).dtype

@@ -5,9 +5,10 @@ import time
 import pytest
 import torch
 
-from tests.helpers.pair_folders import write_pairs
-from training.loop.order import positions
-from training.pairs.reader import PairReader, open_pairs, read_batches
+from tests.helpers.pair_folders import change_pair, make_maps, write_pairs
+from training.loop.order import positions, with_crops
+from training.pairs.folder import pair_file
+from training.pairs.reader import PairError, PairReader, open_pairs, read_batches
 
 
 def test_every_epoch_visits_every_pair_once_in_another_order_that_step_and_seed_decide():
@@ -24,6 +25,38 @@ def test_pairs_kept_in_memory_are_those_on_disk(tmp_path):
     for _ in range(2):
         assert torch.equal(kept.read([3, 1, 3]), read.read([3, 1, 3]))
     assert len(kept._kept) == 2 and not read._kept
+
+
+def test_places_beyond_the_last_pair_are_crops(tmp_path):
+    found = open_pairs(write_pairs(tmp_path, count=3, crops=2))
+    assert found.crops == 2
+    for reader in (PairReader(found, ("raw", "clean", "artifacts")),) * 2:  # from disk, then from memory
+        for image in range(3):
+            maps = make_maps(image, crops=2)[5]
+            place = found.files.index(pair_file(f"{image}.png", f"{image:064x}"))
+            raw, clean, artifacts = reader.read([place, place + 3, place + 6])[:, :, 0].unflatten(2, (4, 4))
+            assert torch.equal(raw, torch.stack([maps["raw"], *maps["crops.raw"]]).half())
+            assert torch.equal(clean, torch.stack([maps["clean"], *maps["crops.clean"]]).half())
+            assert torch.equal(artifacts, maps["artifacts"].half().expand(3, -1, -1, -1))  # tied to places in the input
+
+
+def test_whole_images_come_as_often_as_asked_for_and_crops_equally_often():
+    places = positions(10, 0, 6000, seed=1)
+    chosen = with_crops(places, 0, 10, 4, 0.25, seed=1)
+    assert [view % 10 for view in chosen] == places
+    counts = torch.tensor([view // 10 for view in chosen]).bincount(minlength=5) / 6000
+    torch.testing.assert_close(counts, torch.tensor([0.25] + 4 * [0.1875]), rtol=0, atol=0.02)
+    assert with_crops(places[41:99], 41, 10, 4, 0.25, seed=1) == chosen[41:99]  # wherever one starts
+    assert with_crops(places, 0, 10, 4, 0.25, seed=2) != chosen
+    assert with_crops(places, 0, 10, 4, 1.0, seed=1) == with_crops(places, 0, 10, 0, 0.25, seed=1) == places
+
+
+def test_crops_that_are_not_as_many_as_the_settings_say_name_the_file(tmp_path):
+    pairs = write_pairs(tmp_path, count=3, crops=2)
+    file = open_pairs(pairs).files[1]
+    change_pair(pairs / file, **{"crops.clean": torch.zeros(1, 4, 4, 64).half()})
+    with pytest.raises(PairError, match=f"{file}: crops must be 2 x 4 x 4 x 64, as settings.json says"):
+        open_pairs(pairs)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

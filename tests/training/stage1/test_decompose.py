@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import timm
@@ -84,6 +85,35 @@ def test_between_the_patches_f_is_the_field_and_at_the_patches_it_is_f():
     assert float((fine[1:-1, 2:-2, 1] - ys[1:-1, None]).abs().max()) < 0.03 / 8
     with pytest.raises(ValueError, match="height and width must be 1 or more, got 0 and 3"):
         part.at(0, 3)
+
+
+def test_kept_crops_are_what_the_backbone_gives_for_them_and_f_where_they_lie():
+    """Features that are coordinates: a crop's map says where in the image it lies, and F there must say the same."""
+    settings = Stage1Settings(views=48, input_size=64, crops=11, seed=3)
+    part = decompose(patch_means(), coordinate_image(90, 120), settings)
+    assert part.crop_raw.shape == part.crop_semantics.shape == (11, 8, 8, 16)
+    assert float((part.crop_raw - part.crop_semantics).abs().max()) < 0.06 / 8
+    across = part.crop_raw[:, :, -1, 0] - part.crop_raw[:, :, 0, 0]
+    assert {bool(row.mean() > 0) for row in across} == {True, False}  # mirrored crops and others
+    assert float(across.abs().max()) < 0.8 and len(across.mean(1).unique()) == 11  # none is the whole image
+
+    batched = decompose(patch_means(), coordinate_image(90, 120), replace(settings, batch_size=5))
+    torch.testing.assert_close(batched.crop_raw, part.crop_raw, rtol=1e-4, atol=1e-5)
+    few = decompose(patch_means(), coordinate_image(90, 120), replace(settings, crops=2))
+    assert torch.equal(few.crop_raw, part.crop_raw[:2]) and torch.equal(few.semantics, part.semantics)
+    assert decompose(patch_means(), coordinate_image(90, 120), replace(settings, crops=0)).crop_raw is None
+    with pytest.raises(ValueError, match="crops must be from 0 to 47, one below views, got 48"):
+        decompose(patch_means(), coordinate_image(90, 120), replace(settings, crops=48))
+
+
+def test_of_the_field_too_a_crop_has_f_where_it_lies():
+    field = FieldSettings(
+        steps=200, batch=512, grid=HashGridSettings(levels=8, log2_hashmap_size=14, per_level_scale=1.5)
+    )
+    settings = Stage1Settings(solver="field", views=24, input_size=64, crops=3, field=field)
+    part = decompose(patch_means(), coordinate_image(96, 96), settings)
+    xs, ys = part.crop_raw[1, 0, :, 0], part.crop_raw[1, :, 0, 1]  # features are coordinates
+    torch.testing.assert_close(part.crop_semantics[1], part.field(xs.double(), ys.double()), rtol=0, atol=0.02)
 
 
 def test_a_position_embedding_comes_back_as_g():

@@ -10,7 +10,7 @@ from tests.helpers.stage1_runs import contents, draw_images, read_lines, run
 from training import denoise_images
 from training.common.images import load_image
 from training.common.models import load_model
-from training.pairs.folder import read_header, read_index, read_pair, read_settings
+from training.pairs.folder import read_header, read_index, read_maps, read_pair, read_settings
 from training.stage1 import many
 from training.stage1.decompose import NonFiniteFeatures, Stage1Settings, decompose
 
@@ -27,7 +27,7 @@ def test_a_pair_holds_what_the_library_function_gives(images, tmp_path):
     assert run(images / "c.png", tmp_path / "out", *options) == 0
     (entry,) = read_index(tmp_path / "out")
     header = read_header(tmp_path / "out" / entry.file)
-    settings = Stage1Settings(views=24, seed=header["seed"], layers=(2, 5), input_size=64)
+    settings = Stage1Settings(views=24, seed=header["seed"], layers=(2, 5), input_size=64, crops=8)
     model = load_model("test_vit", pretrained=False, seed=3)
     wanted = decompose(model, load_image(images / "c.png"), settings)
     assert read_settings(tmp_path / "out")["layers"] == [2, 5]
@@ -37,6 +37,9 @@ def test_a_pair_holds_what_the_library_function_gives(images, tmp_path):
         torch.testing.assert_close(maps["raw"], wanted[layer].raw)
         torch.testing.assert_close(maps["clean"], wanted[layer].semantics)
         torch.testing.assert_close(maps["artifacts"], wanted[layer].artifacts)
+        crops = [read_maps(tmp_path / "out" / entry.file, [layer], ("raw", "clean"), k) for k in range(1, 9)]
+        torch.testing.assert_close(torch.stack([raw for (raw,), _ in crops]), wanted[layer].crop_raw)
+        torch.testing.assert_close(torch.stack([clean for _, (clean,) in crops]), wanted[layer].crop_semantics)
 
 
 def test_an_image_gets_the_same_pair_in_any_order_and_company(images, tmp_path):
@@ -166,6 +169,7 @@ def test_another_setting_or_model_is_refused_and_named(images, tmp_path, capsys)
         (["--input-size", "65"], "input_size must be a multiple of the patch size 16, got 65"),
         (["--stride", "17"], "stride must be from 1 to the patch size 16, got 17"),
         (["--views", "1"], "views must be 2 or more, got 1"),
+        (["--crops", "-1"], "crops must be 0 or more, got -1"),
         (["--batch-size", "0"], "batch_size must be 1 or more, got 0"),
         (["--device", "cuda:99"], "device must be one that torch has here, got 'cuda:99'"),
         (["--limit", "0"], "limit must be 1 or more"),

@@ -128,7 +128,7 @@ def test_torchrun_does_the_same_with_one_progress_bar(uninterrupted, tmp_path):
 
 
 def test_a_full_disk_is_one_clear_error_and_leaves_no_half_file(images, tmp_path, monkeypatch, capsys):
-    write, room = os.write, [20_000]
+    write, room = os.write, [80_000]
 
     def limited(descriptor, data):
         if len(data) > room[0]:

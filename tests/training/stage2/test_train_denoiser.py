@@ -166,6 +166,21 @@ def test_held_out_pairs_are_not_trained_on(tmp_path):
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
+def test_crops_are_learned_from_unless_whole_images_alone_are_asked_for(tmp_path):
+    bare, with_crops = write_pairs(tmp_path / "bare"), write_pairs(tmp_path / "crops", crops=3)
+    for pairs, out, more in ((bare, "a", ()), (with_crops, "b", ("--whole", "1")), (with_crops, "c", ())):
+        assert run(pairs, tmp_path / out, "--steps", "3", *more) == 0
+    a, b, c = (weights(tmp_path / out) for out in "abc")
+    assert same(a, b) and not same(a, c)
+    training, _ = open_pairs(with_crops).split(0.05, seed=0)
+    for file in training.files:
+        change_pair(
+            with_crops / file, **{f"crops.{part}": torch.zeros(3, 4, 4, 64).half() for part in ("raw", "clean")}
+        )
+    assert run(with_crops, tmp_path / "d", "--steps", "3") == 0
+    assert not same(weights(tmp_path / "d"), c)
+
+
 @pytest.mark.parametrize("arch", ["block", "block-no-pe", "conv1x1", "conv3x3"])
 def test_several_layers_together_are_trained_as_each_alone(arch, tmp_path):
     pairs = write_pairs(tmp_path / "pairs", layers=(2, 5))

@@ -96,6 +96,7 @@ def test_pairs_of_another_model_weights_layer_or_width_are_refused(tmp_path, cap
     [
         ("--val-fraction", "1"),
         ("--warmup", "9", "--steps", "3"),
+        ("--whole", "1.5"),
         ("--device", "nonsense"),
         ("--init", "nowhere"),
         ("--arch", "static", "--init", "x"),
