@@ -39,7 +39,7 @@ from training.loop.distributed import Processes, join_processes
 from training.loop.entry import exit_code, only_run
 from training.loop.order import split_places
 from training.loop.settings import Pace
-from training.pairs.folder import PairFolder
+from training.pairs.folder import PARTS, PRECISIONS, PairFolder
 from training.pairs.reader import PairReader, PairSet, open_pairs
 from training.stage1.decompose import Stage1Settings
 from training.stage1.many import CROPS, denoise_images, describe_pairs
@@ -51,7 +51,7 @@ from training.stage2.train import Stage2Settings, check_fit, describe_training, 
 VIEWS, IMAGES = 16, 128
 LEFTOVER_VIEWS = 128
 HELD_OUT, MOST_HELD_OUT = 0.1, 16  # of the images, and no more
-BATCH, EPOCHS, LEAST_STEPS = 8, 10, 150  # of stage 2: a few pairs, seen often enough
+BATCH, EPOCHS, LEAST_STEPS = 8, 15, 150  # of stage 2: a few images, whole and in crops, seen often enough
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=positive, default=IMAGES, help="at most so many images (%(default)s)")
     parser.add_argument("--views", type=positive, default=VIEWS, help="forward passes an image (%(default)s)")
     parser.add_argument("--input-size", type=positive, metavar="PX", help="(default: 518 for patch 14, 512 for 16)")
-    parser.add_argument("--steps", type=positive, help="of stage 2 (default: ten epochs at 8, 150 at least)")
+    parser.add_argument("--steps", type=positive, help="of stage 2 (default: 15 epochs at 8, 150 at least)")
     parser.add_argument("--target", choices=TARGETS, default=Stage2Settings.target, help="of stage 2 (%(default)s)")
     parser.add_argument(
         "--keep-length",
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     with join_processes(device) as processes:
         stage2 = stage2_settings(args, len(seen), processes)
         if processes.first:
-            print(cost(reader, stage1, stage2, len(seen), processes.count, args.leftover), flush=True)
+            print(cost(reader, stage1, stage2, len(seen), processes.count, args.leftover, args.pairs), flush=True)
         pairs, make_reader = stage1_pairs(args, backbone, seen, stage1, made_with, processes)
         model = load_pairs_model(args.model, args.pretrained, made_with, args.out)
         check_fit(model, pairs, args.model)
@@ -184,7 +184,7 @@ def hold_out(sources: list[Source], seed: int) -> tuple[list[Source], list[Sourc
 
 
 def stage2_settings(args: argparse.Namespace, count: int, processes: Processes) -> Stage2Settings:
-    """Ten epochs over the pairs, and no fewer steps than a denoiser needs."""
+    """15 epochs over the pairs, and no fewer steps than a denoiser needs."""
     batch_size = max(BATCH // processes.count, 1) * processes.count
     steps = args.steps or max(LEAST_STEPS, -(-EPOCHS * count // batch_size))
     return Stage2Settings(
@@ -221,7 +221,13 @@ def seconds_of(work: Any) -> float:
 
 
 def cost(
-    reader: FeatureReader, stage1: Stage1Settings, stage2: Stage2Settings, images: int, processes: int, leftover: bool
+    reader: FeatureReader,
+    stage1: Stage1Settings,
+    stage2: Stage2Settings,
+    images: int,
+    processes: int,
+    leftover: bool,
+    on_disk: bool,
 ) -> str:
     """What the run will take here, in words, from a timed batch of the backbone and of a denoiser."""
     views = torch.rand(stage1.batch_size, 3, reader.input_size, reader.input_size)
@@ -232,11 +238,13 @@ def cost(
     tokens = torch.rand(max(1, stage2.batch_size // processes), reader.grid**2, reader.channels, device=reader.device)
     step = 3 * seconds_of(lambda: denoiser.to(reader.device)(tokens, grid).sum().item())  # backward is two forwards
     first, second = images * stage1.views * each / processes / 60, stage2.steps * step / 60
+    maps = len(PARTS) + 2 * stage1.crops
+    space = images * maps * reader.grid**2 * reader.channels * PRECISIONS["half"].itemsize / 1e9
     return (
         f"stage 1: {images} images x {stage1.views} views = {images * stage1.views} forward passes at {each:.3g} s, "
         f"about {first:.3g} minutes; stage 2: {stage2.steps} steps at {step:.3g} s, about {second:.3g} minutes"
-        + f"; what it leaves: {LEFTOVER_VIEWS} views, about {LEFTOVER_VIEWS * each / 60:.3g} minutes"
-        * leftover
+        + f"; what it leaves: {LEFTOVER_VIEWS} views, about {LEFTOVER_VIEWS * each / 60:.3g} minutes" * leftover
+        + f"; pairs: about {space:.2g} GB on disk" * on_disk
     )
 
 

@@ -116,6 +116,9 @@ def test_it_says_what_it_will_cost_before_it_begins(images, tmp_path, capsys):
     assert run(images, tmp_path / "out", "--limit", "5") == 0
     said = capsys.readouterr().out.splitlines()[0]
     assert re.match(r"stage 1: 3 images x 8 views = 24 forward passes at \S+ s, about \S+ minutes; stage 2: 12", said)
+    (space,) = re.findall(r"; pairs: about (\S+) GB on disk$", said)
+    lie = sum(file.stat().st_size for file in (tmp_path / "out" / "pairs").rglob("*.safetensors"))
+    assert float(space) == pytest.approx(lie / 1e9, rel=0.1)
 
 
 def test_an_image_that_cannot_be_read_is_left_out(images, made, tmp_path, capsys):
