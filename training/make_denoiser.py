@@ -82,9 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--leftover",
         action=argparse.BooleanOptionalAction,
-        default=False,
-        help="take off what the trained denoiser leaves of position, by timm_dvt.calibrate: for images of many kinds, "
-        "in which places mean nothing (default: no)",
+        default=True,
+        help="take off what the trained denoiser leaves of position, by timm_dvt.calibrate (default: yes)",
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of forward passes (%(default)s)")
     parser.add_argument("--pairs", action=argparse.BooleanOptionalAction, default=True, help="keep pairs in OUT/pairs")

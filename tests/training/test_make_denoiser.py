@@ -61,9 +61,9 @@ def test_the_folder_loads_and_its_denoiser_can_be_switched(made):
         assert torch.equal(off, plain.forward_features(x)) and not torch.equal(on, off)
 
 
-def test_what_the_denoiser_leaves_of_position_is_taken_off_where_that_is_asked_for(images, made, tmp_path):
-    assert run(images, tmp_path / "out", "--leftover") == 0
-    as_trained, taken_off = (load_file(out / "model.safetensors") for out in (made, tmp_path / "out"))
+def test_what_the_denoiser_leaves_of_position_is_taken_off_unless_it_shall_stay(images, made, tmp_path):
+    assert run(images, tmp_path / "out", "--no-leftover") == 0
+    as_trained, taken_off = (load_file(out / "model.safetensors") for out in (tmp_path / "out", made))
     assert set(taken_off) - set(as_trained) == {"denoiser.pos_embed_out"}
     assert taken_off["denoiser.pos_embed_out"].abs().sum() > 0
     assert same({k: v for k, v in taken_off.items() if k in as_trained}, as_trained)
