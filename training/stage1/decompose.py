@@ -79,8 +79,8 @@ class Decomposition:
         settings: what was asked for.
         diagnostics: what the solver chose and found.
         field: F at any places, see `at`.
-        crop_raw: (N, K, K, C) what the backbone gives for the first N = settings.crops crops.
-        crop_semantics: (N, K, K, C) F at their patch centres.
+        crop_raw: (N, K, K, C) what the backbone gives for the first N = settings.crops crops; None without crops.
+        crop_semantics: (N, K, K, C) F at their patch centres; None without crops.
     All tensors are float32 on the CPU.
     """
 
