@@ -35,11 +35,8 @@ def describe_pairs(name: str, pretrained: bool, model: nn.Module, settings: Stag
     chosen = asdict(settings)
     solver = {name: chosen.pop(name) for name in SOLVERS if name in chosen}
     chosen.pop("batch_size")
-    for option in (
-        "corner_aligned",
-        "square_first",
-        "crops",
-    ):  # said where they are so: folders begun before them go on
+    # Said only where they are set, so that folders begun before there were such options go on.
+    for option in ("corner_aligned", "square_first", "crops"):
         if not chosen[option]:
             chosen.pop(option)
     return {
