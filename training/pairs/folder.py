@@ -276,9 +276,14 @@ def read_maps(path: str | Path, layers: Sequence[int], parts: Sequence[str], cro
 
 def _map(file: Any, layer: int, part: str, crop: int = 0) -> Tensor:
     # As NumPy's, which are read; torch's are mapped, and to page in what is read once takes longer than to read it.
-    if crop and part != "artifacts":
-        return torch.from_numpy(file.get_slice(f"{layer}.crops.{part}")[crop - 1])
-    return torch.from_numpy(file.get_tensor(f"{layer}.{part}"))
+    key = stored_part(part, crop)
+    stored = file.get_tensor(f"{layer}.{key}") if key == part else file.get_slice(f"{layer}.{key}")[crop - 1]
+    return torch.from_numpy(stored)
+
+
+def stored_part(part: str, crop: int) -> str:
+    """Where a pair holds a part of its whole image (0) or of a crop; artifacts are those of either."""
+    return f"crops.{part}" if crop and part != "artifacts" else part
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

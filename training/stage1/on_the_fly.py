@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from training.common.backbone import FeatureReader
 from training.common.images import Source, decode_image, read_file
-from training.pairs.folder import PRECISIONS, pair_file
+from training.pairs.folder import PRECISIONS, pair_file, stored_part
 from training.pairs.reader import PairError, PairReader, PairSet
 from training.stage1.decompose import Stage1Settings, decompose
 from training.stage1.many import IMAGE_ERRORS, image_seed, pair_maps
@@ -73,8 +73,9 @@ class SolvingReader(PairReader):
         """Maps (K, K, C) by part and layer, of the whole image (0) or of its crop number `crop`."""
 
         def of(layer: int, part: str) -> Tensor:
-            whole = not crop or part == "artifacts"
-            return (maps[layer][part] if whole else maps[layer][f"crops.{part}"][crop - 1]).to(PRECISIONS["half"])
+            key = stored_part(part, crop)
+            stored = maps[layer][key] if key == part else maps[layer][key][crop - 1]
+            return stored.to(PRECISIONS["half"])
 
         return [[of(layer, part) for layer in self.pairs.layers] for part in self.parts]
 
