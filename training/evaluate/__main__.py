@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     head, tail = (__doc__ or "").split("\n\n", 1)
-    small = " and ".join(name for name, dataset in DATASETS.items() if dataset.small)
+    small = ", ".join(name for name, dataset in DATASETS.items() if dataset.small)
     parser = argparse.ArgumentParser(
         prog="python -m training.evaluate",
         description=head,

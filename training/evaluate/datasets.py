@@ -36,7 +36,8 @@ class Dataset:
         kinds: of annotation that it has: images, masks, boxes, discovery, labels, depth.
         layout: what must lie in the folder, for the error message.
         present: folder -> those of the kinds that it has, where that differs from one to the next; None is all.
-        small: whether it has some hundreds of images and no protocol in the paper: tasks take their `SMALL` settings.
+        small: whether it has no protocol in the paper and, as a rule, some hundreds of images: tasks take their `SMALL`
+            settings.
     """
 
     read: Callable[..., dict[str, Split]]
@@ -299,6 +300,10 @@ DATASETS = {
         small=True,
     ),
     "folder": Dataset(
-        own_folder.read_folder, ("images", "masks", "boxes", "discovery"), own_folder.LAYOUT, own_folder.kinds_present
+        own_folder.read_folder,
+        ("images", "masks", "boxes", "discovery"),
+        own_folder.LAYOUT,
+        own_folder.kinds_present,
+        small=True,
     ),
 }

@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests.helpers import small_datasets
 from training.evaluate.datasets import DATASETS, kinds_of, open_dataset
+from training.evaluate.runner import task_settings
 
 
 @pytest.fixture
@@ -51,6 +52,12 @@ def test_any_image_suffix_and_a_turned_photograph(where):
     paint(where / "train" / "masks" / "turned.png", np.zeros((30, 20)))
     split = open_dataset("folder", where, "masks")["train"]
     assert split.image(4).shape[1:] == split.annotation(4).shape == (30, 20)
+
+
+def test_one_s_own_images_are_evaluated_at_sizes_that_a_cpu_bears():
+    for task, setting, paper, own in (("linear-seg", "steps", 40_000, 1_500), ("knn-seg", "query_size", 0, 48)):
+        assert [getattr(task_settings(task, name), setting) for name in ("voc", "folder")] == [paper, own]
+        assert getattr(task_settings(task, "folder", [f"{setting}={paper}"]), setting) == paper
 
 
 def test_boxes_are_fractions_of_the_image(where):
