@@ -1,6 +1,7 @@
 """Every test talks to a stand-in for the Hub on loopback, with an empty cache of its own; none reaches the network."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -42,6 +43,10 @@ weight_init._trunc_normal_ = _draw
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_FOLDER, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
