@@ -49,9 +49,9 @@ def test_numpy_numbers_are_refused_to_everybody_else_also_meanwhile(content, tmp
 
     def elsewhere(*args):
         def look():
-            seen.append(list(torch.serialization.get_safe_globals()))
             with pytest.raises(Exception, match="scalar"):
                 torch.load(path, weights_only=True)
+            seen.append(list(torch.serialization.get_safe_globals()))  # not reached, if it was not refused
 
         thread = threading.Thread(target=look)
         thread.start()
@@ -59,12 +59,10 @@ def test_numpy_numbers_are_refused_to_everybody_else_also_meanwhile(content, tmp
         return make(*args)
 
     make = pickles.OURS["numpy._core.multiarray.scalar"]
-    monkeypatch.setitem(pickles.OURS, "numpy._core.multiarray.scalar", elsewhere)
-    pickles._unpickler.cache_clear()
-    try:
+    with monkeypatch.context() as patched:
+        patched.setitem(pickles.OURS, "numpy._core.multiarray.scalar", elsewhere)
+        patched.setattr(pickles, "_unpickler", pickles._unpickler.__wrapped__)  # what is patched is not kept
         read_checkpoint(path)
-    finally:
-        pickles._unpickler.cache_clear()
     with pytest.raises(timm_dvt.CheckpointError):
         read_checkpoint(tmp_path / "bad.pth")
     assert seen == [before] * 2 and torch.serialization.get_safe_globals() == before
