@@ -1,7 +1,9 @@
 """Faster R-CNN on the map of a plain ViT: ViTDet's simple feature pyramid and torchvision's heads.
 
 Boxes are in patches from the map's upper left corner. Inside, a patch is 16 units wide, so that the pyramid's levels
-have the strides 4, 8, 16, 32 and 64 that the heads expect, whatever the patch size and however odd the grid.
+have the strides 4, 8, 16, 32 and 64 that the heads expect, whatever the patch size and however odd the grid. A pyramid
+may begin at twice or once the patch grid instead of four times: most of its cost is at the finest level, which serves
+objects of a patch or two.
 """
 
 from __future__ import annotations
@@ -18,13 +20,21 @@ from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
 UNIT = 16  # of a patch
-STRIDES = (4, 8, 16, 32, 64)
+FINEST = (4, 2, 1)  # times the patch grid: where a pyramid may begin
+
+
+def strides(finest: int) -> tuple[int, ...]:
+    """Of a pyramid's levels, from `finest` times the patch grid to a quarter of it: (4, 8, 16, 32, 64) for 4."""
+    return tuple(stride for stride in (4, 8, 16, 32, 64) if stride >= UNIT // finest)
 
 
 class SimplePyramid(nn.Module):
-    """Maps (B, C, H, W) to five of `out_channels`, at 4, 2, 1, 1/2 and 1/4 of the patch grid (ViTDet, Sec. 3)."""
+    """Maps (B, C, H, W) to five of `out_channels`, at 4, 2, 1, 1/2 and 1/4 of the patch grid (ViTDet, Sec. 3).
 
-    def __init__(self, channels: int, width: int) -> None:
+    Levels finer than `finest` times the grid are left out.
+    """
+
+    def __init__(self, channels: int, width: int, finest: int = 4) -> None:
         super().__init__()
         self.out_channels = width
         half, quarter = max(1, channels // 2), max(1, channels // 4)
@@ -35,15 +45,18 @@ class SimplePyramid(nn.Module):
             nn.ConvTranspose2d(half, quarter, 2, 2),
         )
         twice = nn.ConvTranspose2d(channels, half, 2, 2)
-        self.scales = nn.ModuleList([up, twice, nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)])
+        scales = [up, twice, nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)]
+        inputs = (quarter, half, channels, channels)
+        left_out = FINEST.index(finest)
+        self.scales = nn.ModuleList(scales[left_out:])
         self.outputs = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(inputs, width, 1, bias=False),
+                nn.Conv2d(entering, width, 1, bias=False),
                 LayerNorm2d(width),
                 nn.Conv2d(width, width, 3, padding=1, bias=False),
                 LayerNorm2d(width),
             )
-            for inputs in (quarter, half, channels, channels)
+            for entering in inputs[left_out:]
         )
 
     def forward(self, maps: Tensor) -> dict[str, Tensor]:
@@ -55,10 +68,14 @@ class SimplePyramid(nn.Module):
 class LevelAnchors(AnchorGenerator):
     """Anchors at the levels' own strides: torchvision divides sizes in whole numbers, and misses those of odd grids."""
 
+    def __init__(self, sides: Sequence[int], strides: Sequence[int]) -> None:
+        super().__init__(tuple((side,) for side in sides), ((0.5, 1.0, 2.0),) * len(sides))
+        self.strides = strides
+
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         first = feature_maps[0]
         self.set_cell_anchors(first.dtype, first.device)
-        strides = [[torch.tensor(stride, device=first.device)] * 2 for stride in STRIDES]
+        strides = [[torch.tensor(stride, device=first.device)] * 2 for stride in self.strides]
         grids = [[level.shape[-2], level.shape[-1]] for level in feature_maps]
         return [torch.cat(self.grid_anchors(grids, strides))] * len(image_list.image_sizes)
 
@@ -79,6 +96,7 @@ class MapDetector(nn.Module):
         candidates: tuple[int, int, int, int],
         convolutions: int = 2,
         sampling: int = 2,
+        finest: int = 4,
     ) -> None:
         """
         Args:
@@ -91,16 +109,17 @@ class MapDetector(nn.Module):
                 training; the same in the test.
             convolutions: of the region proposal network.
             sampling: points of RoIAlign a bin and side; 0 for as many as the bin is wide.
+            finest: level of the pyramid, times the patch grid: 4, 2 or 1.
         """
         super().__init__()
         into, out, test_into, test_out = candidates
-        generator = LevelAnchors(tuple((round(UNIT * side),) for side in anchors), ((0.5, 1.0, 2.0),) * len(STRIDES))
+        generator = LevelAnchors([round(UNIT * side) for side in anchors], strides(finest))
         self.rcnn = FasterRCNN(
-            SimplePyramid(channels, width),
+            SimplePyramid(channels, width, finest),
             num_classes=None,
             rpn_anchor_generator=generator,
             rpn_head=RPNHead(width, generator.num_anchors_per_location()[0], conv_depth=convolutions),
-            box_roi_pool=MultiScaleRoIAlign([str(i) for i in range(4)], 7, sampling),
+            box_roi_pool=MultiScaleRoIAlign([str(i) for i in range(len(anchors) - 1)], 7, sampling),
             box_head=box_head,
             box_predictor=FastRCNNPredictor(hidden, classes + 1),
             rpn_pre_nms_top_n_train=into,

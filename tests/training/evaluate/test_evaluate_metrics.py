@@ -203,6 +203,8 @@ def test_the_pyramid_has_four_scales_and_one_more():
         (8, 3, 3),
         (8, 2, 2),
     ]
+    coarse = SimplePyramid(16, 8, finest=1)(torch.randn(1, 16, 6, 6))
+    assert [tuple(level.shape[1:]) for level in coarse.values()] == [(8, 6, 6), (8, 3, 3), (8, 2, 2)]
 
 
 def test_fixed_positions_tell_places_apart_and_are_the_same_at_each_call():
@@ -212,9 +214,10 @@ def test_fixed_positions_tell_places_apart_and_are_the_same_at_each_call():
 
 
 @pytest.mark.slow
-def test_the_detector_learns_objects_that_the_maps_show():
+@pytest.mark.parametrize("finest", [4, 2, 1])
+def test_the_detector_learns_objects_that_the_maps_show(finest):
     """One object an image, its class a channel of the map. A property, not a score: the loss falls to a third."""
-    settings = detection.Settings(width=16, hidden=32, proposals=32, candidates=50)
+    settings = detection.Settings(width=16, hidden=32, proposals=32, candidates=50, finest=finest)
     draw = torch.Generator().manual_seed(0)
     maps, targets = torch.zeros(8, 8, 8, 4), []
     for one in maps:

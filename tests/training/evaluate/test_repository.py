@@ -244,19 +244,20 @@ def test_a_box_in_pixels_is_where_the_padded_map_has_it():
     assert offset.tolist() == [4, 3, 4, 3]  # 384 to 392, 512 to 518
 
 
+@pytest.mark.parametrize("finest, left_out", [(4, 0), (2, 1), (1, 2)])
 @pytest.mark.parametrize("rows, columns", [(8, 8), (37, 28), (5, 7)])
-def test_anchors_sit_on_the_cells_that_they_belong_to(rows, columns):
+def test_anchors_sit_on_the_cells_that_they_belong_to(rows, columns, finest, left_out):
     head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8 * 49, 16))
-    detector = MapDetector(
-        8, 2, (2, 4, 8, 16, 32), head, width=8, hidden=16, proposals=16, candidates=(20, 20, 20, 20)
-    ).eval()
+    sizes = {"width": 8, "hidden": 16, "proposals": 16, "candidates": (20, 20, 20, 20)}
+    detector = MapDetector(8, 2, (2, 4, 8, 16, 32)[left_out:], head, finest=finest, **sizes).eval()
     with torch.no_grad():
         levels = list(detector.rcnn.backbone(torch.randn(1, 8, rows, columns)).values())
         detector(torch.randn(1, rows, columns, 8))
     images = type("Images", (), {"image_sizes": [(16 * rows, 16 * columns)]})()
     (anchors,) = detector.rcnn.rpn.anchor_generator(images, levels)
     start = 0
-    for level, stride, side in zip(levels, (4, 8, 16, 32, 64), (32, 64, 128, 256, 512)):
+    strides, sides = (4, 8, 16, 32, 64)[left_out:], (32, 64, 128, 256, 512)[left_out:]
+    for level, stride, side in zip(levels, strides, sides, strict=True):
         count = 3 * level.shape[-2] * level.shape[-1]
         own = anchors[start : start + count].view(level.shape[-2], level.shape[-1], 3, 4)
         centres = (own[..., :2] + own[..., 2:]) / 2
@@ -265,4 +266,4 @@ def test_anchors_sit_on_the_cells_that_they_belong_to(rows, columns):
         assert (square[2:] - square[:2]).tolist() == [side, side]
         start += count
     assert start == len(anchors)
-    assert detector.rcnn.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert detector.rcnn.roi_heads.box_roi_pool.scales == [1 / stride for stride in strides[:-1]]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from training.evaluate.average_precision import Detections, voc_map
-from training.evaluate.detector import MapDetector, fixed_positions
+from training.evaluate.detector import FINEST, UNIT, MapDetector, fixed_positions, strides
 from training.evaluate.features import Features
 from training.evaluate.probe import train
 from training.evaluate.runner import Run
@@ -47,6 +47,7 @@ class Settings:
         hidden: of the box head.
         proposals: sampled an image to train the box head; anchors sampled are half as many.
         candidates: proposals of a level that go into non-maximum suppression, and that come out of it in all.
+        finest: level of the pyramid, times the patch grid: 4 (ViTDet's), 2 or 1; with anchors of 1, 2 or 4 patches.
     """
 
     steps: int = 24_000
@@ -61,9 +62,11 @@ class Settings:
     hidden: int = 1024
     proposals: int = 512
     candidates: int = 2000
+    finest: int = 4
 
 
-SMALL = Settings(steps=400, batch_size=8, lr=1e-3, width=48, hidden=128, proposals=64, candidates=100)
+# On two cores nine tenths of a step would go to the two finest levels, which serve objects of less than four patches.
+SMALL = Settings(steps=2_000, batch_size=8, lr=1e-3, width=48, hidden=128, proposals=64, candidates=100, finest=1)
 
 
 class Detector(MapDetector):
@@ -75,12 +78,13 @@ class Detector(MapDetector):
             channels,
             classes,
             # One size a level, from a patch to half a square map, as ViTDet's 32 to 512 px at 1024 px.
-            anchors=(1, 2, 4, 8, 16),
+            anchors=[4 * stride / UNIT for stride in strides(settings.finest)],
             box_head=TwoMLPHead(width * 49, settings.hidden),
             width=width,
             hidden=settings.hidden,
             proposals=settings.proposals,
             candidates=(some, some, max(1, some // 2), max(1, some // 2)),  # torchvision's own proportion
+            finest=settings.finest,
         )
         self.patch = input_size / grid
 
@@ -100,6 +104,8 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         raise ValueError(f"fixed_pe must be one of {FIXED_PE}, got {settings.fixed_pe!r}")
     if settings.embedding not in EMBEDDINGS:
         raise ValueError(f"embedding must be one of {EMBEDDINGS}, got {settings.embedding!r}")
+    if settings.finest not in FINEST:
+        raise ValueError(f"finest must be one of {FINEST}, got {settings.finest!r}")
     training, val = data["train"], data["val"]
     training.extract()
     val.extract()
