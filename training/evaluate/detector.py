@@ -23,7 +23,7 @@ UNIT = 16  # of a patch
 FINEST = (4, 2, 1)  # times the patch grid: where a pyramid may begin
 
 
-def strides(finest: int) -> tuple[int, ...]:
+def strides_from(finest: int) -> tuple[int, ...]:
     """Of a pyramid's levels, from `finest` times the patch grid to a quarter of it: (4, 8, 16, 32, 64) for 4."""
     return tuple(stride for stride in (4, 8, 16, 32, 64) if stride >= UNIT // finest)
 
@@ -113,7 +113,7 @@ class MapDetector(nn.Module):
         """
         super().__init__()
         into, out, test_into, test_out = candidates
-        generator = LevelAnchors([round(UNIT * side) for side in anchors], strides(finest))
+        generator = LevelAnchors([round(UNIT * side) for side in anchors], strides_from(finest))
         self.rcnn = FasterRCNN(
             SimplePyramid(channels, width, finest),
             num_classes=None,

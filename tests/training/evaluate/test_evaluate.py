@@ -14,7 +14,9 @@ import timm_dvt
 from tests.helpers import small_datasets
 from training.evaluate.__main__ import main
 from training.evaluate.datasets import DATASETS, open_dataset
+from training.evaluate.features import Extractor, Features
 from training.evaluate.runner import TASKS, load_task
+from training.evaluate.tasks import detection
 
 ARGS = {"img_size": 64, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 0}
 QUICK = [
@@ -136,6 +138,32 @@ def test_without_a_cache_the_numbers_are_the_same(model, data, tmp_path):
     assert list((tmp_path / "a").rglob("*.safetensors")) and not list((tmp_path / "b").rglob("*.safetensors"))
 
 
+def test_what_a_detector_may_get_back_is_the_mean_that_the_denoiser_removes(model, data):
+    made = timm.create_model(model, pretrained=True).eval()
+    split = open_dataset("voc", data["voc"], "boxes")["val"]
+    features = Features(Extractor(made), split, None)
+    found = detection.mean_artifacts(features)
+    mean, std = (torch.tensor(made.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    total = torch.zeros(8, 8, 64, dtype=torch.float64)
+    with torch.no_grad():
+        for i in range(len(split)):
+            image = (features.images([i]) - mean) / std
+            made.set_denoise(True)
+            on = made.forward_features(image)
+            made.set_denoise(False)
+            off = made.forward_features(image)
+            total += (off - on)[0, made.num_prefix_tokens :].double().unflatten(0, (8, 8))
+    assert total.abs().max() > 0.03 * len(split)
+    assert torch.allclose(found.double(), total / len(split), atol=2e-3)  # features are kept in half precision
+
+
+def test_a_detector_gets_back_no_map_of_a_plain_model(data, tmp_path, capsys):
+    words = ["detection", "--dataset", "voc", "--data", str(data["voc"]), "--out", str(tmp_path), "--device", "cpu"]
+    plain = ["--model", "vit_tiny_patch16_224", "--no-pretrained", "--input-size", "32"]
+    assert main([*words, *plain, "--set", "fixed_pe=both", "embedding=artifacts"]) == 2
+    assert "embedding=artifacts needs a model with a denoiser" in capsys.readouterr().err
+
+
 def test_plain_model_has_a_raw_column_alone(data, tmp_path, capsys):
     folder = tmp_path / "plain"
     torch.manual_seed(0)
@@ -244,6 +272,10 @@ def test_one_missing_mask_is_named(model, data, tmp_path, capsys):
         (["knn-seg", "--dataset", "stamps", "--set", "neighbours=many"], "'many' is not a value like 20"),
         (["knn-seg", "--dataset", "stamps", "--repeats", "0"], "repeats must be 1 or more, got 0"),
         (["knn-seg", "--dataset", "stamps", "--limit", "0"], "limit must be 1 or more, got 0"),
+        (["knn-seg", "--dataset", "stamps", "--set", "bank_share=0"], "bank_share must be in (0, 1], got 0"),
+        (["detection", "--dataset", "stamps", "--set", "finest=3"], "finest must be one of (4, 2, 1), got 3"),
+        (["detection", "--dataset", "stamps", "--set", "fixed_pe=all"], "fixed_pe must be one of"),
+        (["detection", "--dataset", "stamps", "--set", "embedding=learned"], "embedding must be one of"),
     ],
 )
 def test_bad_requests_are_named(words, message, model, data, tmp_path, capsys):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from training.evaluate.average_precision import Detections, voc_map
-from training.evaluate.detector import FINEST, UNIT, MapDetector, fixed_positions, strides
+from training.evaluate.detector import FINEST, UNIT, MapDetector, fixed_positions, strides_from
 from training.evaluate.features import Features
 from training.evaluate.probe import train
 from training.evaluate.runner import Run
@@ -78,7 +78,7 @@ class Detector(MapDetector):
             channels,
             classes,
             # One size a level, from a patch to half a square map, as ViTDet's 32 to 512 px at 1024 px.
-            anchors=[4 * stride / UNIT for stride in strides(settings.finest)],
+            anchors=[4 * stride / UNIT for stride in strides_from(settings.finest)],
             box_head=TwoMLPHead(width * 49, settings.hidden),
             width=width,
             hidden=settings.hidden,
