@@ -20,21 +20,16 @@ from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
 UNIT = 16  # of a patch
-FINEST = (4, 2, 1)  # times the patch grid: where a pyramid may begin
-
-
-def strides_from(finest: int) -> tuple[int, ...]:
-    """Of a pyramid's levels, from `finest` times the patch grid to a quarter of it: (4, 8, 16, 32, 64) for 4."""
-    return tuple(stride for stride in (4, 8, 16, 32, 64) if stride >= UNIT // finest)
+STRIDES = (4, 8, 16, 32, 64)  # of all levels; a pyramid of fewer has the last of them
 
 
 class SimplePyramid(nn.Module):
     """Maps (B, C, H, W) to five of `out_channels`, at 4, 2, 1, 1/2 and 1/4 of the patch grid (ViTDet, Sec. 3).
 
-    Levels finer than `finest` times the grid are left out.
+    Of fewer `levels` than five the finest are left out; three at least, from the patch grid on.
     """
 
-    def __init__(self, channels: int, width: int, finest: int = 4) -> None:
+    def __init__(self, channels: int, width: int, levels: int = 5) -> None:
         super().__init__()
         self.out_channels = width
         half, quarter = max(1, channels // 2), max(1, channels // 4)
@@ -47,7 +42,7 @@ class SimplePyramid(nn.Module):
         twice = nn.ConvTranspose2d(channels, half, 2, 2)
         scales = [up, twice, nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)]
         inputs = (quarter, half, channels, channels)
-        left_out = FINEST.index(finest)
+        left_out = len(STRIDES) - levels
         self.scales = nn.ModuleList(scales[left_out:])
         self.outputs = nn.ModuleList(
             nn.Sequential(
@@ -68,14 +63,13 @@ class SimplePyramid(nn.Module):
 class LevelAnchors(AnchorGenerator):
     """Anchors at the levels' own strides: torchvision divides sizes in whole numbers, and misses those of odd grids."""
 
-    def __init__(self, sides: Sequence[int], strides: Sequence[int]) -> None:
+    def __init__(self, sides: Sequence[int]) -> None:
         super().__init__(tuple((side,) for side in sides), ((0.5, 1.0, 2.0),) * len(sides))
-        self.strides = strides
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         first = feature_maps[0]
         self.set_cell_anchors(first.dtype, first.device)
-        strides = [[torch.tensor(stride, device=first.device)] * 2 for stride in self.strides]
+        strides = [[torch.tensor(stride, device=first.device)] * 2 for stride in STRIDES[-len(feature_maps) :]]
         grids = [[level.shape[-2], level.shape[-1]] for level in feature_maps]
         return [torch.cat(self.grid_anchors(grids, strides))] * len(image_list.image_sizes)
 
@@ -96,12 +90,11 @@ class MapDetector(nn.Module):
         candidates: tuple[int, int, int, int],
         convolutions: int = 2,
         sampling: int = 2,
-        finest: int = 4,
     ) -> None:
         """
         Args:
             channels: of the maps. classes: without a background.
-            anchors: sides of the square ones in patches, one a level.
+            anchors: sides of the square ones in patches, one a level of the pyramid, which has as many: 5, 4 or 3.
             box_head: (N, width, 7, 7) -> (N, hidden).
             width: channels of the pyramid.
             proposals: sampled an image to train the box head; anchors sampled are half as many.
@@ -109,13 +102,12 @@ class MapDetector(nn.Module):
                 training; the same in the test.
             convolutions: of the region proposal network.
             sampling: points of RoIAlign a bin and side; 0 for as many as the bin is wide.
-            finest: level of the pyramid, times the patch grid: 4, 2 or 1.
         """
         super().__init__()
         into, out, test_into, test_out = candidates
-        generator = LevelAnchors([round(UNIT * side) for side in anchors], strides_from(finest))
+        generator = LevelAnchors([round(UNIT * side) for side in anchors])
         self.rcnn = FasterRCNN(
-            SimplePyramid(channels, width, finest),
+            SimplePyramid(channels, width, len(anchors)),
             num_classes=None,
             rpn_anchor_generator=generator,
             rpn_head=RPNHead(width, generator.num_anchors_per_location()[0], conv_depth=convolutions),

@@ -203,7 +203,7 @@ def test_the_pyramid_has_four_scales_and_one_more():
         (8, 3, 3),
         (8, 2, 2),
     ]
-    coarse = SimplePyramid(16, 8, finest=1)(torch.randn(1, 16, 6, 6))
+    coarse = SimplePyramid(16, 8, levels=3)(torch.randn(1, 16, 6, 6))
     assert [tuple(level.shape[1:]) for level in coarse.values()] == [(8, 6, 6), (8, 3, 3), (8, 2, 2)]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from training.evaluate.average_precision import Detections, voc_map
-from training.evaluate.detector import FINEST, UNIT, MapDetector, fixed_positions, strides_from
+from training.evaluate.detector import MapDetector, fixed_positions
 from training.evaluate.features import Features
 from training.evaluate.probe import train
 from training.evaluate.runner import Run
@@ -32,6 +32,7 @@ KIND = "boxes"
 STATES = ("raw", "denoised")
 FIXED_PE = ("denoised", "both", "none")
 EMBEDDINGS = ("sincos", "artifacts")
+FINEST = (4, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,12 @@ class Detector(MapDetector):
             channels,
             classes,
             # One size a level, from a patch to half a square map, as ViTDet's 32 to 512 px at 1024 px.
-            anchors=[4 * stride / UNIT for stride in strides_from(settings.finest)],
+            anchors=(1, 2, 4, 8, 16)[FINEST.index(settings.finest) :],
             box_head=TwoMLPHead(width * 49, settings.hidden),
             width=width,
             hidden=settings.hidden,
             proposals=settings.proposals,
             candidates=(some, some, max(1, some // 2), max(1, some // 2)),  # torchvision's own proportion
-            finest=settings.finest,
         )
         self.patch = input_size / grid
 
