@@ -248,7 +248,8 @@ class Denoised(_Backbone):
 
     def __reduce__(self):
         # Also a class made for a subclass of timm's, which no module holds, can be pickled and copied.
-        return _empty, (self._backbone_class,), self.__dict__.copy()
+        # What of a module is its own alone, such as what `model.compile()` left, torch's __getstate__ leaves out.
+        return _empty, (self._backbone_class,), self.__getstate__()
 
 
 def _renamed(function: FunctionType, name: str) -> FunctionType:
