@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from timm_dvt.denoiser import Denoiser, combine
+from timm_dvt.denoiser import Denoiser, combine, resample
 from timm_dvt.model import Denoised, add_denoiser, attach_denoiser, remove_denoiser
 from timm_dvt.positions import Position
 from timm_dvt.sample_images import SampleError, Source, sources
@@ -165,9 +164,7 @@ def _calibrate_leftover(
     for block, position in told.items():
         denoiser = denoisers[block]
         artifacts = position.artifacts.flatten(0, 1)[None]
-        if reader.grid != denoiser.grid_size:
-            artifacts = resample_abs_pos_embed(artifacts, list(denoiser.grid_size), list(reader.grid), 0)
-        denoiser.start_adding(-artifacts)
+        denoiser.start_adding(-resample(artifacts, reader.grid, denoiser.grid_size))
         denoiser.calibration = Calibration(
             method="leftover",
             images=0 if found is None else min(len(found), count),

@@ -4,15 +4,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.layers import resample_abs_pos_embed_nhwc, trunc_normal_
 from timm.models import register_notrace_module
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-# Grids whose resampled embedding is kept. A stream of images has one or a few; a cap keeps odd sizes from piling up.
-MAX_CACHED_GRIDS = 8
 
 # Paper, Tab. 6 d, e, b and c, and the baselines that cost nothing.
 ARCHITECTURES = ("block", "block-no-pe", "conv1x1", "conv3x3", "static", "project")
@@ -69,7 +67,7 @@ class Denoiser(nn.Module):
         self.convolves = arch.startswith("conv")
         self.dim = dim
         self.num_heads = num_heads
-        self.grid_size = (int(grid_size[0]), int(grid_size[1]))
+        self.grid_size = self.learned_grid = (int(grid_size[0]), int(grid_size[1]))  # `fix_grid` changes the former
         self.grad_checkpointing = False
         self.calibration: Any = None  # what `timm_dvt.calibrate` found, of one that it made
         # Where the backbone's final norm is pruned away, it lives on here: the denoiser was trained on normed tokens.
@@ -92,7 +90,6 @@ class Denoiser(nn.Module):
         self.out_grid_size = (int(rows), int(columns))
         if pos_embed_out:
             self.pos_embed_out = nn.Parameter(torch.zeros(1, rows * columns, dim, **factory))
-        self._kept = {"in": _Resampled(), "out": _Resampled()}
         self.keep_length = False
         if keep_length:
             self.start_keeping_length()
@@ -142,7 +139,7 @@ class Denoiser(nn.Module):
         x = self.norm(x)
         clean = self._clean(x, grid_size)
         if self.pos_embed_out is not None:
-            clean = clean + self._position(self.pos_embed_out, "out", self.out_grid_size, grid_size)
+            clean = clean + resample(self.pos_embed_out, self.out_grid_size, grid_size)
         if self.keep_length:
             # In float32: the square of a token's length can be beyond half precision.
             lengths = [torch.linalg.vector_norm(y.float(), dim=-1, keepdim=True) for y in (x, clean)]
@@ -165,60 +162,56 @@ class Denoiser(nn.Module):
     def position(self, grid_size: tuple[int, int]) -> torch.Tensor:
         """The position embedding (1, H*W, C) for a grid (H, W), resampled bicubically where it is not the own one."""
         assert self.pos_embed is not None
-        return self._position(self.pos_embed, "in", self.grid_size, grid_size)
-
-    def _position(
-        self, pos_embed: torch.Tensor, which: str, own: tuple[int, int], grid_size: tuple[int, int]
-    ) -> torch.Tensor:
-        """An embedding of a grid of its own at another one."""
-        if grid_size[0] == own[0] and grid_size[1] == own[1]:
-            return pos_embed
-        if torch.jit.is_scripting():
-            return _resample(pos_embed, own, grid_size)
-        # In a graph that is being recorded the embedding must stay an input, and a gradient must find its way to it.
-        recording = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if recording or (torch.is_grad_enabled() and pos_embed.requires_grad):
-            return _resample(pos_embed, own, grid_size)
-        return self._resampled_once(pos_embed, which, own, grid_size)
+        return resample(self.pos_embed, self.grid_size, grid_size)
 
     @torch.jit.unused
-    def _resampled_once(
-        self, pos_embed: torch.Tensor, which: str, own: tuple[int, int], grid_size: tuple[int, int]
-    ) -> torch.Tensor:
-        return self._kept[which].at(grid_size, pos_embed, own)
+    def fix_grid(self, grid_size: tuple[int, int]) -> None:
+        """Resample the position embeddings to a grid (H, W) for good; at it, nothing is resampled in forward any more.
+
+        For images of one size, and for exporters that cannot resample. Other grids still work, resampled from this one.
+        The embeddings become new parameters, which an optimizer made before does not know.
+        """
+        rows, columns = int(grid_size[0]), int(grid_size[1])
+        for name, own in (("pos_embed", self.grid_size), ("pos_embed_out", self.out_grid_size)):
+            old: nn.Parameter | None = getattr(self, name)
+            if old is not None and own != (rows, columns):
+                with torch.no_grad():
+                    new = resample(old, own, (rows, columns))
+                setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        self.grid_size = self.out_grid_size = (rows, columns)
 
 
-def _resample(pos_embed: torch.Tensor, own: tuple[int, int], grid_size: tuple[int, int]) -> torch.Tensor:
-    return resample_abs_pos_embed(
-        pos_embed, new_size=[grid_size[0], grid_size[1]], old_size=[own[0], own[1]], num_prefix_tokens=0
-    )
+def resample(pos_embed: torch.Tensor, own: tuple[int, int], grid_size: tuple[int, int]) -> torch.Tensor:
+    """A position embedding (1, h*w, C) of a grid of its own at another one, as timm resamples a backbone's.
 
-
-class _Resampled:
-    """A position embedding at the grids that were asked for, each computed once, dropped as soon as it is another one.
-
-    A copy of the parameter is compared on each use: no hook has to see a load, an optimiser step, a move or a write
-    through `.data`, so the result cannot be stale. It reads 4 MB for a ViT-B, 0.1% of its forward.
+    Nothing is kept: it takes 0.3% of a forward of one image of a ViT-S/14 at 518 px, less of any larger model or batch.
     """
+    if grid_size[0] == own[0] and grid_size[1] == own[1]:
+        return pos_embed
+    if torch.jit.is_tracing():
+        return _resample_by_matrices(pos_embed, own, grid_size)
+    # timm's resample_abs_pos_embed takes a grid for a square one of as many places, as it stands.
+    maps = pos_embed.reshape(1, own[0], own[1], -1)
+    return resample_abs_pos_embed_nhwc(maps, [grid_size[0], grid_size[1]]).flatten(1, 2)
 
-    def __init__(self) -> None:
-        self.source: torch.Tensor | None = None
-        self.grids: dict[tuple[int, int], torch.Tensor] = {}
 
-    def at(self, grid_size: tuple[int, int], pos_embed: torch.Tensor, own: tuple[int, int]) -> torch.Tensor:
-        source = self.source
-        same = source is not None and source.dtype == pos_embed.dtype and source.device == pos_embed.device
-        with torch.inference_mode(False), torch.no_grad():
-            if source is None or not same or not torch.equal(source, pos_embed):
-                self.source, self.grids = pos_embed.detach().clone(), {}
-            if grid_size not in self.grids:
-                if len(self.grids) >= MAX_CACHED_GRIDS:
-                    self.grids.pop(next(iter(self.grids)))
-                self.grids[grid_size] = _resample(pos_embed, own, grid_size)
-        return self.grids[grid_size]
+@torch.jit.unused
+def _resample_by_matrices(pos_embed: torch.Tensor, own: tuple[int, int], grid_size: tuple[int, int]) -> torch.Tensor:
+    """`resample` of products alone, for tracing exporters (ONNX's), which know no antialiased interpolation."""
+    rows, columns = (
+        torch.from_numpy(_bicubic(old, int(new))).to(pos_embed.device) for old, new in zip(own, grid_size, strict=True)
+    )
+    maps = pos_embed.float().reshape(own[0], own[1], -1)
+    maps = torch.einsum("hi,ijc->hjc", rows, maps)
+    return torch.einsum("wj,hjc->hwc", columns, maps).flatten(0, 1)[None].to(pos_embed.dtype)
 
-    def __reduce__(self) -> tuple:
-        return _Resampled, ()  # what is kept for speed is neither saved nor copied
+
+def _bicubic(old: int, new: int) -> np.ndarray:
+    """Weights (new, old) of torch's antialiased bicubic interpolation along one side: Keys's cubic with a = -1/2."""
+    places = (np.arange(new)[:, None] + 0.5) * old / new - 0.5
+    x = np.abs(places - np.arange(old)) / max(old / new, 1)
+    weights = np.where(x < 1, (1.5 * x - 2.5) * x**2 + 1, np.where(x < 2, ((2.5 - 0.5 * x) * x - 4) * x + 2, 0))
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
 class LayerDenoisers(nn.Module):
@@ -240,6 +233,11 @@ class LayerDenoisers(nn.Module):
             if block == self.final:
                 x = denoiser(x, grid_size)
         return x
+
+    def fix_grid(self, grid_size: tuple[int, int]) -> None:
+        """`Denoiser.fix_grid` of each."""
+        for denoiser in self.layers.values():
+            denoiser.fix_grid(grid_size)
 
 
 def combine(denoisers: dict[int, Denoiser], final: int) -> Denoiser | LayerDenoisers:

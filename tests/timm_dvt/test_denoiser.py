@@ -1,13 +1,15 @@
-"""The denoiser against plain arithmetic, and the position embedding it keeps per grid."""
+"""The denoiser against plain arithmetic, and its position embeddings at other grids."""
 
-import copy
+import threading
 
 import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.helpers import reference
-from timm_dvt.denoiser import MAX_CACHED_GRIDS, Denoiser, default_num_heads
+from timm_dvt.denoiser import Denoiser, LayerDenoisers, default_num_heads, resample
 from timm_dvt.variants import ROWS
 from timm_dvt.weights import denoiser_for, from_state_dict
 
@@ -47,11 +49,18 @@ def expected(denoiser: Denoiser, grid=(6, 5)) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_the_position_embedding_is_resampled_once_a_grid(denoiser):
-    first = denoiser.position((6, 5))
-    assert torch.equal(first, expected(denoiser))
-    assert denoiser.position((6, 5)) is first
+def test_the_position_embedding_is_resampled_as_timm_does(denoiser):
+    assert torch.equal(denoiser.position((6, 5)), expected(denoiser))
     assert denoiser.position((4, 4)) is denoiser.pos_embed
+
+
+@torch.no_grad()
+def test_a_grid_is_told_from_a_square_one_of_as_many_places():
+    denoiser = Denoiser(64, (4, 9), pos_embed_out=(12, 3)).eval()
+    for embedding, own in ((denoiser.pos_embed, (4, 9)), (denoiser.pos_embed_out.normal_(), (12, 3))):
+        maps = embedding.reshape(1, *own, 64).permute(0, 3, 1, 2)
+        want = torch.nn.functional.interpolate(maps, (6, 6), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+        assert torch.equal(resample(embedding, own, (6, 6)), want) and not torch.equal(want, embedding)
 
 
 CHANGES = {
@@ -68,7 +77,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_kept_position_embedding_is_never_stale(denoiser, change):
+def test_the_position_embedding_is_never_stale(denoiser, change):
     with torch.no_grad():
         before = denoiser.position((6, 5)).clone()
         CHANGES[change](denoiser)
@@ -101,21 +110,94 @@ def test_gradients_reach_the_position_embedding_through_another_grid(denoiser):
     assert denoiser.pos_embed.grad.abs().sum() > 0
 
 
-def test_what_inference_mode_kept_serves_training_of_what_comes_before(denoiser):
-    denoiser.requires_grad_(False)
+def fake(denoiser, tokens):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        denoiser(mode.from_tensor(tokens), (6, 5))
+
+
+def inference(denoiser, tokens):
     with torch.inference_mode():
-        denoiser.position((6, 5))
-    tokens = torch.randn(1, 30, 64, requires_grad=True)
+        denoiser(tokens, (6, 5))
+
+
+def on_meta(denoiser, tokens):
+    parameters = {name: parameter.to("meta") for name, parameter in denoiser.named_parameters()}
+    torch.func.functional_call(denoiser, parameters, (tokens.to("meta"), (6, 5)))
+
+
+UNREAL = {
+    "fake tensors": fake,
+    "make_fx": lambda d, tokens: make_fx(lambda t: d(t, (6, 5)), tracing_mode="fake", _allow_non_fake_inputs=True)(
+        tokens
+    ),
+    "vmap": lambda d, tokens: torch.vmap(lambda t: d(t[None], (6, 5)))(tokens),
+    "meta": on_meta,
+    "inference mode": inference,
+}
+
+
+@pytest.mark.parametrize("kind", UNREAL)
+def test_a_forward_that_is_not_a_plain_one_leaves_nothing_behind(kind):
+    denoiser = Denoiser(64, (4, 4), pos_embed_out=(3, 2)).eval().requires_grad_(False)
+    denoiser.pos_embed_out.normal_()
+    tokens = torch.randn(2, 30, 64)
+    want = denoiser(tokens, (6, 5))
+    UNREAL[kind](denoiser, tokens)
+    assert torch.equal(denoiser(tokens, (6, 5)), want)
+    tokens.requires_grad_()
     denoiser(tokens, (6, 5)).sum().backward()
     assert tokens.grad is not None
 
 
 @torch.no_grad()
-def test_many_grids_do_not_pile_up_and_copies_carry_none(denoiser):
-    for side in range(5, 5 + 3 * MAX_CACHED_GRIDS):
-        assert torch.equal(denoiser.position((side, 5)), expected(denoiser, (side, 5)))
-    assert len(denoiser._kept["in"].grids) == MAX_CACHED_GRIDS
-    assert not copy.deepcopy(denoiser)._kept["in"].grids
+def test_replicas_in_threads_use_each_its_own_embeddings():
+    """As torch.nn.DataParallel does: shallow copies with parameters of their own, a thread each."""
+    denoiser = Denoiser(64, (4, 4), pos_embed_out=(3, 2)).eval()
+    grids = [(side, 5) for side in range(5, 30)]
+    wrong: list = []
+
+    def run(replica, embedding):
+        for grid in grids:
+            want = resample_abs_pos_embed(embedding, list(grid), old_size=[4, 4], num_prefix_tokens=0)
+            if not torch.equal(replica.position(grid), want):
+                wrong.append(grid)
+
+    threads = []
+    for _ in range(4):
+        replica = denoiser._replicate_for_data_parallel()
+        replica.pos_embed = torch.randn(1, 16, 64)
+        threads.append(threading.Thread(target=run, args=(replica, replica.pos_embed)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("several", [False, True])
+@torch.no_grad()
+def test_fixed_to_a_grid_it_gives_the_same_there_and_needs_no_resampling(several, monkeypatch):
+    denoiser = Denoiser(64, (4, 4), pos_embed_out=(3, 2)).eval()
+    denoiser.pos_embed_out.normal_()
+    denoiser.pos_embed.requires_grad_(False)
+    outer = LayerDenoisers({3: denoiser}, 3) if several else denoiser
+    tokens = torch.randn(1, 30, 64)
+    want = outer(tokens, (6, 5))
+    outer.fix_grid((6, 5))
+    assert denoiser.grid_size == denoiser.out_grid_size == (6, 5)
+    assert [p.requires_grad for p in (denoiser.pos_embed, denoiser.pos_embed_out)] == [False, True]
+    monkeypatch.setattr(torch.nn.functional, "interpolate", None)
+    assert torch.equal(outer(tokens, (6, 5)), want)
+
+
+@pytest.mark.parametrize("grid", [(6, 5), (2, 3), (4, 7), (1, 1)])
+@torch.no_grad()
+def test_traced_it_is_resampled_without_interpolation_to_the_same_values(grid, denoiser):
+    tokens = torch.randn(1, grid[0] * grid[1], 64)
+    denoiser.requires_grad_(False)  # a constant of the trace
+    traced = torch.jit.trace(lambda t: denoiser(t, grid), tokens)
+    assert "upsample" not in str(traced.graph)
+    assert torch.allclose(traced(tokens), denoiser(tokens, grid), atol=1e-5)
 
 
 def test_tokens_that_do_not_fill_the_grid_are_refused(denoiser):

@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
+from timm.utils import ModelEmaV3
 
 import timm_dvt
 
@@ -132,6 +133,23 @@ def test_copies_and_pickles_are_whole_and_their_own(backbone):
         assert torch.equal(model.forward_features(images), want)
 
 
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "beit_base_patch16_224"])
+@torch.no_grad()
+def test_copies_of_a_compiled_model_compute_with_their_own_weights(backbone):
+    model = timm_dvt.add_denoiser(timm.create_model(backbone, depth=1).eval())
+    images = torch.randn(1, 3, 224, 224)
+    model.compile(backend="eager")
+    want = model(images)
+    averaged = ModelEmaV3(model).module
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), averaged):
+        assert type(twin) is type(model)
+        assert torch.allclose(twin(images), want, atol=1e-5)
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert not twin(images).any()
+    assert torch.allclose(model(images), want, atol=1e-5)
+
+
 def test_gradients_reach_the_denoiser_and_frozen_backbones_get_none(name):
     model, images = create(name)
     assert timm_dvt.freeze_backbone(model) is model
@@ -196,6 +214,19 @@ def test_onnx_export_with_dynamic_batch(name, own_grid, tmp_path):
     more = torch.randn(3, *images.shape[1:])
     (got,) = session.run(None, {"images": more.numpy()})
     np.testing.assert_allclose(got, model.forward_features(more).numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("pos_embed_out", [False, (2, 3)])
+@torch.no_grad()
+def test_the_tracing_onnx_exporter_takes_any_grid_of_a_denoiser(pos_embed_out, tmp_path):
+    """At the backbone's own size; elsewhere, and of EVA-02 anywhere, it takes no plain timm model either."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, _ = create(NAMES[0], denoiser={"grid_size": (3, 5), "pos_embed_out": pos_embed_out})
+    images = torch.randn(1, 3, *model.patch_embed.img_size)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(Tokens(model).eval(), (images,), path, dynamo=False, input_names=["images"])
+    (got,) = onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})
+    np.testing.assert_allclose(got, model.forward_features(images).numpy(), atol=1e-3)
 
 
 @torch.no_grad()
