@@ -86,16 +86,20 @@ def create(
     loaded = None
     if checkpoint is not None and not variant.distilled:  # a bad file is found out before the backbone is fetched
         layout = check_supported(sketch)
-        options = _denoiser_options(variant, sketch, denoiser)
+        options = _denoiser_options(variant, sketch, cfg, kwargs, denoiser)
         grid, heads = tuple(options["grid_size"]), options.get("num_heads")
-        loaded = denoiser_for(checkpoint, layout.channels, grid, heads, variant.backbone, layout.maps)
+        out = options.get("pos_embed_out")
+        out = None if out is None or isinstance(out, bool) else tuple(to_2tuple(out))
+        loaded = denoiser_for(checkpoint, layout.channels, grid, heads, variant.backbone, layout.maps, out)
     model: Any = _backbone(variant, cfg, checkpoint, cache_dir, kwargs)
     if not variant.distilled:
         if loaded is None:
-            add_denoiser(model, **_denoiser_options(variant, model, denoiser))
+            add_denoiser(model, **_denoiser_options(variant, sketch, cfg, kwargs, denoiser))
         else:
             attach_denoiser(model, loaded)
         model.backbone_name = variant.backbone
+        if getattr(model.patch_embed, "strict_img_size", False) and model.layout.grid:  # it takes images of one size
+            model.denoiser.fix_grid(model.layout.grid)
         # What timm.models.save_for_hf writes must name an architecture that builds this model.
         cfg["architecture"] = saved_architecture(variant.architecture)
     # What saving needs to know; newer timm versions record it themselves.
@@ -238,11 +242,13 @@ def _timms(variant: Variant) -> Callable[..., nn.Module]:
     return getattr(build, "timms_entrypoint", build)
 
 
-def _denoiser_options(variant: Variant, backbone: nn.Module, given: dict | None) -> dict:
+def _denoiser_options(variant: Variant, sketch: nn.Module, cfg: dict, kwargs: dict, given: dict | None) -> dict:
     """Arguments of `add_denoiser`: the grid of the variant's resolution, and what the caller says."""
     options = dict(given or {})
     if options.get("grid_size") is None:
-        options["grid_size"] = layout_of(backbone).grid_at(variant.resolution, variant.resolution)
+        if kwargs.get("patch_size"):  # the denoiser was trained with patches of the backbone's own size
+            sketch = _sketch(variant, cfg, {key: value for key, value in kwargs.items() if key != "patch_size"})
+        options["grid_size"] = layout_of(sketch).grid_at(variant.resolution, variant.resolution)
     return options
 
 

@@ -46,11 +46,18 @@ def save_pretrained(
     state = model.state_dict()
     if denoiser_only:
         state = {key: tensor for key, tensor in state.items() if key.startswith("denoiser.")}
-    metadata = {"format": "pt", "backbone": str(model.backbone_name), "timm_dvt": __version__}
+    metadata = {"format": "pt", "backbone": str(model.backbone_name), "timm_dvt": __version__, **_grids(model)}
     tensors = _apart(state)
     write_whole(folder / WEIGHTS_NAME, lambda path: write_tensors(tensors, path, metadata))
     write_whole(folder / "config.json", lambda path: _write_config(model, path, model_args or {}))
     return folder
+
+
+def _grids(model: Any) -> dict[str, str]:
+    """The grids of the denoisers' position embeddings: how many places there are does not tell 4 x 9 from 6 x 6."""
+    one = next(iter(model.denoisers().values()))  # all are of one kind
+    own = {"pos_embed": one.grid_size, "pos_embed_out": one.out_grid_size}
+    return {key: f"{rows}x{columns}" for key, (rows, columns) in own.items() if getattr(one, key) is not None}
 
 
 def recorded_arguments(name: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from timm_dvt.timm_private import download_cached_file, hf_split
 from timm_dvt.variants import ROWS
 
 State = dict[str, torch.Tensor]
+Grid = tuple[int, int]
 
 
 class CheckpointError(RuntimeError):
@@ -35,6 +36,7 @@ class Checkpoint:
     backbone: State = field(default_factory=dict)
     denoiser: State = field(default_factory=dict)
     made_for: str | None = None  # the backbone's name, where the file or its name says so
+    grids: dict[str, Grid] = field(default_factory=dict)  # of the denoiser's embeddings by key, where the file says so
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -68,7 +70,10 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
         raise CheckpointError(f"{path}: damaged, incomplete or not a checkpoint. ({first_line(e)})") from e
     stem = Path(path).stem
     named = stem if stem in {row.backbone for row in ROWS} else None
-    return Checkpoint(path, *_split(state), made_for=metadata.get("backbone") or named)
+    # A file of ours says what grids the embeddings are of, as "4x9".
+    sides = {key: re.fullmatch(r"(\d{1,4})x(\d{1,4})", metadata.get(key, "")) for key in ("pos_embed", "pos_embed_out")}
+    grids = {key: (int(found[1]), int(found[2])) for key, found in sides.items() if found}
+    return Checkpoint(path, *_split(state), metadata.get("backbone") or named, grids)
 
 
 def from_state_dict(state: State, path: str = "state_dict") -> Checkpoint:
@@ -117,14 +122,16 @@ def _split(state: State) -> tuple[State, State]:
 def denoiser_for(
     checkpoint: Checkpoint,
     dim: int,
-    grid_size: tuple[int, int],
+    grid_size: Grid,
     num_heads: int | None = None,
     backbone: str = "",
     depth: int | None = None,
+    out_grid: Grid | None = None,
 ) -> Denoiser | LayerDenoisers:
-    """A denoiser with the checkpoint's weights, for a ViT of width `dim` and a position embedding of `grid_size`.
+    """A denoiser with the checkpoint's weights, for a ViT of width `dim`.
 
-    The backbone's blocks that have a denoiser, its architecture and its number of blocks are the file's.
+    The backbone's blocks that have a denoiser, its architecture, number of blocks and grids are the file's. One that
+    names no grids, as no published one does, must be of `grid_size`, its output embedding of `out_grid` or a square.
 
     Args:
         backbone, depth: the backbone's name and number of blocks, where the caller knows them.
@@ -137,10 +144,11 @@ def denoiser_for(
         raise CheckpointError(f"{path}: made for {checkpoint.made_for}, not for {backbone}.")
     if not state:
         raise CheckpointError(f"{path}: holds no denoiser (keys: {_some(checkpoint.backbone)}).")
-    new = partial(Denoiser, dim, grid_size, num_heads=num_heads, device="meta")
+    new = partial(Denoiser, dim, num_heads=num_heads, device="meta")
+    grids = {"pos_embed": grid_size, "pos_embed_out": out_grid or grid_size, **checkpoint.grids}
     layers = sorted({int(m[1]) for m in (re.match(r"layers\.(\d{1,9})\.", key) for key in state) if m})
     if not layers:
-        return _one_denoiser(state, new, path, "denoiser.")
+        return _one_denoiser(state, new, grids, path, "denoiser.")
     if layers[-1] >= (last := (depth or 1024)):
         raise CheckpointError(f"{path}: holds a denoiser for block {layers[-1]}; the backbone's last is {last - 1}.")
     stray = [key for key in state if not re.match(r"layers\.\d{1,9}\.", key)]
@@ -150,11 +158,11 @@ def denoiser_for(
     for block in layers:
         prefix = f"layers.{block}."
         own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-        denoisers[block] = _one_denoiser(own, new, path, f"denoiser.{prefix}")
+        denoisers[block] = _one_denoiser(own, new, grids, path, f"denoiser.{prefix}")
     return LayerDenoisers(denoisers, (depth or layers[-1] + 1) - 1)
 
 
-def _one_denoiser(state: State, new: Callable[..., Denoiser], path: str, prefix: str) -> Denoiser:
+def _one_denoiser(state: State, new: Callable[..., Denoiser], grids: dict, path: str, prefix: str) -> Denoiser:
     """What `new` makes, with these weights; the keys tell its architecture and number of blocks."""
     numbers = [int(m[1]) for m in (re.match(r"blocks\.(\d{1,9})\.", key) for key in state) if m]
     kernel = state.get("blocks.0.weight")
@@ -166,21 +174,18 @@ def _one_denoiser(state: State, new: Callable[..., Denoiser], path: str, prefix:
         arch = "project" if kernel.ndim == 2 else "conv3x3" if kernel.shape[-1] == 3 else "conv1x1"
     elif set(state) - {"keeps_length", "pos_embed_out"} == {"pos_embed"}:
         arch = "static"
-    denoiser = new(depth=depth, arch=arch, keep_length="keeps_length" in state, pos_embed_out=_out_grid(state))
+    out = "pos_embed_out" in state and _out_grid(state["pos_embed_out"], grids["pos_embed_out"])
+    denoiser = new(grids["pos_embed"], depth=depth, arch=arch, keep_length="keeps_length" in state, pos_embed_out=out)
     check_state(denoiser, state, path, prefix=prefix)
     dtype = next(iter(state.values())).dtype
     denoiser.to_empty(device="cpu").to(dtype).load_state_dict(state)
     return denoiser
 
 
-def _out_grid(state: State) -> bool | tuple[int, int]:
-    """Whether there is an output embedding; its grid, if it is a square one with other places than the input's."""
-    if "pos_embed_out" not in state or state["pos_embed_out"].ndim != 3:
-        return "pos_embed_out" in state
-    places = state["pos_embed_out"].shape[1]
-    side = math.isqrt(places)
-    same = "pos_embed" in state and state["pos_embed"].shape[1:2] == (places,)
-    return True if same or side * side != places or not side else (side, side)
+def _out_grid(embedding: torch.Tensor, expected: Grid) -> Grid:
+    """The grid of an output embedding (1, H*W, C): the expected one, or a square one if it has other places."""
+    side = math.isqrt(places := embedding.shape[1] if embedding.ndim == 3 else 0)
+    return expected if places == math.prod(expected) or side * side != places or not side else (side, side)
 
 
 def check_state(
@@ -230,7 +235,7 @@ def load_denoiser(model: Any, path: str | os.PathLike) -> nn.Module:
     Args:
         model: a `*_dvt` model, or one that went through `timm_dvt.add_denoiser`.
         path: a published `.pth`, a safetensors file, or a folder of `timm_dvt.save_pretrained`. Its backbone weights,
-            if any, are left alone. Architecture, number of blocks and denoised layers become the file's.
+            if any, are left alone. Architecture, number of blocks, grids and denoised layers become the file's.
 
     Raises:
         CheckpointError: names the file and what is wrong with it; the model is as it was.
@@ -240,7 +245,8 @@ def load_denoiser(model: Any, path: str | os.PathLike) -> nn.Module:
     before = model.denoisers()
     old = before[max(before)]
     heads, last = old.num_heads, model.final_block
-    new = denoiser_for(read_checkpoint(path), old.dim, old.grid_size, heads, model.backbone_name, last + 1)
+    name, checkpoint = model.backbone_name, read_checkpoint(path)
+    new = denoiser_for(checkpoint, old.dim, old.learned_grid, heads, name, last + 1, old.out_grid_size)
     some = next(old.parameters())
     new.requires_grad_(some.requires_grad).train(model.training)
     model.denoiser = new.to(device=some.device, dtype=some.dtype)

@@ -110,6 +110,68 @@ def test_it_is_plain_timm_bit_for_bit_with_the_same_arguments(arguments, hub, tm
     assert tuple(resolve_model_data_config(model)["input_size"]) == (3, *want)
 
 
+@pytest.mark.parametrize("made", ["for one size", "fixed afterwards"])
+@torch.no_grad()
+def test_at_one_size_nothing_is_resampled_in_forward(made, hub, tmp_path, monkeypatch):
+    published(hub, "vit_base_patch16_224.dino", 512)
+    create = dict(pretrained=True, depth=1, cache_dir=tmp_path, img_size=64)
+    any_size = timm.create_model("vit_base_patch16_224.dino_dvt", **create).eval()
+    images = images_of(any_size, (4, 4))
+    want = any_size.forward_features(images)
+    assert any_size.denoiser.grid_size == (32, 32)
+    if made == "for one size":
+        model = timm.create_model("vit_base_patch16_224.dino_dvt", **create, dynamic_img_size=False).eval()
+    else:
+        model = any_size
+        model.denoiser.fix_grid((4, 4))
+    monkeypatch.setattr(torch.nn.functional, "interpolate", None)
+    assert torch.equal(model.forward_features(images), want)
+    monkeypatch.undo()
+    again = timm.create_model(f"local-dir:{timm_dvt.save_pretrained(model, tmp_path / 'saved')}", pretrained=True)
+    assert torch.equal(again.eval().forward_features(images), want)
+    timm_dvt.load_denoiser(model, hub.folder / "jjiaweiyang/DVT/voc_denoised/vit_base_patch16_224.dino.pth")
+    assert torch.equal(model.forward_features(images), want)
+
+
+@pytest.mark.parametrize("kind", ["published", "whole folder", "denoiser-only folder"])
+@torch.no_grad()
+def test_another_patch_size_is_adapted_as_timm_does(kind, hub, tmp_path):
+    backbone, other = "vit_small_patch14_dinov2.lvd142m", dict(depth=1, patch_size=16, img_size=96)
+    _, denoiser = published(hub, backbone, 518)
+    plain = timm.create_model(backbone, pretrained=True, dynamic_img_size=True, cache_dir=tmp_path, **other).eval()
+    name, more = f"{backbone}_dvt", {"cache_dir": tmp_path}
+    if "folder" in kind:
+        whole = timm.create_model(name, pretrained=True, depth=1, **more)
+        name = f"local-dir:{timm_dvt.save_pretrained(whole, tmp_path / 'saved', 'only' in kind)}"
+    model = timm.create_model(name, pretrained=True, **other, **more).eval()
+    images = torch.randn(1, 3, 96, 96)
+    raw = plain.forward_features(images)[:, 1:]
+    want = reference.denoise(denoiser, raw, (6, 6), raw.shape[-1] // 64)
+    assert torch.allclose(model.forward_features(images)[:, 1:], want, atol=1e-3)
+    assert torch.equal(model.forward_features(images)[:, :1], plain.forward_features(images)[:, :1])
+
+
+@torch.no_grad()
+def test_a_size_that_patches_do_not_divide_leaves_the_denoiser_its_grid(hub, tmp_path):
+    published(hub, "vit_small_patch14_dinov2.lvd142m", 518)
+    create = dict(pretrained=True, depth=1, cache_dir=tmp_path, img_size=100)
+    model = timm.create_model("vit_small_patch14_dinov2.lvd142m_dvt", **create)
+    assert model.denoiser.grid_size == (37, 37) and model.patch_embed.grid_size == (7, 7)
+
+
+@torch.no_grad()
+def test_another_patch_size_of_a_distilled_model_is_adapted_as_timm_does(tmp_path):
+    backbone, other = "vit_base_patch16_224.mae", dict(depth=1, patch_size=8, img_size=96, num_classes=0)
+    plain = theirs(backbone)
+    torch.save({"model": {f"model.{key}": value for key, value in plain.state_dict().items()}}, tmp_path / "file.pth")
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "file.pth")}}
+    model = timm.create_model(f"{backbone}_dvt_distilled", pretrained=True, **other, **overlay).eval()
+    timm.models.save_for_hf(plain, tmp_path / "plain", safe_serialization=True, model_args={"depth": 1})
+    want = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True, **other).eval()
+    images = torch.randn(1, 3, 96, 96)
+    assert torch.equal(model.forward_features(images), want.forward_features(images))
+
+
 def test_a_model_of_one_size_is_made_at_the_denoisers():
     model = timm.create_model("vit_base_patch16_224.dino_dvt", depth=1, dynamic_img_size=False)
     assert model.patch_embed.img_size == (512, 512)

@@ -42,6 +42,29 @@ def test_a_saved_model_loads_bit_equal(backbone, tmp_path):
     assert torch.equal(third.forward_features(images), model.forward_features(images))
 
 
+@pytest.mark.parametrize(("grid", "out"), [((6, 6), (4, 9)), ((4, 9), (6, 6)), ((4, 9), (9, 4)), ((2, 8), (4, 4))])
+@pytest.mark.parametrize("layers", [None, [0, -1]])
+@torch.no_grad()
+def test_grids_of_as_many_places_are_told_apart(grid, out, layers, tmp_path):
+    arguments = dict(depth=2, img_size=64, dynamic_img_size=True)
+    model = timm.create_model("vit_tiny_patch16_224", **arguments).eval()
+    timm_dvt.add_denoiser(model, grid_size=grid, pos_embed_out=out, layers=layers)
+    for denoiser in model.denoisers().values():
+        denoiser.pos_embed_out.normal_()
+    folder = timm_dvt.save_pretrained(model, tmp_path, model_args=arguments)
+    images = images_for(model)
+    other = timm_dvt.add_denoiser(timm.create_model("vit_tiny_patch16_224", **arguments).eval(), grid_size=6)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("denoiser."):
+            other.get_parameter(name).copy_(parameter)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    for loaded in (again, timm_dvt.load_denoiser(other, folder)):
+        assert [(one.grid_size, one.out_grid_size) for one in loaded.denoisers().values()] == [
+            (grid, out) for _ in model.denoisers()
+        ]
+        assert torch.equal(loaded.forward_features(images), model.forward_features(images))
+
+
 @torch.no_grad()
 def test_a_saved_variant_loads_bit_equal_with_its_class_count_and_size(tmp_path):
     name = "vit_base_patch16_224.mae_dvt"

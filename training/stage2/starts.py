@@ -55,7 +55,7 @@ def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backb
     """Put the weights of a saved denoiser into new ones.
 
     Raises:
-        CheckpointError: the folder holds none, or one for another backbone, width or grid.
+        CheckpointError: the folder holds none, or one for another backbone or width.
         ValueError: it has other layers, another architecture or number of blocks.
     """
     found = denoiser_for(read_checkpoint(folder), pairs.channels, pairs.grid, backbone=backbone)
@@ -72,6 +72,7 @@ def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backb
                 f"--init {folder} holds {one.arch} of {len(one.blocks)} blocks, "
                 f"but this run trains {denoiser.arch} of {len(denoiser.blocks)}; see --arch and --blocks"
             )
+        one.fix_grid(denoiser.grid_size)
         state = one.state_dict()
         for after_training in ("keeps_length", "pos_embed_out"):  # what this run is asked for decides them
             state.pop(after_training, None)
