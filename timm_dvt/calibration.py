@@ -188,14 +188,14 @@ def _size_of_denoiser(model: Any) -> tuple[int, int] | None:
 @contextmanager
 def _as_predicted(denoisers: Iterable[Denoiser]) -> Iterator[None]:
     """Denoisers whose tokens are those of their blocks alone, for a block of code."""
-    before = [(one, one.keep_length, one.pos_embed_out) for one in denoisers]
+    before = [(one, one.keep_length, one.pos_embed_out, one.blank_gate) for one in denoisers]
     try:
         for one, *_ in before:
-            one.keep_length, one.pos_embed_out = False, None
+            one.keep_length, one.pos_embed_out, one.blank_gate = False, None, None
         yield
     finally:
-        for one, keep_length, pos_embed_out in before:
-            one.keep_length, one.pos_embed_out = keep_length, pos_embed_out
+        for one, keep_length, pos_embed_out, gate in before:
+            one.keep_length, one.pos_embed_out, one.blank_gate = keep_length, pos_embed_out, gate
 
 
 def _take_denoiser(model: nn.Module) -> tuple[dict[int, Denoiser], Any]:

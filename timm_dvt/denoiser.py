@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 # Paper, Tab. 6 d, e, b and c, and the baselines that cost nothing.
 ARCHITECTURES = ("block", "block-no-pe", "conv1x1", "conv3x3", "static", "project")
 
+SHUT = -10.0  # the bias of a gate that finds no token blank: its sigmoid is 0.00005
+
 
 @register_notrace_module  # torch.fx cannot follow decisions on a traced size; for it a denoiser is one step
 class Denoiser(nn.Module):
@@ -37,6 +39,9 @@ class Denoiser(nn.Module):
         pos_embed_out: add a second position embedding to the clean tokens, F = blocks(y + PE) + PE_out: for
             PE_out = -G of its predictions, what still shows of position in them (`timm_dvt.calibrate`, "leftover").
             True for one of `grid_size`, or rows and columns of its own: such a rest can be smooth.
+        blank_gate: find the tokens of images without content and give them their mean, (1 - s) F + s mean(y), where s
+            is the sigmoid of a linear map of each raw token. In a plain color nothing but position tells patches
+            apart, and what is taken off photographs leaves a pattern of its own there. A new gate is shut.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Denoiser(nn.Module):
         arch: str = "block",
         keep_length: bool = False,
         pos_embed_out: bool | tuple[int, int] = False,
+        blank_gate: bool = False,
         device=None,
         dtype=None,
     ):
@@ -90,6 +96,7 @@ class Denoiser(nn.Module):
         self.out_grid_size = (int(rows), int(columns))
         if pos_embed_out:
             self.pos_embed_out = nn.Parameter(torch.zeros(1, rows * columns, dim, **factory))
+        self.blank_gate = nn.Linear(dim, 1, **factory) if blank_gate else None
         self.keep_length = False
         if keep_length:
             self.start_keeping_length()
@@ -108,6 +115,15 @@ class Denoiser(nn.Module):
         self.out_grid_size = self.grid_size
         self.pos_embed_out = nn.Parameter(pos_embed_out.to(like), requires_grad=like.requires_grad)
 
+    def start_gating(self, weight: torch.Tensor, bias: float) -> None:
+        """From now on, give tokens whose product with `weight` (C,) is above -bias what blank images get."""
+        like = next(self.parameters())
+        self.blank_gate = nn.Linear(self.dim, 1, device=like.device, dtype=like.dtype)
+        with torch.no_grad():
+            self.blank_gate.weight.copy_(weight[None])
+            self.blank_gate.bias.fill_(bias)
+        self.blank_gate.requires_grad_(like.requires_grad)
+
     def init_weights(self) -> None:
         """Initialise as timm initialises a ViT: truncated normals of deviation 0.02, zero biases.
 
@@ -124,6 +140,9 @@ class Denoiser(nn.Module):
                 nn.init.zeros_(module.bias)
         if self.arch == "project":
             nn.init.eye_(self.get_parameter("blocks.0.weight"))
+        if self.blank_gate is not None:
+            nn.init.zeros_(self.blank_gate.weight)
+            nn.init.constant_(self.blank_gate.bias, SHUT)
 
     def forward(self, x: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """Denoise patch tokens (B, H*W, C) of a grid (H, W); returns (B, H*W, C).
@@ -144,6 +163,11 @@ class Denoiser(nn.Module):
             # In float32: the square of a token's length can be beyond half precision.
             lengths = [torch.linalg.vector_norm(y.float(), dim=-1, keepdim=True) for y in (x, clean)]
             clean = (clean.float() * (lengths[0] / lengths[1].clamp(min=1e-6))).to(x.dtype)
+        if self.blank_gate is not None:
+            blank = self.blank_gate(x).float().sigmoid()
+            weights = blank / blank.sum(1, keepdim=True).clamp(min=1e-6)
+            mean = (weights * x.float()).sum(1, keepdim=True)
+            clean = torch.lerp(clean.float(), mean.expand_as(clean), blank).to(x.dtype)
         return clean
 
     def _clean(self, x: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:

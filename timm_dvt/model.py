@@ -39,6 +39,7 @@ def add_denoiser(
     layers: Sequence[int] | None = None,
     keep_length: bool = False,
     pos_embed_out: bool | Sequence[int] = False,
+    blank_gate: bool = False,
 ) -> nn.Module:
     """Give a timm model a denoiser, in place, and return it. The denoiser is new: train or load it.
 
@@ -52,8 +53,8 @@ def add_denoiser(
         layers: blocks that get a denoiser each, counted from 0, or from the end with a minus; default the last block.
             Their denoised maps come out of forward_intermediates, get_intermediate_layers and features_only. Others
             than the last only where class and patch tokens go through all blocks together.
-        keep_length, pos_embed_out: give clean tokens the length of the raw ones; add a second position embedding to
-            them: see `timm_dvt.denoiser.Denoiser`.
+        keep_length, pos_embed_out, blank_gate: give clean tokens the length of the raw ones; add a second position
+            embedding to them; level images without content: see `timm_dvt.denoiser.Denoiser`.
 
     Raises:
         TypeError: the model does not give the patches of one grid (the message says why), or has a denoiser already.
@@ -78,6 +79,7 @@ def add_denoiser(
             arch,
             keep_length,
             out,
+            blank_gate,
             **factory,
         )
         for block in sorted({block % count for block in wanted})

@@ -110,6 +110,7 @@ def _write_config(model: Any, path: Path, model_args: dict) -> None:
             "num_heads": denoiser.num_heads,
             "arch": denoiser.arch,
             **({"keep_length": True} if denoiser.keep_length else {}),
+            **({} if denoiser.blank_gate is None else {"blank_gate": True}),
             **({} if denoiser.pos_embed_out is None else {"pos_embed_out": list(denoiser.out_grid_size)}),
             **({} if list(denoisers) == [model.final_block] else {"layers": list(denoisers)}),
         },

@@ -162,6 +162,10 @@ def denoiser_for(
     return LayerDenoisers(denoisers, (depth or layers[-1] + 1) - 1)
 
 
+# What a denoiser of any architecture can have beside its own.
+EXTRAS = {"keeps_length", "pos_embed_out", "blank_gate.weight", "blank_gate.bias"}
+
+
 def _one_denoiser(state: State, new: Callable[..., Denoiser], grids: dict, path: str, prefix: str) -> Denoiser:
     """What `new` makes, with these weights; the keys tell its architecture and number of blocks."""
     numbers = [int(m[1]) for m in (re.match(r"blocks\.(\d{1,9})\.", key) for key in state) if m]
@@ -172,10 +176,11 @@ def _one_denoiser(state: State, new: Callable[..., Denoiser], grids: dict, path:
     arch = "block" if "pos_embed" in state else "block-no-pe"
     if kernel is not None:
         arch = "project" if kernel.ndim == 2 else "conv3x3" if kernel.shape[-1] == 3 else "conv1x1"
-    elif set(state) - {"keeps_length", "pos_embed_out"} == {"pos_embed"}:
+    elif set(state) - EXTRAS == {"pos_embed"}:
         arch = "static"
     out = "pos_embed_out" in state and _out_grid(state["pos_embed_out"], grids["pos_embed_out"])
-    denoiser = new(grids["pos_embed"], depth=depth, arch=arch, keep_length="keeps_length" in state, pos_embed_out=out)
+    more = dict(keep_length="keeps_length" in state, blank_gate="blank_gate.weight" in state, pos_embed_out=out)
+    denoiser = new(grids["pos_embed"], depth=depth, arch=arch, **more)
     check_state(denoiser, state, path, prefix=prefix)
     dtype = next(iter(state.values())).dtype
     denoiser.to_empty(device="cpu").to(dtype).load_state_dict(state)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
-from timm_dvt.weights import denoiser_for, read_checkpoint
+from timm_dvt.weights import EXTRAS, denoiser_for, read_checkpoint
 from training.pairs.reader import PairError, PairReader, PairSet
 from training.stage2.targets import raw_and_target
 
@@ -74,7 +74,7 @@ def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backb
             )
         one.fix_grid(denoiser.grid_size)
         state = one.state_dict()
-        for after_training in ("keeps_length", "pos_embed_out"):  # what this run is asked for decides them
+        for after_training in EXTRAS:  # what this run is asked for decides them
             state.pop(after_training, None)
         denoiser.load_state_dict(state)
 
