@@ -52,6 +52,14 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "shows; leftover: keep the model's denoiser, subtract the mean map that it leaves (default: %(default)s)",
     )
     command.add_argument(
+        "--layers",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="blocks to denoise, counted from 0, or from the end with a minus (default: the last, or those of the "
+        "model's denoiser)",
+    )
+    command.add_argument(
         "--views", type=int, default=256, metavar="N", help="forward passes at the most (default: %(default)s)"
     )
     command.add_argument(
@@ -71,6 +79,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
             not args.no_pretrained,
             args.json,
             args.keep_length,
+            args.layers,
         )
     )
 
@@ -84,6 +93,7 @@ def run(
     pretrained: bool = True,
     as_json: bool = False,
     keep_length: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> Path:
     """Calibrate a model by name and save it; prints what was found, returns the folder written.
 
@@ -105,27 +115,35 @@ def run(
     start = time.perf_counter()
     try:
         model.to(device).eval()
-        calibrate(model, images, method=method, views=views, keep_length=keep_length, progress=True)
-    except TypeError as e:  # a class that cannot have a denoiser
+        calibrate(model, images, method=method, layers=layers, views=views, keep_length=keep_length, progress=True)
+    except (TypeError, ValueError) as e:  # a class that cannot have a denoiser, a block that it has not
         raise CalibrationError(str(e)) from e
-    facts = model.denoiser.calibration
+    of_blocks = {block: denoiser.calibration for block, denoiser in model.denoisers().items()}
+    facts = of_blocks[max(of_blocks)]
     say(f"calibrated in {time.perf_counter() - start:.0f} s: {describe(facts)}")
-    if facts.error > 0.5:
+    for block in sorted(of_blocks)[:-1]:
+        say(f"block {block}: {describe(of_blocks[block])}")
+    if max(one.error for one in of_blocks.values()) > 0.5:
         say("note: little is known of the artifacts; " + ("use more images" if images else "use images (--images)"))
-    sheet = picture(model, shown, f"{name}, before and after: {method}")
-    encoded = io.BytesIO()
-    sheet.save(encoded, format="PNG")
+    written = ["config.json", "model.safetensors", "calibration.json"]
+    told = asdict(facts)
+    if len(of_blocks) > 1:
+        told["layers"] = {str(block): asdict(one) for block, one in of_blocks.items()}
     try:
         save_pretrained(model, folder, model_args=recorded_arguments(name))
-        write_whole(folder / PANEL, lambda path: path.write_bytes(encoded.getvalue()))
-        text = json.dumps(asdict(facts), indent=2) + "\n"
+        if model.in_chans == 3:  # photographs can be shown to it
+            encoded = io.BytesIO()
+            picture(model, shown, f"{name}, before and after: {method}").save(encoded, format="PNG")
+            write_whole(folder / PANEL, lambda path: path.write_bytes(encoded.getvalue()))
+            written.append(PANEL)
+        text = json.dumps(told, indent=2) + "\n"
         write_whole(folder / "calibration.json", lambda path: path.write_text(text))
     except OSError as e:
         raise CalibrationError(f"cannot write to {out}: {e.strerror or e}.") from e
-    say(f"wrote {folder}: config.json, model.safetensors, calibration.json, {PANEL}")
+    say(f"wrote {folder}: {', '.join(written)}")
     say(f"load it with timm.create_model({f'local-dir:{folder}'!r}, pretrained=True), after import timm_dvt")
     if as_json:
-        print(json.dumps({"folder": str(folder), **asdict(facts)}))
+        print(json.dumps({"folder": str(folder), **told}))
     return folder
 
 
@@ -163,25 +181,26 @@ def load_model(name: str, pretrained: bool) -> Any:
 
 
 def picture(model: Any, photographs: Sequence[Image.Image], title: str) -> Image.Image:
-    """The features of photographs before and after the denoiser of a model, drawn side by side."""
+    """The features of photographs before and after the last denoiser of a model, drawn side by side."""
+    denoisers = model.denoisers()
+    denoiser = denoisers[max(denoisers)]
     reader = ViewReader(model, 1)
     shown = []
     for photograph in photographs:
         fitted = ImageOps.fit(photograph, reader.size[::-1], Image.Resampling.BICUBIC)
-        shown.append(_shown(model, reader, fitted))
-    facts = model.denoiser.calibration
-    lines = describe(facts).split("; ", 1)
+        shown.append(_shown(denoiser, reader, fitted))
+    lines = describe(denoiser.calibration).split("; ", 1)
     return draw(shown, title, lines)
 
 
-def _shown(model: Any, reader: ViewReader, image: Image.Image) -> Shown:
+def _shown(denoiser: Any, reader: ViewReader, image: Image.Image) -> Shown:
     seen: dict[str, torch.Tensor] = {}
 
     def look(denoiser: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         seen.update(off=inputs[0], on=output)
 
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*reader.size, 3).permute(2, 0, 1)
-    hook = model.denoiser.register_forward_hook(look)
+    hook = denoiser.register_forward_hook(look)
     try:
         reader(reader.normalised(pixels / 255)[None])
     finally:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_dvt.defaults import torch_defaults
 from timm_dvt.denoiser import Denoiser, combine, resample
-from timm_dvt.model import Denoised, add_denoiser, attach_denoiser, remove_denoiser
+from timm_dvt.model import Denoised, add_denoiser, attach_denoiser, check_supported, remove_denoiser
 from timm_dvt.positions import Position
 from timm_dvt.sample_images import SampleError, Source, sources
 from timm_dvt.viewing import WINDOWS, CalibrationError, ViewReader, look
@@ -42,6 +43,7 @@ class Calibration:
     share_after: float
 
 
+@torch_defaults()
 def calibrate(
     model: Any,
     images: Source | Iterable[Source] | None = None,
@@ -56,7 +58,7 @@ def calibrate(
 ) -> nn.Module:
     """Give a timm ViT a denoiser that works, without training; in place, and return the model.
 
-    Random windows of the images, also mirrored and upside down, go through the model at its own input size, on its
+    Random windows of the images, also mirrored and upside down, go through the model at the size it is meant for, on its
     device, and are summed up; memory does not grow with their number. What windows of one image share is content and
     cancels, what all windows have at the same place is the artifact map (`timm_dvt.positions`). What was found is told
     by `model.denoiser.calibration`, a `Calibration`; with several layers, by `model.denoisers()[block].calibration`.
@@ -86,6 +88,8 @@ def calibrate(
         CalibrationError: an argument is out of range, images are too few or cannot be used, or features not finite.
         TypeError, ValueError: the model is none that can have a denoiser; see `add_denoiser`.
     """
+    if not isinstance(model, Denoised):
+        check_supported(model)
     if method not in METHODS:
         raise CalibrationError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
     if views < LEAST_VIEWS or batch_size < 1 or not tolerance >= 0:

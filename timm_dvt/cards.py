@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 from timm_dvt import published
 from timm_dvt.files import write_whole
-from timm_dvt.layouts import layout_of
+from timm_dvt.layouts import layout_of, meant_size
 from timm_dvt.registry import VARIANTS
-from timm_dvt.saving import meant_size
 from timm_dvt.variants import DVT_LICENSE, DVT_REPO, FOCUS, Variant, published_variants
 
 # Stands for the account in a card that is not on the Hub yet; `push` puts the repo's real id in its place.
@@ -45,6 +44,14 @@ METRICS = {  # number: type for the Hub, name, format
     "AbsRel": ("abs_rel", "abs rel", "{:.4f}"),
     "delta1": ("a1", "a1", "{:.2f}"),
 }
+KINDS = {  # of a denoiser: what there is of it, by architecture
+    "block": "transformer block{s}",
+    "block-no-pe": "transformer block{s} without position embedding",
+    "conv1x1": "convolution{s} of 1 x 1",
+    "conv3x3": "convolution{s} of 3 x 3",
+    "static": "artifact map subtracted",
+    "project": "linear map{s} of each token",
+}
 BYTES = 4  # of a weight: float32
 
 
@@ -64,7 +71,6 @@ class Facts:
     def of(cls, model: Any) -> "Facts":
         denoiser = getattr(model, "denoiser", None)
         own = 0 if denoiser is None else sum(p.numel() for p in denoiser.parameters())
-        blocks = len(getattr(denoiser, "blocks", ()))
         layout: Any = getattr(model, "layout", None) or layout_of(model)
         patch = layout.img_size[0] // layout.grid[0]
         return cls(
@@ -74,8 +80,19 @@ class Facts:
             prefix=layout.prefix,
             whole=BYTES * sum(p.numel() for p in model.parameters()),
             denoiser=BYTES * own,
-            describes=f"{blocks or 'a'} transformer block{'s' if blocks > 1 else ''} of {own / 1e6:.1f} M parameters",
+            describes="" if denoiser is None else f"{_kind(model)} of {own / 1e6:.1f} M parameters",
         )
+
+
+def _kind(model: Any) -> str:
+    """What the denoisers of a model are."""
+    denoisers = model.denoisers()
+    one = denoisers[max(denoisers)]  # all are of one kind
+    count = max(sum(not isinstance(part, nn.ReLU) for part in one.blocks), 1)
+    kind = f"{count} {KINDS[one.arch].format(s='s' * (count > 1))}"
+    if list(denoisers) == [model.final_block]:
+        return kind
+    return f"for each of the blocks {', '.join(map(str, denoisers))}, counted from 0, {kind}, together"
 
 
 def publishable() -> list[Variant]:

@@ -58,7 +58,11 @@ class Denoised(_Backbone):
 
     @contextmanager
     def denoising(self, enable: bool = True) -> Iterator[None]:
-        """Switch the denoiser on or off for a block of code, whatever happens in it."""
+        """Switch the denoiser on or off for a block of code, whatever happens in it.
+
+        The switch is the model's, the same for all threads. Where several use one model, a lock of theirs has to keep
+        other forwards and other such blocks out of this one; or each takes a `copy.deepcopy`.
+        """
         before = self.denoise
         self.set_denoise(enable)
         try:

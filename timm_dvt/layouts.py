@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.fx
+from timm.layers import to_2tuple
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -90,7 +91,8 @@ def layout_of(model: nn.Module, size: tuple[int, int] | None = None) -> Layout:
         # Of whole patches: what a size has beyond them is cut off.
         own = tuple(count * side for count, side in zip(grid, embed.patch_size)) if grid else None
         return Layout("tokens", known.num_prefix_tokens, known.embed_dim, len(known.blocks), grid, own, plain=True)
-    lacking = [name for name in ("forward_features", "forward_intermediates") if not hasattr(model, name)]
+    # Of its class: torch.compile's, PEFT's and others' wrappers hand on whatever attribute the model inside has.
+    lacking = [name for name in ("forward_features", "forward_intermediates") if not hasattr(type(model), name)]
     if lacking or not isinstance(getattr(model, "feature_info", None), list):
         refuse(model, f"it has no {' and no '.join(lacking or ['feature_info'])}")
     steps = ", ".join(str(step) for step in sorted({info["reduction"] for info in known.feature_info}))
@@ -163,6 +165,20 @@ def input_size(model: nn.Module) -> tuple[int, int]:
     return next(_sizes(model))
 
 
+def meant_size(model: Any) -> tuple[int, int]:
+    """Rows and columns of the images that a model is meant for.
+
+    A variant that takes any size is made at its backbone's own, which is not what its denoiser was trained at; its
+    config says that. Any other model, and one whose size was changed, is meant for what it is made for.
+    """
+    size, cfg = input_size(model), getattr(model, "pretrained_cfg", None) or {}
+    made_at = getattr(model, "_model_args", {}).get("img_size", size)
+    any_size = getattr(model, "dynamic_img_size", False) and not cfg.get("fixed_input_size", True)
+    if any_size and tuple(to_2tuple(made_at)) == size:
+        return tuple(cfg["input_size"][1:])
+    return size
+
+
 def _sizes(model: Any) -> Iterator[tuple[int, int]]:
     """Input sizes, rows and columns, that the model says are its own."""
     named = [getattr(part, "img_size", None) for part in (model, *model.children())]
@@ -175,6 +191,13 @@ def _sizes(model: Any) -> Iterator[tuple[int, int]]:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def check_rgb(model: Any) -> None:
+    """Raise ValueError for a model that takes images of other than three channels."""
+    channels = getattr(model, "in_chans", 3)
+    if channels != 3:
+        raise ValueError(f"the model takes images of {channels} channels, and these are RGB images, of 3")
 
 
 def _first_line(error: Exception | None) -> str:
@@ -197,8 +220,15 @@ class Refused(TypeError):
         super().__init__(
             "A denoiser can be added to timm's VisionTransformer (ViT, DeiT, CLIP, DINO, DINOv2, SigLIP, ...) and Eva "
             "(EVA-02, DINOv3, ...), and to every timm model whose final features are the patches of one grid (for "
-            f"all: python -m timm_dvt families), not to {type(model).__name__}: {reason}."
+            f"all: python -m timm_dvt families), not to {type(model).__name__}: {reason}.{unwrapping(model)}"
         )
+
+
+def unwrapping(model: nn.Module) -> str:
+    """What to do with a model that wraps another (torch.compile, PEFT, DataParallel), as a sentence; else nothing."""
+    inner = {"_orig_mod": "._orig_mod", "get_base_model": ".get_base_model()", "module": ".module"}
+    path = next((path for name, path in inner.items() if hasattr(model, name)), None)
+    return f" It wraps a model: give the one inside, its {path}, and wrap afterwards." if path else ""
 
 
 def refuse(model: nn.Module, reason: str) -> NoReturn:

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import to_2tuple
+from timm.models import PretrainedCfg, get_pretrained_cfg, split_model_name_tag
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from timm_dvt.denoised import Denoised, _empty, denoised_class  # noqa: F401  older pickles name _empty here
 from timm_dvt.denoiser import Denoiser, LayerDenoisers, combine
-from timm_dvt.layouts import Layout, layout_of
+from timm_dvt.layouts import Layout, layout_of, unwrapping
 
 DenoisedVisionTransformer = denoised_class(VisionTransformer)
 DenoisedEva = denoised_class(Eva)
@@ -133,9 +134,19 @@ def norms_after_pool(model: nn.Module) -> bool:
 
 
 def remove_denoiser(model: Any) -> nn.Module:
-    """Make a denoised model the plain timm model it was, in place, and return it."""
+    """Make a denoised model the plain timm model it was, in place, and return it. Raises TypeError for any other."""
+    if not isinstance(model, Denoised):
+        raise TypeError(f"{type(model).__name__} has no denoiser to remove.{unwrapping(model)}")
+    name = model.backbone_name
     model.__class__ = model._backbone_class
     model.feature_info = model.timms_feature_info
+    if name and timm_name(model) != name:  # a variant's config: what names the model and its weights is the variant's
+        architecture, tag = split_model_name_tag(name)
+        timms = get_pretrained_cfg(name) or PretrainedCfg()
+        weights = {key: getattr(timms, key) for key in ("url", "file", "hf_hub_id", "hf_hub_filename", "license")}
+        cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in ("source", *weights)}
+        cfg |= {key: value for key, value in weights.items() if value is not None}
+        model.pretrained_cfg = model.default_cfg = cfg | {"architecture": architecture, "tag": tag}
     for name in OURS:
         delattr(model, name)
     if hasattr(model, "_model_args"):  # what a config.json would say

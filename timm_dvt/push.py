@@ -16,9 +16,9 @@ from timm.models import get_pretrained_cfg
 from timm_dvt.cards import NAMESPACE, NOTE, Facts, card, has_weights, publishable, readable
 from timm_dvt.convert import convert
 from timm_dvt.fetching import WEIGHTS_NAME, WeightsNotFoundError, explain, first_line, git_hash, sha256
+from timm_dvt.layouts import meant_size
 from timm_dvt.model import Denoised
 from timm_dvt.registry import VARIANTS
-from timm_dvt.saving import meant_size
 from timm_dvt.variants import Variant
 from timm_dvt.weights import CheckpointError
 

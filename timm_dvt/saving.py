@@ -8,12 +8,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from timm.layers import to_2tuple
 from torch import nn
 
 from timm_dvt.fetching import WEIGHTS_NAME
 from timm_dvt.files import write_whole
-from timm_dvt.layouts import input_size
+from timm_dvt.layouts import input_size, meant_size, unwrapping
 from timm_dvt.model import Denoised
 from timm_dvt.timm_private import save_config_for_hf
 from timm_dvt.variants import saved_architecture
@@ -38,7 +37,9 @@ def save_pretrained(
         ValueError: timm does not know the backbone by a name.
     """
     if not isinstance(model, Denoised) or model.denoiser is None:
-        raise TypeError(f"{type(model).__name__} has no denoiser to save; timm.models.save_for_hf saves plain models.")
+        raise TypeError(
+            f"{type(model).__name__} has no denoiser to save; timm.models.save_for_hf saves plain models.{unwrapping(model)}"
+        )
     if not model.backbone_name:
         raise ValueError("The model's backbone has no timm name, so nothing could rebuild it; use timm.create_model.")
     folder = Path(folder)
@@ -116,20 +117,6 @@ def _write_config(model: Any, path: Path, model_args: dict) -> None:
         },
     }
     _write(model, path, saved_architecture(model.backbone_name.split(".")[0]), arguments)
-
-
-def meant_size(model: Any) -> tuple[int, int]:
-    """Rows and columns of the images that a model is meant for.
-
-    A variant that takes any size is made at its backbone's own, which is not what its denoiser was trained at; its
-    config says that. Any other model, and one whose size was changed, is meant for what it is made for.
-    """
-    size, cfg = input_size(model), getattr(model, "pretrained_cfg", None) or {}
-    made_at = getattr(model, "_model_args", {}).get("img_size", size)
-    any_size = getattr(model, "dynamic_img_size", False) and not cfg.get("fixed_input_size", True)
-    if any_size and tuple(to_2tuple(made_at)) == size:
-        return tuple(cfg["input_size"][1:])
-    return size
 
 
 def _arguments(model: Any, more: dict | None = None) -> dict:

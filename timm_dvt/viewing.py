@@ -6,6 +6,7 @@ import torch
 from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
+from timm_dvt.layouts import meant_size
 from timm_dvt.positions import MOST_GROUPS, Position, PositionSums, Windows
 from timm_dvt.sample_images import SampleError, Source, blank, canvas
 
@@ -28,14 +29,13 @@ class ViewReader:
     def __init__(self, model: Any, batch_size: int, size: tuple[int, int] | None = None) -> None:
         """
         Args:
-            size: of an input; default the model's own.
+            size: of an input; default what the model is meant for.
         """
         self.model, self.batch_size, self.views = model, batch_size, 0
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         config = resolve_model_data_config(model)
-        embed = getattr(model, "patch_embed", None)
-        self.size = size or tuple(getattr(embed, "img_size", None) or config["input_size"][-2:])
+        self.size = size or meant_size(model)
         self.channels = getattr(model, "in_chans", 3)
         self.mean, self.std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
         self.blocks = sorted(model.denoisers())
@@ -99,7 +99,7 @@ def _inputs(reader: ViewReader, windows: Windows, found: list[Source] | None, vi
     if found is None:  # by turns of two kinds: two in a row make a fair sample of blank images
         return visit // 2, blank(reader.channels, reader.size, visit)[None]
     if reader.channels != 3:
-        raise SampleError(f"The model takes images of {reader.channels} channels; use blank ones (images=None).")
+        raise SampleError(f"The model takes images of {reader.channels} channels; use blank ones (no images).")
     size = tuple(side + more * patch for side, more, patch in zip(reader.size, windows.margin, reader.patch))
     image = visit % len(found) if len(found) >= 4 else visit
     part = reader.normalised(canvas(found[visit % len(found)], size, visit))

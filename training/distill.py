@@ -34,8 +34,9 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from timm_dvt.layouts import meant_size
 from timm_dvt.model import remove_denoiser
-from timm_dvt.saving import meant_size, save_plain
+from timm_dvt.saving import save_plain
 from training.common.command import add_model_arguments, help_from
 from training.common.images import Source, list_images
 from training.common.models import load_model, pick_device, weights_digest

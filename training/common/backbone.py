@@ -14,7 +14,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from timm_dvt.layouts import layout_of
+from timm_dvt.layouts import check_rgb, layout_of
 from timm_dvt.reading import final_tokens, fit_to
 from training.common.views import patch_centres
 
@@ -69,9 +69,10 @@ class FeatureReader:
 
         Raises:
             TypeError: the model is of another kind.
-            ValueError: a layer, size, stride or dtype that cannot be.
+            ValueError: a layer, size, stride or dtype that cannot be, or other channels than RGB.
         """
         whole: Any = model
+        check_rgb(model)
         self.layout: Any = cast(Any, getattr(model, "layout", None) or layout_of(model))  # its sizes are known
         resizable = isinstance(model, (VisionTransformer, Eva)) and isinstance(model.patch_embed, PatchEmbed)
         if dtype not in DTYPES:
@@ -107,8 +108,8 @@ class FeatureReader:
         config = resolve_model_data_config(model)
         weight = next(model.parameters())
         self.device = weight.device
-        self.mean = torch.tensor(config["mean"], device=weight.device).view(1, -1, 1, 1)
-        self.std = torch.tensor(config["std"], device=weight.device).view(1, -1, 1, 1)
+        self.mean = torch.tensor(config["mean"], device=weight.device, dtype=torch.float32).view(1, -1, 1, 1)
+        self.std = torch.tensor(config["std"], device=weight.device, dtype=torch.float32).view(1, -1, 1, 1)
 
     @torch.no_grad()
     def patch_features(self, images: Tensor) -> dict[int, Tensor]:

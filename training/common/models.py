@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import timm_dvt  # noqa: F401  registers the *_dvt names
+from timm_dvt.layouts import check_rgb
 from timm_dvt.model import check_supported
 from timm_dvt.saving import recorded_arguments
 
@@ -24,11 +25,12 @@ def load_model(name: str, *, pretrained: bool = True, seed: int = 0, **options: 
         options: further arguments of the model.
 
     Raises:
-        ValueError: no such model, or no weights to be had for it; the message says what else can be done.
+        ValueError: no such model, or no weights to be had for it, or it takes no RGB images; the message says what
+            else can be done.
     """
     torch.manual_seed(seed)
     try:
-        return timm.create_model(name, pretrained=pretrained, **options).eval()
+        model = timm.create_model(name, pretrained=pretrained, **options).eval()
     except Exception as error:  # timm, its hub client and torch each raise their own kinds
         if not pretrained:
             raise ValueError(f"timm makes no model {name!r}: {error}") from error
@@ -36,6 +38,8 @@ def load_model(name: str, *, pretrained: bool = True, seed: int = 0, **options: 
             f"timm loads no model {name!r} with pretrained weights: {error}\nWithout a network, name a "
             "folder that holds it (local-dir:FOLDER), or take random weights (--no-pretrained)"
         ) from error
+    check_rgb(model)
+    return model
 
 
 def load_pairs_model(name: str, pretrained: bool, made_with: Mapping[str, Any], where: str) -> Any:

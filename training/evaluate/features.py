@@ -34,8 +34,8 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from timm_dvt.files import write_whole
+from timm_dvt.layouts import meant_size
 from timm_dvt.model import Denoised
-from timm_dvt.saving import meant_size
 from timm_dvt.version import __version__
 from training.common.backbone import FeatureReader
 from training.common.models import weights_digest

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_dvt.defaults import torch_defaults
 from training.common.backbone import FeatureReader
 from training.common.views import Views, render_views, sample_views, shrink_for_views, view_axes, whole_view
 from training.stage1.conditioning import check_views
@@ -113,6 +114,7 @@ class Decomposition:
         return self.field(xs, ys).float().cpu()
 
 
+@torch_defaults()
 def decompose(
     model: nn.Module,
     image: Tensor,

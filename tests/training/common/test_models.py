@@ -1,9 +1,14 @@
 """Claims about backbones by name: random weights are seeded, checkpoints told apart, errors helpful."""
 
+import importlib
+
 import pytest
 import timm
 import torch
+from PIL import Image
 
+import timm_dvt
+from training.common.backbone import FeatureReader
 from training.common.models import load_model, pick_device, weights_digest
 
 
@@ -44,3 +49,33 @@ def test_devices_are_picked_by_name():
     for wrong in ("cuda:99", "gpu"):
         with pytest.raises(ValueError, match=f"got {wrong!r}"):
             pick_device(wrong)
+
+
+COMMANDS = {
+    "denoise_images": ["--images", "{images}", "--out", "{out}"],
+    "make_denoiser": ["--images", "{images}", "--out", "{out}"],
+    "distill": ["--images", "{images}", "--out", "{out}"],
+    "visualize": ["{images}/0.png", "--out", "{out}"],
+    "evaluate.__main__": ["position", "--dataset", "folder", "--data", "{images}", "--out", "{out}"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_model_of_other_channels_is_refused_in_one_line(command, channels, tmp_path, capsys, monkeypatch):
+    arguments = {"depth": 1, "img_size": 32, "in_chans": channels}
+    model = timm_dvt.add_denoiser(timm.create_model("test_vit", **arguments))
+    with pytest.raises(ValueError, match=f"takes images of {channels} channels"):
+        FeatureReader(model)
+    timm_dvt.save_pretrained(model, tmp_path / "model", model_args=arguments)
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        Image.new("RGB", (40, 40)).save(tmp_path / "images" / f"{number}.png")
+    words = [word.format(images=tmp_path / "images", out=tmp_path / "out") for word in COMMANDS[command]]
+    main = importlib.import_module(f"training.{command}").main
+    try:
+        code = main(["--model", f"local-dir:{tmp_path / 'model'}", *words])
+    except SystemExit as leaving:
+        code = leaving.code
+    error = capsys.readouterr().err
+    assert code == 2 and f"the model takes images of {channels} channels" in error.splitlines()[-1], error

@@ -169,6 +169,21 @@ def test_the_field_gives_the_same_kind_of_answer():
     assert float((semantics[..., 1] - (centres[:, None] - 0.5)).abs().mean()) < 0.1
 
 
+@pytest.mark.parametrize("solver", ["linear", "field"])
+def test_a_callers_default_dtype_and_device_change_nothing(solver):
+    settings = Stage1Settings(views=4, solver=solver, field=FieldSettings(steps=2, grid=HashGridSettings(levels=2)))
+    model, image = small_vit(), photograph()
+    want = decompose(model, image, settings)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = decompose(model, image, settings)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for part in ("raw", "semantics", "artifacts", "residual"):
+        assert torch.equal(getattr(got, part), getattr(want, part)), part
+
+
 def test_progress_counts_views():
     done = []
     decompose(small_vit(), photograph(), Stage1Settings(views=19, input_size=64), progress=done.append)
