@@ -36,6 +36,7 @@ class Dataset:
         kinds: of annotation that it has: images, masks, boxes, discovery, labels, depth.
         layout: what must lie in the folder, for the error message.
         present: folder -> those of the kinds that it has, where that differs from one to the next; None is all.
+        title: what training.report calls it; "" is its own name.
         small: whether it has no protocol in the paper and, as a rule, some hundreds of images: tasks take their `SMALL`
             settings.
     """
@@ -44,6 +45,7 @@ class Dataset:
     kinds: Sequence[str]
     layout: str
     present: Callable[[Path], Sequence[str]] | None = None
+    title: str = ""
     small: bool = False
 
 
@@ -258,18 +260,20 @@ def _area(thing: Mapping[str, Any]) -> int:
 
 
 DATASETS = {
-    "voc": Dataset(voc.read_voc, ("images", "masks", "boxes", "discovery"), voc.LAYOUT),
+    "voc": Dataset(voc.read_voc, ("images", "masks", "boxes", "discovery"), voc.LAYOUT, title="VOC12"),
     "ade20k": Dataset(
         _ade20k,
         ("images", "masks"),
         """  DATA/ADEChallengeData2016/images/{training,validation}/*.jpg
   DATA/ADEChallengeData2016/annotations/{training,validation}/*.png      0 other, 1 to 150 classes""",
+        title="ADE20k",
     ),
     "camvid": Dataset(
         _camvid,
         ("images", "masks"),
         """  DATA/CamVid/{train,test}/*.png            street scenes, 11 classes: the version with SegNet's tutorial
   DATA/CamVid/{train,test}annot/*.png      0 to 10 classes, 11 void""",
+        title="CamVid",
         small=True,
     ),
     "nyu": Dataset(
@@ -278,6 +282,7 @@ DATASETS = {
         """  DATA/nyu_train.txt, DATA/nyu_test.txt    the published lists: IMAGE DEPTH [FOCAL], one pair a line
   DATA/SCENE/rgb_NNNNN.jpg                 640 x 480
   DATA/SCENE/sync_depth_NNNNN.png          16-bit, millimetres, 0 unknown""",
+        title="NYUv2",
     ),
     "coco": Dataset(
         _coco,
@@ -285,9 +290,13 @@ DATASETS = {
         """  DATA/{train2017,val2017}/*.jpg           or 2014; or DATA/images/train2017, ...
   DATA/annotations/instances_{train,val}2017.json
   DATA/coco_20k_filenames.txt              for discovery: LOST's list of images (of train2014)""",
+        title="COCO",
     ),
     "imagefolder": Dataset(
-        _imagefolder, ("images", "labels"), "  DATA/{train,val}/CLASS/*.jpg             (or png, webp, ...)"
+        _imagefolder,
+        ("images", "labels"),
+        "  DATA/{train,val}/CLASS/*.jpg             any image suffix, subfolders too",
+        title="ImageFolder",
     ),
     "stamps": Dataset(
         _stamps,

@@ -6,6 +6,9 @@ A task is a module of training/evaluate/tasks with
     Settings            a frozen dataclass: the paper's protocol
     SMALL               the same, sized for datasets that are `small` and two cores (may be left out)
     STATES              which of "raw", "denoised", "artifacts" it is for; those that the model has are run
+    PAIRS               True if --pairs says something for it (may be left out)
+    NUMBERS, MEANING    what training.report shows of it: {number: heading}, where a name that ends in "/" stands for all
+                        that begin with it, and a sentence for who has not read the paper (may be left out: all numbers)
     run(data, settings, run) -> {name: number}
 
 where `data` is {part: Features} and `run` a `Run`. Numbers called mIoU, CorLoc, ... are percentages. Those of
@@ -37,7 +40,6 @@ from training.evaluate.features import Extractor, Features
 from training.evaluate.pair_features import SAME, STATES, pair_data
 from training.evaluate.tables import summarise, write_json
 
-PAIR_TASKS = ("knn-seg", "linear-seg", "mic", "position")  # those for which --pairs says something
 # fast: features extracted once, from whole images resized to a square; repository: as the authors' code evaluates.
 PROTOCOLS = {"fast": fast_package, "repository": repository_package}
 
@@ -160,10 +162,11 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
     settings = task_settings(request.task, request.dataset, request.settings, request.protocol)
     trainaug = getattr(settings, "trainaug", None)
     splits = open_dataset(request.dataset, request.data, task.KIND, trainaug)
-    if request.pairs and request.task not in PAIR_TASKS:
-        raise ValueError(f"--pairs is for {', '.join(PAIR_TASKS)}, not for {request.task}")
     if request.pairs and request.protocol != "fast":
         raise ValueError("--pairs holds maps of whole images: it goes with --protocol fast alone")
+    if request.pairs and not getattr(task, "PAIRS", False):
+        able = [name for name in TASKS if getattr(load_task(name), "PAIRS", False)]
+        raise ValueError(f"--pairs is for {', '.join(able)}, not for {request.task}")
     limited = {part: split.limit(request.limit) for part, split in splits.items()}
     groups: list[tuple[Mapping[str, Any], Sequence[str]]]
     if request.pairs:
@@ -208,6 +211,7 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
         states = {state: states[state] for state in STATES if state in states}
     result = {
         **facts,
+        "pair_folders": [str(folder) for folder in request.pairs],
         "limit": request.limit,
         "changed": [word for word in request.settings if word.partition(".")[0] in (request.task, word)],
         "tags": {**_known_tags(request.model), **dict(tag.split("=", 1) for tag in request.tags)},

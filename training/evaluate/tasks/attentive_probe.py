@@ -23,6 +23,8 @@ from training.loop.schedule import cosine
 
 KIND = "labels"
 STATES = ("raw", "denoised")
+NUMBERS = {"top1": "top-1"}
+MEANING = "top-1: images whose class a head with attention over the patches finds, in percent."
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ from training.loop.schedule import cosine
 
 KIND = "depth"
 STATES = ("raw", "denoised")
+NUMBERS = {"delta1": "delta1", "AbsRel": "AbsRel", "RMSE": "RMSE"}
+MEANING = "delta1 (percent, more is better), AbsRel and RMSE (less is better): depth by one linear layer."
 # Rows and columns that Eigen's crop keeps, as fractions of 480 x 640: rows 45 to 470, columns 41 to 600.
 CROP_ROWS, CROP_COLUMNS = (45 / 480, 471 / 480), (41 / 640, 601 / 640)
 

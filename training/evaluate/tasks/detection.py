@@ -30,6 +30,8 @@ from training.loop.schedule import stepped
 
 KIND = "boxes"
 STATES = ("raw", "denoised")
+NUMBERS = {"mAP_11": "mAP, 11 points"}
+MEANING = "mAP: detection of objects by a small head on the patches, in percent; more is better."
 FIXED_PE = ("denoised", "both", "none")
 EMBEDDINGS = ("sincos", "artifacts")
 FINEST = (4, 2, 1)

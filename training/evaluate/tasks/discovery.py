@@ -16,6 +16,8 @@ from training.evaluate.runner import Run
 
 KIND = "discovery"
 STATES = ("raw", "denoised")
+NUMBERS = {"CorLoc/": "CorLoc"}
+MEANING = "CorLoc: images of which one object is found without any training, in percent; more is better."
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ from training.evaluate.splits import IGNORE
 
 KIND = "masks"
 STATES = ("raw", "denoised")
+PAIRS = True
+NUMBERS = {"mIoU": "k-NN mIoU"}
+MEANING = "k-NN mIoU: segmentation by the nearest labelled patches, in percent; more is better."
 
 
 @dataclass(frozen=True)
