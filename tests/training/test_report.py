@@ -8,8 +8,8 @@ from PIL import Image
 
 from timm_dvt.published import DINOV2, REG
 from training.evaluate.datasets import DATASETS
+from training.evaluate.registry import TASKS
 from training.evaluate.results import meaning, numbers_of, read_rows
-from training.evaluate.runner import TASKS
 from training.figures import plots
 from training.report import draw, main
 

@@ -11,7 +11,7 @@ from typing import Any
 from timm_dvt.published import Key
 from training.evaluate import pair_features
 from training.evaluate.datasets import DATASETS
-from training.evaluate.runner import TASKS, load_task
+from training.evaluate.registry import TASKS, load_task
 
 # The tasks of the paper's tables in their order (Tabs. 2, 3, 4, S3, 5, 1, and Fig. 3 in a number); others come behind.
 PAPER = ("linear-seg", "depth", "detection", "discovery", "attentive-probe", "knn-seg", "mic", "position")
@@ -76,7 +76,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def columns_of(rows: Sequence[Row]) -> list[Key]:
-    """The columns that have a measured number: tasks in the paper's order, then others; numbers as the task has them."""
+    """The columns that have a measured number: tasks in the paper's order, then others; a task's numbers in its own."""
     present = [key for key in dict.fromkeys(key for row in rows for key in row.cells) if _title(key) is not None]
 
     def order(key: Key) -> tuple:
