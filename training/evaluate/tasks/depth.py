@@ -77,8 +77,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     val.extract()
 
     def logits(features: Features, indices: list[int]) -> Tensor:
-        maps = features.maps(indices, run.state).to(run.device)
-        return head(maps, features.class_tokens(indices).to(run.device))
+        return head(features.maps(indices, run.state), features.class_tokens(indices))
 
     def loss(indices: list[int]) -> Tensor:
         predicted = logits(training, indices)
