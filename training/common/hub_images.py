@@ -13,7 +13,6 @@ from training.common.shared_folder import SharedFolder, write_atomically
 
 SCHEME = "hf:"
 SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp", b"II": ".tif", b"MM": ".tif", b"BM": ".bmp"}
-DONE = ".complete"
 
 
 def fetch_images(name: str, most: int, folder: Path) -> Path:
@@ -31,9 +30,11 @@ def fetch_images(name: str, most: int, folder: Path) -> Path:
             or the folder holds those of another one.
         OutputError: the folder cannot be written.
     """
-    with SharedFolder(folder) as shared, shared.claim("images", wait=True):
+    notes = folder.with_name(f".{folder.name}")  # whose images they are and whether they are all there
+    done = notes / "complete"
+    with SharedFolder(notes) as shared, shared.claim("images", wait=True):
         missing: Iterator[bytes] = iter(())
-        if not (folder / DONE).exists():
+        if not (done.exists() and folder.is_dir()):
             found = _images(name)
             first = next(found, None)  # what cannot be read is told before the folder is the data set's
             if first is None:
@@ -44,7 +45,7 @@ def fetch_images(name: str, most: int, folder: Path) -> Path:
             path = folder / f"{number:06d}{SUFFIXES.get(data[:2], '.png')}"
             if not path.exists():
                 write_atomically(path, data)
-        write_atomically(folder / DONE, b"")
+        write_atomically(done, b"")
     return folder
 
 
