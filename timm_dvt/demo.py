@@ -125,6 +125,8 @@ def check_output(out: str) -> tuple[Path, str]:
 def read_image(source: Path) -> Image.Image:
     """The image as RGB, upright, what is transparent on white. Raises DemoError."""
     try:
+        if source.exists() and not source.is_file():  # opening a named pipe would wait for ever
+            raise DemoError(f"{source}: not a file")
         with source.open("rb") as file:
             return decode(file, str(source))
     except OSError as e:
@@ -159,8 +161,10 @@ def decode(file: BinaryIO, name: str, formats: list[str] | None = None, max_pixe
         raise DemoError(f"{name}: far too many pixels to be read; {most}Make it smaller and try again") from e
     except OSError as e:
         raise DemoError(f"{name}: {e.strerror or e}") from e
-    except (ValueError, SyntaxError) as e:  # Pillow's words for damaged files
-        raise DemoError(f"{name}: not an image that can be read ({e})") from e
+    except DemoError:
+        raise
+    except Exception as e:  # on damaged files Pillow raises nearly anything, IndexError included
+        raise DemoError(f"{name}: not an image that can be read ({e or type(e).__name__})") from e
 
 
 def load_model(name: str | None, pretrained: bool = True) -> tuple[nn.Module, str]:

@@ -1,4 +1,4 @@
-"""Pixels of an image of whatever kind.
+"""Images below a folder, and pixels of an image of whatever kind.
 
 One rule for each kind of image, so that the same file always gives the same numbers:
 
@@ -12,14 +12,40 @@ One rule for each kind of image, so that the same file always gives the same num
 - colour profiles: not applied, as in timm and torchvision
 """
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageOps
 
+SUFFIXES = frozenset(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+)
 _ALPHA_MODES = frozenset(["LA", "La", "PA", "RGBA", "RGBa"])
 
 
 class ImageError(ValueError):
     """An image that cannot be used; the message is the reason, without the image's name."""
+
+
+def image_names(root: Path) -> Iterator[str]:
+    """The images below a folder, as paths from there with `/` between folders, in no order.
+
+    They are known by `SUFFIXES`, capitals too; names that start with a dot are left out, and so is what lies in such a
+    folder. Links to folders are followed, each real folder once.
+    """
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was, or is being, walked
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in files:
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
+                yield Path(folder, name).relative_to(root).as_posix()
 
 
 def upright(image: Image.Image) -> Image.Image:

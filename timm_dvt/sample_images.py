@@ -1,5 +1,6 @@
 """Images to calibrate on: the caller's, in any of the forms they come in, or blank and noise images."""
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -11,10 +12,12 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from timm_dvt.demo import DemoError, read_image
+from timm_dvt.images import image_names
 
 Source = str | os.PathLike | Image.Image | torch.Tensor
 AREA = (0.5, 1.0)  # of the largest box of the canvas's shape that an image holds
 NOISE_CELLS = (2.0, 64.0)  # pixels, finest and coarsest
+_logger = logging.getLogger(__name__)
 
 
 class SampleError(ValueError):
@@ -27,10 +30,10 @@ def sources(images: Source | Iterable[Source], most: int) -> list[Source]:
     Args:
         images: an image (a path, a PIL image, a tensor (3, h, w)), a folder, which is searched with all its
             sub-folders and of which a random sample is taken, a tensor (B, 3, h, w), or an iterable of any of these,
-            read no further than needed.
+            read no further than needed. Of several files those that cannot be decoded are left out, and named.
 
     Raises:
-        SampleError: there is no image, or a thing that is none.
+        SampleError: there is no image, no file of that name, or a thing that is none.
     """
     found: Iterator[Source]
     if isinstance(images, (str, os.PathLike)):
@@ -38,7 +41,7 @@ def sources(images: Source | Iterable[Source], most: int) -> list[Source]:
     elif isinstance(images, Image.Image) or (isinstance(images, torch.Tensor) and images.ndim == 3):
         found = iter([images])
     elif isinstance(images, Iterable):
-        found = (one for item in images for one in (sources(item, most) if _is_several(item) else [item]))
+        found = (one for item in images for one in (sources(item, most) if _is_several(item) else _readable([item])))
     else:
         raise SampleError(f"images is a {type(images).__name__}; pass paths, PIL images or tensors, or a folder.")
     taken: list[Source] = list(islice(found, most))
@@ -46,7 +49,9 @@ def sources(images: Source | Iterable[Source], most: int) -> list[Source]:
         if not isinstance(one, (str, os.PathLike, Image.Image, torch.Tensor)):
             raise SampleError(f"images holds a {type(one).__name__}; an image is a path, a PIL image or a tensor.")
     if not taken:
-        raise SampleError("images holds no image; without images, calibrate on blank ones (images=None).")
+        raise SampleError(
+            "images holds no image that can be read; without images, calibrate on blank ones (images=None)."
+        )
     return taken
 
 
@@ -56,13 +61,23 @@ def _is_several(item: object) -> bool:
     return isinstance(item, (str, os.PathLike)) and os.path.isdir(item)
 
 
-def _of_folder(folder: Path) -> Iterator[Path]:
-    Image.init()
-    suffixes = set(Image.registered_extensions())
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+def _of_folder(folder: Path) -> Iterator[Source]:
+    found = sorted(image_names(folder))
     if not found:
         raise SampleError(f"{folder}: no image in this folder or below it; files are told by suffixes such as .jpg.")
-    return (found[place] for place in np.random.default_rng(0).permutation(len(found)))
+    return _readable(folder / found[place] for place in np.random.default_rng(0).permutation(len(found)))
+
+
+def _readable(items: Iterable[Source]) -> Iterator[Source]:
+    """Those that are no files, and files that can be decoded; the others are named."""
+    for one in items:
+        if isinstance(one, (str, os.PathLike)) and os.path.exists(one):  # a file that is not there is a mistake
+            try:
+                read_image(Path(one))
+            except DemoError as e:
+                _logger.warning("left out %s", e)
+                continue
+        yield one
 
 
 def canvas(source: Source, size: tuple[int, int], visit: int) -> torch.Tensor:

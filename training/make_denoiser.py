@@ -64,7 +64,10 @@ def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     parser = argparse.ArgumentParser(prog="python -m training.make_denoiser", **help_from(__doc__))
     parser.add_argument(
-        "--images", required=True, metavar="DIR", help="a folder, a .txt list of paths, or hf:OWNER/NAME, a data set"
+        "--images",
+        required=True,
+        metavar="DIR",
+        help="a folder, a .txt list of paths, or hf:OWNER/NAME[:CONFIG][:SPLIT], a data set",
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="made, or continued if it exists")
     add_model_arguments(parser)

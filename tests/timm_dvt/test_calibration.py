@@ -1,7 +1,10 @@
 """Calibration without training: planted artifacts are found, content stays, and the denoiser is one like any other."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ from PIL import Image
 import timm_dvt
 from timm_dvt.__main__ import main
 from timm_dvt.calibration import CalibrationError, calibrate
-from timm_dvt.sample_images import blank, canvas, sources
+from timm_dvt.sample_images import SampleError, blank, canvas, sources
+from training.common.images import list_images
 
 SMALL = {"depth": 2, "img_size": 96, "dynamic_img_size": True}
 
@@ -200,6 +204,52 @@ def test_images_come_in_every_form(tmp_path):
     cut = [canvas(one, (64, 96), 3) for one in ways]
     for one in cut:
         assert one.shape == (3, 64, 96) and (one - cut[0]).abs().mean() < 0.02
+
+
+def test_a_folder_is_walked_as_training_walks_it_and_broken_files_are_left_out_and_named(tmp_path, caplog, capsys):
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    good = ["a.png", "x.jpg/b.png", "linked/c.JPEG"]
+    others = ["._a.png", ".ipynb_checkpoints/a.png", ".git/a.jpg"]
+    for name in (*good, *others):
+        path = (elsewhere if name.startswith("linked") else folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photographs(1)[0].save(path)
+    for name in ("paper.pdf", "data.h5", "film.mpg"):
+        (folder / name).write_bytes(b"none of these is an image")
+    (folder / "linked").symlink_to(elsewhere / "linked")
+    (folder / "x.jpg" / "loop").symlink_to(folder)
+    assert {str(path) for path in sources(folder, 99)} == {str(source.path) for source in list_images(folder)}
+    assert {str(path.relative_to(folder)) for path in sources(folder, 99)} == set(good) and not caplog.text
+    cut = (folder / "a.png").read_bytes()[:-300]
+    for name, data in (("cut.png", cut), ("none.jpg", b"<html>404</html>"), ("empty.webp", b"")):
+        (folder / name).write_bytes(data)
+    os.mkfifo(folder / "pipe.bmp")
+    for images in (
+        folder,
+        [*folder.glob("*.*g*"), folder / "x.jpg", *(folder / n for n in ("empty.webp", "pipe.bmp"))],
+    ):
+        caplog.clear()
+        assert len(sources(images, 99)) >= 3
+        assert all(f"left out {folder / name}: " in caplog.text for name in ("cut.png", "none.jpg", "empty.webp"))
+        assert "pipe.bmp: not a file" in caplog.text
+    for path in folder.glob("*.*"):
+        path.write_bytes(b"") if path.suffix == ".png" else None
+    with pytest.raises(SampleError, match="no image that can be read"):
+        sources([folder / "a.png", folder / "none.jpg"], 9)
+
+
+def test_the_command_leaves_broken_files_out_and_names_them(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(photographs(4)):
+        image.save(tmp_path / "photos" / f"{i}.png")
+    (tmp_path / "photos" / "0.jpg").write_bytes(b"no image")
+    command = [sys.executable, "-m", "timm_dvt", "calibrate", "--model", "test_vit", "--no-pretrained", "--views", "32"]
+    for images in ([tmp_path / "photos"], sorted((tmp_path / "photos").iterdir())):
+        words = [*command, "--images", *map(str, images), "--out", str(tmp_path / f"out{len(images)}")]
+        told = subprocess.run(words, capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr
+        assert f"left out {tmp_path / 'photos' / '0.jpg'}: not an image" in told.stderr
+        assert "of 4 images" in told.stdout
 
 
 def test_blank_images_are_normalised_and_none_like_another():

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from timm_dvt.images import ImageError, to_array, upright
-
-SUFFIXES = frozenset(
-    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
-)
+from timm_dvt.images import SUFFIXES, ImageError, image_names, to_array, upright
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +44,7 @@ class Fingerprint:
 def list_images(where: str | Path, limit: int | None = None) -> list[Source]:
     """The images that `where` stands for, in an order that does not depend on the file system.
 
-    - a folder: every file below it whose suffix is in `SUFFIXES` (capitals too), sorted by name; names that
-      start with a dot are left out; links to folders are followed, each real folder once
+    - a folder: every image below it (`timm_dvt.images.image_names`), sorted by name
     - a `.txt` file: one path a line, relative to the text file's folder, in the order of the file; blank and
       repeated lines are left out; nothing is checked here: a missing image is reported when it is read
     - any other file: that one image
@@ -62,7 +56,7 @@ def list_images(where: str | Path, limit: int | None = None) -> list[Source]:
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be 1 or more, got {limit}")
     if where.is_dir():
-        sources = [Source(name, where) for name in sorted(_names_below(where))]
+        sources = [Source(name, where) for name in sorted(image_names(where))]
         if not sources:
             raise ValueError(f"no images below the folder {where}: looked for {' '.join(sorted(SUFFIXES))}")
     elif where.suffix.lower() == ".txt" and where.is_file():
@@ -121,17 +115,3 @@ def decode_image(data: bytes) -> Tensor:
     except Exception as error:  # on damaged files Pillow raises nearly anything, IndexError included
         raise ImageError(f"cannot be decoded: {error or type(error).__name__}") from error
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-
-def _names_below(root: Path) -> Iterator[str]:
-    seen: set[tuple[int, int]] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was, or is being, walked
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in files:
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
-                yield Path(folder, name).relative_to(root).as_posix()

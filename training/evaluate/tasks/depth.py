@@ -30,6 +30,8 @@ from training.loop.schedule import cosine
 
 KIND = "depth"
 STATES = ("raw", "denoised")
+NUMBERS = {"delta1": "delta1", "AbsRel": "AbsRel", "RMSE": "RMSE"}
+MEANING = "delta1 (percent, more is better), AbsRel and RMSE (less is better): depth by one linear layer."
 # Rows and columns that Eigen's crop keeps, as fractions of 480 x 640: rows 45 to 470, columns 41 to 600.
 CROP_ROWS, CROP_COLUMNS = (45 / 480, 471 / 480), (41 / 640, 601 / 640)
 
@@ -75,8 +77,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     val.extract()
 
     def logits(features: Features, indices: list[int]) -> Tensor:
-        maps = features.maps(indices, run.state).to(run.device)
-        return head(maps, features.class_tokens(indices).to(run.device))
+        return head(features.maps(indices, run.state), features.class_tokens(indices))
 
     def loss(indices: list[int]) -> Tensor:
         predicted = logits(training, indices)
