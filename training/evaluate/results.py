@@ -25,6 +25,9 @@ COLUMNS = (
     ("mic", "mic_shuffled", "MIC by chance"),
     ("position", "share", "position %"),
     ("position", "zero_correlation", "zero-image corr."),
+    ("blank", "ratio", "blank ratio"),
+    ("blank", "ratio_noise", "noise ratio"),
+    ("blank", "of_photographs", "blank, % of photographs"),
 )
 NAMES = {
     "voc": "VOC12",
@@ -45,6 +48,8 @@ MEANINGS = {  # of a task's numbers, for who has not read the paper
     "mic": "MIC: how well single channels tell the position of a patch, from 0 to 1; beside it what chance gives.",
     "position": "position %: share of the variance that the place of a patch explains. zero-image corr.: how alike the "
     "mean map is to that of a blank image, from -1 to 1. Both are near 0 where features do not know their place.",
+    "blank": "blank ratio, noise ratio: how far patches of an image of one color, or of noise, still differ by their "
+    "place, with the denoiser on over off; 0 is clean. blank, % of photographs: the same over how photographs' differ.",
 }
 
 

@@ -29,6 +29,7 @@ QUICK = [
     "mic.images=1",
     "mic.shuffled=1",
     "position.images=8",
+    "blank.sizes=(64,)",
     "depth.steps=80",
     "depth.warmup=10",
     "depth.bins=32",
@@ -48,6 +49,7 @@ QUICK = [
 RUNS = [
     ("mic", "voc", "mic", None),
     ("position", "ade20k", "share", None),
+    ("blank", "voc", "ratio", None),
     ("knn-seg", "voc", "mIoU", 25.0),
     ("linear-seg", "voc", "mIoU", 25.0),
     ("linear-seg", "ade20k", "mIoU", 25.0),
