@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CocoDetection, ImageFolder
 
+from training.evaluate import davis, voc
 from training.evaluate import folder as own_folder
-from training.evaluate import voc
 from training.evaluate.splits import IGNORE, Boxes, Split, boxes_from, read_mask
 
 
@@ -33,7 +33,7 @@ class Dataset:
 
     Attributes:
         read: (folder, kind) -> {part: Split}.
-        kinds: of annotation that it has: images, masks, boxes, discovery, labels, depth.
+        kinds: of annotation that it has: images, masks, boxes, discovery, labels, depth, videos.
         layout: what must lie in the folder, for the error message.
         present: folder -> those of the kinds that it has, where that differs from one to the next; None is all.
         small: whether it has no protocol in the paper and, as a rule, some hundreds of images: tasks take their `SMALL`
@@ -289,6 +289,7 @@ DATASETS = {
     "imagefolder": Dataset(
         _imagefolder, ("images", "labels"), "  DATA/{train,val}/CLASS/*.jpg             (or png, webp, ...)"
     ),
+    "davis": Dataset(davis.read_davis, ("images", "videos"), davis.LAYOUT),
     "stamps": Dataset(
         _stamps,
         ("images", "masks", "boxes", "discovery", "labels"),

@@ -20,6 +20,9 @@ COLUMNS = (
     ("detection", "mAP_11", "mAP, 11 points"),
     ("discovery", "CorLoc/", "CorLoc"),
     ("attentive-probe", "top1", "top-1"),
+    ("propagation", "J&F", "J&F"),
+    ("propagation", "J", "J"),
+    ("propagation", "F", "F"),
     ("knn-seg", "mIoU", "k-NN mIoU"),
     ("mic", "mic", "MIC"),
     ("mic", "mic_shuffled", "MIC by chance"),
@@ -36,6 +39,7 @@ NAMES = {
     "coco": "COCO",
     "imagefolder": "ImageFolder",
     "camvid": "CamVid",
+    "davis": "DAVIS",
 }
 STATES = ("raw", "denoised", "artifacts", "distilled")
 MEANINGS = {  # of a task's numbers, for who has not read the paper
@@ -45,6 +49,8 @@ MEANINGS = {  # of a task's numbers, for who has not read the paper
     "discovery": "CorLoc: images of which one object is found without any training, in percent; more is better.",
     "attentive-probe": "top-1: images whose class a head with attention over the patches finds, in percent.",
     "knn-seg": "k-NN mIoU: segmentation by the nearest labelled patches, in percent; more is better.",
+    "propagation": "J, F, J&F: objects of a video's first frame, found in all others by the nearest patches: regions, "
+    "boundaries, mean of both, in percent; more is better.",
     "mic": "MIC: how well single channels tell the position of a patch, from 0 to 1; beside it what chance gives.",
     "position": "position %: share of the variance that the place of a patch explains. zero-image corr.: how alike the "
     "mean map is to that of a blank image, from -1 to 1. Both are near 0 where features do not know their place.",

@@ -62,6 +62,7 @@ RUNS = [
     ("detection", "voc", "mAP", None),  # what it learns: test_evaluate_metrics.py
     ("detection", "coco", "mAP", None),
     ("attentive-probe", "imagefolder", "top1", 50.0),
+    ("propagation", "davis", "J&F", 50.0),
 ]
 SLOW = {"mic"}
 
@@ -107,7 +108,7 @@ def test_task_runs_raw_and_denoised_and_beats_chance(task, dataset, number, chan
 @pytest.mark.slow
 def test_all_runs_what_the_stamps_have_annotations_for(model, data, tmp_path):
     results = evaluate("all", "stamps", model, data, tmp_path, "--limit", "8")
-    assert set(results) == set(TASKS) - {"depth"}
+    assert set(results) == set(TASKS) - {"depth", "propagation"}
     assert set(results["mic"]["states"]) == {"raw", "denoised", "artifacts"}
     assert all(set(result["images"].values()) == {8} for result in results.values())
 
