@@ -49,14 +49,12 @@ def seg2bmap(seg):
 
 
 def dilated(mask, radius):
-    out = np.zeros_like(mask)
     height, width = mask.shape
-    for y, x in np.argwhere(mask):
-        for dy in range(-radius, radius + 1):
-            for dx in range(-radius, radius + 1):
-                inside = 0 <= y + dy < height and 0 <= x + dx < width
-                if dy**2 + dx**2 <= radius**2 and inside:
-                    out[y + dy, x + dx] = True
+    padded, out = np.pad(mask, radius), np.zeros_like(mask)
+    for dy in range(2 * radius + 1):
+        for dx in range(2 * radius + 1):
+            if (dy - radius) ** 2 + (dx - radius) ** 2 <= radius**2:
+                out |= padded[dy : dy + height, dx : dx + width]
     return out
 
 

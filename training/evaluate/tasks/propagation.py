@@ -69,8 +69,8 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         frames = video.take(range(0, len(video), settings.stride)[: settings.frames or None])
         if len(frames) < 3:
             raise ValueError(
-                f"the video {video.name} has {len(frames)} frames (of {len(video)}, stride {settings.stride}): it takes 3, "
-                "as the first and the last do not count"
+                f"the video {video.name} has {len(frames)} frames (of {len(video)}, stride {settings.stride}): it takes "
+                "3, as the first and the last do not count"
             )
         clip = Features(features.extractor, frames, features.cache, features.batch_size)
         clip.extract()
