@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from training.common.command import complain, help_from
-from training.evaluate.folder import image_size
+from training.evaluate.annotations import image_size
 from training.evaluate.splits import IGNORE
 
 VAL = {"voc-boxes": 400, "clothing": 300}  # photographs, where the repository has no split of its own

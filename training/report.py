@@ -23,7 +23,8 @@ from pathlib import Path
 from timm_dvt.published import SEVEN, Key, Numbers, Source, numbers_for
 from timm_dvt.variants import SUFFIXES
 from training.common.shared_folder import OutputError, write_atomically
-from training.evaluate.results import COLUMNS, MEANINGS, Row, columns_of, heading, read_rows
+from training.evaluate.registry import TASKS, load_task
+from training.evaluate.results import OF_PAIRS, Row, columns_of, heading, meaning, read_rows
 from training.figures.page import Picture, Section, Table, Text, page
 from training.figures.plots import Line, draw_lines
 
@@ -119,8 +120,8 @@ def results_page(rows: Sequence[Row], pictures: Mapping[str, bytes]) -> bytes:
     measured, published = (
         [[cell.replace("`", "").replace("\\*", "*") for cell in line] for line in one] for one in tables(rows)
     )
-    tasks = {task for row in rows for task, *_ in row.cells}
-    words = [Text(text) for text in (notes(rows), *(MEANINGS[task] for task in MEANINGS if task in tasks)) if text]
+    tasks = dict.fromkeys(task for task, *_ in columns_of(rows))
+    words = [Text(text) for text in (notes(rows), *map(meaning, tasks)) if text]
     sections = [Section("Measured, beside published", [Table(measured[0], measured[1:], words=3), *words])]
     if pictures:
         drawn = [Picture(png, f"{AXES[axis][2]} {LEGEND}") for axis, png in pictures.items()]
@@ -163,10 +164,14 @@ def draw(rows: Sequence[Row], axis: str) -> bytes | None:
         rows: the results.
         axis: one of `AXES`.
     """
-    wanted = {task for task, *_ in COLUMNS} - {"mic", "position", "blank"}  # which have no part in Fig. 7
-    plots = {heading(key): _lines(rows, key, axis) for key in columns_of(rows) if key[0] in wanted}
+    plots = {heading(key): _lines(rows, key, axis) for key in columns_of(rows) if _is_use(key[0])}
     plots = {title: lines for title, lines in plots.items() if lines}
     return draw_lines(plots, AXES[axis][1]) if plots else None
+
+
+def _is_use(task: str) -> bool:
+    """Whether a task uses features. Those that look at images alone (MIC, position) have no part in Fig. 7."""
+    return task not in TASKS or load_task(task).KIND != "images"
 
 
 def _lines(rows: Sequence[Row], key: Key, axis: str) -> list[Line]:
@@ -174,7 +179,7 @@ def _lines(rows: Sequence[Row], key: Key, axis: str) -> list[Line]:
     lines: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for row in rows:
         place = _place(row, axis)
-        if key in row.cells and place is not None and row.state in ("raw", "denoised"):
+        if key in row.cells and place is not None and row.state in _STYLES and OF_PAIRS not in row.tags:
             mean, spread, _ = row.cells[key]
             lines.setdefault((_family(row, axis), row.state), []).append((place, mean, spread or 0.0))
             known = numbers_for(backbone(row.model), kind(row))

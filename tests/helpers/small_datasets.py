@@ -177,6 +177,8 @@ def folder(where: Path, train: int, val: int) -> None:
             path = (where / part / "masks" / name).with_suffix(".png")
             path.parent.mkdir(parents=True, exist_ok=True)
             mask.save(path)
+            depths = (where / part / "depths" / name).with_suffix(".png")
+            save(depths, (1000 * scene.depth).astype(np.uint16))
             images.append({"id": i, "file_name": name, "width": SIZE, "height": SIZE})
             for label, (x0, y0, x1, y1) in scene.objects:
                 box = {"image_id": i, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0]}

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from timm_dvt.published import DINOV2, REG
-from training.evaluate.results import COLUMNS, MEANINGS, read_rows
+from training.evaluate.datasets import DATASETS
+from training.evaluate.registry import TASKS
+from training.evaluate.results import meaning, numbers_of, read_rows
 from training.figures import plots
 from training.report import draw, main
 
@@ -127,7 +129,7 @@ def test_the_page_says_in_words_what_a_figure_shows_and_what_each_number_is(tmp_
     main([str(tmp_path)])
     html = (tmp_path / "report.html").read_text()
     assert html.count("By the number of views from which each training target was made. Solid: denoiser on") == 2
-    assert {task for task, *_ in COLUMNS} == set(MEANINGS)
+    assert all(numbers_of(task) and meaning(task) for task in TASKS)
 
 
 def test_the_legend_of_a_figure_lies_below_its_axes(monkeypatch):
@@ -160,3 +162,48 @@ def test_results_of_two_protocols_stand_in_rows_of_their_own(tmp_path):
     rows = read_rows(tmp_path)
     cells = {row.tags.get("protocol", "fast"): row.cells["linear-seg", "voc", "mIoU"][0] for row in rows}
     assert cells == {"fast": 80.0, "repository": 83.5}
+
+
+def test_every_number_of_every_task_and_dataset_is_shown_also_of_those_that_are_not_known(tmp_path):
+    wanted = []
+    for task in [*TASKS, "new-task"]:
+        for dataset in [*DATASETS, "new-set"]:
+            names = [f"{name}{dataset}" if name.endswith("/") else name for name in numbers_of(task)] or ["some/number"]
+            values = {name: (len(wanted) + i + 1, 0) for i, name in enumerate(names)}
+            wanted += [f"{value:.{2 if value >= 2 else 4}f}" for value, _ in values.values()]
+            result(tmp_path, f"{task}-{dataset}", "m", {"raw": values, "new-state": values}, task=task, dataset=dataset)
+    assert main([str(tmp_path)]) == 0
+    head, _, *rows = table((tmp_path / "report.md").read_text())
+    assert [row[1] for row in rows] == ["raw", "new-state"] and len(head) == 3 + len(wanted)
+    assert all(sorted(row[3:], key=float) == wanted for row in rows)
+    assert len(set(head)) == len(head) and "new-set new-task some/number" in head
+
+
+def test_a_broken_result_is_named(tmp_path, capsys):
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "torn.json").write_text('{"task": ')
+    assert main([str(tmp_path)]) == 2
+    assert f"{tmp_path / 'torn.json'} is no result" in capsys.readouterr().err
+
+
+def draw_points(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.report.draw_lines", lambda plots, axis: plots)
+        (lines,) = draw(read_rows(folder), "parameters").values()
+    return lines
+
+
+def test_maps_of_pairs_stand_in_rows_of_their_own_and_in_no_figure(tmp_path):
+    for size, parameters in (("small", 22_000_000), ("base", 86_000_000)):
+        name = f"vit_{size}_patch14_dinov2.lvd142m"
+        result(tmp_path, size, name, {"raw": {"mIoU": (81.0, 0)}}, parameters=parameters)
+        maps = {state: {"mIoU": (55.0, 0)} for state in ("raw", "F", "F+residual", "raw-G", "mean")}
+        for folder in ("a/pairs", "b/pairs"):
+            more = {"pairs": ["12ab"], "pair_folders": [folder], "parameters": parameters}
+            result(tmp_path, f"{size}-{folder[0]}", name, maps, **more)
+    assert main([str(tmp_path)]) == 0
+    rows = [row for row in table((tmp_path / "report.md").read_text())[2:] if row[2] == "measured"]
+    assert [row[1] for row in rows] == ["raw", *2 * list(maps)] * 2
+    assert [row[3] for row in rows if row[1] == "raw"] == ["81.00", "55.00", "55.00"] * 2
+    points = {line.state: sorted(line.points) for line in draw_points(tmp_path)}
+    assert points["raw"] == [(22.0, 81.0, 0.0), (86.0, 81.0, 0.0)]

@@ -19,9 +19,10 @@ from pathlib import Path
 from training.common.backbone import DTYPES
 from training.common.command import add_model_arguments, complain, flush_subnormals
 from training.common.models import load_model, pick_device
-from training.evaluate.datasets import DATASETS, kinds_of, open_dataset
+from training.evaluate.datasets import DATASETS, kinds_of
 from training.evaluate.features import Extractor
-from training.evaluate.runner import PROTOCOLS, TASKS, Request, evaluate, load_task, task_settings, tasks_of
+from training.evaluate.registry import PROTOCOLS, TASKS, load_task, task_settings, tasks_of
+from training.evaluate.runner import Request, evaluate, open_splits
 from training.evaluate.tables import result_table
 from training.loop.checkpoints import Diverged
 
@@ -52,10 +53,6 @@ def run(args: argparse.Namespace) -> int:
     if args.task == "all":
         kinds = kinds_of(args.dataset, args.data)
         names = [name for name in tasks_of(args.protocol) if load_task(name, args.protocol).KIND in kinds]
-    for name in names:  # before anything slow
-        task_settings(name, args.dataset, args.set, args.protocol)
-        if not Path(args.data).is_dir():
-            open_dataset(args.dataset, args.data, load_task(name, args.protocol).KIND)  # says what it should hold
     out = Path(args.out)
     request = Request(
         task=args.task,
@@ -73,12 +70,14 @@ def run(args: argparse.Namespace) -> int:
         repeats=args.repeats,
         batch_size=args.batch_size,
     )
+    requests = [replace(request, task=name) for name in names]
+    splits = open_splits(requests)  # before anything slow
     device = pick_device(args.device)
     model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
     extractor = Extractor(model, args.input_size, args.dtype)
-    for name in names:
+    for request, opened in zip(requests, splits):
         try:
-            result, path = evaluate(replace(request, task=name), model, extractor)
+            result, path = evaluate(request, model, extractor, opened)
         except FileNotFoundError as error:  # an image or mask that a list names
             layout = DATASETS[args.dataset].layout
             raise ValueError(f"there is no file {error.filename}\nExpected layout:\n{layout}") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.evaluate.folder import read_mask
+from training.evaluate.annotations import read_mask
 from training.evaluate.splits import IGNORE, Split
 
 LAYOUT = """  DATA/JPEGImages/480p/VIDEO/00000.jpg
@@ -51,14 +51,10 @@ def _frames(folder: Path) -> list[Path]:
 
 
 def _video(name: str, frames: list[Path], folder: Path) -> Split:
-    masks = [folder / f"{frame.stem}.png" for frame in frames]
-    for mask in masks:
-        if not mask.is_file():
-            raise FileNotFoundError(f"there is no mask {mask}")
-    binary = set(read_mask(masks[0]).unique().tolist()) == {0, IGNORE}
+    def own(i: int) -> Tensor:
+        return read_mask(folder / f"{frames[i].stem}.png", frames[i], IGNORE)
 
-    def read(i: int) -> Tensor:
-        mask = read_mask(masks[i])
-        return torch.where(mask == IGNORE, 1, mask) if binary else mask
+    def only(i: int) -> Tensor:
+        return (own(i) == IGNORE).to(torch.uint8)
 
-    return Split(name, frames, (), read)
+    return Split(name, frames, (), only if set(own(0).unique().tolist()) == {0, IGNORE} else own)

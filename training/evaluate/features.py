@@ -145,7 +145,7 @@ class Features:
         return len(self.split)
 
     def maps(self, indices: Sequence[int], state: str) -> Tensor:
-        """Patch features (B, K, K, C) float32, on the CPU from the cache, else on the model's device.
+        """Patch features (B, K, K, C) float32, on the model's device, wherever they come from.
 
         Args:
             indices: of images of the split.
@@ -157,7 +157,7 @@ class Features:
         return self._read(indices, (state,))[state]
 
     def class_tokens(self, indices: Sequence[int]) -> Tensor:
-        """Class tokens (B, C); (B, 0) of a model without prefix tokens."""
+        """Class tokens (B, C), on the model's device; (B, 0) of a model without prefix tokens."""
         prefix = self._read(indices, ("prefix",))["prefix"]
         return prefix[:, 0] if prefix.shape[1] else prefix.flatten(1)
 
@@ -215,8 +215,9 @@ class Features:
         return [i for i in range(-(-len(self) // SHARD)) if not self._shard(state, i).exists()]
 
     def _read(self, indices: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
-        """Of "raw", "prefix" and "denoised" those named, float32: from the cache where it holds them, else computed."""
-        found = {name: self._cached(name, indices).float() for name in names if self._is_cached(name)}
+        """Of "raw", "prefix" and "denoised" those named, float32, on the model's device: from the cache, or computed."""
+        device = self.extractor.reader.device
+        found = {name: self._cached(name, indices).to(device).float() for name in names if self._is_cached(name)}
         if len(found) == len(names):
             return found
         computed = found if self._is_cached("raw") else {name: x.float() for name, x in self._backbone(indices).items()}

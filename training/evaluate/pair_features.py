@@ -123,13 +123,13 @@ class PairFeatures:
         """Nothing to do: stage 1 did it."""
 
     def maps(self, indices: Sequence[int], state: str) -> Tensor:
-        """(B, K, K, C) float32, for a state of `STATES`."""
+        """(B, K, K, C) float32 on the model's device, for a state of `STATES`."""
         layer = self.extractor.reader.depth - 1
         found = []
         for i in indices:
             parts = read_pair(self._files[i], layer, ("raw", "clean", "artifacts"))
             found.append(STATES[state](*(part.float() for part in parts.values())))
-        return torch.stack(found)
+        return torch.stack(found).to(self.extractor.reader.device)
 
     def batches(self, state: str, label: str = "images") -> Iterator[tuple[list[int], Tensor]]:
         """All images in order, as (indices, (B, K, K, C))."""

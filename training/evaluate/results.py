@@ -9,54 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from timm_dvt.published import Key
+from training.evaluate import pair_features
+from training.evaluate.datasets import DATASETS
+from training.evaluate.registry import TASKS, load_task
 
-# The paper's columns in its order (Tabs. 2, 3, 4, S3, 5, 1, and Fig. 3 in a number): task, number, heading.
-COLUMNS = (
-    ("linear-seg", "mIoU", "mIoU"),
-    ("linear-seg", "mAcc", "mAcc"),
-    ("depth", "delta1", "delta1"),
-    ("depth", "AbsRel", "AbsRel"),
-    ("depth", "RMSE", "RMSE"),
-    ("detection", "mAP_11", "mAP, 11 points"),
-    ("discovery", "CorLoc/", "CorLoc"),
-    ("attentive-probe", "top1", "top-1"),
-    ("propagation", "J&F", "J&F"),
-    ("propagation", "J", "J"),
-    ("propagation", "F", "F"),
-    ("knn-seg", "mIoU", "k-NN mIoU"),
-    ("mic", "mic", "MIC"),
-    ("mic", "mic_shuffled", "MIC by chance"),
-    ("position", "share", "position %"),
-    ("position", "zero_correlation", "zero-image corr."),
-    ("blank", "ratio", "blank ratio"),
-    ("blank", "ratio_noise", "noise ratio"),
-    ("blank", "of_photographs", "blank, % of photographs"),
-)
-NAMES = {
-    "voc": "VOC12",
-    "ade20k": "ADE20k",
-    "nyu": "NYUv2",
-    "coco": "COCO",
-    "imagefolder": "ImageFolder",
-    "camvid": "CamVid",
-    "davis": "DAVIS",
-}
-STATES = ("raw", "denoised", "artifacts", "distilled")
-MEANINGS = {  # of a task's numbers, for who has not read the paper
-    "linear-seg": "mIoU, mAcc: segmentation by one linear layer on the patches, in percent; more is better.",
-    "depth": "delta1 (percent, more is better), AbsRel and RMSE (less is better): depth by one linear layer.",
-    "detection": "mAP: detection of objects by a small head on the patches, in percent; more is better.",
-    "discovery": "CorLoc: images of which one object is found without any training, in percent; more is better.",
-    "attentive-probe": "top-1: images whose class a head with attention over the patches finds, in percent.",
-    "knn-seg": "k-NN mIoU: segmentation by the nearest labelled patches, in percent; more is better.",
-    "propagation": "J, F, J&F: objects of a video's first frame, found in all others by the nearest patches: regions, "
-    "boundaries, mean of both, in percent; more is better.",
-    "mic": "MIC: how well single channels tell the position of a patch, from 0 to 1; beside it what chance gives.",
-    "position": "position %: share of the variance that the place of a patch explains. zero-image corr.: how alike the "
-    "mean map is to that of a blank image, from -1 to 1. Both are near 0 where features do not know their place.",
-    "blank": "blank ratio, noise ratio: how far patches of an image of one color, or of noise, still differ by their "
-    "place, with the denoiser on over off; 0 is clean. blank, % of photographs: the same over how photographs' differ.",
-}
+# The tasks of the paper's tables in their order (Tabs. 2, 3, 4, S3, 5, 1, and Fig. 3 in a number); others come behind.
+PAPER = ("linear-seg", "depth", "detection", "discovery", "attentive-probe", "knn-seg", "mic", "position")
+STATES = ("raw", "denoised", "artifacts", "distilled", *list(pair_features.STATES)[1:])
+OF_PAIRS = "maps of"  # tag of results of --pairs, whose raw maps are the pairs' own
 
 
 @dataclass
@@ -65,8 +25,8 @@ class Row:
 
     Attributes:
         model: as it was named.
-        state: "raw", "denoised", "artifacts" or "distilled".
-        tags: pairs=N and so on.
+        state: one of `STATES`.
+        tags: pairs=N and so on; OF_PAIRS of what --pairs gave.
         parameters: of the whole model.
         cells: {column: (mean, spread or None, whether of the full protocol)}.
     """
@@ -86,12 +46,16 @@ def read_rows(folder: Path) -> list[Row]:
     """
     rows: dict[tuple, Row] = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
-        result: dict[str, Any] = json.loads(path.read_text())
-        if "task" not in result or "states" not in result:
+        result = _read(path)
+        if not {"task", "dataset", "model", "states"} <= result.keys():
             continue
-        whole = not result["limit"] and not result["changed"]
+        whole = not result.get("limit") and not result.get("changed")
+        tags = dict(result.get("tags", {}))
         protocol = result.get("protocol", "fast")  # results before there were several do not say
-        tags = result["tags"] | ({} if protocol == "fast" else {"protocol": protocol})
+        if protocol != "fast":
+            tags["protocol"] = protocol
+        if result.get("pairs"):
+            tags[OF_PAIRS] = " + ".join(result.get("pair_folders") or ["pairs"])
         for state, numbers in result["states"].items():
             key = (result["model"], tuple(sorted(tags.items())), state)
             row = rows.setdefault(key, Row(result["model"], state, tags, result["parameters"]))
@@ -100,31 +64,62 @@ def read_rows(folder: Path) -> list[Row]:
                 row.cells[(result["task"], result["dataset"], name)] = (summary["mean"], spread, whole)
     if not rows:
         raise ValueError(f"no results in {folder}: python -m training.evaluate TASK --out {folder} writes them")
-    return sorted(rows.values(), key=lambda row: (row.model, sorted(row.tags.items()), STATES.index(row.state)))
+    return sorted(rows.values(), key=lambda row: (row.model, sorted(row.tags.items()), _place(row.state, STATES)))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no result, nor any other JSON: {error}; remove it") from error
+    return record if isinstance(record, dict) else {}
 
 
 def columns_of(rows: Sequence[Row]) -> list[Key]:
-    """The columns that have a measured number, in the paper's order."""
-    present = list(dict.fromkeys(key for row in rows for key in row.cells))
-    ordered = []
-    for task, number, _ in COLUMNS:
-        ordered += sorted(
-            (key for key in present if key[0] == task and _is_number(key[2], number)),
-            key=lambda key: [*NAMES, "stamps", "folder"].index(key[1]),
-        )
-    return ordered
+    """The columns that have a measured number: tasks in the paper's order, then others; a task's numbers in its own."""
+    present = [key for key in dict.fromkeys(key for row in rows for key in row.cells) if _title(key) is not None]
+
+    def order(key: Key) -> tuple:
+        task, dataset, number = key
+        return _place(task, PAPER), _place(_entry(key), list(numbers_of(task))), _place(dataset, list(DATASETS)), number
+
+    return sorted(present, key=order)
 
 
 def heading(key: Key) -> str:
     """A column's name: dataset and number."""
     task, dataset, number = key
-    if task == "discovery":
-        return f"{number.removeprefix('CorLoc/')} CorLoc"
     if (task, dataset) == ("detection", "voc"):
         return "VOC07 mAP (11 points)"
-    title = next(title for t, n, title in COLUMNS if t == task and _is_number(number, n))
-    return f"{NAMES.get(dataset, dataset)} {title}"
+    entry = _entry(key)
+    if entry.endswith("/"):  # what follows says of which part of which dataset it is
+        return f"{number.removeprefix(entry)} {_title(key)}"
+    title = DATASETS[dataset].title if dataset in DATASETS else ""
+    return f"{title or dataset} {_title(key)}"
 
 
-def _is_number(name: str, wanted: str) -> bool:
-    return name.startswith(wanted) if wanted.endswith("/") else name == wanted
+def numbers_of(task: str) -> dict[str, str]:
+    """{number: heading} of what is shown of a task; nothing if it does not say."""
+    return getattr(load_task(task), "NUMBERS", {}) if task in TASKS else {}
+
+
+def meaning(task: str) -> str:
+    """What its numbers mean, for who has not read the paper; "" if it does not say."""
+    return getattr(load_task(task), "MEANING", "") if task in TASKS else ""
+
+
+def _entry(key: Key) -> str:
+    """Under which name a task's NUMBERS have a number."""
+    task, _, number = key
+    return next((name for name in numbers_of(task) if name.endswith("/") and number.startswith(name)), number)
+
+
+def _title(key: Key) -> str | None:
+    """The heading of a number without its dataset; None of one that is not shown."""
+    numbers = numbers_of(key[0])
+    return numbers.get(_entry(key)) if numbers else f"{key[0]} {key[2]}"
+
+
+def _place(name: str, order: Sequence[str]) -> tuple[int, str]:
+    """Where a name stands in an order; those that it does not have come behind, by name."""
+    return (order.index(name), "") if name in order else (len(order), name)

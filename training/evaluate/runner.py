@@ -1,27 +1,12 @@
-"""Runs one task over a model's states and seeds, and keeps what is finished.
-
-A task is a module of training/evaluate/tasks with
-
-    KIND                what annotation it needs: a kind of datasets.py
-    Settings            a frozen dataclass: the paper's protocol
-    SMALL               the same, sized for datasets that are `small` and two cores (may be left out)
-    STATES              which of "raw", "denoised", "artifacts" it is for; those that the model has are run
-    run(data, settings, run) -> {name: number}
-
-where `data` is {part: Features} and `run` a `Run`. Numbers called mIoU, CorLoc, ... are percentages. Those of
-training/evaluate/repository are the same tasks by the protocol of the authors' repository.
-"""
+"""Runs one task over a model's states and seeds, and keeps what is finished."""
 
 from __future__ import annotations
 
-import ast
-import importlib
 import json
-import pkgutil
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -29,26 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-import training.evaluate.repository as repository_package
-import training.evaluate.tasks as fast_package
 from timm_dvt.version import __version__
-from training.evaluate.datasets import named, open_dataset
+from training.evaluate.datasets import open_dataset
 from training.evaluate.features import Extractor, Features
 from training.evaluate.pair_features import SAME, STATES, pair_data
+from training.evaluate.registry import TASKS, load_task, task_settings
+from training.evaluate.splits import Split
 from training.evaluate.tables import summarise, write_json
-
-PAIR_TASKS = ("knn-seg", "linear-seg", "mic", "position")  # those for which --pairs says something
-# fast: features extracted once, from whole images resized to a square; repository: as the authors' code evaluates.
-PROTOCOLS = {"fast": fast_package, "repository": repository_package}
-
-
-def tasks_of(protocol: str) -> tuple[str, ...]:
-    """The tasks that a protocol is there for."""
-    modules = pkgutil.iter_modules(PROTOCOLS[protocol].__path__)
-    return tuple(sorted(module.name.replace("_", "-") for module in modules))
-
-
-TASKS = tasks_of("fast")
 
 
 @dataclass(frozen=True)
@@ -88,62 +60,27 @@ class Request:
     batch_size: int = 16
 
 
-def load_task(name: str, protocol: str = "fast") -> Any:
-    """The module of a task by its name.
+def open_splits(requests: Sequence[Request]) -> list[dict[str, Split]]:
+    """The images and annotations of each evaluation, read and checked once for those that share them.
 
     Raises:
-        ValueError: no such task, or not by this protocol.
+        ValueError: a name, setting or dataset that cannot be.
     """
-    if name not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, or all, got {name!r}")
-    if name not in tasks_of(protocol):
-        raise ValueError(f"--protocol {protocol} is for {', '.join(tasks_of(protocol))}, not for {name}")
-    return importlib.import_module(f"{PROTOCOLS[protocol].__name__}.{name.replace('-', '_')}")
+    opened: dict[tuple, dict[str, Split]] = {}
+    keys = []
+    for request in requests:
+        kind = load_task(request.task, request.protocol).KIND
+        settings = task_settings(request.task, request.dataset, request.settings, request.protocol)
+        keys.append((request.dataset, request.data, kind, getattr(settings, "trainaug", None), request.limit))
+    for key in keys:
+        if key not in opened:
+            opened[key] = open_dataset(*key)
+    return [opened[key] for key in keys]
 
 
-def task_settings(name: str, dataset: str, words: Sequence[str] = (), protocol: str = "fast") -> Any:
-    """A task's settings for a dataset, with `NAME=VALUE` or `TASK.NAME=VALUE` overriding them.
-
-    Raises:
-        ValueError: no such dataset or setting, or a value of the wrong type; a `TASK.` of another task is left alone.
-    """
-    task = load_task(name, protocol)
-    settings = getattr(task, "SMALL", task.Settings()) if named(dataset).small else task.Settings()
-    known = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    changes = {}
-    for word in words:
-        match = re.fullmatch(r"(?:([a-z-]+)\.)?(\w+)=(.*)", word)
-        if match is None:
-            raise ValueError(f"--set takes NAME=VALUE or TASK.NAME=VALUE, got {word!r}")
-        owner, key, text = match.groups()
-        if owner is not None and owner not in TASKS:
-            raise ValueError(f"--set {word}: there is no task {owner!r}; tasks are {', '.join(TASKS)}")
-        if owner not in (None, name):
-            continue
-        if key not in known:
-            raise ValueError(f"--set {word}: {name} has the settings {', '.join(known) or 'none'}")
-        changes[key] = _parse(word, text, known[key])
-    return replace(settings, **changes)
-
-
-def _parse(word: str, text: str, default: Any) -> Any:
-    if isinstance(default, str):
-        return text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        raise ValueError(f"--set {word}: {text!r} is not a value like {default!r}") from None
-    kinds = (int, float) if isinstance(default, float) else (type(default),)
-    if (
-        value is not None
-        and default is not None
-        and (not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)))
-    ):
-        raise ValueError(f"--set {word}: must be {type(default).__name__}, like {default!r}, got {text!r}")
-    return value
-
-
-def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[dict[str, Any], Path]:
+def evaluate(
+    request: Request, model: nn.Module, extractor: Extractor, splits: dict[str, Split] | None = None
+) -> tuple[dict[str, Any], Path]:
     """Run a task; returns the result and the JSON file that holds it.
 
     What was finished before is taken from OUT; a finished result is not computed again. The result is
@@ -153,26 +90,28 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
 
     with one value a seed; the difference is denoised - raw (of pairs F - raw), seed by seed.
 
+    Args:
+        splits: of `open_splits`, where they are open already.
+
     Raises:
         ValueError: a name, setting or dataset that cannot be.
     """
     task = load_task(request.task, request.protocol)
     settings = task_settings(request.task, request.dataset, request.settings, request.protocol)
-    trainaug = getattr(settings, "trainaug", None)
-    splits = open_dataset(request.dataset, request.data, task.KIND, trainaug)
-    if request.pairs and request.task not in PAIR_TASKS:
-        raise ValueError(f"--pairs is for {', '.join(PAIR_TASKS)}, not for {request.task}")
+    splits = splits or open_splits([request])[0]
     if request.pairs and request.protocol != "fast":
         raise ValueError("--pairs holds maps of whole images: it goes with --protocol fast alone")
-    limited = {part: split.limit(request.limit) for part, split in splits.items()}
+    if request.pairs and not getattr(task, "PAIRS", False):
+        able = [name for name in TASKS if getattr(load_task(name), "PAIRS", False)]
+        raise ValueError(f"--pairs is for {', '.join(able)}, not for {request.task}")
     groups: list[tuple[Mapping[str, Any], Sequence[str]]]
     if request.pairs:
-        parts = {part: split for part, split in limited.items() if part == "val" or task.KIND != "images"}
+        parts = {part: split for part, split in splits.items() if part == "val" or task.KIND != "images"}
         groups = [*pair_data(request.pairs, parts, extractor, request.batch_size)]
     else:
         available = {*extractor.states, *(["artifacts"] if "denoised" in extractor.states else [])}
         features = {
-            part: Features(extractor, split, request.cache, request.batch_size) for part, split in limited.items()
+            part: Features(extractor, split, request.cache, request.batch_size) for part, split in splits.items()
         }
         groups = [(features, [state for state in task.STATES if state in available])]
     data = groups[0][0]
@@ -208,6 +147,7 @@ def evaluate(request: Request, model: nn.Module, extractor: Extractor) -> tuple[
         states = {state: states[state] for state in STATES if state in states}
     result = {
         **facts,
+        "pair_folders": [str(folder) for folder in request.pairs],
         "limit": request.limit,
         "changed": [word for word in request.settings if word.partition(".")[0] in (request.task, word)],
         "tags": {**_known_tags(request.model), **dict(tag.split("=", 1) for tag in request.tags)},

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from training.common.images import ImageError, load_image
@@ -83,22 +82,6 @@ class Split:
         return replace(self, images=[self.images[i] for i in chosen], annotation=lambda index: read(chosen[index]))
 
 
-def boxes_from(corners: Sequence, classes: Sequence[int], size: tuple[int, int], difficult=()) -> Boxes:
-    """Boxes of an image of size (width, height) from corners in pixels, x1 and y1 exclusive."""
-    scale = torch.tensor([*size, *size], dtype=torch.float32)
-    hard = list(difficult) or [False] * len(classes)
-    return Boxes(
-        torch.tensor(corners, dtype=torch.float32).reshape(-1, 4) / scale,
-        torch.tensor(classes, dtype=torch.int64).reshape(-1),
-        torch.tensor(hard, dtype=torch.bool).reshape(-1),
-    )
-
-
-def read_mask(path: str | Path) -> Tensor:
-    """A mask of class indices (palette or grey) as (h, w) uint8."""
-    return torch.from_numpy(np.array(Image.open(path))).to(torch.uint8)
-
-
 def join(name: str, first: Split, second: Split) -> Split:
     """Both splits in one."""
 
@@ -106,3 +89,10 @@ def join(name: str, first: Split, second: Split) -> Split:
         return first.annotation(i) if i < len(first) else second.annotation(i - len(first))
 
     return Split(name, [*first.images, *second.images], first.classes, read)
+
+
+def list_files(folder: Path, *suffixes: str) -> list[Path]:
+    """The files of a folder with one of these suffixes, whose names start with no dot. Raises FileNotFoundError."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.name[0] != ".")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torchvision.datasets import VOCDetection, VOCSegmentation
 
-from training.evaluate.splits import Boxes, Split, boxes_from, join, read_mask
+from training.evaluate.annotations import boxes_of, read_mask, voc_things
+from training.evaluate.splits import Boxes, Split, join
 
 LAYOUT = """  DATA/VOCdevkit/VOC2012/{JPEGImages,Annotations,SegmentationClass}
   DATA/VOCdevkit/VOC2012/ImageSets/{Main/trainval.txt,Segmentation/{train,val}.txt}
@@ -58,30 +58,18 @@ def read_voc(folder: Path, kind: str, trainaug: bool | None = None) -> dict[str,
 
 
 def _voc_masks(name: str, images: Sequence[str], masks: Sequence[str]) -> Split:
-    return Split(name, [Path(p) for p in images], ["background", *VOC_CLASSES], lambda i: read_mask(masks[i]))
+    names = ["background", *VOC_CLASSES]
+    return Split(
+        name, [Path(p) for p in images], names, lambda i: read_mask(Path(masks[i]), Path(images[i]), len(names))
+    )
 
 
 def _voc_boxes(folder: Path, year: str, part: str) -> Split:
     reader = VOCDetection(str(folder), year, part)
+    images = [Path(p) for p in reader.images]
     index = {name: i for i, name in enumerate(VOC_CLASSES)}
 
     def read(i: int) -> Boxes:
-        with open(reader.annotations[i], "rb") as file:
-            record = reader.parse_voc_xml(_parse_xml(file))["annotation"]
-        corners, classes, hard = [], [], []
-        for thing in record.get("object", []):
-            box = {key: float(value) for key, value in thing["bndbox"].items()}
-            # VOC counts pixels from 1 and includes the last one.
-            corners.append([box["xmin"] - 1, box["ymin"] - 1, box["xmax"], box["ymax"]])
-            classes.append(index[thing["name"]])
-            hard.append(thing.get("difficult", "0") == "1")
-        size = int(record["size"]["width"]), int(record["size"]["height"])
-        return boxes_from(corners, classes, size, hard)
+        return boxes_of(voc_things(Path(reader.annotations[i]), index), len(index), images[i])
 
-    return Split(f"VOC{year} {part}", [Path(p) for p in reader.images], VOC_CLASSES, read)
-
-
-def _parse_xml(file) -> Any:
-    from xml.etree.ElementTree import parse
-
-    return parse(file).getroot()
+    return Split(f"VOC{year} {part}", images, VOC_CLASSES, read)

@@ -15,7 +15,7 @@ from tests.helpers import small_datasets
 from training.evaluate.__main__ import main
 from training.evaluate.datasets import DATASETS, open_dataset
 from training.evaluate.features import Extractor, Features
-from training.evaluate.runner import TASKS, load_task
+from training.evaluate.registry import TASKS, load_task
 from training.evaluate.tasks import detection
 
 ARGS = {"img_size": 64, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 0}
@@ -56,6 +56,7 @@ RUNS = [
     ("linear-seg", "camvid", "mIoU", 25.0),
     ("linear-seg", "folder", "mIoU", 25.0),
     ("depth", "nyu", "delta1", 60.0),
+    ("depth", "folder", "delta1", 60.0),
     ("discovery", "voc", "CorLoc/voc2007", None),
     ("discovery", "coco", "CorLoc/coco20k", None),
     ("discovery", "folder", "CorLoc/folder", None),

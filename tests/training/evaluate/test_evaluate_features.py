@@ -6,8 +6,11 @@ import torch
 
 import timm_dvt
 from tests.helpers import small_datasets
+from training.common.backbone import FeatureReader
 from training.evaluate.datasets import open_dataset
 from training.evaluate.features import SHARD, Extractor, Features
+from training.evaluate.runner import Run
+from training.evaluate.tasks import detection
 
 
 def model(name="vit_tiny_patch16_224", **kwargs):
@@ -117,3 +120,46 @@ def test_a_full_disk_is_found_out_before_the_work(split, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 9, 1))
     with pytest.raises(ValueError, match="--cache off"):
         Features(Extractor(model()), split, tmp_path).extract()
+
+
+@pytest.mark.parametrize("cached", ["raw", "denoised", "nothing"])
+def test_maps_are_on_the_device_of_the_model_wherever_they_come_from(cached, split, tmp_path):
+    extractor = Extractor(model())
+    features = Features(extractor, split.limit(2), tmp_path / "cache")
+    if cached == "raw":  # as left by an evaluation of the backbone alone
+        features._extract("raw", tmp_path / "cache" / features.keys["raw"])
+    elif cached == "denoised":
+        features.extract()
+    extractor.model.to("meta")  # any device that is not the CPU's
+    extractor.reader = FeatureReader(extractor.model, input_size=64)
+    features._half = lambda found, indices: found.half()  # which looks at values
+    for state in ("raw", "denoised", "artifacts"):
+        assert features.maps([0, 1], state).device.type == "meta", state
+    assert features.class_tokens([1]).device.type == "meta"
+
+
+@pytest.mark.parametrize("fixed_pe", ["both", "none"])
+@pytest.mark.parametrize("embedding", ["sincos", "artifacts"])
+def test_a_detector_gets_maps_and_positions_on_its_device(fixed_pe, embedding, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    class Stub(torch.nn.Module):
+        def forward(self, maps, targets):
+            assert {maps.device.type, *(x.device.type for target in targets for x in target.values())} == {"meta"}
+            raise Stop
+
+    small_datasets.stamps(tmp_path / "stamps", train=4, val=2)
+    splits = open_dataset("stamps", tmp_path / "stamps", "boxes")
+    extractor = Extractor(model())
+    data = {part: Features(extractor, split, tmp_path / "cache") for part, split in splits.items()}
+    monkeypatch.setattr(detection, "Detector", lambda *_: Stub())
+
+    def first_loss(head, loss, *_):
+        extractor.reader.device = torch.device("meta")
+        loss([0, 1])
+
+    monkeypatch.setattr(detection, "train", first_loss)
+    settings = detection.Settings(fixed_pe=fixed_pe, embedding=embedding)
+    with pytest.raises(Stop):
+        detection.run(data, settings, Run("denoised", device=torch.device("meta")))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.helpers import small_datasets
 from training.evaluate.datasets import DATASETS, kinds_of, open_dataset
-from training.evaluate.runner import task_settings
+from training.evaluate.registry import task_settings
 
 
 @pytest.fixture
@@ -73,11 +73,28 @@ def test_boxes_are_fractions_of_the_image(where):
 def test_a_folder_has_the_kinds_that_it_has_annotations_for(where):
     assert set(kinds_of("folder", where)) == set(DATASETS["folder"].kinds)
     (where / "train" / "boxes.json").unlink()
-    assert set(kinds_of("folder", where)) == {"images", "masks", "discovery"}
+    assert set(kinds_of("folder", where)) == {"images", "masks", "depth", "discovery"}
     shutil.rmtree(where / "train")
     shutil.rmtree(where / "val" / "masks")
+    assert set(kinds_of("folder", where)) == {"images", "depth", "discovery"}
+    shutil.rmtree(where / "val" / "depths")
     assert set(kinds_of("folder", where)) == {"images", "discovery"}
     assert len(open_dataset("folder", where, "images")["val"]) == 3  # which needs no training images
+
+
+def test_depths_are_in_millimeters_and_0_where_unknown(where):
+    values = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    Image.fromarray(values).save(where / "train" / "depths" / "more" / "001.png")
+    splits = open_dataset("folder", where, "depth")
+    assert [len(splits[part]) for part in ("train", "val")] == [4, 3]
+    i = [path.name for path in splits["train"].images].index("001.jpg")
+    assert np.allclose(splits["train"].annotation(i).numpy(), values / 1000)
+    assert task_settings("depth", "folder").eigen_crop is False and task_settings("depth", "nyu").eigen_crop is True
+    (where / "val" / "depths" / "002.png").unlink()
+    with pytest.raises(
+        ValueError, match=r"there is no depth map .*val/depths/002.png for the image .*val/images/002.jpg"
+    ):
+        open_dataset("folder", where, "depth")
 
 
 def missing_mask(where):
@@ -136,7 +153,7 @@ def change(where, alter, part="val"):
         (lambda record: record["annotations"][0].update(category_id=9), "there is no category 9"),
         (lambda record: record["annotations"][0].update(image_id=99), "there is no image 99"),
         (lambda record: record.pop("categories"), "is not COCO's JSON of boxes: KeyError: 'categories'"),
-        (lambda record: record["categories"][0].update(name="pink"), "has the categories .*red.*val/boxes.json .*pink"),
+        (lambda record: record["categories"][0].update(name="pink"), "train has no .pink.; val has no .red."),
     ],
 )
 def test_boxes_that_cannot_be_are_named(alter, message, where):

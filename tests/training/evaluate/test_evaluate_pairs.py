@@ -16,6 +16,7 @@ from training.evaluate.features import Extractor
 from training.evaluate.pair_features import STATES, PairFeatures
 from training.evaluate.tasks import mic, position
 from training.pairs.folder import PairFolder
+from training.report import main as report
 
 WITH_G = tuple(state for state in STATES if state != "view-average")
 ARGS = {"img_size": 64, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 0}
@@ -56,6 +57,9 @@ def test_tab_5_from_two_commands(model, data, tmp_path, capsys):
     assert result["images"] == {"train": 8, "val": 4}
     states = result["states"]
     assert len({states[state]["mIoU"]["mean"] for state in WITH_G}) > 2 and states["raw-G"] == states["F+residual"]
+    assert evaluate("knn-seg", *words[:-5], *words[-3:]) == 0 and report([str(out)]) == 0
+    rows = [line.split(" | ") for line in (out / "report.md").read_text().splitlines() if "measured" in line]
+    assert [row[1] for row in rows] == ["raw", "denoised", *[state for state in STATES if state in states]]
     assert evaluate("detection", *words[:-3]) == 2 and "--pairs is for knn-seg" in capsys.readouterr().err
 
 

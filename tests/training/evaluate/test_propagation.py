@@ -212,5 +212,5 @@ def test_a_missing_mask_and_a_first_frame_without_objects_are_named(tmp_path, vi
     with pytest.raises(ValueError, match="the first frame of the video one has no object"):
         propagation.run(videos, Settings(), Run("raw"))
     (masks / "two" / "00003.png").unlink()
-    with pytest.raises(ValueError, match="there is no mask .*two/00003.png\nExpected layout"):
+    with pytest.raises(ValueError, match="there is no mask .*two/00003.png for the image .*\nExpected layout"):
         open_dataset("davis", tmp_path, "videos")

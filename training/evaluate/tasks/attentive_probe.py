@@ -23,6 +23,8 @@ from training.loop.schedule import cosine
 
 KIND = "labels"
 STATES = ("raw", "denoised")
+NUMBERS = {"top1": "top-1"}
+MEANING = "top-1: images whose class a head with attention over the patches finds, in percent."
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
 
     def loss(indices: list[int]) -> Tensor:
         labels = torch.tensor([training.split.annotation(i) for i in indices], device=run.device)
-        return cross_entropy(probe(training.maps(indices, run.state).flatten(1, 2).to(run.device)), labels)
+        return cross_entropy(probe(training.maps(indices, run.state).flatten(1, 2)), labels)
 
     torch.manual_seed(run.seed)
     probe = AttentiveProbe(training.channels, len(val.split.classes), heads).to(run.device)
@@ -82,6 +84,6 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     right = 0
     with torch.no_grad():
         for indices, maps in val.batches(run.state, f"attentive-probe ({run.state})"):
-            predicted = probe(maps.flatten(1, 2).to(run.device)).argmax(1).cpu()
+            predicted = probe(maps.flatten(1, 2)).argmax(1).cpu()
             right += int((predicted == torch.tensor([val.split.annotation(i) for i in indices])).sum())
     return {"top1": 100 * right / len(val)}

@@ -30,6 +30,8 @@ from training.loop.schedule import stepped
 
 KIND = "boxes"
 STATES = ("raw", "denoised")
+NUMBERS = {"mAP_11": "mAP, 11 points"}
+MEANING = "mAP: detection of objects by a small head on the patches, in percent; more is better."
 FIXED_PE = ("denoised", "both", "none")
 EMBEDDINGS = ("sincos", "artifacts")
 FINEST = (4, 2, 1)
@@ -110,13 +112,14 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     training.extract()
     val.extract()
     classes, size = len(val.split.classes), training.extractor.reader.input_size
-    position = torch.zeros(())
+    position = torch.zeros((), device=run.device)
     if settings.fixed_pe in ("both", run.state):
         learned = settings.embedding == "artifacts"
         position = mean_artifacts(training) if learned else fixed_positions(training.grid, training.channels)
+        position = position.to(run.device)
 
     def read(features: Features, indices: list[int]) -> Tensor:
-        return (features.maps(indices, run.state) + position.to(run.device)).to(run.device)
+        return features.maps(indices, run.state) + position
 
     def loss(indices: list[int]) -> Tensor:
         targets = [_target(training.split.annotation(i), size, run.device) for i in indices]
@@ -142,7 +145,7 @@ def mean_artifacts(features: Features) -> Tensor:
         raise ValueError("embedding=artifacts needs a model with a denoiser")
     total = torch.zeros(features.grid, features.grid, features.channels, dtype=torch.float64)
     for _, maps in features.batches("artifacts", "mean artifacts"):
-        total += maps.double().sum(0).cpu()
+        total += maps.cpu().double().sum(0)
     return (total / len(features)).float()
 
 

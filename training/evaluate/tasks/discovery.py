@@ -16,6 +16,8 @@ from training.evaluate.runner import Run
 
 KIND = "discovery"
 STATES = ("raw", "denoised")
+NUMBERS = {"CorLoc/": "CorLoc"}
+MEANING = "CorLoc: images of which one object is found without any training, in percent; more is better."
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         features.extract()
         right = counted = 0
         for indices, maps in features.batches(run.state, f"LOST on {part} ({run.state})"):
-            for index, image in zip(indices, maps):
+            for index, image in zip(indices, maps.cpu()):
                 boxes = features.split.annotation(index).boxes
                 if len(boxes):
                     counted += 1

@@ -27,6 +27,9 @@ from training.evaluate.splits import IGNORE
 
 KIND = "masks"
 STATES = ("raw", "denoised")
+PAIRS = True
+NUMBERS = {"mIoU": "k-NN mIoU"}
+MEANING = "k-NN mIoU: segmentation by the nearest labelled patches, in percent; more is better."
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         for index, features in zip(indices, maps):
             mask = val.split.annotation(index)
             size = (settings.query_size,) * 2 if settings.query_size else tuple(mask.shape)
-            pixels = upsample(features.permute(2, 0, 1)[None].to(run.device), size)[0].flatten(1).T
+            pixels = upsample(features.permute(2, 0, 1)[None], size)[0].flatten(1).T
             predicted = nearest_class(pixels, bank, labels, settings.neighbours, classes).reshape(size)
             if settings.query_size:
                 predicted = _stretch(predicted, mask)

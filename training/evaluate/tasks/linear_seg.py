@@ -29,6 +29,9 @@ from training.loop.schedule import straight
 
 KIND = "masks"
 STATES = ("raw", "denoised")
+PAIRS = True
+NUMBERS = {"mIoU": "mIoU", "mAcc": "mAcc"}
+MEANING = "mIoU, mAcc: segmentation by one linear layer on the patches, in percent; more is better."
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
 
     def loss(indices: list[int]) -> Tensor:
         labels = torch.stack([mask(i) for i in indices]).to(run.device).long()
-        logits = head(training.maps(indices, run.state).to(run.device), (size, size))
+        logits = head(training.maps(indices, run.state), (size, size))
         labelled = max(1, int((labels != IGNORE).sum()))  # a batch might have none
         return cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / labelled
 
@@ -95,6 +98,6 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         for indices, maps in val.batches(run.state, f"linear-seg ({run.state})"):
             for index, features in zip(indices, maps):
                 mask_ = val.split.annotation(index)
-                logits = head(features[None].to(run.device), tuple(mask_.shape))
+                logits = head(features[None], tuple(mask_.shape))
                 score.add(logits[0].argmax(0), mask_)
     return score.numbers()

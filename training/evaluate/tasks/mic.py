@@ -20,6 +20,9 @@ from training.evaluate.runner import Run
 
 KIND = "images"
 STATES = ("raw", "denoised", "artifacts")
+PAIRS = True
+NUMBERS = {"mic": "MIC", "mic_shuffled": "MIC by chance"}
+MEANING = "MIC: how well single channels tell the position of a patch, from 0 to 1; beside it what chance gives."
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,12 @@ from training.evaluate.runner import Run
 
 KIND = "images"
 STATES = ("raw", "denoised", "artifacts")
+PAIRS = True
+NUMBERS = {"share": "position %", "zero_correlation": "zero-image corr."}
+MEANING = (
+    "position %: share of the variance that the place of a patch explains. zero-image corr.: how alike the mean map is "
+    "to that of a blank image, from -1 to 1. Both are near 0 where features do not know their place."
+)
 
 
 @dataclass(frozen=True)

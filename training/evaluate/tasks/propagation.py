@@ -32,6 +32,11 @@ from training.evaluate.splits import IGNORE, Split
 
 KIND = "videos"
 STATES = ("raw", "denoised")
+NUMBERS = {"J&F": "J&F", "J": "J", "F": "F"}
+MEANING = (
+    "J, F, J&F: objects of a video's first frame, found in all others by the nearest patches: regions, boundaries, "
+    "mean of both, in percent; more is better."
+)
 BOUNDARY = 0.008  # of the frame's diagonal
 _ROWS = 60  # of patches in DINO's frames: 480 pixels, patches of 8
 
@@ -69,8 +74,8 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         frames = video.take(range(0, len(video), settings.stride)[: settings.frames or None])
         if len(frames) < 3:
             raise ValueError(
-                f"the video {video.name} has {len(frames)} frames (of {len(video)}, stride {settings.stride}): it takes "
-                "3, as the first and the last do not count"
+                f"the video {video.name} has {len(frames)} frames (of {len(video)}, stride {settings.stride}): it "
+                "takes 3, as the first and the last do not count"
             )
         clip = Features(features.extractor, frames, features.cache, features.batch_size)
         clip.extract()
@@ -90,7 +95,7 @@ def _scores(clip: Features, settings: Settings, run: Run) -> dict[str, tuple[flo
     shares = torch.stack([(first == label).float() for label in (0, *objects)])
     labels = adaptive_avg_pool2d(shares, clip.grid).flatten(1).T.to(run.device)
     near = window(clip.grid, tuple(first.shape), settings.radius).to(run.device)
-    maps = (m.to(run.device) for _, batch in clip.batches(run.state, f"{video.name} ({run.state})") for m in batch)
+    maps = (each for _, batch in clip.batches(run.state, f"{video.name} ({run.state})") for each in batch)
     found: dict[int, list[tuple[float, float]]] = {label: [] for label in objects}
     for frame, soft in enumerate(propagate(maps, labels, near, settings), 1):
         if frame == len(video) - 1:
