@@ -35,15 +35,16 @@ def final_tokens(
     return prefix, patches, layout.grid_at(images.shape[2], images.shape[3], patches.shape[1])
 
 
-def fit_to(model: Any, size: int) -> Layout:
-    """Make a model take square images of this side, in place, where it does not do so as it is; returns its layout.
+def fit_to(model: Any, size: int | tuple[int, int]) -> Layout:
+    """Make a model take images of this side, or height and width, in place, where it does not; returns its layout.
 
     Raises:
         ValueError: it takes no images of that size.
     """
+    pixels = (size, size) if isinstance(size, int) else size
     if hasattr(model, "set_input_size") and not getattr(model, "dynamic_img_size", False):
-        model.set_input_size(img_size=(size, size))
+        model.set_input_size(img_size=pixels)
     try:
-        return layout_of(model, (size, size))
+        return layout_of(model, pixels)
     except TypeError as e:
         raise ValueError(f"input_size is {size}, at which a {type(model).__name__} does not run. {e}") from e

@@ -142,6 +142,21 @@ def coco(folder: Path, train: int, val: int) -> None:
     )
 
 
+def davis(folder: Path, train: int, val: int) -> None:
+    """Two videos: 2016's masks (one object, 255) and 2017's (two, void at a corner); there is nothing to learn from."""
+    for name, ids in (("one", (255,)), ("two", (1, 2))):
+        for frame in range(val // 2):
+            scene = np.random.default_rng(frame).integers(90, 160, (SIZE, 3 * SIZE // 2, 3)).astype(np.uint8)
+            mask = np.zeros(scene.shape[:2], np.uint8)
+            for i, label in enumerate(ids):
+                rows, columns = slice(8 + 24 * i, 32 + 24 * i), slice(8 + 4 * frame, 40 + 4 * frame)
+                scene[rows, columns], mask[rows, columns] = COLOURS[i], label
+            if len(ids) > 1:
+                mask[:4, :4] = 255
+            save(folder / "JPEGImages" / "480p" / name / f"{frame:05d}.jpg", scene)
+            save(folder / "Annotations" / "480p" / name / f"{frame:05d}.png", mask)
+
+
 def imagefolder(folder: Path, train: int, val: int) -> None:
     for part, count in (("train", train), ("val", val)):
         for i, scene in enumerate(scenes(part, count)):
@@ -162,6 +177,8 @@ def folder(where: Path, train: int, val: int) -> None:
             path = (where / part / "masks" / name).with_suffix(".png")
             path.parent.mkdir(parents=True, exist_ok=True)
             mask.save(path)
+            depths = (where / part / "depths" / name).with_suffix(".png")
+            save(depths, (1000 * scene.depth).astype(np.uint16))
             images.append({"id": i, "file_name": name, "width": SIZE, "height": SIZE})
             for label, (x0, y0, x1, y1) in scene.objects:
                 box = {"image_id": i, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0]}

@@ -101,7 +101,7 @@ class FeatureReader:
         self.grid = len(self.centres)
         self.channels = self.layout.channels
         self.dtype = DTYPES[dtype]
-        self._model = _copy_for_grid(model, self.grid, self.stride) if resizable else _copy(model)
+        self._model = _copy_for_grid(model, self.grid, self.stride) if resizable else raw_copy(model)
         self._whole = not resizable  # the final features alone are known, at the model's own stride
         if self._whole:
             self._check_whole(type(model).__name__)
@@ -181,7 +181,7 @@ def _resolve_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]
     return tuple(sorted({layer % depth for layer in wanted}))
 
 
-def _copy(model: nn.Module) -> Any:
+def raw_copy(model: nn.Module) -> Any:
     """The model with its denoiser off, in eval mode: a copy of the module tree that shares the weights."""
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     twin: Any = copy.deepcopy(model, shared).eval()
@@ -192,7 +192,7 @@ def _copy(model: nn.Module) -> Any:
 
 def _copy_for_grid(model: nn.Module, grid: int, stride: int) -> Any:
     """A copy in eval mode that shares the weights and takes inputs of grid x grid patches, `stride` apart."""
-    twin = _copy(model)
+    twin = raw_copy(model)
     embed = twin.patch_embed
     if twin.pos_embed is not None:
         resampled = resample_abs_pos_embed(

@@ -26,8 +26,9 @@ def check(split: Split) -> None:
     """Read each annotation once, before anything slow. Raises what its reader raises."""
     with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
         found = pool.map(split.annotation, range(len(split)))
-        for _ in tqdm(found, f"checking {split.name}", len(split), leave=False):
-            pass
+        for annotation in tqdm(found, f"checking {split.name}", len(split), leave=False):
+            if isinstance(annotation, Split):  # the frames of a video
+                check(annotation)
 
 
 @contextmanager

@@ -1,36 +1,41 @@
-"""A folder of one's own images with masks, or with boxes in COCO's JSON, as a dataset (--dataset folder).
+"""A folder of one's own images with masks, depths, or boxes in COCO's JSON, as a dataset (--dataset folder).
 
 Images may have any suffix of training/common/images.py and lie in subfolders; the mask of train/images/a/b.jpg is
 train/masks/a/b.png, a palette or grey PNG of one class index a pixel, 255 for pixels that do not count. Line i of
 classes.txt (from 0) names class i; without it there are as many classes as the largest index in the masks says.
+train/depths/a/b.png has the depths, 16-bit grey in millimeters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from training.common.images import list_images
-from training.evaluate.annotations import coco_split, read_mask
+from training.evaluate.annotations import coco_split, read_depth, read_mask
 from training.evaluate.splits import IGNORE, Split
 
 PARTS = ("train", "val")
 LAYOUT = """  DATA/{train,val}/images/NAME.jpg         any image suffix, subfolders too
   DATA/{train,val}/masks/NAME.png          for masks: class a pixel, palette or grey, 255 ignored
   DATA/classes.txt                         optional: line i, from 0, names class i of the masks
+  DATA/{train,val}/depths/NAME.png         for depth: 16-bit grey, millimeters, 0 unknown
   DATA/{train,val}/boxes.json              for boxes: COCO's JSON, file names relative to images/"""
 
 
 def kinds_present(folder: Path) -> list[str]:
-    """Of which kinds the folder has annotations: images always; masks; boxes and, of val/ alone, discovery."""
+    """Of which kinds the folder has annotations: images always; masks; depth; boxes and, of val/ alone, discovery."""
     kinds = ["images"]
-    if any((folder / part / "masks").is_dir() for part in PARTS):
-        kinds.append("masks")
+    for kind, name in (("masks", "masks"), ("depth", "depths")):
+        if any((folder / part / name).is_dir() for part in PARTS):
+            kinds.append(kind)
     if (folder / "val" / "boxes.json").is_file():
         kinds.append("discovery")
     if all((folder / part / "boxes.json").is_file() for part in PARTS):
@@ -39,7 +44,7 @@ def kinds_present(folder: Path) -> list[str]:
 
 
 def read_folder(folder: Path, kind: str) -> dict[str, Split]:
-    """The splits of a folder for images, masks, boxes or discovery.
+    """The splits of a folder for images, masks, depth, boxes or discovery.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
@@ -47,6 +52,8 @@ def read_folder(folder: Path, kind: str) -> dict[str, Split]:
     """
     if kind == "masks":
         return _with_masks(folder)
+    if kind == "depth":
+        return {part: _pixels_split(folder / part, "depths", (), read_depth) for part in PARTS}
     if kind == "boxes":
         return {part: _with_boxes(folder / part) for part in PARTS}
     if kind == "discovery":
@@ -67,7 +74,8 @@ def _with_boxes(folder: Path) -> Split:
 
 def _with_masks(folder: Path) -> dict[str, Split]:
     names = _class_names(folder / "classes.txt")
-    splits = {part: _masks_split(folder / part, names or [""] * IGNORE) for part in PARTS}
+    read = partial(read_mask, classes=IGNORE if names is None else len(names))
+    splits = {part: _pixels_split(folder / part, "masks", names or (), read) for part in PARTS}
     if names is None:
         found = [_largest_class(split) for split in splits.values()]
         if max(found) < 0:
@@ -76,12 +84,13 @@ def _with_masks(folder: Path) -> dict[str, Split]:
     return {part: replace(split, classes=names) for part, split in splits.items()}
 
 
-def _masks_split(folder: Path, names: Sequence[str]) -> Split:
-    if not (folder / "masks").is_dir():
-        raise FileNotFoundError(f"there is no folder {folder / 'masks'}")
+def _pixels_split(folder: Path, kind: str, names: Sequence[str], read: Callable[[Path, Path], Tensor]) -> Split:
+    """A part with a PNG for each image, in the folder `kind`."""
+    if not (folder / kind).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder / kind}")
     images = _images(folder)
-    masks = [(folder / "masks" / path.relative_to(folder / "images")).with_suffix(".png") for path in images]
-    return Split(f"folder {folder.name}", images, names, lambda i: read_mask(masks[i], images[i], len(names)))
+    files = [(folder / kind / path.relative_to(folder / "images")).with_suffix(".png") for path in images]
+    return Split(f"folder {folder.name}", images, names, lambda i: read(files[i], images[i]))
 
 
 def _class_names(path: Path) -> list[str] | None:

@@ -39,7 +39,8 @@ class Split:
         images: paths.
         classes: names; empty where there are none.
         annotation: i -> what belongs to image i: a mask (h, w) uint8 with 255 to ignore, `Boxes`, a class
-            index, or a depth map (h, w) float32 in metres with 0 for unknown; None for images alone.
+            index, a depth map (h, w) float32 in metres with 0 for unknown, or, of videos, the `Split` of the frames;
+            None for images alone.
     """
 
     name: str
@@ -73,7 +74,10 @@ class Split:
             return self
         if count < 1:
             raise ValueError(f"limit must be 1 or more, got {count}")
-        chosen = [int(i) for i in np.linspace(0, len(self) - 1, count).round()]
+        return self.take([int(i) for i in np.linspace(0, len(self) - 1, count).round()])
+
+    def take(self, chosen: Sequence[int]) -> Split:
+        """The images of these numbers."""
         read = self.annotation
         return replace(self, images=[self.images[i] for i in chosen], annotation=lambda index: read(chosen[index]))
 

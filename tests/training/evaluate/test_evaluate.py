@@ -29,6 +29,7 @@ QUICK = [
     "mic.images=1",
     "mic.shuffled=1",
     "position.images=8",
+    "blank.sizes=(64,)",
     "depth.steps=80",
     "depth.warmup=10",
     "depth.bins=32",
@@ -48,18 +49,21 @@ QUICK = [
 RUNS = [
     ("mic", "voc", "mic", None),
     ("position", "ade20k", "share", None),
+    ("blank", "voc", "ratio", None),
     ("knn-seg", "voc", "mIoU", 25.0),
     ("linear-seg", "voc", "mIoU", 25.0),
     ("linear-seg", "ade20k", "mIoU", 25.0),
     ("linear-seg", "camvid", "mIoU", 25.0),
     ("linear-seg", "folder", "mIoU", 25.0),
     ("depth", "nyu", "delta1", 60.0),
+    ("depth", "folder", "delta1", 60.0),
     ("discovery", "voc", "CorLoc/voc2007", None),
     ("discovery", "coco", "CorLoc/coco20k", None),
     ("discovery", "folder", "CorLoc/folder", None),
     ("detection", "voc", "mAP", None),  # what it learns: test_evaluate_metrics.py
     ("detection", "coco", "mAP", None),
     ("attentive-probe", "imagefolder", "top1", 50.0),
+    ("propagation", "davis", "J&F", 50.0),
 ]
 SLOW = {"mic"}
 
@@ -105,7 +109,7 @@ def test_task_runs_raw_and_denoised_and_beats_chance(task, dataset, number, chan
 @pytest.mark.slow
 def test_all_runs_what_the_stamps_have_annotations_for(model, data, tmp_path):
     results = evaluate("all", "stamps", model, data, tmp_path, "--limit", "8")
-    assert set(results) == set(TASKS) - {"depth"}
+    assert set(results) == set(TASKS) - {"depth", "propagation"}
     assert set(results["mic"]["states"]) == {"raw", "denoised", "artifacts"}
     assert all(set(result["images"].values()) == {8} for result in results.values())
 

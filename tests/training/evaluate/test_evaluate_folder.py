@@ -73,11 +73,28 @@ def test_boxes_are_fractions_of_the_image(where):
 def test_a_folder_has_the_kinds_that_it_has_annotations_for(where):
     assert set(kinds_of("folder", where)) == set(DATASETS["folder"].kinds)
     (where / "train" / "boxes.json").unlink()
-    assert set(kinds_of("folder", where)) == {"images", "masks", "discovery"}
+    assert set(kinds_of("folder", where)) == {"images", "masks", "depth", "discovery"}
     shutil.rmtree(where / "train")
     shutil.rmtree(where / "val" / "masks")
+    assert set(kinds_of("folder", where)) == {"images", "depth", "discovery"}
+    shutil.rmtree(where / "val" / "depths")
     assert set(kinds_of("folder", where)) == {"images", "discovery"}
     assert len(open_dataset("folder", where, "images")["val"]) == 3  # which needs no training images
+
+
+def test_depths_are_in_millimeters_and_0_where_unknown(where):
+    values = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    Image.fromarray(values).save(where / "train" / "depths" / "more" / "001.png")
+    splits = open_dataset("folder", where, "depth")
+    assert [len(splits[part]) for part in ("train", "val")] == [4, 3]
+    i = [path.name for path in splits["train"].images].index("001.jpg")
+    assert np.allclose(splits["train"].annotation(i).numpy(), values / 1000)
+    assert task_settings("depth", "folder").eigen_crop is False and task_settings("depth", "nyu").eigen_crop is True
+    (where / "val" / "depths" / "002.png").unlink()
+    with pytest.raises(
+        ValueError, match=r"there is no depth map .*val/depths/002.png for the image .*val/images/002.jpg"
+    ):
+        open_dataset("folder", where, "depth")
 
 
 def missing_mask(where):

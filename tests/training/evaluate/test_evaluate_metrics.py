@@ -258,6 +258,12 @@ def test_depth_numbers_by_hand_within_crop_and_range():
     assert numbers["delta3"] == numbers["delta1"]
 
 
+def test_without_eigens_crop_all_pixels_of_known_depth_count():
+    true = torch.tensor([[1.0, 2.0], [0.0, 4.0]])
+    numbers = depth.depth_numbers(torch.full((2, 2), 2.0), true, depth.Settings(eigen_crop=False))
+    assert numbers["AbsRel"] == pytest.approx((1 + 0 + 0.5) / 3) and numbers["delta1"] == pytest.approx(100 / 3)
+
+
 def test_depth_bins_are_uniform_and_their_centres_come_back():
     settings = depth.Settings(bins=4, least=0.0, most=8.0)
     values = torch.tensor([0.0, 1.9, 2.0, 7.9, 8.0, 8.1, -1.0])

@@ -57,6 +57,7 @@ class Settings(paper.Settings):
     """The repository's.
 
     Attributes:
+        eigen_crop: False also trains on the border, which is NYU's.
         bins: depths that are mixed. least, most: the first and the last of them, and the range of depths, in metres.
         crop: height and width of training images.
         clip: the largest norm of the gradients.
@@ -80,14 +81,16 @@ class DepthHead(nn.Module):
     def __init__(self, channels: int, settings: Settings) -> None:
         super().__init__()
         self.linear = nn.Conv2d(channels, settings.bins, 1)
+        self.upsampling = settings.upsampling
         self.register_buffer("depths", torch.linspace(settings.least, settings.most, settings.bins))
 
     def forward(self, maps: Tensor, class_tokens: Tensor) -> Tensor:
-        """Metres (B, 1, 4H, 4W) of maps (B, H, W, C) and class tokens (B, C)."""
+        """Metres (B, 1, 4H, 4W), 4 being the settings' upsampling, of maps (B, H, W, C) and class tokens (B, C)."""
         rows, columns = maps.shape[1:3]
         whole = torch.cat([maps, class_tokens[:, None, None].expand(-1, rows, columns, -1)], -1)
         # A linear layer and an interpolation commute.
-        weights = upsample(self.linear(whole.permute(0, 3, 1, 2)), (4 * rows, 4 * columns)).relu() + 0.1
+        size = (self.upsampling * rows, self.upsampling * columns)
+        weights = upsample(self.linear(whole.permute(0, 3, 1, 2)), size).relu() + 0.1
         return torch.einsum("bnhw,n->bhw", weights / weights.sum(1, keepdim=True), self.depths)[:, None]
 
 
@@ -151,9 +154,8 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
 
 def training_crop(image: Tensor, depth: Tensor, settings: Settings, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
     """An image (3, h, w) in [0, 1] and its depth (h, w) as trained on: (3, *crop) normalised, and (*crop)."""
-    kept = [
-        slice(round(low * side), round(high * side)) for (low, high), side in zip((NYU_ROWS, NYU_COLUMNS), depth.shape)
-    ]
+    border = (NYU_ROWS, NYU_COLUMNS) if settings.eigen_crop else ((0, 1), (0, 1))
+    kept = [slice(round(low * side), round(high * side)) for (low, high), side in zip(border, depth.shape)]
     image, depth = flip(draw, *turn(image[:, kept[0], kept[1]], depth[kept[0], kept[1]], draw))
     height, width = settings.crop
     rows, columns = random_place((depth.shape[0], depth.shape[1]), (height, width), draw)
