@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from training.common.backbone import DTYPES, FeatureReader
 from training.common.command import add_model_arguments, help_from, positive
 from training.common.hub_images import SCHEME, fetch_images
 from training.common.images import ImageError, Source, list_images, load_image
-from training.common.models import load_model, load_pairs_model, pick_device
+from training.common.models import check_backbone, load_backbone, pick_device
 from training.evaluate.before_after import before_after
 from training.loop.distributed import Processes, join_processes
 from training.loop.entry import exit_code, only_run
@@ -93,14 +93,13 @@ def make_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """What the parsed arguments ask for. Raises what `exit_code` knows."""
     device = pick_device(args.device)
+    check_backbone(args.model)  # before images are fetched, or weights
     images = args.images
     if images.startswith(SCHEME):
         images = fetch_images(images, args.limit, Path(args.out) / "images")
-    sources = readable(spread(list_images(images), args.limit))
-    backbone = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
-    if args.views < 2:
-        raise ValueError(f"views must be 2 or more, got {args.views}")
-    reader = FeatureReader(backbone, input_size=args.input_size, dtype=args.dtype)
+    seen, held_out = hold_out(readable(spread(list_images(images), args.limit)), args.seed)
+    model = load_backbone(args.model, args.pretrained, args.seed).to(device)
+    reader = FeatureReader(model, input_size=args.input_size, dtype=args.dtype)
     stage1 = Stage1Settings(
         views=args.views,
         crops=min(CROPS, args.views - 1),
@@ -110,16 +109,20 @@ def run(args: argparse.Namespace) -> None:
         stride=reader.stride,
         dtype=args.dtype,
     )
-    made_with = describe_pairs(args.model, args.pretrained, backbone, stage1)
-    seen, held_out = hold_out(sources, args.seed)
+    made_with = describe_pairs(args.model, args.pretrained, model, stage1)
+    pairs, by_file = pairs_of_images(seen, Path(args.out) / "pairs", model, stage1, made_with)
     with join_processes(device) as processes:
         stage2 = stage2_settings(args, len(seen), processes)
         if processes.first:
             print(cost(reader, stage1, stage2, len(seen), processes.count, args.leftover, args.pairs), flush=True)
-        pairs, make_reader = stage1_pairs(args, backbone, seen, stage1, made_with, processes)
-        model = load_pairs_model(args.model, args.pretrained, made_with, args.out)
-        check_fit(model, pairs, args.model)
-        with only_run(args.out, processes, lambda: describe_training(args.model, model, pairs, stage2)) as folder:
+        # Until stage 2 begins, nothing has come of these images but pairs, each of one image alone.
+        undecided = ("pairs",) if args.steps else ("pairs", "steps")
+        with only_run(
+            args.out, processes, lambda: describe_training(args.model, model, pairs, stage2), undecided
+        ) as folder:
+            make_reader: Any = partial(SolvingReader, sources=by_file, model=model, settings=stage1)
+            if args.pairs:
+                pairs, make_reader = pairs_on_disk(model, pairs, by_file, stage1, processes), PairReader
             denoisers = train(
                 pairs,
                 stage2,
@@ -131,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
                 pace=Pace(None if args.pairs else 0),
             )
             if processes.first:
-                save(model, denoisers, folder)
+                save(model, denoisers, folder, pairs)
                 if args.leftover:
                     calibrate(model.to(device), [s.path for s in seen], method="leftover", views=LEFTOVER_VIEWS)
                     save_pretrained(model, folder, model_args=model.recorded_arguments)
@@ -191,23 +194,14 @@ def stage2_settings(args: argparse.Namespace, count: int, processes: Processes) 
     )
 
 
-def stage1_pairs(
-    args: argparse.Namespace,
-    backbone: nn.Module,
-    sources: list[Source],
-    settings: Stage1Settings,
-    made_with: dict[str, Any],
-    processes: Processes,
-) -> tuple[PairSet, Any]:
-    """The pairs of the images, and what makes readers of them: solved now and on disk, or when they are asked for."""
-    where = Path(args.out) / "pairs"
-    if not args.pairs:
-        pairs, by_file = pairs_of_images(sources, where, backbone, settings, made_with)
-        return pairs, partial(SolvingReader, sources=by_file, model=backbone, settings=settings)
-    with PairFolder(where, made_with) as folder:
-        denoise_images(backbone, sources, folder, settings)
+def pairs_on_disk(
+    model: nn.Module, wanted: PairSet, sources: Mapping[str, Source], settings: Stage1Settings, processes: Processes
+) -> PairSet:
+    """Stage 1 of the images, by the files of their pairs: those of the wanted pairs that there are, and no others."""
+    with PairFolder(wanted.folder, wanted.settings) as folder:
+        denoise_images(model, list(sources.values()), folder, settings)
     processes.wait()
-    return open_pairs(where), PairReader
+    return open_pairs(wanted.folder, only=wanted.files)
 
 
 @torch.no_grad()

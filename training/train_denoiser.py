@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         with only_run(args.out, processes, lambda: describe_training(args.model, model, pairs, settings)) as folder:
             denoisers = train(pairs, settings, folder, device, processes, Pace.of(args), timm_name(model))
             if processes.first:
-                save(model, denoisers, folder)
+                save(model, denoisers, folder, pairs)
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
 
 

@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,8 +118,11 @@ class SharedFolder:
         finally:
             self._unlock(0)
 
-    def settle(self, settings: Mapping[str, Any]) -> None:
+    def settle(self, settings: Mapping[str, Any], undecided: Sequence[str] = ()) -> None:
         """Write settings.json if the folder has none; otherwise make sure that it says the same.
+
+        Args:
+            undecided: top-level settings that may differ; the file then says what they are now.
 
         Raises:
             SettingsDiffer: it does not; the message names each setting that differs, and both values.
@@ -127,20 +130,21 @@ class SharedFolder:
         path = self.path / "settings.json"
         wanted = json.loads(json.dumps(settings))  # tuples become lists, as in the file
         with self.alone():
-            if not path.exists():
+            found = json.loads(path.read_text()) if path.exists() else wanted
+            decided = ({k: v for k, v in one.items() if k not in undecided} for one in (wanted, found))
+            ours, theirs = map(_flatten, decided)
+            differences = [
+                f"  {name}: the folder has {_show(theirs, name)}, this run has {_show(ours, name)}"
+                for name in dict.fromkeys([*theirs, *ours])
+                if _show(theirs, name) != _show(ours, name)
+            ]
+            if differences:
+                raise SettingsDiffer(
+                    f"{self.path} was begun with other settings; use those, or another folder:\n"
+                    + "\n".join(differences)
+                )
+            if not path.exists() or found != wanted:
                 write_atomically(path, (json.dumps(wanted, indent=2) + "\n").encode())
-                return
-            found = json.loads(path.read_text())
-        ours, theirs = _flatten(wanted), _flatten(found)
-        differences = [
-            f"  {name}: the folder has {_show(theirs, name)}, this run has {_show(ours, name)}"
-            for name in dict.fromkeys([*theirs, *ours])
-            if _show(theirs, name) != _show(ours, name)
-        ]
-        if differences:
-            raise SettingsDiffer(
-                f"{self.path} was begun with other settings; use those, or another folder:\n" + "\n".join(differences)
-            )
 
     def append(self, file_name: str, record: Mapping[str, Any]) -> None:
         """Add one line of JSON to a file of the folder.

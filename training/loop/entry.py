@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from training.common.memory import keep_freed_memory
 from training.common.shared_folder import OutputError, SharedFolder
 from training.loop.checkpoints import Diverged
 from training.loop.distributed import Processes, claim
+from training.loop.log import LOG
 
 
 def exit_code(train: Callable[[], object]) -> int:
@@ -37,13 +38,16 @@ def exit_code(train: Callable[[], object]) -> int:
 
 
 @contextmanager
-def only_run(out: str, processes: Processes, describe: Callable[[], dict[str, Any]]) -> Iterator[Path]:
+def only_run(
+    out: str, processes: Processes, describe: Callable[[], dict[str, Any]], undecided: Sequence[str] = ()
+) -> Iterator[Path]:
     """Have a folder for this run alone, begun with the same settings or new; all processes go in and out together.
 
     Args:
         out: the folder, made if need be.
         processes: this one and the others; the first one claims the folder for all.
         describe: makes what settings.json says; asked of the first process alone.
+        undecided: settings that may still be others than the folder was begun with, as long as no step was taken.
 
     Raises:
         ValueError: another run is training into the folder, or it was begun with other settings.
@@ -53,7 +57,7 @@ def only_run(out: str, processes: Processes, describe: Callable[[], dict[str, An
         if not mine:
             raise ValueError(f"another process is training into {out}")
         if processes.first:
-            folder.settle(describe())
+            folder.settle(describe(), () if (folder.path / LOG).exists() else undecided)
         processes.wait()
         yield folder.path
         processes.wait()

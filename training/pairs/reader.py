@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -58,12 +58,15 @@ class PairSet:
         return replace(self, files=training), replace(self, files=validation)
 
 
-def open_pairs(folder: str | Path, layers: Sequence[int] | None = None) -> PairSet:
+def open_pairs(
+    folder: str | Path, layers: Sequence[int] | None = None, only: Collection[str] | None = None
+) -> PairSet:
     """Find the pairs of a folder and check every file's header: it is whole, and of one shape with the others.
 
     Args:
         folder: what training.denoise_images wrote.
         layers: blocks counted from 0, or from the end of those held with a minus; None is all that the pairs hold.
+        only: files to take of all that lie there, as far as they do.
 
     Raises:
         PairError: no pairs, a missing or damaged file, a layer the pairs do not hold, maps of several shapes.
@@ -80,7 +83,7 @@ def open_pairs(folder: str | Path, layers: Sequence[int] | None = None) -> PairS
     if not isinstance(settings, dict):
         raise PairError(f"{folder / 'settings.json'} holds no settings")
     try:
-        files = tuple(sorted(entry.file for entry in read_index(folder)))
+        files = tuple(sorted(e.file for e in read_index(folder) if only is None or e.file in only))
     except (KeyError, TypeError, ValueError) as error:
         raise PairError(
             f"{folder / INDEX} is damaged; training.pairs.folder.rebuild_index repairs it: {error}"
