@@ -14,14 +14,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from timm_dvt.calibration import METHODS, Calibration, CalibrationError, calibrate
+from timm_dvt.calibration import LEAST_VIEWS, METHODS, Calibration, CalibrationError, calibrate, check_arguments
 from timm_dvt.demo import PHOTOGRAPHS, DemoError, read_image
 from timm_dvt.fetching import without_dead_network
 from timm_dvt.files import write_whole
 from timm_dvt.panel import Shown, draw
 from timm_dvt.sample_images import SampleError, sources
 from timm_dvt.saving import recorded_arguments, save_pretrained
-from timm_dvt.viewing import ViewReader
+from timm_dvt.viewing import WINDOWS, ViewReader
 
 PANEL = "before_after.png"
 MOST_SHOWN = 2
@@ -52,7 +52,11 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "shows; leftover: keep the model's denoiser, subtract the mean map that it leaves (default: %(default)s)",
     )
     command.add_argument(
-        "--views", type=int, default=256, metavar="N", help="forward passes at the most (default: %(default)s)"
+        "--views",
+        type=int,
+        default=256,
+        metavar="N",
+        help=f"forward passes at the most, {LEAST_VIEWS} or more (default: %(default)s)",
     )
     command.add_argument(
         "--keep-length", action="store_true", help="clean tokens of the raw ones' length, for what lives on lengths"
@@ -90,6 +94,7 @@ def run(
     Raises:
         CalibrationError: an image, the model or the folder cannot be used; the message says what to do.
     """
+    check_arguments(method, views)
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +116,9 @@ def run(
     facts = model.denoiser.calibration
     say(f"calibrated in {time.perf_counter() - start:.0f} s: {describe(facts)}")
     if facts.error > 0.5:
-        say("note: little is known of the artifacts; " + ("use more images" if images else "use images (--images)"))
+        spent = facts.images * WINDOWS >= views  # so that more images would not be looked at
+        more = "views (--views)" if spent else "images"
+        say(f"note: little is known of the artifacts; use {f'more {more}' if images else 'images (--images)'}")
     sheet = picture(model, shown, f"{name}, before and after: {method}")
     encoded = io.BytesIO()
     sheet.save(encoded, format="PNG")

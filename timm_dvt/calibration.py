@@ -87,13 +87,7 @@ def calibrate(
         CalibrationError: an argument is out of range, images are too few or cannot be used, or features not finite.
         TypeError, ValueError: the model is none that can have a denoiser; see `add_denoiser`.
     """
-    if method not in METHODS:
-        raise CalibrationError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
-    if views < LEAST_VIEWS or batch_size < 1 or not tolerance >= 0:
-        raise CalibrationError(
-            f"views is {views}, tolerance {tolerance}, batch_size {batch_size}; they must be at least "
-            f"{LEAST_VIEWS}, 0 and 1."
-        )
+    check_arguments(method, views, tolerance, batch_size)
     try:
         found = None if images is None else sources(images, views // WINDOWS)
     except SampleError as e:
@@ -127,6 +121,17 @@ def calibrate(
     finally:
         model.train(training)
     return _with_lengths(model, keep_length)
+
+
+def check_arguments(method: str = "static", views: int = LEAST_VIEWS, tolerance: float = 0, batch_size: int = 1) -> None:
+    """Raise CalibrationError for arguments of `calibrate` that no model can be calibrated with."""
+    if method not in METHODS:
+        raise CalibrationError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
+    if views < LEAST_VIEWS or batch_size < 1 or not tolerance >= 0:
+        raise CalibrationError(
+            f"views is {views}, tolerance {tolerance}, batch_size {batch_size}; they must be at least "
+            f"{LEAST_VIEWS}, 0 and 1."
+        )
 
 
 def _with_lengths(model: Any, keep: bool) -> nn.Module:

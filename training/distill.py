@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from timm_dvt.model import remove_denoiser
 from timm_dvt.saving import meant_size, save_plain
-from training.common.command import add_model_arguments, help_from
+from training.common.command import add_model_arguments, help_from, positive
 from training.common.images import Source, list_images
 from training.common.models import load_model, pick_device, weights_digest
 from training.common.recipes import STAGE3, add_recipe
@@ -98,7 +98,7 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--images", required=True, metavar="DIR", help="a folder, an image or a .txt list of paths")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="made, or continued if it exists")
     add_model_arguments(parser)
-    parser.add_argument("--input-size", type=int, metavar="PX", help="(default: the denoised model's own)")
+    parser.add_argument("--input-size", type=positive, metavar="PX", help="(default: the denoised model's own)")
     parser.add_argument(
         "--augment",
         choices=AUGMENTS,

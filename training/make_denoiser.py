@@ -30,7 +30,7 @@ from torch import nn
 from timm_dvt import calibrate, save_pretrained
 from timm_dvt.model import timm_name
 from training.common.backbone import DTYPES, FeatureReader
-from training.common.command import add_model_arguments, help_from, positive
+from training.common.command import add_model_arguments, at_least, help_from, positive
 from training.common.hub_images import SCHEME, fetch_images
 from training.common.images import ImageError, Source, list_images, load_image
 from training.common.models import check_backbone, load_backbone, pick_device
@@ -41,6 +41,7 @@ from training.loop.order import split_places
 from training.loop.settings import Pace
 from training.pairs.folder import PARTS, PRECISIONS, PairFolder
 from training.pairs.reader import PairReader, PairSet, open_pairs
+from training.stage1.conditioning import LEAST_VIEWS
 from training.stage1.decompose import Stage1Settings
 from training.stage1.many import CROPS, denoise_images, describe_pairs
 from training.stage1.on_the_fly import SolvingReader, pairs_of_images
@@ -49,6 +50,7 @@ from training.stage2.targets import TARGETS
 from training.stage2.train import Stage2Settings, check_fit, describe_training, save, train
 
 VIEWS, IMAGES = 16, 128
+LEAST_IMAGES = 4  # two to learn from, and two to be judged by
 LEFTOVER_VIEWS = 128
 HELD_OUT, MOST_HELD_OUT = 0.1, 16  # of the images, and no more
 BATCH, EPOCHS, LEAST_STEPS = 8, 15, 150  # of stage 2: a few images, whole and in crops, seen often enough
@@ -64,12 +66,12 @@ def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     parser = argparse.ArgumentParser(prog="python -m training.make_denoiser", **help_from(__doc__))
     parser.add_argument(
-        "--images", required=True, metavar="DIR", help="a folder, a .txt list of paths, or hf:OWNER/NAME, a data set"
+        "--images", required=True, metavar="DIR", help="a folder, a .txt list, or hf:OWNER/NAME, a data set; 4 images or more"
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="made, or continued if it exists")
     add_model_arguments(parser)
-    parser.add_argument("--limit", type=positive, default=IMAGES, help="at most so many images (%(default)s)")
-    parser.add_argument("--views", type=positive, default=VIEWS, help="forward passes an image (%(default)s)")
+    parser.add_argument("--limit", type=at_least(LEAST_IMAGES), default=IMAGES, help="at most so many images (%(default)s)")
+    parser.add_argument("--views", type=at_least(LEAST_VIEWS), default=VIEWS, help="forward passes an image (%(default)s)")
     parser.add_argument("--input-size", type=positive, metavar="PX", help="(default: 518 for patch 14, 512 for 16)")
     parser.add_argument("--steps", type=positive, help="of stage 2 (default: 15 epochs at 8, 150 at least)")
     parser.add_argument("--target", choices=TARGETS, default=Stage2Settings.target, help="of stage 2 (%(default)s)")
@@ -177,8 +179,8 @@ def hold_out(sources: list[Source], seed: int) -> tuple[list[Source], list[Sourc
     Raises:
         ValueError: too few images for both.
     """
-    if len(sources) < 4:
-        raise ValueError(f"images must be 4 or more, to learn from some and look at others, got {len(sources)}")
+    if len(sources) < LEAST_IMAGES:
+        raise ValueError(f"images must be {LEAST_IMAGES} or more, to learn from some and look at others, got {len(sources)}")
     learn, judge = split_places(len(sources), min(HELD_OUT, MOST_HELD_OUT / len(sources)), seed)
     while len(judge) < 2:  # position's share is one of several images
         judge.append(learn.pop())

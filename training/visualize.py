@@ -69,7 +69,7 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--video", metavar="OUT", help=".mp4 or .gif to write, from a video or frames")
     parser.add_argument("--fps", type=float, help="of the video (default: the source's, or 10)")
     parser.add_argument("--clusters", type=int, default=6, help="of k-means (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="only the first so many images or frames")
+    parser.add_argument("--limit", type=positive, help="only the first so many images or frames")
     add_model_arguments(parser)
     parser.add_argument(
         "--resolution", type=positive, metavar="N", help="draw F at N x N places instead of at the patches"

@@ -134,8 +134,6 @@ def test_an_image_that_cannot_be_read_is_left_out(images, made, tmp_path, capsys
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--limit", "3"), "images must be 4 or more"),
-        (("--views", "1"), "views must be 2 or more"),
         (("--input-size", "65"), "input_size must be a multiple of the patch size 16"),
         (("--model", "resnet18"), "A denoiser can be added to"),
         (("--images", "hf:/nowhere/at/all"), "hf:/nowhere/at/all cannot be read as a data set"),
@@ -146,6 +144,13 @@ def test_what_cannot_be_is_one_line_that_says_so(images, tmp_path, capsys, optio
         pytest.importorskip("datasets", reason="needs datasets, of the extra test")
     assert run(images, tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_too_few_images_are_said_to_be_before_anything_is_done(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(make_denoiser, "load_backbone", None)
+    (tmp_path / "list.txt").write_text("".join(f"{images}/{number}.png\n" for number in range(3)))
+    assert run(tmp_path / "list.txt", tmp_path / "out") == 2
+    assert "images must be 4 or more" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_images_of_a_data_set_are_streamed_as_they_are(images, tmp_path):
