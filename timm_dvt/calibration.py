@@ -123,7 +123,9 @@ def calibrate(
     return _with_lengths(model, keep_length)
 
 
-def check_arguments(method: str = "static", views: int = LEAST_VIEWS, tolerance: float = 0, batch_size: int = 1) -> None:
+def check_arguments(
+    method: str = "static", views: int = LEAST_VIEWS, tolerance: float = 0, batch_size: int = 1
+) -> None:
     """Raise CalibrationError for arguments of `calibrate` that no model can be calibrated with."""
     if method not in METHODS:
         raise CalibrationError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")

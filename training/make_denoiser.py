@@ -66,12 +66,19 @@ def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     parser = argparse.ArgumentParser(prog="python -m training.make_denoiser", **help_from(__doc__))
     parser.add_argument(
-        "--images", required=True, metavar="DIR", help="a folder, a .txt list, or hf:OWNER/NAME, a data set; 4 images or more"
+        "--images",
+        required=True,
+        metavar="DIR",
+        help="a folder, a .txt list, or hf:OWNER/NAME, a data set; 4 images or more",
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="made, or continued if it exists")
     add_model_arguments(parser)
-    parser.add_argument("--limit", type=at_least(LEAST_IMAGES), default=IMAGES, help="at most so many images (%(default)s)")
-    parser.add_argument("--views", type=at_least(LEAST_VIEWS), default=VIEWS, help="forward passes an image (%(default)s)")
+    parser.add_argument(
+        "--limit", type=at_least(LEAST_IMAGES), default=IMAGES, help="at most so many images (%(default)s)"
+    )
+    parser.add_argument(
+        "--views", type=at_least(LEAST_VIEWS), default=VIEWS, help="forward passes an image (%(default)s)"
+    )
     parser.add_argument("--input-size", type=positive, metavar="PX", help="(default: 518 for patch 14, 512 for 16)")
     parser.add_argument("--steps", type=positive, help="of stage 2 (default: 15 epochs at 8, 150 at least)")
     parser.add_argument("--target", choices=TARGETS, default=Stage2Settings.target, help="of stage 2 (%(default)s)")
@@ -180,7 +187,9 @@ def hold_out(sources: list[Source], seed: int) -> tuple[list[Source], list[Sourc
         ValueError: too few images for both.
     """
     if len(sources) < LEAST_IMAGES:
-        raise ValueError(f"images must be {LEAST_IMAGES} or more, to learn from some and look at others, got {len(sources)}")
+        raise ValueError(
+            f"images must be {LEAST_IMAGES} or more, to learn from some and look at others, got {len(sources)}"
+        )
     learn, judge = split_places(len(sources), min(HELD_OUT, MOST_HELD_OUT / len(sources)), seed)
     while len(judge) < 2:  # position's share is one of several images
         judge.append(learn.pop())

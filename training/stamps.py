@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageEnhance
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.common.command import Help, at_least, whole
 from training.common.shared_folder import OutputError, SettingsDiffer, SharedFolder, write_atomically
 from training.common.stamp_sources import CLASSES, SHARE, SPLITS, STAMP_CLASSES, Sources, SourcesMissing, load_sources
@@ -176,14 +176,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.stamps", description=__doc__, formatter_class=Help
-    )
+    parser = argparse.ArgumentParser(prog="python -m training.stamps", description=__doc__, formatter_class=Help)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--train", type=whole, default=2000, metavar="N", help="training images (%(default)s)")
     parser.add_argument("--val", type=whole, default=500, metavar="N", help="validation images (%(default)s)")
     parser.add_argument("--seed", type=whole, default=0, help="another seed, other images of the same sources")
-    parser.add_argument("--size", type=at_least(32), default=SIZE, metavar="PX", help="side of the images (%(default)s)")
+    parser.add_argument(
+        "--size", type=at_least(32), default=SIZE, metavar="PX", help="side of the images (%(default)s)"
+    )
     parser.add_argument(
         "--places", choices=PLACES, default="any", help="class: the height of an object tells its class (%(default)s)"
     )

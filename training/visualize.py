@@ -24,8 +24,8 @@ import torch
 from matplotlib.figure import Figure
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.common.backbone import FeatureReader
 from training.common.command import add_model_arguments, complain, help_from, positive
 from training.common.images import ImageError, Source, decode_image, list_images, read_file

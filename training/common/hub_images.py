@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from timm_dvt.bars import tqdm
 from training.common.shared_folder import write_atomically
 
 SCHEME = "hf:"

@@ -3,7 +3,8 @@
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from timm_dvt.bars import tqdm
 from timm_dvt.images import ImageError, to_array, upright
 
 SUFFIXES = frozenset(
@@ -101,6 +103,23 @@ def read_file(path: str | Path) -> tuple[bytes, Fingerprint]:
     if not data:
         raise ImageError("the file is empty (0 bytes)")
     return data, Fingerprint(hashlib.sha256(data).hexdigest(), status.st_size, status.st_mtime_ns)
+
+
+def images_digest(sources: Sequence[Source]) -> str:
+    """sha256 over names and content of images, in their order; of a file that cannot be read, over its name alone."""
+
+    def content(source: Source) -> str:
+        try:
+            return read_file(source.path)[1].sha256
+        except ImageError:
+            return ""
+
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:  # a disk answers several at once
+        contents = pool.map(content, sources)
+        for source, sha256 in zip(sources, tqdm(contents, "hashing images", len(sources), leave=False)):
+            digest.update(f"{sha256} {source.name}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def decode_image(data: bytes) -> Tensor:

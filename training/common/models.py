@@ -101,7 +101,7 @@ def make_for(model: Any, size: int | None) -> None:
         return
     if not getattr(model, "dynamic_img_size", False):
         if input_size(model) != (size, size):
-            fit_to(model, size)
+            model.layout = fit_to(model, size)
         return
     # The position embedding stays on its own grid, to be resampled once, in forward; the config alone says for images
     # of which size the denoiser is.

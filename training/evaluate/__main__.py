@@ -134,7 +134,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="noted in the result; training.report plots over pairs=N and views=N",
     )
-    parser.add_argument("--input-size", type=positive, metavar="PX", help="side of the square input (default: the model's)")
+    parser.add_argument(
+        "--input-size", type=positive, metavar="PX", help="side of the square input (default: the model's)"
+    )
     parser.add_argument("--json", action="store_true", help="print results as lines of JSON instead of tables")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="images in one forward pass")
     parser.add_argument(

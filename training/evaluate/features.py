@@ -31,8 +31,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from timm_dvt.files import write_whole
 from timm_dvt.model import Denoised
 from timm_dvt.saving import meant_size

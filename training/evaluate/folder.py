@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.common.images import list_images
 from training.evaluate.splits import IGNORE, Boxes, Split, boxes_from
 

@@ -58,9 +58,7 @@ class PairSet:
         return replace(self, files=training), replace(self, files=validation)
 
 
-def open_pairs(
-    folder: str | Path, layers: Sequence[int] | None = None, only: Collection[str] | None = None
-) -> PairSet:
+def open_pairs(folder: str | Path, layers: Sequence[int] | None = None, only: Collection[str] | None = None) -> PairSet:
     """Find the pairs of a folder and check every file's header: it is whole, and of one shape with the others.
 
     Args:

@@ -7,7 +7,6 @@ import warnings
 import torch
 from torch import Tensor
 
-
 LEAST_VIEWS = 3  # different ones, with which F and G can be told apart at all
 
 

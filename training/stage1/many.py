@@ -10,8 +10,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.common.backbone import FeatureReader
 from training.common.images import Fingerprint, ImageError, Source, decode_image, read_file
 from training.common.models import DENOISER, weights_digest

@@ -73,7 +73,9 @@ def add_stage1_arguments(
     group.add_argument(
         "--input-size", type=positive, metavar="PX", help="(default: the paper's, 518 for patch 14, 512 for 16)"
     )
-    group.add_argument("--stride", type=positive, metavar="PX", help="between patches; below the patch size for denser maps")
+    group.add_argument(
+        "--stride", type=positive, metavar="PX", help="between patches; below the patch size for denser maps"
+    )
     group.add_argument(
         "--batch-size",
         type=positive,
