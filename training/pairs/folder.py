@@ -41,23 +41,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
-
 from timm_dvt.version import __version__
 from training.common.images import Fingerprint, Source
 from training.common.shared_folder import SharedFolder, read_lines, write_atomically
+from training.pairs.file import PARTS as PARTS
+from training.pairs.file import PRECISIONS, Maps, encode_pair, pair_file, read_header
+from training.pairs.file import ValueTooLarge as ValueTooLarge
+from training.pairs.file import read_maps as read_maps
+from training.pairs.file import read_pair as read_pair
+from training.pairs.file import stored_part as stored_part
 
-PARTS = ("raw", "clean", "artifacts")
-PRECISIONS = {"half": torch.float16, "full": torch.float32}
 INDEX, FAILURES = "index.jsonl", "failures.jsonl"
-Maps = Mapping[int, Mapping[str, Tensor]]  # {layer: {part: (K, K, C)}}, of N crops {"crops." + part: (N, K, K, C)}
-
-
-class ValueTooLarge(ValueError):
-    """A feature does not fit the precision on disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,82 +208,6 @@ class PairFolder:
             self._read_to = end
             if present is None or record["file"] in present:
                 self._done.add((record["image"], record["bytes"], record["mtime_ns"]))
-
-
-def pair_file(name: str, digest: str) -> str:
-    """The pair's file, within its folder, of an image called `name` whose file has the sha256 `digest`."""
-    key = sha256(f"{digest} {name}".encode(errors="surrogateescape")).hexdigest()[:20]
-    readable = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in Path(name).stem)[:40]
-    return f"{key[:2]}/{readable}-{key}.safetensors"
-
-
-def encode_pair(maps: Maps, header: Mapping[str, Any], precision: str) -> bytes:
-    """A pair's file: tensors `LAYER.raw`, `LAYER.clean`, `LAYER.artifacts`, perhaps crops, and the header as JSON.
-
-    Raises:
-        ValueTooLarge: half precision cannot hold a value.
-    """
-    tensors = {}
-    for layer, parts in maps.items():
-        for part, map_ in parts.items():
-            stored = map_.to("cpu", PRECISIONS[precision]).contiguous()
-            if not bool(stored.isfinite().all()):
-                largest = map_.abs().max().item()
-                raise ValueTooLarge(
-                    f"block {layer}: {part} holds {largest:.3g}, too large for {precision} precision on "
-                    "disk; use full precision (--precision full)"
-                )
-            tensors[f"{layer}.{part}"] = stored
-    # One entry, not one a field: safetensors orders entries at random, and equal pairs must be equal files.
-    return save(tensors, {"pair": json.dumps(header, sort_keys=True)})
-
-
-def read_pair(path: str | Path, layer: int | None = None, parts: Iterable[str] = ("raw", "clean")) -> dict[str, Tensor]:
-    """Maps of one pair: {part: (K, K, C)} in the file's precision, for any of `PARTS`.
-
-    Args:
-        path: a pair's file.
-        layer: the block, counted from 0; may be left out if the pair holds one layer.
-        parts: which maps; the others are not read.
-
-    Raises:
-        ValueError: the pair does not hold that layer, or holds several and none was named.
-    """
-    with safe_open(path, "np") as file:
-        layers = sorted({int(key.split(".")[0]) for key in file.keys()})
-        if layer is None and len(layers) == 1:
-            layer = layers[0]
-        if layer not in layers:
-            raise ValueError(f"layer must be one of {layers}, which {path} holds, got {layer}")
-        return {part: _map(file, layer, part) for part in parts}
-
-
-def read_maps(path: str | Path, layers: Sequence[int], parts: Sequence[str], crop: int = 0) -> list[list[Tensor]]:
-    """Maps (K, K, C) of one pair by part and layer, in the file's precision; SafetensorError if it lacks one.
-
-    Args:
-        crop: 0 is the whole image, k the k-th of its crops, whose artifacts are those of the whole image.
-    """
-    with safe_open(path, "np") as file:
-        return [[_map(file, layer, part, crop) for layer in layers] for part in parts]
-
-
-def _map(file: Any, layer: int, part: str, crop: int = 0) -> Tensor:
-    # As NumPy's, which are read; torch's are mapped, and to page in what is read once takes longer than to read it.
-    key = stored_part(part, crop)
-    stored = file.get_tensor(f"{layer}.{key}") if key == part else file.get_slice(f"{layer}.{key}")[crop - 1]
-    return torch.from_numpy(stored)
-
-
-def stored_part(part: str, crop: int) -> str:
-    """Where a pair holds a part of its whole image (0) or of a crop; artifacts are those of either."""
-    return f"crops.{part}" if crop and part != "artifacts" else part
-
-
-def read_header(path: str | Path) -> dict[str, Any]:
-    """What a pair says of itself: model, settings, seed, source image, hash, version. Reads no maps."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["pair"])
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:

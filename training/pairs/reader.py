@@ -17,11 +17,8 @@ from torch import Tensor
 
 from training.loop.order import split_places
 from training.loop.reading_ahead import read_ahead
-from training.pairs.folder import INDEX, read_index, read_maps, read_settings
-
-
-class PairError(ValueError):
-    """Pairs that cannot be trained on; the message names the file or the setting."""
+from training.pairs.file import PairError, damaged, read_maps
+from training.pairs.folder import INDEX, read_index, read_settings
 
 
 @dataclass(frozen=True)
@@ -136,21 +133,13 @@ def _shape(path: Path, layers: tuple[int, ...] | None, crops: int) -> tuple[tupl
             shapes = {tuple(file.get_slice(key).get_shape()) for key in wanted}
             stacks = {tuple(file.get_slice(key).get_shape()) for key in wanted_crops}
     except (OSError, SafetensorError, ValueError) as error:
-        if isinstance(error, PairError):
-            raise
-        raise _unreadable(path, error) from error
+        raise damaged(path, error) from error
     shape = next(iter(shapes), ())
     if len(shapes) != 1 or len(shape) != 3:
         raise PairError(f"{path}: maps must be (K, K, C), all of one shape, got {sorted(shapes)}")
     if stacks - {(crops, *shape)}:
         raise PairError(f"{path}: crops must be {_show((crops, *shape))}, as settings.json says, got {sorted(stacks)}")
     return held, shape
-
-
-def _unreadable(path: Path, error: Exception) -> PairError:
-    return PairError(
-        f"{path} cannot be read, it is damaged or incomplete ({error}); delete it and run training.denoise_images again"
-    )
 
 
 class PairReader:
@@ -220,7 +209,7 @@ class PairReader:
                 if one.shape != self._shape:
                     raise ValueError(f"maps of {_show(one.shape)} where there were {_show(self._shape)} before")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:  # TypeError: NumPy has no bfloat16
-            raise _unreadable(Path(path), error) from error
+            raise damaged(path, error) from error
         return maps
 
     def _path(self, position: int) -> str:
