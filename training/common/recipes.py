@@ -101,7 +101,7 @@ def add_recipe(parser: argparse.ArgumentParser, recipes: Recipes, argv: Sequence
     parser.add_argument(
         "--recipe", choices=NAMES, default="ours", help="defaults of the options above; see training/common/recipes.py"
     )
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False)  # knows abbreviations, as the other one does
     first.add_argument("--recipe", choices=NAMES, default="ours")
     known, _ = first.parse_known_args(argv)
     defaults = dict(recipes.get(known.recipe, {}))

@@ -10,8 +10,8 @@ from typing import Any
 from timm_dvt import CheckpointError
 from training.common.command import complain, flush_subnormals
 from training.common.memory import keep_freed_memory
-from training.common.shared_folder import OutputError, SharedFolder
-from training.loop.checkpoints import Diverged
+from training.common.shared_folder import OutputError, SharedFolder, explain
+from training.loop.checkpoints import CHECKPOINT, Diverged
 from training.loop.distributed import Processes, claim
 from training.loop.log import LOG
 
@@ -57,7 +57,11 @@ def only_run(
         if not mine:
             raise ValueError(f"another process is training into {out}")
         if processes.first:
-            folder.settle(describe(), () if (folder.path / LOG).exists() else undecided)
+            folder.settle(describe(), () if (folder.path / LOG).exists() else undecided, begun=CHECKPOINT)
         processes.wait()
-        yield folder.path
+        try:
+            yield folder.path
+        except OSError as error:  # of files that are read, errors of other kinds tell
+            raise explain(error, Path(error.filename or folder.path)) from error
+        folder.check()
         processes.wait()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -123,9 +123,16 @@ def stored_part(part: str, crop: int) -> str:
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """What a pair says of itself: model, settings, seed, source image, hash, version. Reads no maps."""
-    with safe_open(path, "np") as file:
-        return _header(file)
+    """What a pair says of itself: model, settings, seed, source image, hash, version. Reads no maps.
+
+    Raises:
+        PairError: it cannot be read.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            return _header(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise damaged(path, error) from error
 
 
 def _header(file: Any) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class PairFolder:
         self.settings = {**settings, "precision": precision}
         self._shared = SharedFolder(path)
         try:
-            self._shared.settle(self.settings)
+            self._settle()
         except BaseException:
             self._shared.close()
             raise
@@ -102,11 +102,24 @@ class PairFolder:
         self._read_to = 0
         self._refresh(present=set(_pair_files(self.path)))
 
+    def _settle(self) -> None:
+        """Make sure that the folder was begun with these settings; where its settings.json is lost, a pair tells."""
+        if not (self.path / "settings.json").exists():
+            headers = (read_header(self.path / file) for file in _pair_files(self.path))
+            of_pair = next((header["settings"] for header in headers if "settings" in header), None)
+            if of_pair is not None:
+                self._shared.settle(of_pair)
+        self._shared.settle(self.settings)
+
     def __enter__(self) -> "PairFolder":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._shared.close()
+
+    def check(self) -> None:
+        """Raise OutputError if the folder was deleted while this process worked in it."""
+        self._shared.check()
 
     def claim(self, source: Source, wait: bool = False) -> AbstractContextManager[bool]:
         """Be the only process at work on an image: see SharedFolder.claim."""
@@ -162,6 +175,7 @@ class PairFolder:
             **facts,
         }
         data = encode_pair(maps, header, self.precision)
+        self.check()
         target = self.path / file
         write_atomically(target, data)
         self._enter(source, content, file)

@@ -89,6 +89,7 @@ def denoise_images(model: nn.Module, sources: Sequence[Source], folder: PairFold
                         _say(source, reason)
                 bar.settle(done, failed)
             waiting = busy
+    folder.check()
     return failed
 
 
