@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,6 +41,7 @@ from training.loop.settings import Pace
 from training.pairs.folder import PARTS, PRECISIONS, PairFolder
 from training.pairs.reader import PairReader, PairSet, open_pairs
 from training.stage1.conditioning import LEAST_VIEWS
+from training.stage1.cost import describe_cost, seconds_a_view, seconds_of
 from training.stage1.decompose import Stage1Settings
 from training.stage1.many import CROPS, denoise_images, describe_pairs
 from training.stage1.on_the_fly import SolvingReader, pairs_of_images
@@ -215,15 +215,6 @@ def pairs_on_disk(
     return open_pairs(wanted.folder, only=wanted.files)
 
 
-@torch.no_grad()
-def seconds_of(work: Any) -> float:
-    """How long some work takes, the second time it is done."""
-    work()
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def cost(
     reader: FeatureReader,
     stage1: Stage1Settings,
@@ -234,19 +225,17 @@ def cost(
     on_disk: bool,
 ) -> str:
     """What the run will take here, in words, from a timed batch of the backbone and of a denoiser."""
-    views = torch.rand(stage1.batch_size, 3, reader.input_size, reader.input_size)
-    each = seconds_of(lambda: reader.patch_features(views)[reader.layers[-1]].sum().item()) / len(views)
+    each = seconds_a_view(reader, stage1.batch_size)
     grid = (reader.grid, reader.grid)
     pairs = PairSet(Path(), (), (0,), grid, reader.channels, {})
     (denoiser,) = make_denoisers(pairs, stage2.arch, stage2.blocks, 0).values()
     tokens = torch.rand(max(1, stage2.batch_size // processes), reader.grid**2, reader.channels, device=reader.device)
     step = 3 * seconds_of(lambda: denoiser.to(reader.device)(tokens, grid).sum().item())  # backward is two forwards
-    first, second = images * stage1.views * each / processes / 60, stage2.steps * step / 60
     maps = len(PARTS) + 2 * stage1.crops
     space = images * maps * reader.grid**2 * reader.channels * PRECISIONS["half"].itemsize / 1e9
     return (
-        f"stage 1: {images} images x {stage1.views} views = {images * stage1.views} forward passes at {each:.3g} s, "
-        f"about {first:.3g} minutes; stage 2: {stage2.steps} steps at {step:.3g} s, about {second:.3g} minutes"
+        describe_cost(images, stage1.views, each, processes)
+        + f"; stage 2: {stage2.steps} steps at {step:.3g} s, about {stage2.steps * step / 60:.3g} minutes"
         + f"; what it leaves: {LEFTOVER_VIEWS} views, about {LEFTOVER_VIEWS * each / 60:.3g} minutes" * leftover
         + f"; pairs: about {space:.2g} GB on disk" * on_disk
     )

@@ -54,7 +54,8 @@ def list_images(where: str | Path, limit: int | None = None) -> list[Source]:
     - a folder: every file below it whose suffix is in `SUFFIXES` (capitals too), sorted by name; names that
       start with a dot are left out; links to folders are followed, each real folder once
     - a `.txt` file: one path a line, relative to the text file's folder, in the order of the file; blank and
-      repeated lines are left out; nothing is checked here: a missing image is reported when it is read
+      repeated lines are left out, and blanks around a path unless a file's name has them; nothing else is checked
+      here: a missing image is reported when it is read
     - any other file: that one image
 
     Raises:
@@ -68,8 +69,9 @@ def list_images(where: str | Path, limit: int | None = None) -> list[Source]:
         if not sources:
             raise ValueError(f"no images below the folder {where}: looked for {' '.join(sorted(SUFFIXES))}")
     elif where.suffix.lower() == ".txt" and where.is_file():
-        lines = where.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-        names = dict.fromkeys(line.strip() for line in lines if line.strip())
+        # By line feeds alone: a name may hold what else Python takes for the end of a line.
+        lines = where.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
+        names = dict.fromkeys(_name_of(line.removesuffix("\r"), where.parent) for line in lines if line.strip())
         sources = [Source(name, where.parent) for name in names]
         if not sources:
             raise ValueError(f"the list {where} names no images: it should hold one path a line")
@@ -140,6 +142,10 @@ def decode_image(data: bytes) -> Tensor:
     except Exception as error:  # on damaged files Pillow raises nearly anything, IndexError included
         raise ImageError(f"cannot be decoded: {error or type(error).__name__}") from error
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _name_of(line: str, folder: Path) -> str:
+    return line if line == line.strip() or (folder / line).exists() else line.strip()
 
 
 def _names_below(root: Path) -> Iterator[str]:

@@ -83,8 +83,7 @@ def describe_training(name: str, model: nn.Module, pairs: PairSet, settings: Sta
         "model": name,
         "weights": weights_digest(model),
         "pairs": {"count": len(pairs.files), "digest": pairs.digest(), "layers": list(pairs.layers)},
-        "grid": list(pairs.grid),
-        "channels": pairs.channels,
+        "made_with": pairs.settings,
         **asdict(settings),
         **init,
     }
