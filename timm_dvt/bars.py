@@ -9,12 +9,11 @@ LINE_EVERY = 10  # seconds
 
 
 class tqdm(_tqdm):  # noqa: N801  its own name
-    """A bar on a terminal; elsewhere a line now and then, and none of a short one that would not stay."""
+    """A bar on a terminal; elsewhere a line at its beginning, now and then, and at its end."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         if not sys.stderr.isatty():
-            short = {} if options.get("leave", True) else {"delay": LINE_EVERY}
-            options |= {"file": _Lines(sys.stderr), "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY, **short}
+            options |= {"file": _Lines(sys.stderr), "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY}
         super().__init__(*args, **options)
 
 

@@ -83,6 +83,19 @@ def test_calibrate_says_how_many_views_it_needs_before_anything_is_done(capsys, 
     assert "views is 31" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["training.stamps", "training.make_denoiser", "training.benchmark"])
+def test_without_posix_locks_training_says_in_one_line_what_it_needs(name):
+    code = f"import sys, runpy; sys.modules['fcntl'] = None; runpy.run_module({name!r}, run_name='__main__')"
+    windows = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert windows.returncode == 2 and windows.stderr.count("\n") == 1
+    assert windows.stderr.startswith("error: training needs the file locks of Linux or macOS")
+
+
+def test_the_plug_in_needs_nothing_that_windows_lacks():
+    code = "import sys; sys.modules.update(fcntl=None, resource=None, pwd=None); import timm_dvt.__main__"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_help_of_a_verb_shows_an_example_that_the_command_line_takes(verb, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/usr/bin/timm-dvt"])

@@ -10,7 +10,7 @@ A training run reads settings.json and index.jsonl, and opens a pair only to use
 `read_pair`). A pair's file is there, whole, before its line is, so a line never lies. A process killed
 between the two leaves a file without a line; the next run adds the line instead of doing the image again. A
 pair is named after its image's name and content: equal names in two folders do not collide, and a changed
-image is a new one.
+image is a new one. Its header has a checksum of each map, held against the map whenever one is read.
 
 A pair may hold crops beside its whole image, each a raw map and F at the places of its patches: the views of stage 1
 once more, for stage 2 to learn from.

@@ -113,3 +113,15 @@ def test_a_damaged_map_is_noticed_by_all_that_read_pairs(tmp_path):
     (tmp_path / file).write_bytes(flipped(whole, len(whole) - 7))
     with pytest.raises(PairError, match=f"{file} cannot be read, it is damaged"):
         read_pair(tmp_path / file)
+
+
+def test_where_the_system_does_not_say_what_memory_is_free_half_of_all_is_taken_for_it(tmp_path, monkeypatch):
+    pages = {"SC_PHYS_PAGES": 4096, "SC_PAGE_SIZE": 4096}
+
+    def of_macos(name):
+        if name not in pages:
+            raise ValueError("unrecognized configuration name")
+        return pages[name]
+
+    monkeypatch.setattr("training.pairs.reader.os.sysconf", of_macos)
+    assert PairReader(open_pairs(write_pairs(tmp_path)))._free == 2048 * 4096 // 4
