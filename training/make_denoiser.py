@@ -47,7 +47,7 @@ from training.stage1.many import CROPS, denoise_images, describe_pairs
 from training.stage1.on_the_fly import SolvingReader, pairs_of_images
 from training.stage2.denoisers import make_denoisers
 from training.stage2.targets import TARGETS
-from training.stage2.train import Stage2Settings, check_fit, describe_training, save, train
+from training.stage2.train import Stage2Settings, describe_training, save, train
 
 VIEWS, IMAGES = 16, 128
 LEAST_IMAGES = 4  # two to learn from, and two to be judged by

@@ -34,22 +34,29 @@ A million images, for ViT-B at 518 px (K = 37, C = 768; a map has 2.1 MB in half
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from timm_dvt.version import __version__
 from training.common.images import Fingerprint, Source
 from training.common.shared_folder import SharedFolder, read_lines, write_atomically
-from training.pairs.file import PARTS as PARTS
-from training.pairs.file import PRECISIONS, Maps, encode_pair, pair_file, read_header
-from training.pairs.file import ValueTooLarge as ValueTooLarge
-from training.pairs.file import read_maps as read_maps
-from training.pairs.file import read_pair as read_pair
-from training.pairs.file import stored_part as stored_part
+from training.pairs.file import (
+    PARTS,
+    PRECISIONS,
+    Maps,
+    ValueTooLarge,
+    encode_pair,
+    pair_file,
+    read_header,
+    read_maps,
+    read_pair,
+    stored_part,
+)
+
+__all__ = ["PARTS", "ValueTooLarge", "read_maps", "read_pair", "stored_part"]  # of a pair, beside what is here
 
 INDEX, FAILURES = "index.jsonl", "failures.jsonl"
 
