@@ -14,14 +14,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from timm_dvt.calibration import METHODS, Calibration, CalibrationError, calibrate
+from timm_dvt.calibration import LEAST_VIEWS, METHODS, Calibration, CalibrationError, calibrate, check_arguments
 from timm_dvt.demo import PHOTOGRAPHS, DemoError, read_image
 from timm_dvt.fetching import without_dead_network
 from timm_dvt.files import write_whole
 from timm_dvt.panel import Shown, draw
 from timm_dvt.sample_images import SampleError, sources
 from timm_dvt.saving import recorded_arguments, save_pretrained
-from timm_dvt.viewing import ViewReader
+from timm_dvt.viewing import WINDOWS, ViewReader
 
 PANEL = "before_after.png"
 MOST_SHOWN = 2
@@ -60,7 +60,11 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "model's denoiser)",
     )
     command.add_argument(
-        "--views", type=int, default=256, metavar="N", help="forward passes at the most (default: %(default)s)"
+        "--views",
+        type=int,
+        default=256,
+        metavar="N",
+        help=f"forward passes at the most, {LEAST_VIEWS} or more (default: %(default)s)",
     )
     command.add_argument(
         "--keep-length", action="store_true", help="clean tokens of the raw ones' length, for what lives on lengths"
@@ -100,6 +104,7 @@ def run(
     Raises:
         CalibrationError: an image, the model or the folder cannot be used; the message says what to do.
     """
+    check_arguments(method, views)
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +129,9 @@ def run(
     for block in sorted(of_blocks)[:-1]:
         say(f"block {block}: {describe(of_blocks[block])}")
     if max(one.error for one in of_blocks.values()) > 0.5:
-        say("note: little is known of the artifacts; " + ("use more images" if images else "use images (--images)"))
+        spent = facts.images * WINDOWS >= views  # so that more images would not be looked at
+        more = "views (--views)" if spent else "images"
+        say(f"note: little is known of the artifacts; use {f'more {more}' if images else 'images (--images)'}")
     written = ["config.json", "model.safetensors", "calibration.json"]
     told = asdict(facts)
     if len(of_blocks) > 1:

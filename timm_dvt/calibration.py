@@ -58,10 +58,10 @@ def calibrate(
 ) -> nn.Module:
     """Give a timm ViT a denoiser that works, without training; in place, and return the model.
 
-    Random windows of the images, also mirrored and upside down, go through the model at the size it is meant for, on its
-    device, and are summed up; memory does not grow with their number. What windows of one image share is content and
-    cancels, what all windows have at the same place is the artifact map (`timm_dvt.positions`). What was found is told
-    by `model.denoiser.calibration`, a `Calibration`; with several layers, by `model.denoisers()[block].calibration`.
+    Random windows of the images, also mirrored and upside down, go through the model at the size it is meant for, on
+    its device, and are summed up; memory does not grow with their number. What windows of one image share is content
+    and cancels, what all windows have at the same place is the artifact map (`timm_dvt.positions`). What was found is
+    told by `model.denoiser.calibration`, a `Calibration`; with several layers, by `model.denoisers()[block].calibration`.
 
     Args:
         model: any model that `add_denoiser` takes. A denoiser that it has already is replaced, but by "leftover".
@@ -90,13 +90,7 @@ def calibrate(
     """
     if not isinstance(model, Denoised):
         check_supported(model)
-    if method not in METHODS:
-        raise CalibrationError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
-    if views < LEAST_VIEWS or batch_size < 1 or not tolerance >= 0:
-        raise CalibrationError(
-            f"views is {views}, tolerance {tolerance}, batch_size {batch_size}; they must be at least "
-            f"{LEAST_VIEWS}, 0 and 1."
-        )
+    check_arguments(method, views, tolerance, batch_size)
     try:
         found = None if images is None else sources(images, views // WINDOWS)
     except SampleError as e:
@@ -130,6 +124,19 @@ def calibrate(
     finally:
         model.train(training)
     return _with_lengths(model, keep_length)
+
+
+def check_arguments(
+    method: str = "static", views: int = LEAST_VIEWS, tolerance: float = 0, batch_size: int = 1
+) -> None:
+    """Raise CalibrationError for arguments of `calibrate` that no model can be calibrated with."""
+    if method not in METHODS:
+        raise CalibrationError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
+    if views < LEAST_VIEWS or batch_size < 1 or not tolerance >= 0:
+        raise CalibrationError(
+            f"views is {views}, tolerance {tolerance}, batch_size {batch_size}; they must be at least "
+            f"{LEAST_VIEWS}, 0 and 1."
+        )
 
 
 def _with_lengths(model: Any, keep: bool) -> nn.Module:

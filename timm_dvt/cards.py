@@ -12,9 +12,9 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 from torch import nn
-from tqdm import tqdm
 
 from timm_dvt import published
+from timm_dvt.bars import tqdm
 from timm_dvt.files import write_whole
 from timm_dvt.layouts import layout_of, meant_size
 from timm_dvt.registry import VARIANTS

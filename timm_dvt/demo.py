@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
 from torch import nn
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from timm_dvt.fetching import WeightsNotFoundError, without_dead_network
 from timm_dvt.files import write_whole
 from timm_dvt.images import ImageError, to_rgb, upright

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from timm.models import create_model, list_models, list_modules
 from torch import nn
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from timm_dvt.layouts import Refused, layout_of
 
 

@@ -20,7 +20,7 @@ def write_whole(path: Path, write: Callable[[Path], object], temporary: Path | N
         temporary.chmod(0o666 & ~_umask())
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows syncs what may be written alone
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:

@@ -3,9 +3,11 @@
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
@@ -38,7 +40,8 @@ def save_pretrained(
     """
     if not isinstance(model, Denoised) or model.denoiser is None:
         raise TypeError(
-            f"{type(model).__name__} has no denoiser to save; timm.models.save_for_hf saves plain models.{unwrapping(model)}"
+            f"{type(model).__name__} has no denoiser to save; timm.models.save_for_hf saves plain models."
+            f"{unwrapping(model)}"
         )
     if not model.backbone_name:
         raise ValueError("The model's backbone has no timm name, so nothing could rebuild it; use timm.create_model.")
@@ -147,8 +150,17 @@ def write_tensors(tensors: dict, path: Path, metadata: dict[str, str]) -> None:
     """Write safetensors, such that equal tensors and metadata make equal files.
 
     The library writes metadata in an order of its own each time; here they are put in order in place.
+
+    Raises:
+        OSError: the file cannot be written: a full disk, say.
     """
-    safetensors.torch.save_file(tensors, path, metadata)
+    try:
+        safetensors.torch.save_file(tensors, path, metadata)
+    except safetensors.SafetensorError as e:  # what the system says is in its words alone
+        number = re.search(r"os error (\d+)", str(e))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from e
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

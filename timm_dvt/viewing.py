@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from timm_dvt.layouts import meant_size
 from timm_dvt.positions import MOST_GROUPS, Position, PositionSums, Windows
 from timm_dvt.sample_images import SampleError, Source, blank, canvas

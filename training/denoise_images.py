@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from training.common.command import add_model_arguments, complain, help_from
+from training.common.command import add_model_arguments, complain, help_from, positive
 from training.common.images import list_images
 from training.common.memory import keep_freed_memory
 from training.common.models import load_model, pick_device
@@ -60,7 +60,7 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="folder of the pairs; made, or continued if it exists")
     add_model_arguments(parser)
     add_stage1_arguments(parser, VIEWS, CROPS)
-    parser.add_argument("--limit", type=int, help="only the first so many images")
+    parser.add_argument("--limit", type=positive, help="only the first so many images")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="half", help="of the maps on disk (default: %(default)s)"
     )

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -37,9 +36,9 @@ from torch import Tensor, nn
 from timm_dvt.layouts import meant_size
 from timm_dvt.model import remove_denoiser
 from timm_dvt.saving import save_plain
-from training.common.command import add_model_arguments, help_from
-from training.common.images import Source, list_images
-from training.common.models import load_model, pick_device, weights_digest
+from training.common.command import add_model_arguments, help_from, positive
+from training.common.images import Source, images_digest, list_images
+from training.common.models import load_model, make_for, pick_device, weights_digest
 from training.common.recipes import STAGE3, add_recipe
 from training.figures.rows import draw_rows
 from training.loop.checkpoints import CHECKPOINT, Diverged
@@ -54,7 +53,7 @@ from training.loop.reading_ahead import read_ahead, reading_threads
 from training.loop.run import resume, run_steps
 from training.loop.settings import USUAL_PACE, Pace, TrainingSettings
 from training.stage3.crops import AUGMENTS, CropReader
-from training.stage3.student import MOST_VALIDATION, Student, Validation, freeze_unused
+from training.stage3.student import MOST_VALIDATION, Student, Validation, as_tokens, freeze_unused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--images", required=True, metavar="DIR", help="a folder, an image or a .txt list of paths")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="made, or continued if it exists")
     add_model_arguments(parser)
-    parser.add_argument("--input-size", type=int, metavar="PX", help="(default: the denoised model's own)")
+    parser.add_argument("--input-size", type=positive, metavar="PX", help="(default: the denoised model's own)")
     parser.add_argument(
         "--augment",
         choices=AUGMENTS,
@@ -134,20 +133,17 @@ def load_teacher(name: str, pretrained: bool, seed: int) -> Any:
 def make_settings(args: argparse.Namespace, teacher: Any, sources: list[Source], processes: Processes) -> Settings:
     """The settings of a command line, for so many images and processes. Raises ValueError for what cannot be."""
     size = meant_size(teacher)[0] if args.input_size is None else args.input_size
-    patch = teacher.patch_embed.patch_size[0]
-    if size < patch or size % patch:
+    patch = teacher.layout.img_size[0] // teacher.layout.grid[0]
+    if size % patch:
         raise ValueError(f"input_size must be a multiple of the patch size {patch}, got {size}")
-    if size != teacher.patch_embed.img_size[0] and not teacher.dynamic_img_size:
-        raise ValueError(f"input_size must be this model's one, {teacher.patch_embed.img_size[0]}, got {size}")
+    make_for(teacher, size)
     shared = training_settings(args, len(sources), f"{args.images} holds {len(sources)} image", processes)
     return Settings(input_size=size, augment=args.augment, tokens=args.tokens, **shared)
 
 
 def describe(args: argparse.Namespace, teacher: nn.Module, sources: list[Source], settings: Settings) -> dict[str, Any]:
     """What settings.json says: a run is only continued if all of it is the same."""
-    names = "\n".join(source.name for source in sources)
-    digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-    images = {"count": len(sources), "names": digest}
+    images = {"count": len(sources), "digest": images_digest(sources)}
     weights = weights_digest(teacher)
     return {"task": "stage 3", "model": args.model, "weights": weights, "images": images, **asdict(settings)}
 
@@ -192,7 +188,7 @@ def train(
         return (images.to(device) - mean) / std
 
     # In eval mode: a pretrained ViT has no layer that training would change, and nothing random to be continued.
-    learned_from = teacher.num_prefix_tokens if settings.tokens == "patches" else 0
+    learned_from = teacher.layout.prefix if settings.tokens == "patches" else 0
     vit = remove_denoiser(copy.deepcopy(teacher))
     student = Student(vit, teacher.norm_after_pool, settings.loss, learned_from).eval().requires_grad_(True)
     freeze_unused(student, torch.zeros(1, 3, settings.input_size, settings.input_size, device=device))
@@ -215,7 +211,7 @@ def train(
         images = normalise(next(batches))
         with autocasting():
             with torch.no_grad():
-                wanted = teacher.forward_features(images)
+                wanted = as_tokens(teacher.forward_features(images), teacher.layout)
             return model(images, wanted)
 
     def not_sane(loss: float, limit: float, steps: range) -> Exception:

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,10 @@ from torch import nn
 from timm_dvt import calibrate, save_pretrained
 from timm_dvt.model import timm_name
 from training.common.backbone import DTYPES, FeatureReader
-from training.common.command import add_model_arguments, help_from, positive
+from training.common.command import add_model_arguments, at_least, help_from, positive
 from training.common.hub_images import SCHEME, fetch_images
 from training.common.images import ImageError, Source, list_images, load_image
-from training.common.models import load_model, load_pairs_model, pick_device
+from training.common.models import check_backbone, load_backbone, pick_device
 from training.evaluate.before_after import before_after
 from training.loop.distributed import Processes, join_processes
 from training.loop.entry import exit_code, only_run
@@ -41,14 +40,17 @@ from training.loop.order import split_places
 from training.loop.settings import Pace
 from training.pairs.folder import PARTS, PRECISIONS, PairFolder
 from training.pairs.reader import PairReader, PairSet, open_pairs
+from training.stage1.conditioning import LEAST_VIEWS
+from training.stage1.cost import describe_cost, seconds_a_view, seconds_of
 from training.stage1.decompose import Stage1Settings
 from training.stage1.many import CROPS, denoise_images, describe_pairs
 from training.stage1.on_the_fly import SolvingReader, pairs_of_images
 from training.stage2.denoisers import make_denoisers
 from training.stage2.targets import TARGETS
-from training.stage2.train import Stage2Settings, check_fit, describe_training, save, train
+from training.stage2.train import Stage2Settings, describe_training, save, train
 
 VIEWS, IMAGES = 16, 128
+LEAST_IMAGES = 4  # two to learn from, and two to be judged by
 LEFTOVER_VIEWS = 128
 HELD_OUT, MOST_HELD_OUT = 0.1, 16  # of the images, and no more
 BATCH, EPOCHS, LEAST_STEPS = 8, 15, 150  # of stage 2: a few images, whole and in crops, seen often enough
@@ -67,12 +69,16 @@ def make_parser() -> argparse.ArgumentParser:
         "--images",
         required=True,
         metavar="DIR",
-        help="a folder, a .txt list of paths, or hf:OWNER/NAME[:CONFIG][:SPLIT], a data set",
+        help="a folder, a .txt list, or hf:OWNER/NAME[:CONFIG][:SPLIT], a data set; 4 images or more",
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="made, or continued if it exists")
     add_model_arguments(parser)
-    parser.add_argument("--limit", type=positive, default=IMAGES, help="at most so many images (%(default)s)")
-    parser.add_argument("--views", type=positive, default=VIEWS, help="forward passes an image (%(default)s)")
+    parser.add_argument(
+        "--limit", type=at_least(LEAST_IMAGES), default=IMAGES, help="at most so many images (%(default)s)"
+    )
+    parser.add_argument(
+        "--views", type=at_least(LEAST_VIEWS), default=VIEWS, help="forward passes an image (%(default)s)"
+    )
     parser.add_argument("--input-size", type=positive, metavar="PX", help="(default: 518 for patch 14, 512 for 16)")
     parser.add_argument("--steps", type=positive, help="of stage 2 (default: 15 epochs at 8, 150 at least)")
     parser.add_argument("--target", choices=TARGETS, default=Stage2Settings.target, help="of stage 2 (%(default)s)")
@@ -96,14 +102,13 @@ def make_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """What the parsed arguments ask for. Raises what `exit_code` knows."""
     device = pick_device(args.device)
+    check_backbone(args.model)  # before images are fetched, or weights
     images = args.images
     if images.startswith(SCHEME):
         images = fetch_images(images, args.limit, Path(args.out) / "images")
-    sources = readable(spread(list_images(images), args.limit))
-    backbone = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
-    if args.views < 2:
-        raise ValueError(f"views must be 2 or more, got {args.views}")
-    reader = FeatureReader(backbone, input_size=args.input_size, dtype=args.dtype)
+    seen, held_out = hold_out(readable(spread(list_images(images), args.limit)), args.seed)
+    model = load_backbone(args.model, args.pretrained, args.seed).to(device)
+    reader = FeatureReader(model, input_size=args.input_size, dtype=args.dtype)
     stage1 = Stage1Settings(
         views=args.views,
         crops=min(CROPS, args.views - 1),
@@ -113,16 +118,20 @@ def run(args: argparse.Namespace) -> None:
         stride=reader.stride,
         dtype=args.dtype,
     )
-    made_with = describe_pairs(args.model, args.pretrained, backbone, stage1)
-    seen, held_out = hold_out(sources, args.seed)
+    made_with = describe_pairs(args.model, args.pretrained, model, stage1)
+    pairs, by_file = pairs_of_images(seen, Path(args.out) / "pairs", model, stage1, made_with)
     with join_processes(device) as processes:
         stage2 = stage2_settings(args, len(seen), processes)
         if processes.first:
             print(cost(reader, stage1, stage2, len(seen), processes.count, args.leftover, args.pairs), flush=True)
-        pairs, make_reader = stage1_pairs(args, backbone, seen, stage1, made_with, processes)
-        model = load_pairs_model(args.model, args.pretrained, made_with, args.out)
-        check_fit(model, pairs, args.model)
-        with only_run(args.out, processes, lambda: describe_training(args.model, model, pairs, stage2)) as folder:
+        # Until stage 2 begins, nothing has come of these images but pairs, each of one image alone.
+        undecided = ("pairs",) if args.steps else ("pairs", "steps")
+        with only_run(
+            args.out, processes, lambda: describe_training(args.model, model, pairs, stage2), undecided
+        ) as folder:
+            make_reader: Any = partial(SolvingReader, sources=by_file, model=model, settings=stage1)
+            if args.pairs:
+                pairs, make_reader = pairs_on_disk(model, pairs, by_file, stage1, processes), PairReader
             denoisers = train(
                 pairs,
                 stage2,
@@ -134,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
                 pace=Pace(None if args.pairs else 0),
             )
             if processes.first:
-                save(model, denoisers, folder)
+                save(model, denoisers, folder, pairs)
                 if args.leftover:
                     calibrate(model.to(device), [s.path for s in seen], method="leftover", views=LEFTOVER_VIEWS)
                     save_pretrained(model, folder, model_args=model.recorded_arguments)
@@ -177,8 +186,10 @@ def hold_out(sources: list[Source], seed: int) -> tuple[list[Source], list[Sourc
     Raises:
         ValueError: too few images for both.
     """
-    if len(sources) < 4:
-        raise ValueError(f"images must be 4 or more, to learn from some and look at others, got {len(sources)}")
+    if len(sources) < LEAST_IMAGES:
+        raise ValueError(
+            f"images must be {LEAST_IMAGES} or more, to learn from some and look at others, got {len(sources)}"
+        )
     learn, judge = split_places(len(sources), min(HELD_OUT, MOST_HELD_OUT / len(sources)), seed)
     while len(judge) < 2:  # position's share is one of several images
         judge.append(learn.pop())
@@ -194,32 +205,14 @@ def stage2_settings(args: argparse.Namespace, count: int, processes: Processes) 
     )
 
 
-def stage1_pairs(
-    args: argparse.Namespace,
-    backbone: nn.Module,
-    sources: list[Source],
-    settings: Stage1Settings,
-    made_with: dict[str, Any],
-    processes: Processes,
-) -> tuple[PairSet, Any]:
-    """The pairs of the images, and what makes readers of them: solved now and on disk, or when they are asked for."""
-    where = Path(args.out) / "pairs"
-    if not args.pairs:
-        pairs, by_file = pairs_of_images(sources, where, backbone, settings, made_with)
-        return pairs, partial(SolvingReader, sources=by_file, model=backbone, settings=settings)
-    with PairFolder(where, made_with) as folder:
-        denoise_images(backbone, sources, folder, settings)
+def pairs_on_disk(
+    model: nn.Module, wanted: PairSet, sources: Mapping[str, Source], settings: Stage1Settings, processes: Processes
+) -> PairSet:
+    """Stage 1 of the images, by the files of their pairs: those of the wanted pairs that there are, and no others."""
+    with PairFolder(wanted.folder, wanted.settings) as folder:
+        denoise_images(model, list(sources.values()), folder, settings)
     processes.wait()
-    return open_pairs(where), PairReader
-
-
-@torch.no_grad()
-def seconds_of(work: Any) -> float:
-    """How long some work takes, the second time it is done."""
-    work()
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    return open_pairs(wanted.folder, only=wanted.files)
 
 
 def cost(
@@ -232,19 +225,17 @@ def cost(
     on_disk: bool,
 ) -> str:
     """What the run will take here, in words, from a timed batch of the backbone and of a denoiser."""
-    views = torch.rand(stage1.batch_size, 3, reader.input_size, reader.input_size)
-    each = seconds_of(lambda: reader.patch_features(views)[reader.layers[-1]].sum().item()) / len(views)
+    each = seconds_a_view(reader, stage1.batch_size)
     grid = (reader.grid, reader.grid)
     pairs = PairSet(Path(), (), (0,), grid, reader.channels, {})
     (denoiser,) = make_denoisers(pairs, stage2.arch, stage2.blocks, 0).values()
     tokens = torch.rand(max(1, stage2.batch_size // processes), reader.grid**2, reader.channels, device=reader.device)
     step = 3 * seconds_of(lambda: denoiser.to(reader.device)(tokens, grid).sum().item())  # backward is two forwards
-    first, second = images * stage1.views * each / processes / 60, stage2.steps * step / 60
     maps = len(PARTS) + 2 * stage1.crops
     space = images * maps * reader.grid**2 * reader.channels * PRECISIONS["half"].itemsize / 1e9
     return (
-        f"stage 1: {images} images x {stage1.views} views = {images * stage1.views} forward passes at {each:.3g} s, "
-        f"about {first:.3g} minutes; stage 2: {stage2.steps} steps at {step:.3g} s, about {second:.3g} minutes"
+        describe_cost(images, stage1.views, each, processes)
+        + f"; stage 2: {stage2.steps} steps at {step:.3g} s, about {stage2.steps * step / 60:.3g} minutes"
         + f"; what it leaves: {LEFTOVER_VIEWS} views, about {LEFTOVER_VIEWS * each / 60:.3g} minutes" * leftover
         + f"; pairs: about {space:.2g} GB on disk" * on_disk
     )

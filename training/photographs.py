@@ -30,8 +30,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.common.command import complain, help_from
 from training.evaluate.annotations import image_size
 from training.evaluate.splits import IGNORE

@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageEnhance
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
+from training.common.command import Help, at_least, whole
 from training.common.shared_folder import OutputError, SettingsDiffer, SharedFolder, write_atomically
 from training.common.stamp_sources import CLASSES, SHARE, SPLITS, STAMP_CLASSES, Sources, SourcesMissing, load_sources
 
@@ -158,14 +159,12 @@ def main(argv: list[str] | None = None) -> int:
     """Write the dataset; returns 0, or 1 with a line that says what to do."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if min(args.train, args.val) < 0:
-        parser.error("--train and --val must be 0 or more")
-    if not 32 <= args.size <= 4096:
+    if args.size > 4096:
         parser.error("--size must be from 32 to 4096")
     try:
         sources = [load_sources(split, args.share, args.size) for split in SPLITS]
         with SharedFolder(args.out) as folder:  # more images may follow, of the same settings
-            folder.settle({"seed": args.seed, "size": args.size, "places": args.places})
+            folder.settle({"seed": args.seed, "size": args.size, "places": args.places}, begun=SPLITS[0])
         for split, count, own in zip(SPLITS, (args.train, args.val), sources):
             write_split(args.out / split, Composer(split, args.seed, own, args.size, args.places), count)
         write_atomically(args.out / "classes.txt", "".join(f"{name}\n" for name in CLASSES).encode())
@@ -177,14 +176,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.stamps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m training.stamps", description=__doc__, formatter_class=Help)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--train", type=int, default=2000, metavar="N", help="training images (%(default)s)")
-    parser.add_argument("--val", type=int, default=500, metavar="N", help="validation images (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other images of the same sources")
-    parser.add_argument("--size", type=int, default=SIZE, metavar="PX", help="side of the images (%(default)s)")
+    parser.add_argument("--train", type=whole, default=2000, metavar="N", help="training images (%(default)s)")
+    parser.add_argument("--val", type=whole, default=500, metavar="N", help="validation images (%(default)s)")
+    parser.add_argument("--seed", type=whole, default=0, help="another seed, other images of the same sources")
+    parser.add_argument(
+        "--size", type=at_least(32), default=SIZE, metavar="PX", help="side of the images (%(default)s)"
+    )
     parser.add_argument(
         "--places", choices=PLACES, default="any", help="class: the height of an object tells its class (%(default)s)"
     )

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from timm_dvt.denoiser import ARCHITECTURES
 from timm_dvt.model import timm_name
-from training.common.command import add_model_arguments, help_from
+from training.common.command import add_model_arguments, help_from, positive
 from training.common.models import load_pairs_model, pick_device
 from training.common.recipes import STAGE2, add_recipe
 from training.loop.distributed import Processes, join_processes
@@ -44,14 +44,14 @@ def run(args: argparse.Namespace) -> None:
     """What the parsed arguments ask for. Raises what `exit_code` knows."""
     device = pick_device(args.device)
     pairs = open_pairs(args.pairs, args.layers)
-    model = load_pairs_model(args.model, args.pretrained, pairs.settings, args.pairs)
-    check_fit(model, pairs, args.model)
     with join_processes(device) as processes:
         settings = make_settings(args, pairs, processes)
+        model = load_pairs_model(args.model, args.pretrained, pairs.settings, args.pairs)
+        check_fit(model, pairs, args.model)
         with only_run(args.out, processes, lambda: describe_training(args.model, model, pairs, settings)) as folder:
             denoisers = train(pairs, settings, folder, device, processes, Pace.of(args), timm_name(model))
             if processes.first:
-                save(model, denoisers, folder)
+                save(model, denoisers, folder, pairs)
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
 
 
@@ -78,7 +78,7 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--blocks",
-        type=int,
+        type=positive,
         default=Stage2Settings.blocks,
         help="transformer blocks (default: the paper's %(default)s)",
     )
@@ -123,9 +123,8 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, processes: Processes
     Raises:
         ValueError: a value that cannot be.
     """
-    if args.blocks < 1 or (args.blocks > 1 and not args.arch.startswith("block")):
-        accepted = "1 or more" if args.arch.startswith("block") else f"1 with --arch {args.arch}"
-        raise ValueError(f"--blocks must be {accepted}, got {args.blocks}")
+    if args.blocks > 1 and not args.arch.startswith("block"):
+        raise ValueError(f"--blocks must be 1 with --arch {args.arch}, got {args.blocks}")
     if args.init and args.arch == "static":
         raise ValueError("--init starts a training, and --arch static needs none; leave out one of the two")
     count = len(pairs.files)

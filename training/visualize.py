@@ -7,9 +7,10 @@
     python -m training.visualize clip.mp4 --model NAME --video out.mp4    Fig. 3c: frame, raw, denoised
 
 NAME is any timm VisionTransformer or Eva. A video is denoised by the denoiser of a `*_dvt` model; with any
-other model each frame goes through stage 1, which takes --views forward passes. Pictures are of stage 1.
+other model each frame goes through stage 1, which takes --views forward passes. Pictures are of stage 1, which says
+first what it will cost.
 
-Exit code: 0 drawn; 1 drawn, but some images are left out; 2 the command is wrong.
+Exit code: 0 drawn; 1 drawn, but some images are left out; 2 the command is wrong; 130 stopped by Ctrl-C.
 """
 
 import argparse
@@ -24,8 +25,9 @@ import torch
 from matplotlib.figure import Figure
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
+from timm_dvt.colors import PALETTE
 from training.common.backbone import FeatureReader
 from training.common.command import add_model_arguments, complain, help_from, positive
 from training.common.images import ImageError, Source, decode_image, list_images, read_file
@@ -34,12 +36,14 @@ from training.common.recipes import STAGE1, add_recipe
 from training.common.views import render_views, whole_view
 from training.figures.panels import Row, draw_positional, draw_stage1
 from training.figures.sheet import save_figure
-from training.figures.video import Maps, count_frames, draw_video
+from training.figures.video import Maps, check_suffix, count_frames, draw_video
+from training.stage1.cost import describe_cost, seconds_a_view
 from training.stage1.decompose import Stage1Settings, decompose
 from training.stage1.many import IMAGE_ERRORS, image_seed
 from training.stage1.options import add_stage1_arguments, stage1_settings
 from training.stage1.progress import Progress
 
+VIEWS = 64  # of an image: a picture shows no more of what 768 would bring
 MOST_ROWS = 100  # a taller picture opens nowhere
 
 
@@ -48,16 +52,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser(argv).parse_args(argv)
     try:
         device = pick_device(args.device)
+        sources = [] if check(args).video else [one for where in args.images for one in list_images(where)]
         model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
         settings = stage1_settings(args, model)
         if args.video:
             return _video(args, model, settings)
-        sources = [source for where in args.images for source in list_images(where)][: args.limit]
-        if args.positional:
-            return _positional(args, model, settings, sources)
-        return _stage1(args, model, settings, sources)
+        draw = _positional if args.positional else _stage1
+        return draw(args, model, settings, sources[: args.limit])
     except (ValueError, TypeError, OSError, *IMAGE_ERRORS) as error:
         return complain(2, error)
+    except KeyboardInterrupt:
+        return complain(130, "stopped; nothing was drawn.")
+
+
+def check(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments. Raises ValueError for what is wrong whatever the model and the images are."""
+    if not 1 <= args.clusters <= len(PALETTE):
+        raise ValueError(f"clusters must be from 1 to {len(PALETTE)}, got {args.clusters}")
+    if args.video:
+        check_suffix(args.video)
+        if len(args.images) != 1:
+            raise ValueError(f"--video takes one folder of frames or one video file, got {len(args.images)}")
+    return args
 
 
 def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
@@ -68,13 +84,13 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--positional", action="store_true", help="draw what position does to features")
     parser.add_argument("--video", metavar="OUT", help=".mp4 or .gif to write, from a video or frames")
     parser.add_argument("--fps", type=float, help="of the video (default: the source's, or 10)")
-    parser.add_argument("--clusters", type=int, default=6, help="of k-means (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="only the first so many images or frames")
+    parser.add_argument("--clusters", type=int, default=6, help="of k-means, from 1 to 10 (default: %(default)s)")
+    parser.add_argument("--limit", type=positive, help="only the first so many images or frames")
     add_model_arguments(parser)
     parser.add_argument(
         "--resolution", type=positive, metavar="N", help="draw F at N x N places instead of at the patches"
     )
-    add_stage1_arguments(parser)
+    add_stage1_arguments(parser, VIEWS)
     add_recipe(parser, STAGE1, argv)
     return parser
 
@@ -177,6 +193,7 @@ def video_maps(model: Any, settings: Stage1Settings) -> Maps:
 def _stage1(args: argparse.Namespace, model: nn.Module, settings: Stage1Settings, sources: list[Source]) -> int:
     if len(sources) * len(settings.layers or ()) > MOST_ROWS:
         raise ValueError(f"a picture has at most {MOST_ROWS} rows (images times layers); use --limit")
+    _say_cost(model, settings, len(sources))
     rows: list[Row] = []
     failed = 0
     with Progress(len(sources)) as bar:
@@ -200,11 +217,11 @@ def _positional(args: argparse.Namespace, model: nn.Module, settings: Stage1Sett
 
 
 def _video(args: argparse.Namespace, model: nn.Module, settings: Stage1Settings) -> int:
-    if len(args.images) != 1:
-        raise ValueError(f"--video takes one folder of frames or one video file, got {len(args.images)}")
     source = args.images[0]
-    maps = video_maps(model, settings)
-    with Progress(count_frames(source, args.limit)) as bar:
+    maps, count = video_maps(model, settings), count_frames(source, args.limit)
+    if not hasattr(model, "denoising"):
+        _say_cost(model, settings, count)
+    with Progress(count) as bar:
         draw_video(source, args.video, maps, fps=args.fps, limit=args.limit, progress=bar.update)
     print(args.video)
     return 0
@@ -215,6 +232,12 @@ def _save(figure: Figure, out: str, failed: int) -> int:
     save_figure(figure, out)
     print(out)
     return 1 if failed else 0
+
+
+def _say_cost(model: nn.Module, settings: Stage1Settings, images: int) -> None:
+    words = describe_cost(images, settings.views, seconds_a_view(_reader(model, settings), settings.batch_size))
+    fits = ", and the fit of a field to each image" if settings.solver == "field" else ""
+    print(words + fits, file=sys.stderr, flush=True)
 
 
 def _reader(model: nn.Module, settings: Stage1Settings) -> FeatureReader:

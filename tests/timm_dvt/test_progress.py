@@ -1,12 +1,15 @@
 """What takes more than ten seconds shows a bar on stderr, with a rate and the time that is left; stdout stays clean."""
 
+import io
 import json
 import re
+import sys
 
 import pytest
 
-from timm_dvt import cards, families
+from timm_dvt import bars, cards, families
 from timm_dvt.__main__ import main
+from timm_dvt.bars import tqdm
 from timm_dvt.demo import DEFAULT_MODEL
 from timm_dvt.registry import VARIANTS
 from timm_dvt.studio import Studio
@@ -50,3 +53,22 @@ def test_the_pages_first_example_and_no_visitors_look(tmp_path, capsys):
     assert has_bar(capsys.readouterr().err, "round", 3)
     studio.example(1, studio.first)
     assert "round" not in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_a_bar_is_lines_in_a_file_and_drawn_over_on_a_terminal_alone(stream, monkeypatch):
+    monkeypatch.setattr("sys.stderr", stream())
+    monkeypatch.setattr(bars, "LINE_EVERY", 0)
+    for _ in tqdm(range(3), "outer"):
+        for _ in tqdm(range(2), "inner", leave=False):
+            pass
+    text = sys.stderr.getvalue()
+    assert ("\r" in text) == ("\x1b" in text) == (stream is Terminal)
+    if stream is not Terminal:
+        lines = text.splitlines()
+        assert lines[0].startswith("outer:   0%") and lines[-1].startswith("outer: 100%") and all(lines)

@@ -42,6 +42,60 @@ def test_help_exits_with_0_and_names_its_options(name, capsys, monkeypatch):
     assert "--help" in capsys.readouterr().out
 
 
+IN = ["--images", "photos", "--out", "OUT", "--model", "nobody_s_model"]
+NUMBERS = {  # a command line with a number that is too small, and the smallest that is not
+    "training.denoise_images": (IN, {"--views": 3, "--crops": 0, "--field-steps": 2, "--batch-size": 1, "--limit": 1}),
+    "training.make_denoiser": (IN, {"--views": 3, "--limit": 4, "--steps": 1, "--input-size": 1}),
+    "training.distill": (IN, {"--input-size": 1, "--batch-size": 1, "--seed": 0}),
+    "training.train_denoiser": (["--pairs", "pairs", *IN[2:]], {"--blocks": 1, "--steps": 1, "--workers": 0}),
+    "training.visualize": (["cat.jpg", *IN[4:]], {"--views": 3, "--stride": 1, "--limit": 1}),
+    "training.evaluate.__main__": (["mic", "--dataset", "voc", "--data", "D", *IN[4:]], {"--repeats": 1, "--limit": 1}),
+    "training.stamps": (IN[2:4], {"--size": 32, "--train": 0}),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_is_too_small_is_refused_before_anything_is_done_as_the_help_says(
+    name, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "1000")
+    command, (arguments, numbers) = importlib.import_module(name), NUMBERS[name]
+    for option, least in numbers.items():
+        with pytest.raises(SystemExit) as leaving:
+            command.main([*arguments, option, str(least - 1)])
+        error = capsys.readouterr().err
+        assert leaving.value.code == 2 and f"{option}: must be {least} or more, got {least - 1}\n" in error
+        if least > 1:
+            with pytest.raises(SystemExit):
+                command.main(["--help"])
+            (line,) = re.findall(rf"^ +{option} .*$", capsys.readouterr().out, re.MULTILINE)
+            assert line.endswith(f"; {least} or more")
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibrate_says_how_many_views_it_needs_before_anything_is_done(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        commands.main(["calibrate", "--help"])
+    assert "at the most, 32 or more" in capsys.readouterr().out
+    assert commands.main(["calibrate", "--model", "x", "--out", str(tmp_path / "out"), "--views", "31"]) == 2
+    assert "views is 31" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["training.stamps", "training.make_denoiser", "training.benchmark"])
+def test_without_posix_locks_training_says_in_one_line_what_it_needs(name):
+    code = f"import sys, runpy; sys.modules['fcntl'] = None; runpy.run_module({name!r}, run_name='__main__')"
+    windows = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert windows.returncode == 2 and windows.stderr.count("\n") == 1
+    assert windows.stderr.startswith("error: training needs the file locks of Linux or macOS")
+
+
+def test_the_plug_in_needs_nothing_that_windows_lacks():
+    code = "import sys; sys.modules.update(fcntl=None, resource=None, pwd=None); import timm_dvt.__main__"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_help_of_a_verb_shows_an_example_that_the_command_line_takes(verb, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/usr/bin/timm-dvt"])

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
 
 import timm_dvt  # noqa: F401
 from tests.helpers.processes import kill_at_random_moments, same, start, torchrun
-from training import make_denoiser
+from training import distill, make_denoiser
 from training.common.hub_images import fetch_images
 from training.figures.page import Picture, Section, Table, Text, page
+from training.stage1 import many
 
 MODEL = ("--model", "vit_tiny_patch16_224", "--no-pretrained")
 SMALL = ("--input-size", "64", "--views", "8", "--steps", "12", "--device", "cpu")
@@ -100,6 +102,56 @@ def test_without_pairs_the_weights_are_the_same_and_nothing_is_left_but_them(ima
     assert not (tmp_path / "out" / "pairs").exists()
 
 
+def others(images, folder, count=8):
+    """Other images under the same names."""
+    folder.mkdir()
+    for number in range(count):
+        mirrored = ImageOps.mirror(Image.open(images / f"{number}.png"))
+        mirrored.save(folder / f"{number}.png")
+    return folder
+
+
+def stopped_in_stage_1(monkeypatch, *arguments):
+    """Run until four pairs are there."""
+    solve, left = many.decompose, [5]
+
+    def stop(*args, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return solve(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(many, "decompose", stop)
+        assert run(*arguments) == 130
+
+
+def contents(out):
+    return {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("more", [("--limit", "6"), ()])
+def test_after_a_stop_in_stage_1_other_images_give_what_they_give_in_a_new_folder(images, tmp_path, monkeypatch, more):
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    stopped_in_stage_1(monkeypatch, images, out)
+    now = others(images, tmp_path / "others")
+    assert run(now, out, *more) == run(now, fresh, *more) == 0
+    assert same(load_file(out / "model.safetensors"), load_file(fresh / "model.safetensors"))
+    assert (out / "README.md").read_text().replace(str(out), str(fresh)) == (fresh / "README.md").read_text()
+    assert run(images, out) == 2  # trained on others by now
+
+
+@pytest.mark.parametrize("options", [("--views", "9"), ("--steps", "13"), ("--target", "mean"), ("--seed", "1")])
+def test_other_settings_are_refused_before_anything_is_written(images, made, tmp_path, monkeypatch, capsys, options):
+    before = contents(made)
+    assert run(images, made, *options) == 2 and run(others(images, tmp_path / "others"), made) == 2
+    assert "was begun with other settings" in capsys.readouterr().err and contents(made) == before
+    stopped_in_stage_1(monkeypatch, images, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert run(images, tmp_path / "out", *options) == 2 and contents(tmp_path / "out") == before
+    assert run(images, made) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--no-pairs",)])
 def test_killed_at_random_moments_and_run_again_it_ends_as_if_it_was_not(images, made, tmp_path, more):
@@ -110,6 +162,56 @@ def test_killed_at_random_moments_and_run_again_it_ends_as_if_it_was_not(images,
     process.communicate()
     assert process.returncode == 0
     assert same(load_file(out / "model.safetensors"), load_file(made / "model.safetensors"))
+
+
+SMALL_MODEL = {"depth": 2, "embed_dim": 64, "num_heads": 1, "img_size": 64}
+FAMILIES = {  # a class of each kind that is no VisionTransformer or Eva, and what makes it small
+    "beit_base_patch16_224": SMALL_MODEL,  # takes other sizes, by another bias table
+    "samvit_base_patch16": SMALL_MODEL,  # a map, of a neck
+    "cait_xxs24_224": {"depth": 2, "img_size": 64},  # takes its own size alone
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("more", [(), ("--no-pairs",)])
+def test_every_class_of_backbone_goes_through_all_stages(images, tmp_path, name, more):
+    timm.models.save_for_hf(timm.create_model(name, **FAMILIES[name]), tmp_path / "plain", model_args=FAMILIES[name])
+    out, distilled = tmp_path / "out", tmp_path / "distilled"
+    assert run(images, out, "--model", f"local-dir:{tmp_path / 'plain'}", "--pretrained", *more) == 0
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    plain = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad(), model.denoising(False):
+        assert torch.equal(model.forward_features(x), plain.forward_features(x))
+    student = ("--model", f"local-dir:{out}", "--steps", "2", "--batch-size", "2", "--device", "cpu")
+    assert distill.main(["--images", str(images), "--out", str(distilled), *student]) == 0
+    assert type(timm.create_model(f"local-dir:{distilled}", pretrained=True)) is type(plain)
+
+
+def test_a_class_takes_another_size_where_it_can(images, tmp_path):
+    name = "beit_base_patch16_224"
+    if not hasattr(timm.create_model(name, **SMALL_MODEL), "set_input_size"):
+        pytest.skip(f"timm {timm.__version__} does not resize BEiT")
+    timm.models.save_for_hf(timm.create_model(name, **SMALL_MODEL), tmp_path / "plain", model_args=SMALL_MODEL)
+    model = ("--model", f"local-dir:{tmp_path / 'plain'}", "--pretrained", "--input-size", "96")
+    assert run(images, tmp_path / "out", *model) == 0
+    made = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert made.layout.grid == made.denoiser.grid_size == (6, 6)
+    assert resolve_model_data_config(made)["input_size"] == (3, 96, 96)
+
+
+def test_a_model_that_has_a_denoiser_gets_another_one_of_its_backbone(images, made, tmp_path):
+    assert run(images, tmp_path / "again", "--model", f"local-dir:{made}", "--pretrained") == 0
+    first, again = (load_file(out / "model.safetensors") for out in (made, tmp_path / "again"))
+    backbone = {key for key in first if not key.startswith("denoiser.")}
+    assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in backbone)
+    configs = [json.loads((out / "config.json").read_text()) for out in (made, tmp_path / "again")]
+    assert [config["model_args"]["backbone"] for config in configs] == ["vit_tiny_patch16_224.augreg_in21k_ft_in1k"] * 2
+
+
+def test_a_model_that_can_have_no_denoiser_is_refused_before_its_first_forward_pass(images, tmp_path, capsys):
+    assert run(images, tmp_path / "out", "--model", "resnet18") == 2
+    assert "not to ResNet" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_it_says_what_it_will_cost_before_it_begins(images, tmp_path, capsys):
@@ -134,8 +236,6 @@ def test_an_image_that_cannot_be_read_is_left_out(images, made, tmp_path, capsys
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--limit", "3"), "images must be 4 or more"),
-        (("--views", "1"), "views must be 2 or more"),
         (("--input-size", "65"), "input_size must be a multiple of the patch size 16"),
         (("--model", "resnet18"), "A denoiser can be added to"),
         (("--images", "hf:/nowhere/at/all"), "hf:/nowhere/at/all cannot be read as a data set"),
@@ -146,6 +246,13 @@ def test_what_cannot_be_is_one_line_that_says_so(images, tmp_path, capsys, optio
         pytest.importorskip("datasets", reason="needs datasets, of the extra test")
     assert run(images, tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_too_few_images_are_said_to_be_before_anything_is_done(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(make_denoiser, "load_backbone", None)
+    (tmp_path / "list.txt").write_text("".join(f"{images}/{number}.png\n" for number in range(3)))
+    assert run(tmp_path / "list.txt", tmp_path / "out") == 2
+    assert "images must be 4 or more" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_images_of_a_data_set_are_streamed_as_they_are(images, tmp_path):

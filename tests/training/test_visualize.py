@@ -1,5 +1,6 @@
 """Claims about pictures and videos: every kind is drawn, shows what it says, and says what it left out."""
 
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -209,13 +210,45 @@ def test_a_model_with_a_denoiser_draws_its_own_output_and_raw_features_beside_it
     [
         (["--video", "out.avi"], "out must end in .mp4 or .gif"),
         (["--clusters", "11"], "clusters must be from 1 to 10"),
-        (["--stride", "0"], "stride must be from 1"),
+        (["--stride", "17"], "stride must be from 1"),
     ],
 )
 def test_a_wrong_command_says_what_is_wrong(frames, tmp_path, capsys, options, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert visualize.main([str(frames), *SMALL, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_frames_of_another_size_are_fitted_into_the_first_ones(frames, tmp_path, suffix):
+    Image.new("RGB", (40, 60)).save(frames / "002.png")
+    Image.new("RGB", (90, 20)).save(frames / "003.png")
+    out = tmp_path / f"out{suffix}"
+    assert visualize.main([str(frames), *SMALL, "--video", str(out)]) == 0
+    film = iio.imread(out)
+    assert film.shape == (5, 26 + 320, 3 * 480 + 12, 3)
+    white = (film > 230).all(-1)
+    # 40 x 60 at a height of 320 is 214 wide, three of them 654; three of 1440 are 4332 x 346, and 1452 x 116 here.
+    assert white[2, :, :390].all() and white[2, :, -390:].all() and not white[2, 100, 410:600].any()
+    assert white[3, :110].all() and white[3, -110:].all() and not white[3, 173, 10:470].any()
+
+
+@pytest.mark.parametrize("options", [(), ("--video", "out.gif")])
+def test_the_cost_is_said_first_and_ctrl_c_ends_in_one_line(frames, tmp_path, capsys, monkeypatch, options):
+    def stop(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(visualize, "decompose", stop)
+    assert visualize.main([str(frames), *SMALL, *options]) == 130
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert re.match(r"stage 1: 5 images x 24 views = 120 forward passes at \S+ s, about \S+ minutes$", first)
+    assert last == "error: stopped; nothing was drawn." and not [p for p in tmp_path.iterdir() if p != frames]
+
+
+def test_a_picture_takes_64_views_unless_told_otherwise():
+    parsed = visualize.make_parser([]).parse_args(["cat.jpg", "--model", "m"])
+    assert parsed.views == 64
 
 
 def test_a_broken_video_is_said_to_be(frames, tmp_path, capsys):

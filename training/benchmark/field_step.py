@@ -10,8 +10,8 @@ import argparse
 import time
 
 import torch
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.benchmark._hardware import hardware
 from training.common.memory import keep_freed_memory
 from training.common.models import pick_device

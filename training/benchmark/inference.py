@@ -21,9 +21,9 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import nn
-from tqdm import trange
 
 import timm_dvt
+from timm_dvt.bars import tqdm
 from timm_dvt.registry import VARIANTS
 from training.benchmark._hardware import hardware, waiting
 from training.common.models import pick_device
@@ -109,7 +109,7 @@ def interleaved(
     clock()  # a GPU's work is done before what counts begins
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
-    for i in trange(rounds, desc="rounds", unit="round", leave=False):
+    for i in tqdm(range(rounds), desc="rounds", unit="round", leave=False):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             start = clock()
             calls[name]()
@@ -189,7 +189,7 @@ def measure_within(model: Any, images: torch.Tensor, rounds: int, clock: Callabl
 
     model._backbone_features = timed
     try:
-        for _ in trange(rounds, desc="within one forward", unit="round", leave=False):
+        for _ in tqdm(range(rounds), desc="within one forward", unit="round", leave=False):
             start = clock()
             model.forward_features(images)
             ratios.append((clock() - start) / spent[0])
@@ -205,7 +205,7 @@ def measure_import(rounds: int) -> Comparison:
         "c = time.perf_counter(); print((c - a) / (b - a))"
     )
     ratios = []
-    for i in trange(rounds + 1, desc="import", unit="process", leave=False):
+    for i in tqdm(range(rounds + 1), desc="import", unit="process", leave=False):
         answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         if i:  # the first fills the file cache
             ratios.append(float(answer.stdout))

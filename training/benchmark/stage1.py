@@ -19,8 +19,8 @@ import time
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.benchmark import _stage1_real as real
 from training.benchmark._scenes import REGIMES, Scene, relative_error
 from training.common.backbone import DTYPES

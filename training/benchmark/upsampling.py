@@ -18,8 +18,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize, one_hot
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.common.images import load_image
 from training.common.models import load_model, pick_device
 from training.evaluate.datasets import open_dataset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ import torch
 def help_from(doc: str | None) -> dict[str, Any]:
     """Arguments of an ArgumentParser: a docstring's first paragraph above the options, the rest as it is below."""
     head, rest = (doc or "").split("\n\n", 1)
-    return {"description": head, "epilog": rest, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    return {"description": head, "epilog": rest, "formatter_class": Help}
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that says of each number of `at_least` which is the smallest."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        least = getattr(action.type, "least", 0)
+        return f"{action.help}; {least} or more" if least > 1 else action.help
 
 
 def flush_subnormals() -> None:
@@ -44,24 +53,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="pretrained weights, or, with --no-pretrained, random ones drawn from --seed (needs no network)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument("--seed", type=whole, default=0, help="of everything random (default: %(default)s)")
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, mps or auto: a GPU if there is one (default)"
     )
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """Makes a type for argparse: whole numbers from `least` on, so that others are refused before anything is done."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
+        return int(text)
+
+    number.least = least  # type: ignore[attr-defined]
+    return number
 
 
-def whole(text: str) -> int:
-    """A whole number of at least 0, for argparse."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
-    return int(text)
+positive, whole = at_least(1), at_least(0)
 
 
 def at_least_zero(text: str) -> float:

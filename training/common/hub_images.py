@@ -7,8 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from timm_dvt.bars import tqdm
 from training.common.shared_folder import SharedFolder, write_atomically
 
 SCHEME = "hf:"

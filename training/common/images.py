@@ -3,6 +3,8 @@
 import hashlib
 import io
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from timm_dvt.bars import tqdm
 from timm_dvt.images import SUFFIXES, ImageError, image_names, to_array, upright
 
 
@@ -46,7 +49,8 @@ def list_images(where: str | Path, limit: int | None = None) -> list[Source]:
 
     - a folder: every image below it (`timm_dvt.images.image_names`), sorted by name
     - a `.txt` file: one path a line, relative to the text file's folder, in the order of the file; blank and
-      repeated lines are left out; nothing is checked here: a missing image is reported when it is read
+      repeated lines are left out, and blanks around a path unless a file's name has them; nothing else is checked
+      here: a missing image is reported when it is read
     - any other file: that one image
 
     Raises:
@@ -60,8 +64,9 @@ def list_images(where: str | Path, limit: int | None = None) -> list[Source]:
         if not sources:
             raise ValueError(f"no images below the folder {where}: looked for {' '.join(sorted(SUFFIXES))}")
     elif where.suffix.lower() == ".txt" and where.is_file():
-        lines = where.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-        names = dict.fromkeys(line.strip() for line in lines if line.strip())
+        # By line feeds alone: a name may hold what else Python takes for the end of a line.
+        lines = where.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
+        names = dict.fromkeys(_name_of(line.removesuffix("\r"), where.parent) for line in lines if line.strip())
         sources = [Source(name, where.parent) for name in names]
         if not sources:
             raise ValueError(f"the list {where} names no images: it should hold one path a line")
@@ -97,6 +102,23 @@ def read_file(path: str | Path) -> tuple[bytes, Fingerprint]:
     return data, Fingerprint(hashlib.sha256(data).hexdigest(), status.st_size, status.st_mtime_ns)
 
 
+def images_digest(sources: Sequence[Source]) -> str:
+    """sha256 over names and content of images, in their order; of a file that cannot be read, over its name alone."""
+
+    def content(source: Source) -> str:
+        try:
+            return read_file(source.path)[1].sha256
+        except ImageError:
+            return ""
+
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:  # a disk answers several at once
+        contents = pool.map(content, sources)
+        for source, sha256 in zip(sources, tqdm(contents, "hashing images", len(sources), leave=False)):
+            digest.update(f"{sha256} {source.name}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
 def decode_image(data: bytes) -> Tensor:
     """Decode an image file's bytes: (3, H, W) float32 in [0, 1], by the rules of `timm_dvt.images`.
 
@@ -115,3 +137,7 @@ def decode_image(data: bytes) -> Tensor:
     except Exception as error:  # on damaged files Pillow raises nearly anything, IndexError included
         raise ImageError(f"cannot be decoded: {error or type(error).__name__}") from error
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _name_of(line: str, folder: Path) -> str:
+    return line if line == line.strip() or (folder / line).exists() else line.strip()

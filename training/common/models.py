@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 import timm_dvt  # noqa: F401  registers the *_dvt names
-from timm_dvt.layouts import check_rgb
-from timm_dvt.model import check_supported
+from timm_dvt.layouts import check_rgb, input_size
+from timm_dvt.model import Denoised, check_supported, remove_denoiser
+from timm_dvt.reading import fit_to
 from timm_dvt.saving import recorded_arguments
+
+DENOISER = "denoiser."  # how the names of a denoiser's weights begin; stage 1 reads a backbone without it
 
 
 def load_model(name: str, *, pretrained: bool = True, seed: int = 0, **options: Any) -> nn.Module:
@@ -42,8 +45,34 @@ def load_model(name: str, *, pretrained: bool = True, seed: int = 0, **options: 
     return model
 
 
+def check_backbone(name: str) -> dict[str, bool]:
+    """Make sure, without weights, that there is such a model and that it can have a denoiser.
+
+    Returns:
+        The arguments with which it takes images of any size, where its class has such.
+
+    Raises:
+        ValueError: no such model. TypeError: it cannot have a denoiser; the message says why.
+    """
+    any_size = {"dynamic_img_size": True}
+    try:
+        sketch = load_model(name, pretrained=False, device="meta", **any_size)
+    except ValueError:
+        any_size = {}
+        sketch = load_model(name, pretrained=False, device="meta")
+    check_supported(_without_denoiser(sketch))
+    return any_size
+
+
+def load_backbone(name: str, pretrained: bool, seed: int) -> Any:
+    """A model ready for a denoiser; one that it has is taken off. Arguments as of `load_model`, raises as above."""
+    model: Any = _without_denoiser(load_model(name, pretrained=pretrained, seed=seed, **check_backbone(name)))
+    model.recorded_arguments = recorded_arguments(name)
+    return model
+
+
 def load_pairs_model(name: str, pretrained: bool, made_with: Mapping[str, Any], where: str) -> Any:
-    """The backbone that pairs were made with, at their resolution, ready for a denoiser.
+    """The backbone that pairs were made with, ready for a denoiser.
 
     Args:
         name, pretrained: as in `load_model`; random weights are drawn from the seed that made the pairs.
@@ -54,23 +83,43 @@ def load_pairs_model(name: str, pretrained: bool, made_with: Mapping[str, Any], 
         ValueError: no such model, or the pairs are of another one or of other weights.
         TypeError: the model cannot have a denoiser.
     """
-    check_supported(load_model(name, pretrained=False, device="meta"))
-    seed = made_with.get("seed", 0)
-    model: Any = load_model(name, pretrained=pretrained, seed=seed, dynamic_img_size=True)
+    model = load_backbone(name, pretrained, made_with.get("seed", 0))
     origin = f"{where}/settings.json: the pairs were made with model {made_with.get('model')!r}"
     if "weights" in made_with:
-        if made_with["weights"] != weights_digest(model):
+        if made_with["weights"] != weights_digest(model, without=DENOISER):
             kind = "" if made_with.get("pretrained", True) else " with random weights (--no-pretrained)"
             raise ValueError(f"{origin}{kind}, whose weights are not those of --model {name}")
     elif "model" in made_with and made_with["model"] != name:
         raise ValueError(f"{origin}, not with --model {name}")
-    if made_with.get("input_size"):
-        # The position embedding stays on its own grid, to be resampled once, in forward; the config alone says for
-        # images of which size the denoiser is.
-        size = (model.in_chans, made_with["input_size"], made_with["input_size"])
-        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": size, "fixed_input_size": False}
-    model.recorded_arguments = recorded_arguments(name)
     return model
+
+
+def make_for(model: Any, size: int | None) -> None:
+    """Let a model be for square images of this side, in place; None leaves it as it is.
+
+    Raises:
+        ValueError: it takes no images of that size.
+    """
+    if size is None:
+        return
+    if not getattr(model, "dynamic_img_size", False):
+        if input_size(model) != (size, size):
+            model.layout = fit_to(model, size)
+        return
+    # The position embedding stays on its own grid, to be resampled once, in forward; the config alone says for images
+    # of which size the denoiser is.
+    meant = {"input_size": (model.in_chans, size, size), "fixed_input_size": False}
+    model.pretrained_cfg = {**model.pretrained_cfg, **meant}
+
+
+def _without_denoiser(model: Any) -> Any:
+    """A model as it is without its denoiser, under its backbone's own name."""
+    if not isinstance(model, Denoised):
+        return model
+    architecture, _, tag = model.backbone_name.partition(".")
+    plain: Any = remove_denoiser(model)
+    plain.pretrained_cfg = {**plain.pretrained_cfg, "architecture": architecture, "tag": tag}
+    return plain
 
 
 def weights_digest(model: nn.Module, without: str | None = None) -> str:

@@ -8,7 +8,7 @@ A dash says that the source is silent; then ours stands.
     stage 1              paper (4.2, A.1)          repository                     ours, the default
     solver               neural field              neural field                   least squares: 165 to 733 times
                                                                                   faster at no greater error
-    views                768                       768                            32 for many images, else 768
+    views                768                       768                            32 for many images, 64 for pictures
     area of a view       0.1 to 0.5                0.1 to 0.5, of the image       0.1 to 0.5
                                                    resized to a square first
     steps, batch         20,000 x 2,048            25,000 x 2,048                 the paper's
@@ -101,7 +101,7 @@ def add_recipe(parser: argparse.ArgumentParser, recipes: Recipes, argv: Sequence
     parser.add_argument(
         "--recipe", choices=NAMES, default="ours", help="defaults of the options above; see training/common/recipes.py"
     )
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False)  # knows abbreviations, as the other one does
     first.add_argument("--recipe", choices=NAMES, default="ours")
     known, _ = first.parse_known_args(argv)
     defaults = dict(recipes.get(known.recipe, {}))

@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +68,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         write_whole(path, fill, path.with_name(f".{path.name}.tmp"))
         _sync_folder(path.parent)
     except OSError as error:
-        raise _explain(error, path, len(data)) from error
+        raise explain(error, path, len(data)) from error
 
 
 class SharedFolder:
@@ -80,7 +80,7 @@ class SharedFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._locks = os.open(self.path / ".locks", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise _explain(error, self.path, 0) from error
+            raise explain(error, self.path) from error
 
     def __enter__(self: Self) -> Self:
         return self
@@ -109,38 +109,58 @@ class SharedFolder:
         finally:
             self._unlock(offset)
 
+    def check(self) -> None:
+        """Raise OutputError if the folder was deleted or replaced since it was opened: nothing may be put there."""
+        try:
+            same = os.path.samestat(os.fstat(self._locks), os.stat(self.path / ".locks"))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise OutputError(errno.ENOENT, f"{self.path} was deleted or replaced while it was written")
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Be the only process to change the folder's shared files (index, settings) while the block runs."""
+        self.check()
         self._lock(0, wait=True)
         try:
             yield
         finally:
             self._unlock(0)
 
-    def settle(self, settings: Mapping[str, Any]) -> None:
+    def settle(self, settings: Mapping[str, Any], undecided: Sequence[str] = (), begun: str = "") -> None:
         """Write settings.json if the folder has none; otherwise make sure that it says the same.
 
+        Args:
+            undecided: top-level settings that may differ; the file then says what they are now.
+            begun: a file that is there only after settings.json.
+
         Raises:
-            SettingsDiffer: it does not; the message names each setting that differs, and both values.
+            SettingsDiffer: it does not; the message names each setting that differs, and both values. Or it is lost.
         """
         path = self.path / "settings.json"
         wanted = json.loads(json.dumps(settings))  # tuples become lists, as in the file
         with self.alone():
-            if not path.exists():
+            if begun and (self.path / begun).exists() and not path.exists():
+                raise SettingsDiffer(f"{path} is lost, which says what {begun} is of; put it back, or delete both")
+            try:
+                found = json.loads(path.read_text()) if path.exists() else wanted
+            except ValueError as error:
+                raise SettingsDiffer(f"{path} is damaged ({error}); put it back, or use another folder") from error
+            decided = ({k: v for k, v in one.items() if k not in undecided} for one in (wanted, found))
+            ours, theirs = map(_flatten, decided)
+            differences = [
+                f"  {name}: the folder has {_show(theirs, name)}, this run has {_show(ours, name)}"
+                for name in dict.fromkeys([*theirs, *ours])
+                if _show(theirs, name) != _show(ours, name)
+            ]
+            if differences:
+                raise SettingsDiffer(
+                    f"{self.path} was begun with other settings; use those, or another folder:\n"
+                    + "\n".join(differences)
+                )
+            if not path.exists() or found != wanted:
                 write_atomically(path, (json.dumps(wanted, indent=2) + "\n").encode())
-                return
-            found = json.loads(path.read_text())
-        ours, theirs = _flatten(wanted), _flatten(found)
-        differences = [
-            f"  {name}: the folder has {_show(theirs, name)}, this run has {_show(ours, name)}"
-            for name in dict.fromkeys([*theirs, *ours])
-            if _show(theirs, name) != _show(ours, name)
-        ]
-        if differences:
-            raise SettingsDiffer(
-                f"{self.path} was begun with other settings; use those, or another folder:\n" + "\n".join(differences)
-            )
 
     def append(self, file_name: str, record: Mapping[str, Any]) -> None:
         """Add one line of JSON to a file of the folder.
@@ -165,7 +185,7 @@ class SharedFolder:
                 finally:
                     os.close(descriptor)
             except OSError as error:
-                raise _explain(error, path, len(line)) from error
+                raise explain(error, path, len(line)) from error
 
     def _lock(self, offset: int, wait: bool) -> bool:
         try:
@@ -233,12 +253,14 @@ def _end_of_last_whole_line(descriptor: int) -> int:
     return 0
 
 
-def _explain(error: OSError, path: Path, size: int) -> OutputError:
+def explain(error: OSError, path: Path, size: int = 0) -> OutputError:
+    """The error for a file or folder that cannot be written, of `size` bytes if that is known."""
+    if isinstance(error, OutputError):
+        return error
     if error.errno in _NO_ROOM:
-        why = f"no room for {path} ({size / 1e6:.2f} MB): {error.strerror}. Nothing half-written was left"
-    else:
-        why = f"cannot write {path}: {error.strerror or error}"
-    return OutputError(error.errno, why)
+        much = f" ({size / 1e6:.2f} MB)" if size else ""
+        return OutputError(error.errno, f"no room for {path}{much}: {error.strerror}. Nothing half-written was left")
+    return OutputError(error.errno, f"cannot write {path}: {error.strerror or error}")
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from training.common.backbone import DTYPES
-from training.common.command import add_model_arguments, complain, flush_subnormals
+from training.common.command import add_model_arguments, complain, flush_subnormals, positive
 from training.common.models import load_model, pick_device
 from training.evaluate.datasets import DATASETS, kinds_of
 from training.evaluate.features import Extractor
@@ -43,9 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """What the parsed arguments ask for."""
-    for name in ("repeats", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} must be 1 or more, got {getattr(args, name)}")
     bad = [tag for tag in args.tag if "=" not in tag]
     if bad:
         raise ValueError(f"--tag takes NAME=VALUE, got {bad[0]!r}")
@@ -121,9 +118,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="evaluate stage 1's outputs instead: raw, F, F + residual = raw - G, mean of both, G (Tabs. 1, 5); a "
         "second folder, solved without G, adds the view-average",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="at most N images a split, evenly spread over it")
+    parser.add_argument("--limit", type=positive, metavar="N", help="at most N images a split, evenly spread over it")
     parser.add_argument(
-        "--repeats", type=int, default=1, metavar="N", help="runs with seeds from --seed on (default: %(default)s)"
+        "--repeats", type=positive, default=1, metavar="N", help="runs with seeds from --seed on (default: %(default)s)"
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings, or TASK.NAME=VALUE"
@@ -136,9 +133,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="noted in the result; training.report plots over pairs=N and views=N",
     )
-    parser.add_argument("--input-size", type=int, metavar="PX", help="side of the square input (default: the model's)")
+    parser.add_argument(
+        "--input-size", type=positive, metavar="PX", help="side of the square input (default: the model's)"
+    )
     parser.add_argument("--json", action="store_true", help="print results as lines of JSON instead of tables")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images in one forward pass")
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="images in one forward pass")
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="float32", help="of forward passes (default: %(default)s)"
     )

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.evaluate.splits import IGNORE, Boxes, Split
 
 Thing = tuple[Any, Any, bool, str]  # corners in pixels, class, whether it is difficult, and what errors call it

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from timm_dvt.colors import map_correlation
 from timm_dvt.panel import Shown, draw
 from training.common.images import ImageError, Source, load_image

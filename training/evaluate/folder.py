@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.common.images import list_images
 from training.evaluate.annotations import coco_split, read_depth, read_mask
 from training.evaluate.splits import IGNORE, Split

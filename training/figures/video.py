@@ -9,7 +9,7 @@ from typing import Any
 
 import imageio.v2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from timm_dvt.colors import fit_projection
@@ -71,7 +71,8 @@ def draw_video(
         maps: gives the raw and the denoised map, (K, K, C) each, of a frame (H, W, 3) uint8.
         fps: frames a second; None is the source's.
         limit: only the first so many frames.
-        height: of each picture, in pixels; the width follows from the first frame.
+        height: of each picture, in pixels; the width follows from the first frame, into which those of another shape
+            are fitted, between white bands.
         progress: called with 1 for each finished frame.
 
     Returns:
@@ -80,18 +81,19 @@ def draw_video(
     Raises:
         ValueError: a source or suffix that cannot be.
     """
-    out = Path(out)
-    if out.suffix.lower() not in (".mp4", ".gif"):
-        raise ValueError(f"out must end in .mp4 or .gif, got {out}")
+    out = check_suffix(out)
     count = count_frames(source, limit)
     chosen = set(np.linspace(0, count - 1, min(count, FITTED_FRAMES)).round().astype(int).tolist())
     known = {i: maps(frame) for i, frame in enumerate(_first(source, count)) if i in chosen}
     projection = fit_projection(np.stack([m for pair in known.values() for m in pair]))
 
     def pictures() -> Iterator[np.ndarray]:
+        size = None
         for i, frame in enumerate(_first(source, count)):
             raw, clean = known.pop(i) if i in known else maps(frame)
-            yield side_by_side(frame, projection.colors(raw), projection.colors(clean), height)
+            sheet = Image.fromarray(side_by_side(frame, projection.colors(raw), projection.colors(clean), height))
+            size = size or sheet.size
+            yield np.asarray(ImageOps.pad(sheet, size, color="white"))
             if progress is not None:
                 progress(1)
 
@@ -103,6 +105,13 @@ def draw_video(
     finally:
         unfinished.unlink(missing_ok=True)
     return count
+
+
+def check_suffix(out: str | Path) -> Path:
+    """Where a video goes. Raises ValueError unless it can be written there by its suffix."""
+    if Path(out).suffix.lower() not in (".mp4", ".gif"):
+        raise ValueError(f"out must end in .mp4 or .gif, got {out}")
+    return Path(out)
 
 
 def count_frames(source: str | Path, limit: int | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, step: in
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     # A copy of each: safetensors refuses tensors that share memory.
     content = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(content, {"run": json.dumps({"step": step, **facts})}))
+    run = {"step": step, **facts}
+    write_atomically(path, save(content, {"run": json.dumps({**run, "checksum": _checksum(run, content)})}))
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
@@ -73,6 +75,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["run"])
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+        known = facts.pop("checksum", None)  # none in those of older versions
+        if known is not None and known != _checksum(facts, tensors):
+            raise ValueError("it is damaged, its checksum is another")
         model.load_state_dict(_below("model.", tensors))
         states: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in _below("optimizer.", tensors).items():
@@ -87,6 +92,15 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
             f"{path} cannot be continued from: {error}\nDelete it to begin this run again from its start"
         ) from error
     return facts
+
+
+def _checksum(run: dict[str, Any], tensors: dict[str, torch.Tensor]) -> int:
+    """The CRC-32 of all that a checkpoint holds."""
+    checksum = zlib.crc32(json.dumps(run, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), checksum)
+        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), checksum)
+    return checksum
 
 
 def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

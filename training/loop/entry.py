@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 from timm_dvt import CheckpointError
 from training.common.command import complain, flush_subnormals
 from training.common.memory import keep_freed_memory
-from training.common.shared_folder import OutputError, SharedFolder
-from training.loop.checkpoints import Diverged
+from training.common.shared_folder import OutputError, SharedFolder, explain
+from training.loop.checkpoints import CHECKPOINT, Diverged
 from training.loop.distributed import Processes, claim
+from training.loop.log import LOG
 
 
 def exit_code(train: Callable[[], object]) -> int:
@@ -37,13 +38,16 @@ def exit_code(train: Callable[[], object]) -> int:
 
 
 @contextmanager
-def only_run(out: str, processes: Processes, describe: Callable[[], dict[str, Any]]) -> Iterator[Path]:
+def only_run(
+    out: str, processes: Processes, describe: Callable[[], dict[str, Any]], undecided: Sequence[str] = ()
+) -> Iterator[Path]:
     """Have a folder for this run alone, begun with the same settings or new; all processes go in and out together.
 
     Args:
         out: the folder, made if need be.
         processes: this one and the others; the first one claims the folder for all.
         describe: makes what settings.json says; asked of the first process alone.
+        undecided: settings that may still be others than the folder was begun with, as long as no step was taken.
 
     Raises:
         ValueError: another run is training into the folder, or it was begun with other settings.
@@ -53,7 +57,11 @@ def only_run(out: str, processes: Processes, describe: Callable[[], dict[str, An
         if not mine:
             raise ValueError(f"another process is training into {out}")
         if processes.first:
-            folder.settle(describe())
+            folder.settle(describe(), () if (folder.path / LOG).exists() else undecided, begun=CHECKPOINT)
         processes.wait()
-        yield folder.path
+        try:
+            yield folder.path
+        except OSError as error:  # of files that are read, errors of other kinds tell
+            raise explain(error, Path(error.filename or folder.path)) from error
+        folder.check()
         processes.wait()

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.common.shared_folder import read_lines, write_atomically
 
 LOG = "log.jsonl"

@@ -10,7 +10,7 @@ A training run reads settings.json and index.jsonl, and opens a pair only to use
 `read_pair`). A pair's file is there, whole, before its line is, so a line never lies. A process killed
 between the two leaves a file without a line; the next run adds the line instead of doing the image again. A
 pair is named after its image's name and content: equal names in two folders do not collide, and a changed
-image is a new one.
+image is a new one. Its header has a checksum of each map, held against the map whenever one is read.
 
 A pair may hold crops beside its whole image, each a raw map and F at the places of its patches: the views of stage 1
 once more, for stage 2 to learn from.
@@ -34,30 +34,31 @@ A million images, for ViT-B at 518 px (K = 37, C = 768; a map has 2.1 MB in half
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from timm_dvt.version import __version__
 from training.common.images import Fingerprint, Source
 from training.common.shared_folder import SharedFolder, read_lines, write_atomically
+from training.pairs.file import (
+    PARTS,
+    PRECISIONS,
+    Maps,
+    ValueTooLarge,
+    encode_pair,
+    pair_file,
+    read_header,
+    read_maps,
+    read_pair,
+    stored_part,
+)
 
-PARTS = ("raw", "clean", "artifacts")
-PRECISIONS = {"half": torch.float16, "full": torch.float32}
+__all__ = ["PARTS", "ValueTooLarge", "read_maps", "read_pair", "stored_part"]  # of a pair, beside what is here
+
 INDEX, FAILURES = "index.jsonl", "failures.jsonl"
-Maps = Mapping[int, Mapping[str, Tensor]]  # {layer: {part: (K, K, C)}}, of N crops {"crops." + part: (N, K, K, C)}
-
-
-class ValueTooLarge(ValueError):
-    """A feature does not fit the precision on disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class PairFolder:
         self.settings = {**settings, "precision": precision}
         self._shared = SharedFolder(path)
         try:
-            self._shared.settle(self.settings)
+            self._settle()
         except BaseException:
             self._shared.close()
             raise
@@ -108,11 +109,24 @@ class PairFolder:
         self._read_to = 0
         self._refresh(present=set(_pair_files(self.path)))
 
+    def _settle(self) -> None:
+        """Make sure that the folder was begun with these settings; where its settings.json is lost, a pair tells."""
+        if not (self.path / "settings.json").exists():
+            headers = (read_header(self.path / file) for file in _pair_files(self.path))
+            of_pair = next((header["settings"] for header in headers if "settings" in header), None)
+            if of_pair is not None:
+                self._shared.settle(of_pair)
+        self._shared.settle(self.settings)
+
     def __enter__(self) -> "PairFolder":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._shared.close()
+
+    def check(self) -> None:
+        """Raise OutputError if the folder was deleted while this process worked in it."""
+        self._shared.check()
 
     def claim(self, source: Source, wait: bool = False) -> AbstractContextManager[bool]:
         """Be the only process at work on an image: see SharedFolder.claim."""
@@ -168,6 +182,7 @@ class PairFolder:
             **facts,
         }
         data = encode_pair(maps, header, self.precision)
+        self.check()
         target = self.path / file
         write_atomically(target, data)
         self._enter(source, content, file)
@@ -214,82 +229,6 @@ class PairFolder:
             self._read_to = end
             if present is None or record["file"] in present:
                 self._done.add((record["image"], record["bytes"], record["mtime_ns"]))
-
-
-def pair_file(name: str, digest: str) -> str:
-    """The pair's file, within its folder, of an image called `name` whose file has the sha256 `digest`."""
-    key = sha256(f"{digest} {name}".encode(errors="surrogateescape")).hexdigest()[:20]
-    readable = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in Path(name).stem)[:40]
-    return f"{key[:2]}/{readable}-{key}.safetensors"
-
-
-def encode_pair(maps: Maps, header: Mapping[str, Any], precision: str) -> bytes:
-    """A pair's file: tensors `LAYER.raw`, `LAYER.clean`, `LAYER.artifacts`, perhaps crops, and the header as JSON.
-
-    Raises:
-        ValueTooLarge: half precision cannot hold a value.
-    """
-    tensors = {}
-    for layer, parts in maps.items():
-        for part, map_ in parts.items():
-            stored = map_.to("cpu", PRECISIONS[precision]).contiguous()
-            if not bool(stored.isfinite().all()):
-                largest = map_.abs().max().item()
-                raise ValueTooLarge(
-                    f"block {layer}: {part} holds {largest:.3g}, too large for {precision} precision on "
-                    "disk; use full precision (--precision full)"
-                )
-            tensors[f"{layer}.{part}"] = stored
-    # One entry, not one a field: safetensors orders entries at random, and equal pairs must be equal files.
-    return save(tensors, {"pair": json.dumps(header, sort_keys=True)})
-
-
-def read_pair(path: str | Path, layer: int | None = None, parts: Iterable[str] = ("raw", "clean")) -> dict[str, Tensor]:
-    """Maps of one pair: {part: (K, K, C)} in the file's precision, for any of `PARTS`.
-
-    Args:
-        path: a pair's file.
-        layer: the block, counted from 0; may be left out if the pair holds one layer.
-        parts: which maps; the others are not read.
-
-    Raises:
-        ValueError: the pair does not hold that layer, or holds several and none was named.
-    """
-    with safe_open(path, "np") as file:
-        layers = sorted({int(key.split(".")[0]) for key in file.keys()})
-        if layer is None and len(layers) == 1:
-            layer = layers[0]
-        if layer not in layers:
-            raise ValueError(f"layer must be one of {layers}, which {path} holds, got {layer}")
-        return {part: _map(file, layer, part) for part in parts}
-
-
-def read_maps(path: str | Path, layers: Sequence[int], parts: Sequence[str], crop: int = 0) -> list[list[Tensor]]:
-    """Maps (K, K, C) of one pair by part and layer, in the file's precision; SafetensorError if it lacks one.
-
-    Args:
-        crop: 0 is the whole image, k the k-th of its crops, whose artifacts are those of the whole image.
-    """
-    with safe_open(path, "np") as file:
-        return [[_map(file, layer, part, crop) for layer in layers] for part in parts]
-
-
-def _map(file: Any, layer: int, part: str, crop: int = 0) -> Tensor:
-    # As NumPy's, which are read; torch's are mapped, and to page in what is read once takes longer than to read it.
-    key = stored_part(part, crop)
-    stored = file.get_tensor(f"{layer}.{key}") if key == part else file.get_slice(f"{layer}.{key}")[crop - 1]
-    return torch.from_numpy(stored)
-
-
-def stored_part(part: str, crop: int) -> str:
-    """Where a pair holds a part of its whole image (0) or of a crop; artifacts are those of either."""
-    return f"crops.{part}" if crop and part != "artifacts" else part
-
-
-def read_header(path: str | Path) -> dict[str, Any]:
-    """What a pair says of itself: model, settings, seed, source image, hash, version. Reads no maps."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["pair"])
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -17,11 +17,8 @@ from torch import Tensor
 
 from training.loop.order import split_places
 from training.loop.reading_ahead import read_ahead
-from training.pairs.folder import INDEX, read_index, read_maps, read_settings
-
-
-class PairError(ValueError):
-    """Pairs that cannot be trained on; the message names the file or the setting."""
+from training.pairs.file import PairError, damaged, read_maps
+from training.pairs.folder import INDEX, read_index, read_settings
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,13 @@ class PairSet:
         return replace(self, files=training), replace(self, files=validation)
 
 
-def open_pairs(folder: str | Path, layers: Sequence[int] | None = None) -> PairSet:
+def open_pairs(folder: str | Path, layers: Sequence[int] | None = None, only: Collection[str] | None = None) -> PairSet:
     """Find the pairs of a folder and check every file's header: it is whole, and of one shape with the others.
 
     Args:
         folder: what training.denoise_images wrote.
         layers: blocks counted from 0, or from the end of those held with a minus; None is all that the pairs hold.
+        only: files to take of all that lie there, as far as they do.
 
     Raises:
         PairError: no pairs, a missing or damaged file, a layer the pairs do not hold, maps of several shapes.
@@ -80,7 +78,7 @@ def open_pairs(folder: str | Path, layers: Sequence[int] | None = None) -> PairS
     if not isinstance(settings, dict):
         raise PairError(f"{folder / 'settings.json'} holds no settings")
     try:
-        files = tuple(sorted(entry.file for entry in read_index(folder)))
+        files = tuple(sorted(e.file for e in read_index(folder) if only is None or e.file in only))
     except (KeyError, TypeError, ValueError) as error:
         raise PairError(
             f"{folder / INDEX} is damaged; training.pairs.folder.rebuild_index repairs it: {error}"
@@ -135,21 +133,13 @@ def _shape(path: Path, layers: tuple[int, ...] | None, crops: int) -> tuple[tupl
             shapes = {tuple(file.get_slice(key).get_shape()) for key in wanted}
             stacks = {tuple(file.get_slice(key).get_shape()) for key in wanted_crops}
     except (OSError, SafetensorError, ValueError) as error:
-        if isinstance(error, PairError):
-            raise
-        raise _unreadable(path, error) from error
+        raise damaged(path, error) from error
     shape = next(iter(shapes), ())
     if len(shapes) != 1 or len(shape) != 3:
         raise PairError(f"{path}: maps must be (K, K, C), all of one shape, got {sorted(shapes)}")
     if stacks - {(crops, *shape)}:
         raise PairError(f"{path}: crops must be {_show((crops, *shape))}, as settings.json says, got {sorted(stacks)}")
     return held, shape
-
-
-def _unreadable(path: Path, error: Exception) -> PairError:
-    return PairError(
-        f"{path} cannot be read, it is damaged or incomplete ({error}); delete it and run training.denoise_images again"
-    )
 
 
 class PairReader:
@@ -219,7 +209,7 @@ class PairReader:
                 if one.shape != self._shape:
                     raise ValueError(f"maps of {_show(one.shape)} where there were {_show(self._shape)} before")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:  # TypeError: NumPy has no bfloat16
-            raise _unreadable(Path(path), error) from error
+            raise damaged(path, error) from error
         return maps
 
     def _path(self, position: int) -> str:
@@ -245,4 +235,8 @@ def read_batches(
 
 def _free_memory() -> int:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+    try:
+        pages = os.sysconf("SC_AVPHYS_PAGES")
+    except ValueError:  # macOS does not tell what is free
+        pages = os.sysconf("SC_PHYS_PAGES") // 2
+    return pages * os.sysconf("SC_PAGE_SIZE") // processes

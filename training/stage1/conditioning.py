@@ -7,6 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
+LEAST_VIEWS = 3  # different ones, with which F and G can be told apart at all
+
 
 class IllConditioned(RuntimeError):
     """The views cannot tell F and G apart; the message says what to change."""
@@ -29,7 +31,7 @@ def check_views(xs: Tensor, ys: Tensor) -> None:
     """
     sides = torch.stack([xs.amin(1), ys.amin(1), xs.amax(1) - xs.amin(1), ys.amax(1) - ys.amin(1)], 1)
     different = len(torch.unique((sides * 4096).round(), dim=0))
-    if different < 3:
+    if different < LEAST_VIEWS:
         raise IllConditioned(
             f"{len(xs)} views show {different} different crop{'s' * (different > 1)}: F and G cannot be told "
             "apart; use more views (8 at the very least, 768 in the paper), of different places and sizes, and an "

@@ -10,11 +10,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.common.backbone import FeatureReader
 from training.common.images import Fingerprint, ImageError, Source, decode_image, read_file
-from training.common.models import weights_digest
+from training.common.models import DENOISER, weights_digest
 from training.pairs.folder import PairFolder, ValueTooLarge
 from training.stage1.conditioning import IllConditioned
 from training.stage1.decompose import SOLVERS, Decomposition, NonFiniteFeatures, Stage1Settings, decompose
@@ -42,7 +42,7 @@ def describe_pairs(name: str, pretrained: bool, model: nn.Module, settings: Stag
     return {
         "model": name,
         "pretrained": pretrained,
-        "weights": weights_digest(model),
+        "weights": weights_digest(model, without=DENOISER),
         "grid": reader.grid,
         "channels": reader.channels,
         **chosen,
@@ -89,6 +89,7 @@ def denoise_images(model: nn.Module, sources: Sequence[Source], folder: PairFold
                         _say(source, reason)
                 bar.settle(done, failed)
             waiting = busy
+    folder.check()
     return failed
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from training.common.backbone import DTYPES, FeatureReader
+from training.common.command import at_least, positive, whole
+from training.stage1.conditioning import LEAST_VIEWS
 from training.stage1.decompose import SOLVERS, Stage1Settings
 from training.stage1.field.fit import FieldSettings
 from training.stage1.linear.solver import LinearSettings
@@ -27,12 +29,15 @@ def add_stage1_arguments(
         help="linear: least squares, seconds an image (default); field: the paper's neural fields",
     )
     group.add_argument(
-        "--views", type=int, default=views, help="forward passes an image (default: %(default)s; the paper's: 768)"
+        "--views",
+        type=at_least(LEAST_VIEWS),
+        default=views,
+        help="forward passes an image (default: %(default)s; the paper's: 768)",
     )
     if crops is not None:
         group.add_argument(
             "--crops",
-            type=int,
+            type=whole,
             metavar="N",
             default=crops,
             help="of the views, whose own maps are kept as well, with F at their patches: more to learn from at no "
@@ -48,7 +53,7 @@ def add_stage1_arguments(
     )
     group.add_argument(
         "--field-steps",
-        type=int,
+        type=at_least(2),
         metavar="N",
         default=FieldSettings.steps,
         help="steps of the field (default: the paper's %(default)s)",
@@ -66,12 +71,14 @@ def add_stage1_arguments(
         help="blocks counted from 0, or from the end with a minus, or 'all' (default: the last)",
     )
     group.add_argument(
-        "--input-size", type=int, metavar="PX", help="(default: the paper's, 518 for patch 14, 512 for 16)"
+        "--input-size", type=positive, metavar="PX", help="(default: the paper's, 518 for patch 14, 512 for 16)"
     )
-    group.add_argument("--stride", type=int, metavar="PX", help="between patches; below the patch size for denser maps")
+    group.add_argument(
+        "--stride", type=positive, metavar="PX", help="between patches; below the patch size for denser maps"
+    )
     group.add_argument(
         "--batch-size",
-        type=int,
+        type=positive,
         default=Stage1Settings.batch_size,
         help="views in one forward pass (default: %(default)s)",
     )
@@ -87,10 +94,6 @@ def stage1_settings(args: argparse.Namespace, model: nn.Module) -> Stage1Setting
         ValueError: a value that cannot be.
         TypeError: the model is none of timm's ViTs.
     """
-    crops = getattr(args, "crops", 0)
-    for name, least in (("views", 2), ("crops", 0), ("batch_size", 1), ("field_steps", 2)):
-        if getattr(args, name, least) < least:
-            raise ValueError(f"{name} must be {least} or more, got {getattr(args, name)}")
     layers = _parse_layers(args.layers, model)
     reader = FeatureReader(model, layers, input_size=args.input_size, stride=args.stride, dtype=args.dtype)
     return Stage1Settings(
@@ -103,7 +106,7 @@ def stage1_settings(args: argparse.Namespace, model: nn.Module) -> Stage1Setting
         batch_size=args.batch_size,
         dtype=args.dtype,
         area=tuple(args.area),
-        crops=min(crops, args.views - 1),
+        crops=min(getattr(args, "crops", 0), args.views - 1),
         corner_aligned=args.recipe == "repository",
         square_first=args.recipe == "repository",
         linear=LinearSettings(artifacts=args.artifacts),

@@ -3,8 +3,7 @@
 import os
 from typing import Any
 
-from tqdm import tqdm
-
+from timm_dvt.bars import tqdm
 from training.stage1.decompose import Stage1Settings
 
 

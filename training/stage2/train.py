@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from timm_dvt import save_pretrained
 from timm_dvt.denoiser import Denoiser, combine
+from timm_dvt.layouts import layout_of
 from timm_dvt.model import attach_denoiser
-from training.common.models import weights_digest
+from training.common.models import make_for, weights_digest
 from training.figures.rows import draw_rows
 from training.loop.checkpoints import CHECKPOINT, Diverged
 from training.loop.distance import loss_limit
@@ -59,17 +60,18 @@ class Stage2Settings(TrainingSettings):
             raise ValueError(f"whole must be from 0 to 1, a share, got {self.whole}")
 
 
-def check_fit(model: Any, pairs: PairSet, name: str) -> None:
+def check_fit(model: nn.Module, pairs: PairSet, name: str) -> None:
     """Raise PairError unless the pairs can be of this model, by its width and number of blocks."""
-    if model.embed_dim != pairs.channels:
+    layout = layout_of(model)
+    if layout.channels != pairs.channels:
         raise PairError(
-            f"{pairs.folder} holds features of {pairs.channels} channels, but --model {name} has {model.embed_dim}: "
+            f"{pairs.folder} holds features of {pairs.channels} channels, but --model {name} has {layout.channels}: "
             f"they are of another model ({pairs.settings.get('model', 'unnamed')})"
         )
-    if max(pairs.layers) >= len(model.blocks):
+    if max(pairs.layers) >= layout.maps:
         raise PairError(
             f"{pairs.folder} holds features of block {max(pairs.layers)}, but the last of --model {name} is "
-            f"{len(model.blocks) - 1}: they are of another model ({pairs.settings.get('model', 'unnamed')})"
+            f"{layout.maps - 1}: they are of another model ({pairs.settings.get('model', 'unnamed')})"
         )
 
 
@@ -81,8 +83,7 @@ def describe_training(name: str, model: nn.Module, pairs: PairSet, settings: Sta
         "model": name,
         "weights": weights_digest(model),
         "pairs": {"count": len(pairs.files), "digest": pairs.digest(), "layers": list(pairs.layers)},
-        "grid": list(pairs.grid),
-        "channels": pairs.channels,
+        "made_with": pairs.settings,
         **asdict(settings),
         **init,
     }
@@ -199,9 +200,10 @@ def train(
     return {layer: denoiser.cpu() for layer, denoiser in denoisers.items()}
 
 
-def save(model: Any, denoisers: dict[int, Denoiser], folder: Path) -> None:
-    """Write the backbone with its denoisers as a folder that timm loads."""
-    attach_denoiser(model, combine(denoisers, len(model.blocks) - 1))
+def save(model: Any, denoisers: dict[int, Denoiser], folder: Path, pairs: PairSet) -> None:
+    """Write the backbone with its denoisers, for images as the pairs were made of, as a folder that timm loads."""
+    make_for(model, pairs.settings.get("input_size"))
+    attach_denoiser(model, combine(denoisers, layout_of(model).maps - 1))
     save_pretrained(model, folder, model_args=model.recorded_arguments)
 
 

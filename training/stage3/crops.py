@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.common.images import ImageError, Source, load_image
 from training.common.views import Views, render_views, sample_views, whole_view
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from timm_dvt.layouts import Layout, layout_of
 from training.loop.distance import DISTANCES
 from training.stage3.crops import CropReader
 
@@ -22,7 +23,7 @@ class Student(nn.Module):
     """A plain ViT and its loss: the distance (Eq. 11) between its tokens and the teacher's.
 
     Args:
-        vit: a plain timm ViT.
+        vit: a plain timm model.
         norm_after_pool: whether it norms its tokens behind the pool.
         loss: of `DISTANCES`.
         first: the first token that counts: 0, or the number of prefix tokens to learn patch tokens alone.
@@ -31,6 +32,7 @@ class Student(nn.Module):
     def __init__(self, vit: Any, norm_after_pool: bool, loss: str = "norm", first: int = 0) -> None:
         super().__init__()
         self.vit, self.norm_after_pool, self.distance, self.first = vit, norm_after_pool, DISTANCES[loss], first
+        self.layout = layout_of(vit)
 
     def forward(self, images: Tensor, wanted: Tensor) -> Tensor:
         """Images (B, 3, h, w) and the teacher's tokens (B, prefix + N, C) to the mean loss of a token."""
@@ -42,11 +44,16 @@ class Student(nn.Module):
 
     def tokens(self, images: Tensor) -> Tensor:
         """Tokens (B, prefix + N, C) that stand beside the teacher's: patch tokens normed, as timm norms or pools."""
-        tokens = self.vit.forward_features(images)
+        tokens = as_tokens(self.vit.forward_features(images), self.layout)
         if not self.norm_after_pool:
             return tokens
-        prefix = self.vit.num_prefix_tokens
+        prefix = self.layout.prefix
         return torch.cat([tokens[:, :prefix], self.vit.fc_norm(tokens[:, prefix:])], dim=1)
+
+
+def as_tokens(features: Tensor, layout: Layout) -> Tensor:
+    """Final features as tokens (B, prefix + N, C), also where they are a map."""
+    return features if layout.form == "tokens" else layout.patches(features, 0)
 
 
 def freeze_unused(student: Student, images: Tensor) -> None:
@@ -83,19 +90,18 @@ class Validation:
             The numbers, and for each of some images the (K, K, C) maps of backbone, student and teacher.
         """
         teacher, count, side = self.teacher, len(self.reader), self.reader.size
+        grid, prefix = teacher.layout.grid_at(side, side), teacher.layout.prefix
         losses: list[Tensor] = []
         rows: list[tuple[np.ndarray, ...]] = []
         for first in range(0, count, CHUNK):
             images = self.normalise(self.reader.whole(range(first, min(first + CHUNK, count))))
             with self.autocasting():
-                wanted, got = teacher.forward_features(images), student.tokens(images)
+                wanted, got = as_tokens(teacher.forward_features(images), teacher.layout), student.tokens(images)
                 with teacher.denoising(False):
-                    raw = teacher.forward_features(images)
+                    raw = as_tokens(teacher.forward_features(images), teacher.layout)
                 raw = teacher.fc_norm(raw) if teacher.norm_after_pool else raw
             losses.append(torch.stack([student.apart(x, wanted).mean(1) for x in (got, raw)]))
             if first == 0:
-                grid = teacher.patch_embed.dynamic_feat_size((side, side))
-                prefix = teacher.num_prefix_tokens
                 shown = [x[:PICTURES, prefix:].float().unflatten(1, grid) for x in (raw, got, wanted)]
                 rows = list(zip(*(maps.cpu().numpy() for maps in shown)))
         distilled, backbone = torch.cat(losses, 1).mean(1).tolist()

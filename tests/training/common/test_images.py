@@ -206,3 +206,12 @@ def test_nothing_to_read_is_said_at_once(tmp_path):
         list_images(tmp_path / "list.txt")
     with pytest.raises(ValueError, match="limit must be 1 or more, got 0"):
         list_images(tmp_path, limit=0)
+
+
+def test_names_in_a_list_may_hold_what_else_ends_a_line_and_blanks_at_their_ends(tmp_path):
+    names = ["a\x85b.png", "a\u2028b.png", "a\x0cb.png", "a\x1cb.png", " a.png", "a.png ", "\u00a0a.png"]
+    for name in names:
+        Image.new("RGB", (2, 2)).save(tmp_path / name, "PNG")
+    for end in ("\n", "\r\n"):
+        (tmp_path / "list.txt").write_bytes(end.join(["  b.png\t", *names, ""]).encode())
+        assert [source.name for source in list_images(tmp_path / "list.txt")] == ["b.png", *names]

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from training import denoise_images, distill, train_denoiser
+from training import denoise_images, distill, train_denoiser, visualize
 from training.common.views import view_axes
 from training.loop.distance import mse_distance, norm_distance
 from training.loop.distributed import Processes
@@ -117,6 +117,17 @@ def test_every_option_overrides_a_recipe_on_either_side_of_it(options, expected)
     for line in (("--recipe", "repository", *options), (*options, "--recipe", "repository")):
         found = settings(train_denoiser, *line)
         assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("command", [*STAGES, visualize])
+@pytest.mark.parametrize("option", ["--rec", "--reci", "--recip", "--rec=", "--recipe="])
+def test_an_abbreviated_recipe_brings_its_defaults_too(command, option):
+    def defaults(*words):
+        argv = [*STAGES.get(command, ["cat.jpg", "--model", "m"]), *words]
+        return vars(command.make_parser(argv).parse_args(argv))
+
+    words = [f"{option}repository"] if option.endswith("=") else [option, "repository"]
+    assert defaults(*words) == defaults("--recipe", "repository") != defaults()
 
 
 def test_the_distances_are_those_that_paper_and_repository_write():

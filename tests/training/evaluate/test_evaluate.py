@@ -274,8 +274,6 @@ def test_one_missing_mask_is_named(model, data, tmp_path, capsys):
         (["depth", "--dataset", "voc"], "dataset voc has no depth; those that have: nyu"),
         (["knn-seg", "--dataset", "stamps", "--set", "neighbors=3"], "knn-seg has the settings neighbours"),
         (["knn-seg", "--dataset", "stamps", "--set", "neighbours=many"], "'many' is not a value like 20"),
-        (["knn-seg", "--dataset", "stamps", "--repeats", "0"], "repeats must be 1 or more, got 0"),
-        (["knn-seg", "--dataset", "stamps", "--limit", "0"], "limit must be 1 or more, got 0"),
         (["knn-seg", "--dataset", "stamps", "--set", "bank_share=0"], "bank_share must be in (0, 1], got 0"),
         (["detection", "--dataset", "stamps", "--set", "finest=3"], "finest must be one of (4, 2, 1), got 3"),
         (["detection", "--dataset", "stamps", "--set", "fixed_pe=all"], "fixed_pe must be one of"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.loop.checkpoints import Diverged
+from training.loop.checkpoints import BadCheckpoint, Diverged
 from training.loop.log import TrainingLog
 from training.loop.order import positions, split_places
 from training.loop.run import resume, run_steps
@@ -120,3 +120,20 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(tmp_pa
         fit.run()
     assert resume(tmp_path / "checkpoint", fit.module, fit.optimizer) == 7
     assert all(bool(value.isfinite().all()) for value in fit.module.state_dict().values())
+
+
+def test_one_flipped_bit_of_a_checkpoint_is_noticed_wherever_it_is(tmp_path):
+    path = tmp_path / "checkpoint"
+    fit = Fit(path, steps=7)
+    fit.run()
+    whole = path.read_bytes()
+    wanted, noticed = fit.module[1].weight.clone(), 0
+    for place in range(0, len(whole), 53):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            assert resume(path, fit.module, fit.optimizer) == 7  # the bit is of what nothing hangs on
+            assert torch.equal(fit.module[1].weight, wanted)
+        except BadCheckpoint as error:
+            noticed += 1
+            assert str(path) in str(error) and "Delete it to begin this run again" in str(error)
+    assert noticed >= (len(whole) - 8 - int.from_bytes(whole[:8], "little")) // 53

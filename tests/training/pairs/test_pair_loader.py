@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers.pair_folders import change_pair, make_maps, write_pairs
 from training.loop.order import positions, with_crops
-from training.pairs.folder import pair_file
+from training.pairs.folder import pair_file, read_pair
 from training.pairs.reader import PairError, PairReader, open_pairs, read_batches
 
 
@@ -80,3 +80,48 @@ def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(tmp_path, workers):
 def test_no_steps_are_no_batches(tmp_path):
     reader = PairReader(open_pairs(write_pairs(tmp_path)))
     assert list(read_batches(reader, lambda step: [0], range(0), torch.float32)) == []
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    """With one other bit."""
+    return data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
+
+
+def test_one_flipped_bit_of_a_pair_is_noticed_wherever_it_is(tmp_path):
+    found = open_pairs(write_pairs(tmp_path, count=1, grid=2, crops=2))
+    (file,) = found.files
+    path, parts = tmp_path / file, ("raw", "clean", "artifacts")
+    whole, places = path.read_bytes(), [0, 1, 2]
+    wanted = PairReader(found, parts).read(places)
+    noticed = 0
+    for place in range(0, len(whole), 41):
+        path.write_bytes(flipped(whole, place))
+        try:
+            assert torch.equal(PairReader(open_pairs(tmp_path), parts).read(places), wanted)  # in what nobody reads
+        except PairError as error:
+            noticed += 1
+            assert str(path) in str(error) and "delete it and make it again" in str(error)
+    body = len(whole) - 8 - int.from_bytes(whole[:8], "little")
+    assert noticed >= body // 41
+    path.write_bytes(whole)
+    assert torch.equal(PairReader(open_pairs(tmp_path), parts).read(places), wanted)
+
+
+def test_a_damaged_map_is_noticed_by_all_that_read_pairs(tmp_path):
+    (file,) = open_pairs(write_pairs(tmp_path, count=1)).files
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(flipped(whole, len(whole) - 7))
+    with pytest.raises(PairError, match=f"{file} cannot be read, it is damaged"):
+        read_pair(tmp_path / file)
+
+
+def test_where_the_system_does_not_say_what_memory_is_free_half_of_all_is_taken_for_it(tmp_path, monkeypatch):
+    pages = {"SC_PHYS_PAGES": 4096, "SC_PAGE_SIZE": 4096}
+
+    def of_macos(name):
+        if name not in pages:
+            raise ValueError("unrecognized configuration name")
+        return pages[name]
+
+    monkeypatch.setattr("training.pairs.reader.os.sysconf", of_macos)
+    assert PairReader(open_pairs(write_pairs(tmp_path)))._free == 2048 * 4096 // 4

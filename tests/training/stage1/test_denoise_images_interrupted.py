@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from tests.helpers.processes import start, torchrun
 from tests.helpers.stage1_runs import SLOW, contents, draw_images, read_lines, run
 from training import denoise_images
 from training.common import shared_folder
-from training.pairs.folder import read_index
+from training.pairs.folder import read_index, read_settings
+from training.stage1 import many
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,3 +150,30 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_half_file(images, tmp_path
     assert run(images, tmp_path / "out") == 0
     assert run(images, tmp_path / "whole") == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_folder_that_is_deleted_while_it_is_filled_is_an_error_and_is_not_begun_again(
+    images, tmp_path, monkeypatch, capsys
+):
+    solve, left = many.decompose, [2, 6]
+
+    def solve_and_delete(*args, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            shutil.rmtree(tmp_path / "out")
+        return solve(*args, **options)
+
+    monkeypatch.setattr(many, "decompose", solve_and_delete)
+    for left[0] in (1, 3, 6):
+        assert run(images, tmp_path / "out") == 3
+        assert "out was deleted or replaced while it was written" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_are_refused_where_settings_json_is_lost_too(images, tmp_path, capsys):
+    assert run(images, tmp_path / "out") == 0
+    before = read_settings(tmp_path / "out")
+    (tmp_path / "out" / "settings.json").unlink()
+    assert run(images, tmp_path / "out", "--views", "25") == 2
+    assert "views: the folder has 24, this run has 25" in capsys.readouterr().err
+    assert run(images, tmp_path / "out") == 0 and read_settings(tmp_path / "out") == before

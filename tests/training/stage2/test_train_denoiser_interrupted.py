@@ -1,7 +1,9 @@
 """Claims about a run of stage 2 that is killed, stopped, shared or spoilt: nothing is lost, and processes agree."""
 
 import json
+import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -97,3 +99,37 @@ def test_a_damaged_checkpoint_is_named(pairs, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:1000])
     assert run(pairs, tmp_path / "out", "--steps", "2") == 2
     assert "checkpoint.safetensors cannot be continued from" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_at_the_last_save_is_one_clear_error(pairs, tmp_path):
+    out = tmp_path / "out"
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"  # of a checkpoint's 0.6 and 1.7 MB
+    code = f"import resource, sys; {limit}; from training import train_denoiser; sys.exit(train_denoiser.main())"
+    process = [sys.executable, "-c", code, *command(pairs, out, "--steps", "2")[1:]]
+    run_out = subprocess.run(process, stderr=subprocess.PIPE, text=True)
+    assert run_out.returncode == 3 and "Traceback" not in run_out.stderr
+    error = run_out.stderr[run_out.stderr.index("error: ") :]
+    assert "no room for" in error and "model.safetensors" in error and error.count("\n") == 2
+    assert not [path for path in out.iterdir() if path.name.startswith(".") and path.name != ".locks"]
+    assert run(pairs, out, "--steps", "2") == 0
+
+
+def test_a_folder_that_is_deleted_while_a_training_runs_is_an_error(pairs, tmp_path, monkeypatch, capsys):
+    save = loop.save_checkpoint
+
+    def save_and_delete(path, *args):
+        save(path, *args)
+        shutil.rmtree(path.parent)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_delete)
+    assert run(pairs, tmp_path / "out", "--steps", "2") == 3
+    assert "was deleted or replaced while it was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_checkpoint_whose_settings_are_lost_or_damaged_is_not_continued(content, pairs, tmp_path, capsys):
+    assert run(pairs, tmp_path / "out", "--steps", "2") == 0
+    settings = tmp_path / "out" / "settings.json"
+    settings.unlink() if content is None else settings.write_text(content)
+    assert run(pairs, tmp_path / "out", "--steps", "2", "--lr", "0.1") == 2
+    assert f"{settings} is {'lost' if content is None else 'damaged'}" in capsys.readouterr().err

@@ -101,7 +101,6 @@ def test_pairs_of_another_model_weights_layer_or_width_are_refused(tmp_path, cap
         ("--init", "nowhere"),
         ("--arch", "static", "--init", "x"),
         ("--arch", "conv3x3", "--blocks", "2"),
-        ("--blocks", "0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options, pairs, tmp_path, capsys):

@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.evaluate.augment import flip, normalise, one_cycle, random_place, recolour, turn
 from training.evaluate.features import Features
 from training.evaluate.live import LiveFeatures

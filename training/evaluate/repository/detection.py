@@ -22,8 +22,8 @@ import torch
 from timm.layers import LayerNorm2d, resample_abs_pos_embed
 from torch import Tensor
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.evaluate.augment import normalise
 from training.evaluate.average_precision import Detections, voc_map
 from training.evaluate.detector import MapDetector, fixed_positions

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.evaluate.augment import crop_with_many_classes, flip, normalise, photometric_distortion
 from training.evaluate.features import Features
 from training.evaluate.live import LiveFeatures

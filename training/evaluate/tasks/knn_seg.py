@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.evaluate.features import Features
 from training.evaluate.runner import Run
 from training.evaluate.segmentation import SegmentationScore, upsample

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from training.evaluate.features import Features
 from training.evaluate.information import position_mic
 from training.evaluate.runner import Run

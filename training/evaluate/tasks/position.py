@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
-from tqdm import tqdm
 
+from timm_dvt.bars import tqdm
 from timm_dvt.colors import map_correlation
 from training.common.backbone import FeatureReader
 from training.evaluate.features import Features
