@@ -60,8 +60,9 @@ def calibrate(
 
     Random windows of the images, also mirrored and upside down, go through the model at the size it is meant for, on
     its device, and are summed up; memory does not grow with their number. What windows of one image share is content
-    and cancels, what all windows have at the same place is the artifact map (`timm_dvt.positions`). What was found is
-    told by `model.denoiser.calibration`, a `Calibration`; with several layers, by `model.denoisers()[block].calibration`.
+    and cancels, what all windows have at the same place is the artifact map (`timm_dvt.positions`). What was found
+    is told by `model.denoiser.calibration`, a `Calibration`; with several layers, by
+    `model.denoisers()[block].calibration`.
 
     Args:
         model: any model that `add_denoiser` takes. A denoiser that it has already is replaced, but by "leftover".
