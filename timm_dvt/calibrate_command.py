@@ -70,6 +70,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--keep-length", action="store_true", help="clean tokens of the raw ones' length, for what lives on lengths"
     )
     command.add_argument(
+        "--blank-gate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with images: know images without content, and level them (default: yes)",
+    )
+    command.add_argument(
         "--json", action="store_true", help="print what was found as JSON, and nothing else; progress goes to stderr"
     )
     command.add_argument("--no-pretrained", action="store_true", help="random weights: fetch nothing")
@@ -84,6 +90,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
             args.json,
             args.keep_length,
             args.layers,
+            args.blank_gate,
         )
     )
 
@@ -98,6 +105,7 @@ def run(
     as_json: bool = False,
     keep_length: bool = False,
     layers: Sequence[int] | None = None,
+    blank_gate: bool = True,
 ) -> Path:
     """Calibrate a model by name and save it; prints what was found, returns the folder written.
 
@@ -120,7 +128,8 @@ def run(
     start = time.perf_counter()
     try:
         model.to(device).eval()
-        calibrate(model, images, method=method, layers=layers, views=views, keep_length=keep_length, progress=True)
+        more: dict[str, Any] = dict(keep_length=keep_length, blank_gate=blank_gate, progress=True)
+        calibrate(model, images, method=method, layers=layers, views=views, **more)
     except (TypeError, ValueError) as e:  # a class that cannot have a denoiser, a block that it has not
         raise CalibrationError(str(e)) from e
     of_blocks = {block: denoiser.calibration for block, denoiser in model.denoisers().items()}
