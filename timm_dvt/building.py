@@ -19,7 +19,16 @@ from timm.models import (
 )
 from torch import nn
 
-from timm_dvt.fetching import WeightsNotFoundError, backbone_files, explain, is_fetch_error, without_dead_network
+from timm_dvt.fetching import (
+    WeightsNotFoundError,
+    backbone_files,
+    explain,
+    fetch_backbone,
+    first_line,
+    hub_file,
+    is_fetch_error,
+    locate,
+)
 from timm_dvt.layouts import layout_of
 from timm_dvt.limits import check_denoiser, check_sizes, check_total
 from timm_dvt.model import add_denoiser, attach_denoiser, check_supported
@@ -30,8 +39,6 @@ from timm_dvt.weights import (
     check_state,
     denoiser_for,
     from_state_dict,
-    hub_file,
-    locate,
     read_checkpoint,
 )
 
@@ -167,18 +174,27 @@ def _backbone(variant: Variant, cfg: dict, checkpoint: Checkpoint | None, cache_
         return model
     tag = split_model_name_tag(variant.backbone)[1]
     build = model_entrypoint(variant.architecture)  # routed: the tag may be a backbone's of ours
-    with without_dead_network() as dead:
-        try:
-            return build(pretrained=True, pretrained_cfg=tag or None, cache_dir=cache_dir, **kwargs)
-        except WeightsNotFoundError:
-            raise
-        except Exception as e:  # the client raises its own, the network library's and the system's errors
-            if is_fetch_error(e):
-                own, base = hub_file(cfg), backbone_files(variant.backbone)
-                files = [*([own] if own else []), *base]
-                reason = explain(dead or e, base[0][0] if base else variant.backbone, files)
-                raise WeightsNotFoundError(f"Could not fetch the weights of {variant.backbone}: {reason}") from e
-            raise CheckpointError(f"The weights of {variant.backbone} could not be loaded: {e}") from e
+    own = hub_file(cfg)
+    needed = [*([own] if own else []), *backbone_files(variant.backbone)[:1]]
+    file = fetch_backbone(variant.backbone, cache_dir, needed)
+    overlay = checked_file(file) if file else None
+    try:
+        return build(
+            pretrained=True, pretrained_cfg=tag or None, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **kwargs
+        )
+    except WeightsNotFoundError:
+        raise
+    except Exception as e:  # the network's, of a file that is not on the Hub; or of one that is damaged
+        if is_fetch_error(e):
+            reason = explain(e, variant.backbone)
+            raise WeightsNotFoundError(f"Could not fetch the weights of {variant.backbone}: {reason}") from e
+        what = f"The weights of {variant.backbone}" + (f" ({file})" if file else "")
+        raise CheckpointError(f"{what} could not be loaded: {first_line(e)}") from e
+
+
+def checked_file(file: str) -> dict[str, Any]:
+    """A pretrained_cfg_overlay by which timm reads this file, one of its own format, and fetches nothing."""
+    return {"file": file, "custom_load": False}
 
 
 def _check_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> dict:

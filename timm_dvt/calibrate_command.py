@@ -16,8 +16,9 @@ from torch import nn
 
 from timm_dvt.calibration import METHODS, Calibration, CalibrationError, calibrate
 from timm_dvt.demo import PHOTOGRAPHS, DemoError, read_image
-from timm_dvt.fetching import without_dead_network
+from timm_dvt.fetching import first_line
 from timm_dvt.files import write_whole
+from timm_dvt.loading import SCHEMES, create_model, did_you_mean
 from timm_dvt.panel import Shown, draw
 from timm_dvt.sample_images import SampleError, sources
 from timm_dvt.saving import recorded_arguments, save_pretrained
@@ -145,21 +146,21 @@ def describe(facts: Calibration) -> str:
 
 def load_model(name: str, pretrained: bool) -> Any:
     """timm's model of that name, for images of any size where its class has them. Raises CalibrationError."""
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
-        raise CalibrationError(f"{name!r} is not a model; timm.list_models('*vit*') names those there are")
+    if not name.startswith(SCHEMES) and not timm.is_model(name):
+        raise CalibrationError(
+            f"{name!r} is not a model; timm.list_models('*vit*') names those there are{did_you_mean(name)}"
+        )
     torch.manual_seed(0)
-    with without_dead_network():
+    try:
         try:
-            try:
-                return timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
-            except TypeError:  # a class without that argument
-                return timm.create_model(name, pretrained=pretrained)
-        except Exception as e:  # timm's, the hub client's, json's: a name, a folder or weights that are not there
-            reason = next(iter(str(e).strip().splitlines()), "")
-            raise CalibrationError(
-                f"cannot create {name!r}: {type(e).__name__}: {reason}; without a network name a folder that holds "
-                "it (local-dir:FOLDER), or take random weights (--no-pretrained)"
-            ) from e
+            return create_model(name, pretrained, dynamic_img_size=True)
+        except TypeError:  # a class without that argument
+            return create_model(name, pretrained)
+    except Exception as e:  # timm's, the hub client's, json's: a name, a folder or weights that are not there
+        raise CalibrationError(
+            f"cannot create {name!r}: {type(e).__name__}: {first_line(e)}; without a network name a folder that holds "
+            f"it (local-dir:FOLDER), or take random weights (--no-pretrained){did_you_mean(name)}"
+        ) from e
 
 
 def picture(model: Any, photographs: Sequence[Image.Image], title: str) -> Image.Image:

@@ -16,6 +16,7 @@ from timm.models import get_pretrained_cfg
 from timm_dvt.cards import NAMESPACE, NOTE, Facts, card, has_weights, publishable, readable
 from timm_dvt.convert import convert
 from timm_dvt.fetching import WEIGHTS_NAME, WeightsNotFoundError, explain, first_line, git_hash, sha256
+from timm_dvt.loading import did_you_mean
 from timm_dvt.model import Denoised
 from timm_dvt.registry import VARIANTS
 from timm_dvt.saving import meant_size
@@ -52,7 +53,10 @@ def push(
     check_id(repo_id)
     is_folder = Path(target).is_dir()
     if not is_folder and target not in VARIANTS:
-        raise PushError(f"{target!r} is neither a folder nor a variant; python -m timm_dvt list prints the variants")
+        raise PushError(
+            f"{target!r} is neither a folder nor a variant; python -m timm_dvt list prints the variants"
+            f"{did_you_mean(target, list(VARIANTS))}"
+        )
     if not is_folder and not has_weights(VARIANTS[target]):
         raise PushError(f"nothing has been published for {target}, so there is nothing to push")
     api = HfApi()

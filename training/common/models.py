@@ -5,11 +5,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 import timm_dvt  # noqa: F401  registers the *_dvt names
+from timm_dvt.loading import create_model, did_you_mean
 from timm_dvt.model import check_supported
 from timm_dvt.saving import recorded_arguments
 
@@ -28,13 +28,13 @@ def load_model(name: str, *, pretrained: bool = True, seed: int = 0, **options: 
     """
     torch.manual_seed(seed)
     try:
-        return timm.create_model(name, pretrained=pretrained, **options).eval()
+        return create_model(name, pretrained, **options).eval()
     except Exception as error:  # timm, its hub client and torch each raise their own kinds
         if not pretrained:
-            raise ValueError(f"timm makes no model {name!r}: {error}") from error
+            raise ValueError(f"timm makes no model {name!r}: {error}{did_you_mean(name)}") from error
         raise ValueError(
             f"timm loads no model {name!r} with pretrained weights: {error}\nWithout a network, name a "
-            "folder that holds it (local-dir:FOLDER), or take random weights (--no-pretrained)"
+            f"folder that holds it (local-dir:FOLDER), or take random weights (--no-pretrained){did_you_mean(name)}"
         ) from error
 
 
