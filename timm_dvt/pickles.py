@@ -179,7 +179,7 @@ def _read_legacy(file: BufferedReader) -> Any:
     for key in keys:
         if int.from_bytes(file.read(8), "little") != len(storages[key]):
             raise RefusedError(f"a storage, {key}, of another size than it says")
-        room = memoryview(storages[key].view(torch.uint8).numpy())
+        room = storages[key].view(torch.uint8).numpy().data
         if len(room) and file.readinto(room) < len(room):
             raise EOFError("it ends in the middle of a tensor")
     return content
