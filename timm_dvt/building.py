@@ -4,9 +4,11 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from timm.layers import to_2tuple
 from timm.models import (
     PretrainedCfg,
@@ -36,6 +38,7 @@ from timm_dvt.variants import Variant, saved_architecture
 from timm_dvt.weights import (
     Checkpoint,
     CheckpointError,
+    ConfigError,
     check_state,
     denoiser_for,
     from_state_dict,
@@ -43,6 +46,22 @@ from timm_dvt.weights import (
 )
 
 ADAPTED = ("pos_embed", "relative_position_bias_table")  # what timm brings to another input size itself
+
+
+@contextmanager
+def naming_config(cfg: PretrainedCfg | dict | str | None) -> Iterator[None]:
+    """Raise ConfigError for whatever goes wrong with a model that the config.json of a folder or hub repo describes."""
+    entries = cfg if isinstance(cfg, dict) else {}
+    try:
+        yield
+    except (CheckpointError, WeightsNotFoundError, MemoryError):
+        raise
+    except Exception as e:  # entries of any type and size end in any kind of error, ours or timm's or torch's
+        where = {"local-dir": entries.get("file"), "hf-hub": entries.get("hf_hub_id")}.get(str(entries.get("source")))
+        if where is None:
+            raise
+        what = str(e) if isinstance(e, (ValueError, TypeError)) else f"{type(e).__name__}: {first_line(e)}"
+        raise ConfigError(f"{where}/config.json makes no model: {what[:1000]}") from e
 
 
 def create(
@@ -63,6 +82,10 @@ def create(
             pos_embed_out.
         kwargs: arguments of timm's model, as for the backbone.
     """
+    if runtime := sorted({"device", "dtype"} & (pretrained_model_args or {}).keys()):
+        raise ValueError(f"model_args holds {' and '.join(runtime)}, which no saved model has")
+    if pretrained and torch.device(kwargs.get("device") or "cpu").type == "meta":
+        raise ValueError("device is 'meta', where nothing holds weights; leave pretrained=True out for a sketch")
     given: Any = get_pretrained_cfg(variant.name) if isinstance(pretrained_cfg, str | None) else pretrained_cfg
     cfg = resolve_pretrained_cfg(f"{variant.architecture}_dvt", given, pretrained_cfg_overlay).to_dict()
     wrapper = {key: kwargs.pop(key) for key in ("out_indices", "feature_cls") if key in kwargs}

@@ -31,6 +31,13 @@ class CheckpointError(RuntimeError):
         super().__init__(printable(message))  # in which names are that come from the file
 
 
+class ConfigError(CheckpointError, ValueError, TypeError):
+    """A config.json that no model can be made by. Names the file; what is wrong with an argument in it is its cause.
+
+    It stays what timm and torch raise for wrong arguments, as these may also be the caller's.
+    """
+
+
 @dataclass
 class Checkpoint:
     """What a file holds: a ViT's state dict, a denoiser's (keys as in `Denoiser` or `LayerDenoisers`), or both."""
