@@ -180,8 +180,8 @@ def _say_variant(variant: Variant, repo_id: str, there: dict | None, say: Say) -
 
 def _gather(folder: Path, repo_id: str, temporary: Path) -> dict[str, Path]:
     """The files to publish, by their names in the repo; the card gets the repo's id. Raises PushError."""
-    for name in (WEIGHTS_NAME, "config.json"):
-        if not (folder / name).is_file():
+    for name in FILES:
+        if not is_inside(folder, name) and name != "README.md":
             raise PushError(f"{folder} has no {name}; timm_dvt.save_pretrained or python -m timm_dvt convert makes one")
     try:
         with safetensors.safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
@@ -201,6 +201,14 @@ def _gather(folder: Path, repo_id: str, temporary: Path) -> dict[str, Path]:
         raise PushError(f"{folder / 'README.md'} names no license in its metadata")
     (temporary / "README.md").write_text(text, encoding="utf-8")
     return {name: (temporary if name == "README.md" else folder) / name for name in FILES}
+
+
+def is_inside(folder: Path, name: str) -> bool:
+    """Whether a folder has a file. Raises PushError for a link to what lies elsewhere and may be nobody's business."""
+    file = folder / name
+    if file.exists() and not file.resolve().is_relative_to(folder.resolve()):
+        raise PushError(f"{file} is a link that leaves the folder; put the file itself there to publish it")
+    return file.is_file()
 
 
 def _own_card(folder: Path, repo_id: str, denoiser_only: bool) -> ModelCard:
