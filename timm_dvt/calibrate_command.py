@@ -24,7 +24,8 @@ from timm_dvt.sample_images import SampleError, sources
 from timm_dvt.saving import recorded_arguments, save_pretrained
 from timm_dvt.viewing import ViewReader
 
-PANEL = "before_after.png"
+PANEL, FACTS = "before_after.png", "calibration.json"
+WRITTEN = ("config.json", "model.safetensors", PANEL)
 MOST_SHOWN = 2
 
 
@@ -94,6 +95,8 @@ def run(
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / FACTS).exists() and (there := [name for name in WRITTEN if (folder / name).exists()]):
+            raise CalibrationError(f"{out} holds {', '.join(there)}, not written by calibrate; name another --out.")
         shown = [read_image(Path(one)) for one in _to_show(images)]  # before anything slow
     except OSError as e:
         raise CalibrationError(f"cannot write to {out}: {e.strerror or e}; name a folder for --out.") from e
@@ -117,10 +120,10 @@ def run(
     encoded = io.BytesIO()
     sheet.save(encoded, format="PNG")
     try:
+        text = json.dumps(asdict(facts), indent=2) + "\n"
+        write_whole(folder / FACTS, lambda path: path.write_text(text))  # first: by it a folder is known as ours
         save_pretrained(model, folder, model_args=recorded_arguments(name))
         write_whole(folder / PANEL, lambda path: path.write_bytes(encoded.getvalue()))
-        text = json.dumps(asdict(facts), indent=2) + "\n"
-        write_whole(folder / "calibration.json", lambda path: path.write_text(text))
     except OSError as e:
         raise CalibrationError(f"cannot write to {out}: {e.strerror or e}.") from e
     say(f"wrote {folder}: config.json, model.safetensors, calibration.json, {PANEL}")

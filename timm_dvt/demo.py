@@ -231,7 +231,7 @@ def measure(
     """The patch tokens of an input (1, 3, h, w) with the denoiser off and on, and how long each takes.
 
     Args:
-        rounds: forwards of each state, by turns, behind one that warms up at this size.
+        rounds: forwards of each state, by turns, behind one that warms up at this size; 0 for no times.
         of: what counts of their times.
         label: of a progress bar; none without.
     """
@@ -244,7 +244,7 @@ def measure(
                 features[state] = patch_tokens(model, pixels)
                 if i:  # the first forward warms up
                     seconds[state].append(time.perf_counter() - start)
-    off, on = (Measured(features[state], of(seconds[state]) * 1e3) for state in (False, True))
+    off, on = (Measured(features[state], of(seconds[state] or [0.0]) * 1e3) for state in (False, True))
     return off, on
 
 
