@@ -215,7 +215,7 @@ class Features:
         return [i for i in range(-(-len(self) // SHARD)) if not self._shard(state, i).exists()]
 
     def _read(self, indices: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
-        """Of "raw", "prefix" and "denoised" those named, float32, on the model's device: from the cache, or computed."""
+        """Of "raw", "prefix" and "denoised" those named, float32, on the model's device: of the cache, or computed."""
         device = self.extractor.reader.device
         found = {name: self._cached(name, indices).to(device).float() for name in names if self._is_cached(name)}
         if len(found) == len(names):
