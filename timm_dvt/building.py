@@ -204,11 +204,9 @@ def _backbone(variant: Variant, cfg: dict, checkpoint: Checkpoint | None, cache_
     own = hub_file(cfg)
     needed = [*([own] if own else []), *backbone_files(variant.backbone)[:1]]
     file = fetch_backbone(variant.backbone, cache_dir, needed)
-    overlay = checked_file(file) if file else None
+    found = {"pretrained_cfg_overlay": checked_file(file)} if file else {}
     try:
-        return build(
-            pretrained=True, pretrained_cfg=tag or None, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **kwargs
-        )
+        return build(pretrained=True, pretrained_cfg=tag or None, cache_dir=cache_dir, **found, **kwargs)
     except WeightsNotFoundError:
         raise
     except Exception as e:  # the network's, of a file that is not on the Hub; or of one that is damaged

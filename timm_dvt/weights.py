@@ -110,21 +110,16 @@ def _unwrap(content: object, path: str) -> State:
         raise CheckpointError(
             f"{path}: no state dict under 'denoiser' or 'model', and these entries are no tensors: {_some(strange)}."
         )
-    if others := [f"{key} of {_kind(tensor)}" for key, tensor in content.items() if not _is_plain(tensor)]:
+    if others := [f"{key} of {odd}" for key, tensor in content.items() if (odd := _oddity(tensor))]:
         raise CheckpointError(f"{path}: no plain tensors of numbers as weights are: {_some(others)}.")
     return content
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.dtype in DTYPES.values() and tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
-    )
-
-
-def _kind(tensor: torch.Tensor) -> str:
-    return (
-        "no memory" if tensor.is_meta else str(tensor.dtype if tensor.dtype not in DTYPES.values() else tensor.layout)
-    )
+def _oddity(tensor: torch.Tensor) -> str:
+    """What makes a tensor none of plain numbers; empty for one that is."""
+    if tensor.is_meta or tensor.dtype not in DTYPES.values():
+        return "no memory" if tensor.is_meta else str(tensor.dtype)
+    return "" if tensor.layout == torch.strided and not tensor.is_nested else str(tensor.layout)
 
 
 def _renamed(state: State, rename: Callable[[str], str], path: str) -> State:
@@ -254,11 +249,7 @@ def check_state(
         for key in wanted
         if key in state and key not in adapts and key not in optional and state[key].shape != wanted[key].shape
     ]
-    strange = [
-        f"{prefix}{key} of {tensor.dtype}"
-        for key, tensor in state.items()
-        if tensor.is_floating_point() != (key not in whole)
-    ]
+    strange = [f"{prefix}{key} of {x.dtype}" for key, x in state.items() if x.is_floating_point() == (key in whole)]
     found = {
         "missing keys": missing,
         "unexpected keys": unexpected,
