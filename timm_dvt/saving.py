@@ -38,7 +38,8 @@ def save_pretrained(
     """
     if not isinstance(model, Denoised) or model.denoiser is None:
         raise TypeError(
-            f"{type(model).__name__} has no denoiser to save; timm.models.save_for_hf saves plain models.{unwrapping(model)}"
+        name, remedy = type(model).__name__, unwrapping(model)
+        raise TypeError(f"{name} has no denoiser to save; timm.models.save_for_hf saves plain ones.{remedy}")
         )
     if not model.backbone_name:
         raise ValueError("The model's backbone has no timm name, so nothing could rebuild it; use timm.create_model.")

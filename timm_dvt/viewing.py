@@ -40,7 +40,8 @@ class ViewReader:
         self.mean, self.std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
         self.blocks = sorted(model.denoisers())
         zeros = torch.zeros(1, self.channels, *self.size)
-        self.grid = tuple(self(zeros)[self.blocks[-1]].shape[1:3])
+        rows, columns = self(zeros)[self.blocks[-1]].shape[1:3]
+        self.grid = (rows, columns)
         self.views = 0  # the one of zeros was to learn the grid
         self.patch = tuple(side // count for side, count in zip(self.size, self.grid))
 

@@ -1,4 +1,4 @@
-"""`calibrate` where it meets the rest: variants, saved folders, layers, channels, wrappers, a caller's torch defaults."""
+"""`calibrate` where it meets the rest: variants, saved folders, layers, channels, wrappers, torch's defaults."""
 
 import json
 
