@@ -59,9 +59,10 @@ def calibrate(
     """Give a timm ViT a denoiser that works, without training; in place, and return the model.
 
     Random windows of the images, also mirrored and upside down, go through the model at the size that it is meant for,
-    on its device, and are summed up; memory does not grow with their number. What windows of one image share is content and
-    cancels, what all windows have at the same place is the artifact map (`timm_dvt.positions`). What was found is told
-    by `model.denoiser.calibration`, a `Calibration`; with several layers, by `model.denoisers()[block].calibration`.
+    on its device, and are summed up; memory does not grow with their number. What windows of one image share is content
+    and cancels, what all windows have at the same place is the artifact map (`timm_dvt.positions`). What was found is
+    told by `model.denoiser.calibration`, a `Calibration`; with several layers, by
+    `model.denoisers()[block].calibration`.
 
     Args:
         model: any model that `add_denoiser` takes. A denoiser that it has already is replaced, but by "leftover".

@@ -37,10 +37,8 @@ def save_pretrained(
         ValueError: timm does not know the backbone by a name.
     """
     if not isinstance(model, Denoised) or model.denoiser is None:
-        raise TypeError(
         name, remedy = type(model).__name__, unwrapping(model)
-        raise TypeError(f"{name} has no denoiser to save; timm.models.save_for_hf saves plain ones.{remedy}")
-        )
+        raise TypeError(f"{name} has no denoiser to save; timm.models.save_for_hf saves plain models.{remedy}")
     if not model.backbone_name:
         raise ValueError("The model's backbone has no timm name, so nothing could rebuild it; use timm.create_model.")
     folder = Path(folder)
