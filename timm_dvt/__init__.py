@@ -1,5 +1,6 @@
 """Denoised variants of timm's Vision Transformers. Importing this package registers every *_dvt model with timm."""
 
+from timm_dvt import interrupts  # first: what follows takes seconds
 from timm_dvt.calibration import Calibration, CalibrationError, calibrate
 from timm_dvt.fetching import WeightsNotFoundError
 from timm_dvt.model import Denoised, DenoisedEva, DenoisedVisionTransformer, add_denoiser, freeze_backbone

@@ -9,9 +9,9 @@ that imports Gradio (extra `app`).
 
 import os
 import signal
-import socket
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from importlib import resources
@@ -21,7 +21,7 @@ from typing import Any
 from timm_dvt import looks, page
 from timm_dvt.demo import DEFAULT_MODEL, PHOTOGRAPHS, DemoError
 from timm_dvt.studio import Studio
-from timm_dvt.uploads import MAX_PIXELS, Uploads
+from timm_dvt.uploads import KEPT, MAX_PIXELS, SWEEPING, Uploads
 
 INSTALL = 'pip install "gradio>=6.31,<7"'  # what the extra app holds
 
@@ -32,21 +32,18 @@ try:
     from starlette.requests import Request
     from starlette.responses import PlainTextResponse, Response
     from starlette.routing import Route
+
+    from timm_dvt.guard import MEGABYTES, Guard, check_address, names_of
 except ModuleNotFoundError as e:
     raise DemoError(f"the page needs Gradio, and {e.name} is not installed; run: {INSTALL}") from e
 
-MEGABYTES = "100"  # of a file, at the most; what lies compressed in one is bounded by its pixels
 LIMITS = f"Your image (up to {MEGABYTES} MB and {MAX_PIXELS / 1e6:.0f} megapixels)"
-WAITING = 24  # visitors in the queue
+WAITING = 30  # visitors in the queue
 CLUSTERS = (2, 10)
-CACHE = (60, 3600)  # seconds: how often Gradio looks for uploads that nobody took, and how old those are
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; base-uri 'self'"
-)
-CLOSED = "/process_recording"  # writes what it is sent into a file, and starts ffmpeg on it
-# Gradio's settings of an event. Models compute one at a time; what is only drawn does not wait for them.
-HEAVY: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+CACHE = (SWEEPING, KEPT)  # seconds: how often uploads that nobody took are looked for, and how old those are
+# Gradio's settings of an event. Models compute one at a time; what is only drawn does not wait for them, and of two
+# visitors the one whose look is computed already gets it while the other's is.
+HEAVY: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 2, "api_visibility": "private"}
 LIGHT: dict[str, Any] = {
     "concurrency_id": "drawing",
     "concurrency_limit": 2,
@@ -66,7 +63,7 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
     Raises:
         DemoError: the model cannot be loaded, or the address cannot be used.
     """
-    _check_host(host)
+    check_address(host, port)
     print("loading the model, and showing it the first example ...", flush=True)
     studio = Studio(model or DEFAULT_MODEL)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C, so that the folder below is removed
@@ -75,6 +72,7 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
         os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio writes uploads; read when blocks are made, not on import
         gr.routes.DEFAULT_TEMP_DIR = other  # but this was, and Gradio makes a folder in it that it leaves behind
         uploads = Uploads(Path(folder))
+        threading.Thread(target=uploads.keep_clean, daemon=True).start()
         blocks = build(studio, uploads)
         try:
             _, address, _ = blocks.launch(
@@ -96,7 +94,7 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
                 css=f":root {{ --dvt-scale: {page.gradient()}; }}\n{_asset('app.css')}",
                 app_kwargs={
                     "routes": [Route("/dvt/{key}/{name}", download(studio))],
-                    "middleware": [Middleware(Guard, uploads)],
+                    "middleware": [Middleware(Guard, uploads, names_of(host))],
                     "docs_url": None,
                     "redoc_url": None,
                     "openapi_url": None,
@@ -109,23 +107,11 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
         blocks.block_thread()
 
 
-def _check_host(host: str) -> None:
-    """Raise DemoError for an address that is not this machine's: Gradio would try a hundred ports, for minutes."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.bind(address)
-    except (OSError, UnicodeError) as e:
-        raise DemoError(
-            f"cannot serve on {host}: it is not an address of this machine; leave --host out, or use 0.0.0.0 for all"
-        ) from e
-
-
 def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
     """The page over a studio, the first look drawn already."""
     first, count = studio.find(studio.first_look), looks.CLUSTERS
     start = _parts(studio.first_look, first, count)
-    with gr.Blocks(title="timm-dvt", analytics_enabled=False, delete_cache=CACHE, fill_width=True) as blocks:
+    with gr.Blocks(title="timm-dvt", analytics_enabled=False, fill_width=True) as blocks:
         key, patch = gr.State(start.pop(0)), gr.State(start.pop(0))
         gr.HTML(page.intro(), js_on_load=None)
         with gr.Row():
@@ -263,30 +249,3 @@ def download(studio: Studio) -> Callable[[Request], Response]:
         return Response(content, media_type="application/octet-stream", headers=headers)
 
     return answer
-
-
-class Guard:
-    """Tells browsers that nothing from elsewhere belongs to this page, and closes what of Gradio it has no use for.
-
-    It also keeps uploads that nobody looks at from filling the disk.
-    """
-
-    def __init__(self, app: Any, uploads: Uploads):
-        self.app, self.uploads = app, uploads
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"].rstrip("/").endswith(CLOSED):
-            await PlainTextResponse("There is no such page.", 404)(scope, receive, send)
-            return
-        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload") and self.uploads.are_too_many():
-            text = "Too many uploads are waiting here; try again in some minutes."
-            await PlainTextResponse(text, 503)(scope, receive, send)
-            return
-
-        async def guarded(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                extra = {"content-security-policy": POLICY, "x-content-type-options": "nosniff"}
-                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in extra.items())]
-            await send(message)
-
-        await self.app(scope, receive, guarded)

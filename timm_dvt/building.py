@@ -4,9 +4,11 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from timm.layers import to_2tuple
 from timm.models import (
     PretrainedCfg,
@@ -19,7 +21,16 @@ from timm.models import (
 )
 from torch import nn
 
-from timm_dvt.fetching import WeightsNotFoundError, backbone_files, explain, is_fetch_error, without_dead_network
+from timm_dvt.fetching import (
+    WeightsNotFoundError,
+    backbone_files,
+    explain,
+    fetch_backbone,
+    first_line,
+    hub_file,
+    is_fetch_error,
+    locate,
+)
 from timm_dvt.layouts import layout_of
 from timm_dvt.limits import check_denoiser, check_sizes, check_total
 from timm_dvt.model import add_denoiser, attach_denoiser, check_supported
@@ -27,15 +38,30 @@ from timm_dvt.variants import Variant, saved_architecture
 from timm_dvt.weights import (
     Checkpoint,
     CheckpointError,
+    ConfigError,
     check_state,
     denoiser_for,
     from_state_dict,
-    hub_file,
-    locate,
     read_checkpoint,
 )
 
 ADAPTED = ("pos_embed", "relative_position_bias_table")  # what timm brings to another input size itself
+
+
+@contextmanager
+def naming_config(cfg: PretrainedCfg | dict | str | None) -> Iterator[None]:
+    """Raise ConfigError for whatever goes wrong with a model that the config.json of a folder or hub repo describes."""
+    entries = cfg if isinstance(cfg, dict) else {}
+    try:
+        yield
+    except (CheckpointError, WeightsNotFoundError, MemoryError):
+        raise
+    except Exception as e:  # entries of any type and size end in any kind of error, ours or timm's or torch's
+        where = {"local-dir": entries.get("file"), "hf-hub": entries.get("hf_hub_id")}.get(str(entries.get("source")))
+        if where is None:
+            raise
+        what = str(e) if isinstance(e, (ValueError, TypeError)) else f"{type(e).__name__}: {first_line(e)}"
+        raise ConfigError(f"{where}/config.json makes no model: {what[:1000]}") from e
 
 
 def create(
@@ -56,6 +82,10 @@ def create(
             pos_embed_out.
         kwargs: arguments of timm's model, as for the backbone.
     """
+    if runtime := sorted({"device", "dtype"} & (pretrained_model_args or {}).keys()):
+        raise ValueError(f"model_args holds {' and '.join(runtime)}, which no saved model has")
+    if pretrained and torch.device(kwargs.get("device") or "cpu").type == "meta":
+        raise ValueError("device is 'meta', where nothing holds weights; leave pretrained=True out for a sketch")
     given: Any = get_pretrained_cfg(variant.name) if isinstance(pretrained_cfg, str | None) else pretrained_cfg
     cfg = resolve_pretrained_cfg(f"{variant.architecture}_dvt", given, pretrained_cfg_overlay).to_dict()
     wrapper = {key: kwargs.pop(key) for key in ("out_indices", "feature_cls") if key in kwargs}
@@ -171,18 +201,25 @@ def _backbone(variant: Variant, cfg: dict, checkpoint: Checkpoint | None, cache_
         return model
     tag = split_model_name_tag(variant.backbone)[1]
     build = model_entrypoint(variant.architecture)  # routed: the tag may be a backbone's of ours
-    with without_dead_network() as dead:
-        try:
-            return build(pretrained=True, pretrained_cfg=tag or None, cache_dir=cache_dir, **kwargs)
-        except WeightsNotFoundError:
-            raise
-        except Exception as e:  # the client raises its own, the network library's and the system's errors
-            if is_fetch_error(e):
-                own, base = hub_file(cfg), backbone_files(variant.backbone)
-                files = [*([own] if own else []), *base]
-                reason = explain(dead or e, base[0][0] if base else variant.backbone, files)
-                raise WeightsNotFoundError(f"Could not fetch the weights of {variant.backbone}: {reason}") from e
-            raise CheckpointError(f"The weights of {variant.backbone} could not be loaded: {e}") from e
+    own = hub_file(cfg)
+    needed = [*([own] if own else []), *backbone_files(variant.backbone)[:1]]
+    file = fetch_backbone(variant.backbone, cache_dir, needed)
+    found = {"pretrained_cfg_overlay": checked_file(file)} if file else {}
+    try:
+        return build(pretrained=True, pretrained_cfg=tag or None, cache_dir=cache_dir, **found, **kwargs)
+    except WeightsNotFoundError:
+        raise
+    except Exception as e:  # the network's, of a file that is not on the Hub; or of one that is damaged
+        if is_fetch_error(e):
+            reason = explain(e, variant.backbone)
+            raise WeightsNotFoundError(f"Could not fetch the weights of {variant.backbone}: {reason}") from e
+        what = f"The weights of {variant.backbone}" + (f" ({file})" if file else "")
+        raise CheckpointError(f"{what} could not be loaded: {first_line(e)}") from e
+
+
+def checked_file(file: str) -> dict[str, Any]:
+    """A pretrained_cfg_overlay by which timm reads this file, one of its own format, and fetches nothing."""
+    return {"file": file, "custom_load": False}
 
 
 def _check_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> dict:

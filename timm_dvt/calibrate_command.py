@@ -16,14 +16,16 @@ from torch import nn
 
 from timm_dvt.calibration import LEAST_VIEWS, METHODS, Calibration, CalibrationError, calibrate, check_arguments
 from timm_dvt.demo import PHOTOGRAPHS, DemoError, read_image
-from timm_dvt.fetching import without_dead_network
+from timm_dvt.fetching import first_line
 from timm_dvt.files import write_whole
+from timm_dvt.loading import SCHEMES, create_model, did_you_mean
 from timm_dvt.panel import Shown, draw
 from timm_dvt.sample_images import SampleError, sources
 from timm_dvt.saving import recorded_arguments, save_pretrained
 from timm_dvt.viewing import WINDOWS, ViewReader
 
-PANEL = "before_after.png"
+PANEL, FACTS = "before_after.png", "calibration.json"
+WRITTEN = ("config.json", "model.safetensors", PANEL)
 MOST_SHOWN = 2
 
 
@@ -116,6 +118,8 @@ def run(
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / FACTS).exists() and (there := [name for name in WRITTEN if (folder / name).exists()]):
+            raise CalibrationError(f"{out} holds {', '.join(there)}, not written by calibrate; name another --out.")
         shown = [read_image(Path(one)) for one in _to_show(images)]  # before anything slow
     except OSError as e:
         raise CalibrationError(f"cannot write to {out}: {e.strerror or e}; name a folder for --out.") from e
@@ -141,19 +145,19 @@ def run(
         spent = facts.images * WINDOWS >= views  # so that more images would not be looked at
         more = "views (--views)" if spent else "images"
         say(f"note: little is known of the artifacts; use {f'more {more}' if images else 'images (--images)'}")
-    written = ["config.json", "model.safetensors", "calibration.json"]
+    written = ["config.json", "model.safetensors", FACTS]
     told = asdict(facts)
     if len(of_blocks) > 1:
         told["layers"] = {str(block): asdict(one) for block, one in of_blocks.items()}
     try:
+        text = json.dumps(told, indent=2) + "\n"
+        write_whole(folder / FACTS, lambda path: path.write_text(text))  # first: by it a folder is known as ours
         save_pretrained(model, folder, model_args=recorded_arguments(name))
         if model.in_chans == 3:  # photographs can be shown to it
             encoded = io.BytesIO()
             picture(model, shown, f"{name}, before and after: {method}").save(encoded, format="PNG")
             write_whole(folder / PANEL, lambda path: path.write_bytes(encoded.getvalue()))
             written.append(PANEL)
-        text = json.dumps(told, indent=2) + "\n"
-        write_whole(folder / "calibration.json", lambda path: path.write_text(text))
     except OSError as e:
         raise CalibrationError(f"cannot write to {out}: {e.strerror or e}.") from e
     say(f"wrote {folder}: {', '.join(written)}")
@@ -179,21 +183,21 @@ def describe(facts: Calibration) -> str:
 
 def load_model(name: str, pretrained: bool) -> Any:
     """timm's model of that name, for images of any size where its class has them. Raises CalibrationError."""
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
-        raise CalibrationError(f"{name!r} is not a model; timm.list_models('*vit*') names those there are")
+    if not name.startswith(SCHEMES) and not timm.is_model(name):
+        raise CalibrationError(
+            f"{name!r} is not a model; timm.list_models('*vit*') names those there are{did_you_mean(name)}"
+        )
     torch.manual_seed(0)
-    with without_dead_network():
+    try:
         try:
-            try:
-                return timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
-            except TypeError:  # a class without that argument
-                return timm.create_model(name, pretrained=pretrained)
-        except Exception as e:  # timm's, the hub client's, json's: a name, a folder or weights that are not there
-            reason = next(iter(str(e).strip().splitlines()), "")
-            raise CalibrationError(
-                f"cannot create {name!r}: {type(e).__name__}: {reason}; without a network name a folder that holds "
-                "it (local-dir:FOLDER), or take random weights (--no-pretrained)"
-            ) from e
+            return create_model(name, pretrained, dynamic_img_size=True)
+        except TypeError:  # a class without that argument
+            return create_model(name, pretrained)
+    except Exception as e:  # timm's, the hub client's, json's: a name, a folder or weights that are not there
+        raise CalibrationError(
+            f"cannot create {name!r}: {type(e).__name__}: {first_line(e)}; without a network name a folder that holds "
+            f"it (local-dir:FOLDER), or take random weights (--no-pretrained){did_you_mean(name)}"
+        ) from e
 
 
 def picture(model: Any, photographs: Sequence[Image.Image], title: str) -> Image.Image:

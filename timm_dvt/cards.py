@@ -211,7 +211,7 @@ def readable(size: int) -> str:
 
 
 def write_cards(folder: str | os.PathLike, progress: bool = False) -> list[Path]:
-    """Write NAME.md for every variant that has weights, remove cards of others, and return what was written.
+    """Write NAME.md for every variant that has weights, remove cards of former ones, and return what was written.
 
     Args:
         progress: show a bar.
@@ -221,9 +221,15 @@ def write_cards(folder: str | os.PathLike, progress: bool = False) -> list[Path]
     wanted = [folder / f"{variant.name}.md" for variant in publishable()]
     for path, text in zip(wanted, _texts(progress)):
         write_whole(path, partial(Path.write_text, data=text, encoding="utf-8"))
-    for path in set(folder.glob("*.md")) - set(wanted):
+    for path in set(_there(folder)) - set(wanted):
         path.unlink()
     return wanted
+
+
+def _there(folder: Path) -> dict[Path, str]:
+    """The cards of a folder, which say that they wait to be published; other files of it are not ours."""
+    texts = {path: path.read_text(encoding="utf-8", errors="replace") for path in folder.glob("*.md") if path.is_file()}
+    return {path: text for path, text in texts.items() if NOTE in text}
 
 
 def stale_cards(folder: str | os.PathLike, progress: bool = False) -> list[str]:
@@ -234,7 +240,7 @@ def stale_cards(folder: str | os.PathLike, progress: bool = False) -> list[str]:
     """
     folder = Path(folder)
     wanted = {f"{variant.name}.md": text for variant, text in zip(publishable(), _texts(progress))}
-    there = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+    there = {path.name: text for path, text in _there(folder).items()}
     return sorted(name for name in set(wanted) | set(there) if wanted.get(name) != there.get(name))
 
 

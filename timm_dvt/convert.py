@@ -9,6 +9,7 @@ import timm
 from timm_dvt.cards import card
 from timm_dvt.fetching import WEIGHTS_NAME, fetch
 from timm_dvt.files import write_whole
+from timm_dvt.loading import did_you_mean
 from timm_dvt.registry import VARIANTS
 from timm_dvt.saving import save_plain, save_pretrained
 from timm_dvt.timm_private import hf_split
@@ -58,7 +59,10 @@ def convert(source: str | None, model: str, out: str | os.PathLike, denoiser_onl
 def known_variant(name: str) -> Variant:
     """The variant of that name. Raises ConvertError for one that is not there, or has no weights."""
     if name not in VARIANTS:
-        raise ConvertError(f"{name!r} is not a variant; python -m timm_dvt list prints the names there are")
+        raise ConvertError(
+            f"{name!r} is not a variant; python -m timm_dvt list prints the names there are"
+            f"{did_you_mean(name, list(VARIANTS))}"
+        )
     return VARIANTS[name]
 
 

@@ -18,9 +18,10 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from timm_dvt.bars import tqdm
-from timm_dvt.fetching import WeightsNotFoundError, without_dead_network
+from timm_dvt.fetching import WeightsNotFoundError, first_line
 from timm_dvt.files import write_whole
 from timm_dvt.images import ImageError, to_rgb, upright
+from timm_dvt.loading import SCHEMES, create_model, did_you_mean
 from timm_dvt.model import Denoised
 from timm_dvt.panel import Shown, draw
 from timm_dvt.registry import VARIANTS
@@ -172,30 +173,30 @@ def load_model(name: str | None, pretrained: bool = True) -> tuple[nn.Module, st
     torch.manual_seed(0)
     if not pretrained:
         return create(name or DEFAULT_MODEL, pretrained=False), NOT_ASKED
-    with without_dead_network():
-        try:
-            return create(name or DEFAULT_MODEL, pretrained=True), ""
-        except WeightsNotFoundError as e:
-            raise DemoError(str(e)) from e
+    try:
+        return create(name or DEFAULT_MODEL, pretrained=True), ""
+    except WeightsNotFoundError as e:
+        raise DemoError(str(e)) from e
 
 
 def create(name: str, pretrained: bool) -> nn.Module:
     """timm's model of that name, checked to be one the demo can show."""
-    scheme = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    scheme = name.startswith(SCHEMES)
     if not scheme and not timm.is_model(name):
-        raise DemoError(f"{name!r} is not a model; python -m timm_dvt list prints the names there are")
+        raise DemoError(
+            f"{name!r} is not a model; python -m timm_dvt list prints the names there are{did_you_mean(name)}"
+        )
     try:
-        model = timm.create_model(name, pretrained=pretrained)
+        model = create_model(name, pretrained)
     except WeightsNotFoundError:
         raise
     except CheckpointError as e:
         raise DemoError(str(e)) from e
     except Exception as e:  # a folder, a hub repo or a tag that does not exist: timm's, the client's or json's errors
-        reason = next(iter(str(e).strip().splitlines()), "")
-        remedy = (
+        remedy = did_you_mean(name) or (
             "" if scheme or name in VARIANTS else "; python -m timm_dvt list prints the models that have a denoiser"
         )
-        raise DemoError(f"cannot create {name!r}: {type(e).__name__}: {reason.rstrip('.')}{remedy}") from e
+        raise DemoError(f"cannot create {name!r}: {type(e).__name__}: {first_line(e).rstrip('.')}{remedy}") from e
     if not isinstance(model, Denoised) or model.denoiser is None:
         raise DemoError(f"{name!r} has no denoiser to switch; python -m timm_dvt list prints those that have")
     if model.in_chans != 3:
@@ -234,7 +235,7 @@ def measure(
     """The patch tokens of an input (1, 3, h, w) with the denoiser off and on, and how long each takes.
 
     Args:
-        rounds: forwards of each state, by turns, behind one that warms up at this size.
+        rounds: forwards of each state, by turns, behind one that warms up at this size; 0 for no times.
         of: what counts of their times.
         label: of a progress bar; none without.
     """
@@ -247,7 +248,7 @@ def measure(
                 features[state] = patch_tokens(model, pixels)
                 if i:  # the first forward warms up
                     seconds[state].append(time.perf_counter() - start)
-    off, on = (Measured(features[state], of(seconds[state]) * 1e3) for state in (False, True))
+    off, on = (Measured(features[state], of(seconds[state] or [0.0]) * 1e3) for state in (False, True))
     return off, on
 
 

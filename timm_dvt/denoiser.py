@@ -260,6 +260,7 @@ class LayerDenoisers(nn.Module):
 
     def fix_grid(self, grid_size: tuple[int, int]) -> None:
         """`Denoiser.fix_grid` of each."""
+        denoiser: Any
         for denoiser in self.layers.values():
             denoiser.fix_grid(grid_size)
 

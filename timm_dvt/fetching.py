@@ -2,22 +2,21 @@
 
 import hashlib
 import os
-import re
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from huggingface_hub.errors import EntryNotFoundError
 from timm.models import get_pretrained_cfg
 
-from timm_dvt.timm_private import get_safe_alternatives, hf_hub_download
+from timm_dvt.timm_private import download_cached_file, get_safe_alternatives, hf_hub_download, hf_split
 
 WEIGHTS_NAME = "model.safetensors"
 PROBE_SECONDS = 5.0
 PROBE_LASTS = 60.0  # seconds for which an answer of the Hub is trusted to be followed by others
+DEAD_LASTS = 10.0  # and a dead network to stay dead: a load asks for several files
 Files = list[tuple[str, str, str | None]]  # (repo, file, revision)
 
 
@@ -41,66 +40,79 @@ def fetch(
         WeightsNotFoundError: it is neither on this machine nor can it be had, or is not what the Hub says it is.
     """
     needed = needed or [(repo, filename, revision)]
-    with without_dead_network() as dead:
-        try:
-            path = hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir)
-        except Exception as e:  # the client raises its own, the network library's and the system's errors
-            what = f"{repo}/{filename}" + (f" at {revision}" if revision else "")
-            raise WeightsNotFoundError(f"Could not fetch {what}: {explain(dead or e, repo, needed)}") from e
+    dead = dead_network()
+    try:
+        path = hf_hub_download(
+            repo, filename, revision=revision, cache_dir=cache_dir, local_files_only=dead is not None
+        )
+    except Exception as e:  # the client raises its own, the network library's and the system's errors
+        what = f"{repo}/{filename}" + (f" at {revision}" if revision else "")
+        raise WeightsNotFoundError(f"Could not fetch {what}: {explain(dead or e, repo, needed)}") from e
     if not _matches_its_hash(path):
-        for name in (path, os.path.realpath(path)):
+        blob = os.path.realpath(path)
+        for name in (path, blob):
             Path(name).unlink(missing_ok=True)
         raise WeightsNotFoundError(
-            f"{repo}/{filename} in the cache is not what the Hub has (its hash differs); it was deleted, so run this "
-            f"again to fetch it anew."
+            f"{repo}/{filename} in the cache is not what the Hub has (its hash differs from "
+            f"{printable(os.path.basename(blob))[:64]}); it was deleted, so run this again to fetch it anew."
         )
     return path
 
 
-_answered = -PROBE_LASTS  # when the Hub last answered
+def fetch_backbone(
+    backbone: str, cache_dir: str | os.PathLike | None = None, needed: Files | None = None
+) -> str | None:
+    """The path of a timm model's own weights, by `fetch`; None where timm has them from elsewhere than the Hub.
 
-
-@contextmanager
-def without_dead_network() -> Iterator[Exception | None]:
-    """Where the Hub does not answer, use the cache alone: its client would try for 23 seconds, file by file, aloud.
-
-    Yields:
-        What the network said in place of an answer, if it is dead.
+    Raises:
+        WeightsNotFoundError: as `fetch`.
     """
-    global _answered
-    from huggingface_hub import constants, utils
+    files = backbone_files(backbone)
+    for file in files:
+        try:
+            return fetch(*file, cache_dir, needed or files[:1])
+        except WeightsNotFoundError as e:
+            if file == files[-1] or not isinstance(e.__cause__, EntryNotFoundError):
+                raise
+    return None
 
-    before, dead = constants.HF_HUB_OFFLINE, None
-    # Below huggingface_hub 1.0 a session decides when it is made whether it may use the network.
-    renew = getattr(utils, "reset_sessions", lambda: None)
+
+_probed: tuple[float, Exception | None] = (-PROBE_LASTS, None)  # when the Hub was last asked, and what came of it
+
+
+def dead_network() -> Exception | None:
+    """What the network says in place of an answer of the Hub, if it is dead: then the cache alone is of use.
+
+    The client would try for 23 seconds, file by file, aloud. None also where that is not known: behind a proxy, or
+    where the client itself is told to stay offline.
+    """
+    global _probed
+    from huggingface_hub import constants
+
     address = urlsplit(constants.ENDPOINT)
-    # Behind a proxy nothing is known of the Hub from here.
-    if not before and not getproxies() and time.monotonic() - _answered > PROBE_LASTS:
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return None
+    if time.monotonic() - _probed[0] > (DEAD_LASTS if _probed[1] else PROBE_LASTS):
+        dead = None
         try:
             port = address.port or (443 if address.scheme == "https" else 80)
             socket.create_connection((address.hostname or "", port), PROBE_SECONDS).close()
-            _answered = time.monotonic()
         except OSError as e:
-            dead, constants.HF_HUB_OFFLINE = ConnectionError(str(e)), True
-            renew()
-    try:
-        yield dead
-    finally:
-        if constants.HF_HUB_OFFLINE != before:
-            constants.HF_HUB_OFFLINE = before
-            renew()
+            dead = ConnectionError(str(e))
+        _probed = (time.monotonic(), dead)
+    return _probed[1]
 
 
 def _matches_its_hash(path: str) -> bool:
     """Whether a file of the cache is what its name says; the client itself compares sizes only.
 
-    The cache names a content by its SHA-256, a small file's by git's SHA-1. Where the file system has no links, and so
-    the file its own name, nothing is known.
+    The cache names a content by its SHA-256, a small file's by git's SHA-1: by whatever the server calls its hash, so a
+    name that is none is no proof. Where the file system has no links, and so the file its own name, nothing is known.
     """
-    name = os.path.basename(os.path.realpath(path))
-    if not re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", name):
+    blob = Path(os.path.realpath(path))
+    if blob.parent.name != "blobs":
         return True
-    return name == (sha256(path) if len(name) == 64 else git_hash(path))
+    return blob.name.lower() == (sha256(path) if len(blob.name) == 64 else git_hash(path))
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -172,14 +184,52 @@ def is_fetch_error(error: BaseException) -> bool:
 
 
 def backbone_files(backbone: str) -> Files:
-    """What timm fetches for a backbone: the safetensors twin of the name its config records."""
+    """What timm looks for on the Hub for a backbone, in this order: safetensors, then what its config names."""
     cfg = get_pretrained_cfg(backbone)
     if cfg is None or not cfg.hf_hub_id:
         return []
-    twins = get_safe_alternatives(cfg.hf_hub_filename or "pytorch_model.bin")
-    return [(cfg.hf_hub_id, next(iter(twins), WEIGHTS_NAME), None)]
+    name = cfg.hf_hub_filename or "pytorch_model.bin"
+    repo, revision = hf_split(cfg.hf_hub_id)
+    return [(repo, filename, revision) for filename in (*get_safe_alternatives(name), name)]
+
+
+def hub_file(cfg: dict) -> tuple[str, str, str | None] | None:
+    """The repo, file and revision that a pretrained_cfg names."""
+    if not cfg.get("hf_hub_id"):
+        return None
+    repo, revision = hf_split(cfg["hf_hub_id"])
+    # What a repo's own config.json says of a file is not heeded: its weights are safetensors by this name.
+    filename = None if cfg.get("source") == "hf-hub" else cfg.get("hf_hub_filename")
+    return repo, filename or WEIGHTS_NAME, revision
+
+
+def locate(cfg: dict, backbone: str, whole: bool = False, cache_dir: str | os.PathLike | None = None) -> str:
+    """The path of the weights that a pretrained_cfg names, fetched from the Hub if need be.
+
+    Args:
+        backbone: the backbone's timm name. whole: whether the file holds its weights too.
+
+    Raises:
+        WeightsNotFoundError: there are none, or they cannot be fetched.
+    """
+    if cfg.get("source") != "hf-hub" and cfg.get("file"):
+        return str(cfg["file"])
+    own = hub_file(cfg)
+    if own:
+        return fetch(*own, cache_dir, needed=[own, *([] if whole else backbone_files(backbone)[:1])])
+    if cfg.get("url"):
+        return download_cached_file(cfg["url"], check_hash=False, cache_dir=cache_dir)
+    raise WeightsNotFoundError(
+        f"No denoiser has been published for {backbone}. Create the model with pretrained=False and train one, or pass "
+        f"pretrained_cfg_overlay=dict(file='PATH') with a denoiser of your own."
+    )
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, of a length to print."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:1000])
+
+
+def printable(text: str) -> str:
+    """A text with what a terminal would act on, as line ends and escape codes, written out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -17,6 +17,7 @@ from timm_dvt.cards import NAMESPACE, NOTE, Facts, card, has_weights, publishabl
 from timm_dvt.convert import convert
 from timm_dvt.fetching import WEIGHTS_NAME, WeightsNotFoundError, explain, first_line, git_hash, sha256
 from timm_dvt.layouts import meant_size
+from timm_dvt.loading import did_you_mean
 from timm_dvt.model import Denoised
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import Variant
@@ -52,7 +53,10 @@ def push(
     check_id(repo_id)
     is_folder = Path(target).is_dir()
     if not is_folder and target not in VARIANTS:
-        raise PushError(f"{target!r} is neither a folder nor a variant; python -m timm_dvt list prints the variants")
+        raise PushError(
+            f"{target!r} is neither a folder nor a variant; python -m timm_dvt list prints the variants"
+            f"{did_you_mean(target, list(VARIANTS))}"
+        )
     if not is_folder and not has_weights(VARIANTS[target]):
         raise PushError(f"nothing has been published for {target}, so there is nothing to push")
     api = HfApi()
@@ -176,8 +180,8 @@ def _say_variant(variant: Variant, repo_id: str, there: dict | None, say: Say) -
 
 def _gather(folder: Path, repo_id: str, temporary: Path) -> dict[str, Path]:
     """The files to publish, by their names in the repo; the card gets the repo's id. Raises PushError."""
-    for name in (WEIGHTS_NAME, "config.json"):
-        if not (folder / name).is_file():
+    for name in FILES:
+        if not is_inside(folder, name) and name != "README.md":
             raise PushError(f"{folder} has no {name}; timm_dvt.save_pretrained or python -m timm_dvt convert makes one")
     try:
         with safetensors.safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
@@ -197,6 +201,14 @@ def _gather(folder: Path, repo_id: str, temporary: Path) -> dict[str, Path]:
         raise PushError(f"{folder / 'README.md'} names no license in its metadata")
     (temporary / "README.md").write_text(text, encoding="utf-8")
     return {name: (temporary if name == "README.md" else folder) / name for name in FILES}
+
+
+def is_inside(folder: Path, name: str) -> bool:
+    """Whether a folder has a file. Raises PushError for a link to what lies elsewhere and may be nobody's business."""
+    file = folder / name
+    if file.exists() and not file.resolve().is_relative_to(folder.resolve()):
+        raise PushError(f"{file} is a link that leaves the folder; put the file itself there to publish it")
+    return file.is_file()
 
 
 def _own_card(folder: Path, repo_id: str, denoiser_only: bool) -> ModelCard:

@@ -18,7 +18,7 @@ from timm.models import (
 from torch import nn
 
 from timm_dvt import focus, timm_private
-from timm_dvt.building import create
+from timm_dvt.building import create, naming_config
 from timm_dvt.model import check_supported
 from timm_dvt.variants import FOCUS, GENERIC, Variant, published_variants, variant_name
 
@@ -158,18 +158,21 @@ def _has_source(arch: str, pretrained_cfg=None, pretrained_cfg_overlay=None, **k
 def _create_architecture(name: str, pretrained: bool = False, backbone: str | None = None, **kwargs) -> nn.Module:
     """ARCH_dvt, as a saved config.json names it: the variant its tag names, or else the architecture's first."""
     names = timm_private.model_with_tags[name]
-    variant = VARIANTS.get(f"{name.removesuffix('_dvt')}.{_tag(kwargs.get('pretrained_cfg'))}") or VARIANTS[names[0]]
-    if backbone:
-        variant = replace(variant, backbone=_registered(backbone))
-    return create(variant, pretrained=pretrained, **kwargs)
+    with naming_config(kwargs.get("pretrained_cfg")):
+        tag = _tag(kwargs.get("pretrained_cfg"))
+        variant = VARIANTS.get(f"{name.removesuffix('_dvt')}.{tag}") or VARIANTS[names[0]]
+        if backbone:
+            variant = replace(variant, backbone=_registered(backbone))
+        return create(variant, pretrained=pretrained, **kwargs)
 
 
 def _create_generic(pretrained: bool = False, backbone: str = "vit_base_patch14_dinov2.lvd142m", **kwargs) -> nn.Module:
     """Any timm ViT with a denoiser, as config.json names it where the backbone has no variant."""
-    cfg = get_pretrained_cfg(_registered(backbone))
-    variant = Variant(variant_name(backbone, "dvt"), backbone, cfg.input_size[-1] if cfg else 224)
-    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or _pretrained_cfg(variant)
-    return create(variant, pretrained=pretrained, **kwargs)
+    with naming_config(kwargs.get("pretrained_cfg")):
+        cfg = get_pretrained_cfg(_registered(backbone))
+        variant = Variant(variant_name(backbone, "dvt"), backbone, cfg.input_size[-1] if cfg else 224)
+        kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or _pretrained_cfg(variant)
+        return create(variant, pretrained=pretrained, **kwargs)
 
 
 def _registered(backbone: str) -> str:

@@ -3,7 +3,7 @@
 import inspect
 import json
 import os
-import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from timm_dvt.fetching import WEIGHTS_NAME
-from timm_dvt.files import write_whole
+from timm_dvt.files import Write, write_together
 from timm_dvt.layouts import input_size, meant_size, unwrapping
 from timm_dvt.model import Denoised
 from timm_dvt.timm_private import save_config_for_hf
@@ -24,7 +24,7 @@ from timm_dvt.version import __version__
 def save_pretrained(
     model: nn.Module, folder: str | os.PathLike, denoiser_only: bool = False, model_args: dict | None = None
 ) -> Path:
-    """Write `config.json` (timm's format) and `model.safetensors`, each whole or not at all; returns the folder.
+    """Write `config.json` (timm's format) and `model.safetensors`, both or neither; returns the folder.
 
     Args:
         model: a denoised model.
@@ -52,8 +52,13 @@ def save_pretrained(
         state = {key: tensor for key, tensor in state.items() if key.startswith("denoiser.")}
     metadata = {"format": "pt", "backbone": str(model.backbone_name), "timm_dvt": __version__, **_grids(model)}
     tensors = _apart(state)
-    write_whole(folder / WEIGHTS_NAME, lambda path: write_tensors(tensors, path, metadata))
-    write_whole(folder / "config.json", lambda path: _write_config(model, path, model_args or {}))
+    return _write_folder(folder, tensors, metadata, lambda path: _write_config(model, path, model_args or {}))
+
+
+def _write_folder(folder: Path, tensors: dict, metadata: dict[str, str], write_config: Write) -> Path:
+    """Both files of a model, so that those of two models never stand beside each other; returns the folder."""
+    write_weights = partial(write_tensors, tensors, metadata=metadata)
+    write_together({folder / WEIGHTS_NAME: write_weights, folder / "config.json": write_config})
     return folder
 
 
@@ -85,10 +90,10 @@ def save_plain(model: nn.Module, folder: str | os.PathLike, name: str) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _apart(model.state_dict())
-    write_whole(folder / WEIGHTS_NAME, lambda path: write_tensors(tensors, path, {"format": "pt"}))
-    write_whole(folder / "config.json", lambda path: _write(model, path, name.split(".")[0], _arguments(model)))
-    return folder
+    tensors, architecture = _apart(model.state_dict()), name.split(".")[0]
+    return _write_folder(
+        folder, tensors, {"format": "pt"}, lambda path: _write(model, path, architecture, _arguments(model))
+    )
 
 
 def _apart(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -149,26 +154,18 @@ def _write(model: Any, path: Path, architecture: str, arguments: dict) -> None:
 def write_tensors(tensors: dict, path: Path, metadata: dict[str, str]) -> None:
     """Write safetensors, such that equal tensors and metadata make equal files.
 
-    The library writes metadata in an order of its own each time; here they are put in order in place.
-
-    Raises:
-        OSError: the file cannot be written: a full disk, say.
+    The library writes metadata in an order of its own each time; here they are put in order. It could write the file
+    itself, but through one of a name of its own, which stays where the process is killed.
     """
-    try:
-        safetensors.torch.save_file(tensors, path, metadata)
-    except safetensors.SafetensorError as e:  # what the system says is in its words alone
-        number = re.search(r"os error (\d+)", str(e))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from e
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(ordered) == length:
-            file.seek(8)
-            file.write(ordered)
+    content = memoryview(safetensors.torch.save(tensors, metadata))
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8 : 8 + length]))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+    with open(path, "wb") as file:
+        file.write(content[:8])
+        file.write(ordered if len(ordered) == length else content[8 : 8 + length])
+        file.write(content[8 + length :])
 
 
 def _leave_classes_to_pretrained_cfg(path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, RepoCard
 
 from timm_dvt.fetching import first_line
-from timm_dvt.push import PushError, Say, check_id, commit, files_there, told
+from timm_dvt.push import PushError, Say, check_id, commit, files_there, is_inside, told
 
 FOLDER = "hub_cards/space"
 FILES = ("README.md", "requirements.txt", "app.py")
@@ -40,7 +40,7 @@ def push_space(
 def gather(folder: Path) -> dict[str, Path]:
     """What a Space is made of, by its name in the repo: the folder's files and the package's. Raises PushError."""
     for name in FILES:
-        if not (folder / name).is_file():
+        if not is_inside(folder, name):
             raise PushError(f"{folder} has no {name}; the folder of a Space holds {', '.join(FILES)}, as {FOLDER} does")
     try:
         sdk = RepoCard.load(folder / "README.md").data.get("sdk")

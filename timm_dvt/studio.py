@@ -1,5 +1,6 @@
 """What the visitors of the page share: models, one of which computes at a time, and the last looks; all bounded."""
 
+import hashlib
 import secrets
 import threading
 from collections import OrderedDict
@@ -32,6 +33,8 @@ class Studio:
         self.models: OrderedDict[str, nn.Module] = OrderedDict()
         self.looks: OrderedDict[str, Look] = OrderedDict()
         self.kept: dict[str, Look] = {}
+        self.keys: OrderedDict[tuple, str] = OrderedDict()  # of the looks, by image and variant
+        self.times: OrderedDict[tuple, tuple[float, float]] = OrderedDict()  # not measured anew while others wait
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.names = [v.name for v in VARIANTS.values() if not v.distilled and v.source != "no weights"]
         if model not in self.names:
@@ -57,14 +60,21 @@ class Studio:
         """
         if name not in self.names:
             raise DemoError(f"{name!r} is not one of the variants")
-        key = key or secrets.token_urlsafe(16)
+        content = (hashlib.sha256(image.tobytes()).digest(), image.size, name)
+        waited = self.lock.locked()  # others do as well, then
         with self.lock:
+            if key is None and self.keys.get(content) in self.looks:  # somebody asked the same
+                return self.keys[content]
+            key = key or secrets.token_urlsafe(16)
             model = self._model(name)
             resized, pixels = prepare(model, image)
-            off, on = measure(model, pixels.to(self.device), ROUNDS, min, label)
-            times = (off.milliseconds, on.milliseconds)
+            times = self.times.get((name, pixels.shape)) if waited else None
+            off, on = measure(model, pixels.to(self.device), 0 if times else ROUNDS, min, label)
+            times = times or (off.milliseconds, on.milliseconds)
             found = Look(name, self.device, image, resized, off.features.numpy(), on.features.numpy(), times)
             _keep(self.looks, key, found, LOOKS)
+            _keep(self.keys, content, key, LOOKS)
+            _keep(self.times, (name, pixels.shape), times, LOOKS)
         return key
 
     def find(self, key: str) -> Look:
@@ -83,7 +93,7 @@ class Studio:
         return self.models[name]
 
 
-def _keep(kept: OrderedDict, key: str, value: object, most: int) -> None:
+def _keep(kept: OrderedDict, key: object, value: object, most: int) -> None:
     kept[key] = value
     while len(kept) > most:
         kept.popitem(last=False)

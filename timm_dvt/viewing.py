@@ -40,7 +40,8 @@ class ViewReader:
         self.mean, self.std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
         self.blocks = sorted(model.denoisers())
         zeros = torch.zeros(1, self.channels, *self.size)
-        self.grid = tuple(self(zeros)[self.blocks[-1]].shape[1:3])
+        rows, columns = self(zeros)[self.blocks[-1]].shape[1:3]
+        self.grid = (rows, columns)
         self.views = 0  # the one of zeros was to learn the grid
         self.patch = tuple(side // count for side, count in zip(self.size, self.grid))
 
@@ -100,9 +101,9 @@ def _inputs(reader: ViewReader, windows: Windows, found: list[Source] | None, vi
         return visit // 2, blank(reader.channels, reader.size, visit)[None]
     if reader.channels != 3:
         raise SampleError(f"The model takes images of {reader.channels} channels; use blank ones (no images).")
-    size = tuple(side + more * patch for side, more, patch in zip(reader.size, windows.margin, reader.patch))
+    height, width = (side + more * patch for side, more, patch in zip(reader.size, windows.margin, reader.patch))
     image = visit % len(found) if len(found) >= 4 else visit
-    part = reader.normalised(canvas(found[visit % len(found)], size, visit))
+    part = reader.normalised(canvas(found[visit % len(found)], (height, width), visit))
     return image, torch.stack([_cut(part, place, reader) for place in windows.places])
 
 

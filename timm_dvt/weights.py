@@ -1,23 +1,24 @@
 """Weights: reading published checkpoints and our own, finding them on the Hub, loading all or nothing."""
 
+import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
-from timm_dvt.fetching import WEIGHTS_NAME, WeightsNotFoundError, backbone_files, fetch, first_line
-from timm_dvt.pickles import RefusedError, read_pickle
-from timm_dvt.timm_private import download_cached_file, hf_split
+from timm_dvt.fetching import WEIGHTS_NAME, first_line, printable
+from timm_dvt.limits import MAX_TENSORS
+from timm_dvt.pickles import DTYPES, RefusedError, read_pickle
 from timm_dvt.variants import ROWS
 
 State = dict[str, torch.Tensor]
@@ -26,6 +27,16 @@ Grid = tuple[int, int]
 
 class CheckpointError(RuntimeError):
     """A file that cannot be loaded: damaged, not a checkpoint, or made for another model. Names the file."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))  # in which names are that come from the file
+
+
+class ConfigError(CheckpointError, ValueError, TypeError):
+    """A config.json that no model can be made by. Names the file; what is wrong with an argument in it is its cause.
+
+    It stays what timm and torch raise for wrong arguments, as these may also be the caller's.
+    """
 
 
 @dataclass
@@ -42,7 +53,7 @@ class Checkpoint:
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Read a published `.pth` (denoiser of one or n blocks, without PE, distilled; old keys too) or our safetensors.
 
-    Nothing in the file is executed: pickles are read with torch's weights-only unpickler (`timm_dvt.pickles`).
+    Nothing in the file is executed (`timm_dvt.pickles`), and nothing of it is mapped: it may change meanwhile.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds something else.
@@ -54,13 +65,9 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
         raise CheckpointError(f"{path}: no such file.")
     try:
         if path.endswith(".safetensors"):
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                state = {key: file.get_tensor(key) for key in file.keys()}
+            metadata, content = _read_safetensors(path)
         else:
-            metadata, state = {}, _unwrap(read_pickle(path), path)
-    except CheckpointError:
-        raise
+            metadata, content = {}, read_pickle(path)
     except RefusedError as e:
         raise CheckpointError(
             f"{path}: refused. It is damaged, or a pickle that holds more than tensors; such a file could run code "
@@ -73,12 +80,21 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     # A file of ours says what grids the embeddings are of, as "4x9".
     sides = {key: re.fullmatch(r"(\d{1,4})x(\d{1,4})", metadata.get(key, "")) for key in ("pos_embed", "pos_embed_out")}
     grids = {key: (int(found[1]), int(found[2])) for key, found in sides.items() if found}
-    return Checkpoint(path, *_split(state), metadata.get("backbone") or named, grids)
+    return Checkpoint(path, *_split(_unwrap(content, path), path), metadata.get("backbone") or named, grids)
+
+
+def _read_safetensors(path: str) -> tuple[dict, State]:
+    """Metadata and tensors of a file. Raises ValueError for more than any model has, SafetensorError for others."""
+    content = Path(path).read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"{len(header)} tensors, which no model has")
+    return header.get("__metadata__") or {}, safetensors.torch.load(content)
 
 
 def from_state_dict(state: State, path: str = "state_dict") -> Checkpoint:
     """A checkpoint from a state dict in memory, in any of the layouts."""
-    return Checkpoint(path, *_split(_unwrap(state, path)))
+    return Checkpoint(path, *_split(_unwrap(state, path), path))
 
 
 def _unwrap(content: object, path: str) -> State:
@@ -94,29 +110,44 @@ def _unwrap(content: object, path: str) -> State:
         raise CheckpointError(
             f"{path}: no state dict under 'denoiser' or 'model', and these entries are no tensors: {_some(strange)}."
         )
+    if others := [f"{key} of {odd}" for key, tensor in content.items() if (odd := _oddity(tensor))]:
+        raise CheckpointError(f"{path}: no plain tensors of numbers as weights are: {_some(others)}.")
     return content
 
 
-def _split(state: State) -> tuple[State, State]:
+def _oddity(tensor: torch.Tensor) -> str:
+    """What makes a tensor none of plain numbers; empty for one that is."""
+    if tensor.is_meta or tensor.dtype not in DTYPES.values():
+        return "no memory" if tensor.is_meta else str(tensor.dtype)
+    return "" if tensor.layout == torch.strided and not tensor.is_nested else str(tensor.layout)
+
+
+def _renamed(state: State, rename: Callable[[str], str], path: str) -> State:
+    """The same under other keys. Raises CheckpointError where two would be one."""
+    new = {rename(key): tensor for key, tensor in state.items()}
+    if len(new) < len(state):
+        twice = [key for key, count in Counter(map(rename, state)).items() if count > 1]
+        raise CheckpointError(f"{path}: holds these twice, under two names each: {_some(twice)}.")
+    return new
+
+
+def _split(state: State, path: str) -> tuple[State, State]:
     """Backbone and denoiser of a state dict, its keys as our models name them."""
-    state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    state = _renamed(state, lambda key: key.removeprefix("module."), path)
     if all(key.startswith("model.") for key in state):  # distilled
-        return {key.removeprefix("model."): tensor for key, tensor in state.items()}, {}
+        return _renamed(state, lambda key: key.removeprefix("model."), path), {}
     ours = any(re.match(r"denoiser\.(layers\.\d|blocks\.\d|pos_embed$)", key) for key in state)
     published = not ours and any(key.startswith("denoiser.") for key in state)
-    backbone: State = {}
-    denoiser: State = {}
-    for key, tensor in state.items():
-        name = key.removeprefix("denoiser.")
-        if published and key == "pos_embed":
-            denoiser["pos_embed"] = tensor
-        elif name == key:  # a published denoiser comes alone: what is beside it is unexpected
-            (denoiser if published else backbone)[key] = tensor
-        elif ours:
-            denoiser[name] = tensor
-        else:  # denoiser.norm1 of the only block, denoiser.1.norm1 of the second of several
-            denoiser[f"blocks.{name}" if re.match(r"\d+\.", name) else f"blocks.0.{name}"] = tensor
-    return backbone, denoiser
+    if published:  # a published denoiser comes alone: what is beside it is unexpected
+        return {}, _renamed(state, _ours, path)
+    denoiser = {key.removeprefix("denoiser."): t for key, t in state.items() if key.startswith("denoiser.")}
+    return {key: tensor for key, tensor in state.items() if not key.startswith("denoiser.")}, denoiser
+
+
+def _ours(key: str) -> str:
+    """Our name of a published denoiser's key: denoiser.norm1 is of the only block, denoiser.1.norm1 of the second."""
+    name = key.removeprefix("denoiser.")
+    return name if name == key else f"blocks.{name}" if re.match(r"\d+\.", name) else f"blocks.0.{name}"
 
 
 def denoiser_for(
@@ -175,14 +206,14 @@ def _one_denoiser(state: State, new: Callable[..., Denoiser], grids: dict, path:
         raise CheckpointError(f"{path}: block {depth - 1} of a denoiser is beyond reason; the file is damaged.")
     arch = "block" if "pos_embed" in state else "block-no-pe"
     if kernel is not None:
-        arch = "project" if kernel.ndim == 2 else "conv3x3" if kernel.shape[-1] == 3 else "conv1x1"
+        arch = "project" if kernel.ndim == 2 else "conv3x3" if kernel.shape[-1:] == (3,) else "conv1x1"
     elif set(state) - EXTRAS == {"pos_embed"}:
         arch = "static"
     out = "pos_embed_out" in state and _out_grid(state["pos_embed_out"], grids["pos_embed_out"])
     more = dict(keep_length="keeps_length" in state, blank_gate="blank_gate.weight" in state, pos_embed_out=out)
     denoiser = new(grids["pos_embed"], depth=depth, arch=arch, **more)
     check_state(denoiser, state, path, prefix=prefix)
-    dtype = next(iter(state.values())).dtype
+    dtype = next(iter(state.values())).dtype  # check_state has seen to it that it is a floating one
     denoiser.to_empty(device="cpu").to(dtype).load_state_dict(state)
     return denoiser
 
@@ -218,16 +249,12 @@ def check_state(
         for key in wanted
         if key in state and key not in adapts and key not in optional and state[key].shape != wanted[key].shape
     ]
-    strange = [
-        f"{prefix}{key} of {tensor.dtype}"
-        for key, tensor in state.items()
-        if tensor.is_floating_point() != (key not in whole) or tensor.layout != torch.strided or tensor.is_meta
-    ]
+    strange = [f"{prefix}{key} of {x.dtype}" for key, x in state.items() if x.is_floating_point() == (key in whole)]
     found = {
         "missing keys": missing,
         "unexpected keys": unexpected,
         "wrong shapes": shapes,
-        "no plain tensors of the model's kind": strange,
+        "numbers of another kind than the model's": strange,
     }
     problems = [f"{what}: {_some(keys)}" for what, keys in found.items() if keys]
     if problems:
@@ -264,42 +291,7 @@ def load_denoiser(model: Any, path: str | os.PathLike) -> nn.Module:
     return model
 
 
-# ---- where weights come from
-
-
-def hub_file(cfg: dict) -> tuple[str, str, str | None] | None:
-    """The repo, file and revision that a pretrained_cfg names."""
-    if not cfg.get("hf_hub_id"):
-        return None
-    repo, revision = hf_split(cfg["hf_hub_id"])
-    # What a repo's own config.json says of a file is not heeded: its weights are safetensors by this name.
-    filename = None if cfg.get("source") == "hf-hub" else cfg.get("hf_hub_filename")
-    return repo, filename or WEIGHTS_NAME, revision
-
-
-def locate(cfg: dict, backbone: str, whole: bool = False, cache_dir: str | os.PathLike | None = None) -> str:
-    """The path of the weights that a pretrained_cfg names, fetched from the Hub if need be.
-
-    Args:
-        backbone: the backbone's timm name. whole: whether the file holds its weights too.
-
-    Raises:
-        WeightsNotFoundError: there are none, or they cannot be fetched.
-    """
-    if cfg.get("source") != "hf-hub" and cfg.get("file"):
-        return str(cfg["file"])
-    own = hub_file(cfg)
-    if own:
-        return fetch(*own, cache_dir, needed=[own, *([] if whole else backbone_files(backbone))])
-    if cfg.get("url"):
-        return download_cached_file(cfg["url"], check_hash=False, cache_dir=cache_dir)
-    raise WeightsNotFoundError(
-        f"No denoiser has been published for {backbone}. Create the model with pretrained=False and train one, or pass "
-        f"pretrained_cfg_overlay=dict(file='PATH') with a denoiser of your own."
-    )
-
-
 def _some(keys: Iterable[str], most: int = 8) -> str:
-    keys = [str(key) for key in keys]
+    keys = [str(key)[:200] for key in keys]
     rest = f" and {len(keys) - most} more" if len(keys) > most else ""
     return ", ".join(keys[:most]) + rest

@@ -10,3 +10,5 @@ except ImportError:  # Windows
         file=sys.stderr,
     )
     sys.exit(2)
+
+import timm_dvt  # first: from here on Ctrl-C ends a command in one line, while it imports too

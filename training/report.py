@@ -22,6 +22,7 @@ from pathlib import Path
 
 from timm_dvt.published import SEVEN, Key, Numbers, Source, numbers_for
 from timm_dvt.variants import SUFFIXES
+from training.common.command import help_from
 from training.common.shared_folder import OutputError, write_atomically
 from training.evaluate.registry import TASKS, load_task
 from training.evaluate.results import OF_PAIRS, Row, columns_of, heading, meaning, read_rows
@@ -46,13 +47,7 @@ _STYLES = {"raw": "--", "denoised": "-", "raw, published": ":", "denoised, publi
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 if there is nothing to report."""
-    head, tail = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        prog="python -m training.report",
-        description=head,
-        epilog=tail,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m training.report", **help_from(__doc__))
     parser.add_argument("folder", metavar="DIR", help="where training.evaluate wrote its results (its --out)")
     args = parser.parse_args(argv)
     folder = Path(args.folder)

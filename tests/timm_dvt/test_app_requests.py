@@ -157,6 +157,97 @@ def test_an_address_of_another_machine_is_one_clear_line_before_anything_slow(ho
     assert not output.out
 
 
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize("path", ["run/predict", "api/predict", "call/predict", "call/v2/predict", "component_server"])
+def test_nothing_computes_past_the_queue(path, server):
+    body = b'{"fn_index": 0, "data": [null, "x", 6], "session_hash": "a"}'
+    assert status(f"{server[0]}gradio_api/{path}", body, JSON)[0] == 404
+
+
+@pytest.mark.parametrize("path", ["queue/join", "reset", "cancel"])
+def test_a_request_that_is_no_upload_is_short(path, server):
+    body = b'{"session_hash": "' + b"a" * (1 << 17) + b'"}'
+    assert status(f"{server[0]}gradio_api/{path}", body, JSON)[0] == 413
+    assert answer(server, path, {"Transfer-Encoding": "chunked"}, b"20000\r\n" + b" " * (1 << 17) + b"\r\n") >= 400
+
+
+def test_the_files_of_one_request_together_are_no_larger_than_one_may_be(server):
+    one = bytes(35 << 20)
+    parts = [multipart(one, f"{i}.png").removesuffix(f"--{BOUNDARY}--\r\n".encode()) for i in range(3)]
+    body = b"".join(parts) + f"--{BOUNDARY}--\r\n".encode()
+    assert answer(server, "upload", MULTIPART | {"Content-Length": str(len(body))}) == 413
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+    assert answer(server, "upload", MULTIPART | {"Transfer-Encoding": "chunked"}, chunks) == 413
+    assert is_look(shown(server[0], sent(server[0], png(64, 88)), "after"))
+
+
+def answer(server, path: str, headers: dict, body: bytes = b"") -> int:
+    """The code by which a request is answered that may not be read to its end."""
+    host, port = server[0].removeprefix("http://").rstrip("/").split(":")
+    lines = "".join(f"{name}: {value}\r\n" for name, value in ({"Host": host} | headers).items())
+    with socket.create_connection((host, int(port)), timeout=60) as line:
+        try:
+            line.sendall(f"POST /gradio_api/{path} HTTP/1.1\r\n{lines}\r\n".encode() + body)
+        except ConnectionError:
+            pass
+        return int(line.recv(64).split()[1])
+
+
+@pytest.mark.parametrize(
+    "host, code", [("evil.example", 421), ("evil.example:80", 421), ("[", 421), ("localhost", 200)]
+)
+def test_a_page_for_this_machine_is_not_served_under_another_name(host, code, server):
+    assert status(f"{server[0]}config", None, {"Host": host})[0] == code
+
+
+def test_small_files_without_number_stop_uploads_and_nobody_else(server):
+    (folder,) = server[2].glob("timm_dvt_app_*")
+    for i in range(1200):
+        (folder / f"digest{i}").mkdir()
+        (folder / f"digest{i}" / "a.png").write_bytes(b"")
+    assert status(f"{server[0]}gradio_api/upload", multipart(png(64, 72), "one.png"), MULTIPART)[0] == 503
+    assert status(f"{server[0]}config")[0] == 200
+    for waiting in folder.glob("digest*/a.png"):  # as old as those that nobody looks at are when they go
+        os.utime(waiting, (time.time() - 4000,) * 2)
+    assert is_look(shown(server[0], sent(server[0], png(64, 72)), "after"))
+    assert not list(folder.glob("digest*"))
+
+
+def test_a_folder_that_vanishes_while_it_is_looked_through_is_no_error(tmp_path, monkeypatch):
+    from timm_dvt.uploads import Uploads
+
+    walk = os.walk
+
+    def racing(folder):
+        for found in walk(folder):
+            for name in found[2]:
+                Path(found[0], name).unlink()
+            yield found
+
+    (tmp_path / "digest").mkdir()
+    (tmp_path / "digest" / "a.png").write_bytes(b"x")
+    monkeypatch.setattr(os, "walk", racing)
+    assert not Uploads(tmp_path).are_too_many()
+
+
+def test_what_is_computed_already_is_not_computed_again(folder, monkeypatch):
+    from timm_dvt import studio
+
+    made = studio.Studio(f"local-dir:{folder}")
+    key = made.look(noise(64, 64), made.first)
+    monkeypatch.setattr(studio, "measure", None)
+    assert made.look(noise(64, 64), made.first) == key
+
+
+def test_a_busy_port_is_told_before_the_model_is_loaded(server, capsys):
+    port = server[0].rstrip("/").rsplit(":", 1)[1]
+    assert main(["app", "--model", "never-loaded", "--port", port]) == 2
+    said = capsys.readouterr()
+    assert f"cannot serve on 127.0.0.1:{port}" in said.err and "--port" in said.err and not said.out
+
+
 def test_nothing_of_gradios_lies_elsewhere_and_its_recordings_are_closed(server):
     assert not (server[2] / "gradio").exists()
     body = multipart(b"no video", "a.mp4").replace(b"name=files", b"name=video")

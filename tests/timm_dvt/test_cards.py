@@ -41,6 +41,27 @@ def test_stale_cards_are_named(tmp_path, capsys, monkeypatch):
     assert all(f"{variant.name}.md" in said for variant in some) and said.count("\n") == 1
 
 
+def test_files_of_others_stay_and_cards_of_former_variants_go(tmp_path, monkeypatch):
+    former, *some = publishable()[:3]
+    monkeypatch.setattr("timm_dvt.cards.publishable", lambda: [former])
+    main(["cards", "--out", str(tmp_path)])
+    monkeypatch.setattr("timm_dvt.cards.publishable", lambda: some)
+    notes = {"README.md": b"# mine", "notes.md": b"\xff\xfe of another encoding"}
+    for name, content in notes.items():
+        (tmp_path / name).write_bytes(content)
+    assert main(["cards", "--out", str(tmp_path), "--check"]) == 2
+    assert main(["cards", "--out", str(tmp_path)]) == main(["cards", "--out", str(tmp_path), "--check"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {*notes, *(f"{variant.name}.md" for variant in some)}
+    assert all((tmp_path / name).read_bytes() == content for name, content in notes.items())
+
+
+@pytest.mark.parametrize("out", ["/proc/nowhere", "/dev/null"])
+def test_a_folder_that_cannot_be_written_is_one_line(out, capsys):
+    assert main(["cards", "--out", out]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {out}: ") and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_card_is_valid_and_complete(name, hub):
     variant, text = VARIANTS[name], written(name)

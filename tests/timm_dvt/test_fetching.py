@@ -9,18 +9,23 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 import venv
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import timm
 import torch
 
 import timm_dvt
 from tests.helpers.fabricated import BACKBONE, publish_tiny
+from timm_dvt.__main__ import main
 from timm_dvt.fetching import fetch
+from timm_dvt.loading import create_model
 
 REPO = "someone/tiny"
 NO_NETWORK = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -282,3 +287,87 @@ def test_a_fetch_shows_a_person_its_rate_and_what_is_left(repo, tmp_path):
         while part := file.read(1 << 12):
             shown += part.decode(errors="replace")
     assert re.search(r"100%.*MB?.*\[\d\d:\d\d<\d\d:\d\d, .*B/s", shown)
+
+
+# ---- what timm would fetch itself, and a dead network
+
+
+@pytest.mark.parametrize("how", ["variant", "by name"])
+def test_a_byte_of_the_backbone_that_changed_on_the_way_is_found_out_and_not_kept(how, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    name = publish_tiny(hub)
+    make = partial(create_model, name if how == "variant" else BACKBONE, True, img_size=96)
+    if how == "variant":
+        fetch("jjiaweiyang/DVT", f"voc_denoised/{BACKBONE}.pth")  # is here: the next fetch is the backbone's
+    hub.fail("GET /cdn", "wrong")
+    with pytest.raises(timm_dvt.WeightsNotFoundError, match=f"timm/{BACKBONE}/model.safetensors.*its hash differs"):
+        make()
+    made = make()
+    want = safetensors.torch.load_file(hub.folder / f"timm/{BACKBONE}/model.safetensors")["cls_token"]
+    assert torch.equal(made.cls_token, want)
+
+
+@pytest.mark.parametrize("etag", ["upper", "none", "short"])
+def test_an_etag_that_is_no_hash_proves_nothing(etag, hub, repo, tmp_path, monkeypatch):
+    from tests.helpers.hub_requests import Handler
+
+    def lie(self, name, value, _send=Handler.send_header):
+        names = {
+            "upper": value.upper(),
+            "none": '"v1.2"',
+            "short": value[:33] + '"' if value[:1] == '"' else value[:33],
+        }
+        _send(self, name, names[etag] if name.lower() in ("etag", "x-linked-etag") else value)
+
+    monkeypatch.setattr(Handler, "send_header", lie)
+    if etag == "upper":
+        assert Path(fetch(REPO, "model.safetensors", None, tmp_path)).is_file()
+        hub.fail("GET /cdn", "wrong")
+        assert "its hash differs" in failure(tmp_path / "other")
+    else:
+        assert "its hash differs" in failure(tmp_path)
+
+
+def test_a_dead_network_is_told_at_once_and_changes_no_setting_in_any_thread(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("timm_dvt.fetching._probed", (-1e9, None))
+    seen, download = [], timm_dvt.fetching.hf_hub_download
+
+    def look(*args, **kwargs):
+        seen.append((huggingface_hub.constants.HF_HUB_OFFLINE, kwargs["local_files_only"]))
+        return download(*args, **kwargs)
+
+    monkeypatch.setattr("timm_dvt.fetching.hf_hub_download", look)
+    said: list[str] = []
+    threads = [threading.Thread(target=lambda: said.append(failure(tmp_path))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [(False, True)] * 4 and not huggingface_hub.constants.HF_HUB_OFFLINE
+    assert len(said) == 4 and all("no network" in text and "HF_HUB_OFFLINE" not in text for text in said)
+
+
+def test_a_repo_in_the_cache_is_loaded_by_its_name_on_a_dead_network(hub, repo, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    want = create_model(f"hf-hub:{REPO}", True).denoiser.pos_embed
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("timm_dvt.fetching._probed", (-1e9, None))
+    assert torch.equal(create_model(f"hf-hub:{REPO}", True).denoiser.pos_embed, want)
+    with pytest.raises(timm_dvt.WeightsNotFoundError, match="no network.*hf download no/repo config.json"):
+        create_model("hf-hub:no/repo", True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["demo", "--model", "vit_smal_patch14_dinov2.lvd142m_dvt"],
+        ["calibrate", "--model", "vit_smal_patch14_dinov2.lvd142m", "--out", "OUT"],
+        ["convert", "--model", "vit_smal_patch14_dinov2.lvd142m_dvt", "--out", "OUT"],
+        ["push", "vit_smal_patch14_dinov2.lvd142m_dvt", "--repo", "me/x"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_typo_of_a_models_name_is_answered_by_those_most_like_it(command, tmp_path, capsys):
+    assert main([str(tmp_path / "out") if word == "OUT" else word for word in command]) == 2
+    assert re.search("did you mean .*vit_small_patch14_dinov2.lvd142m", capsys.readouterr().err)

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,33 @@ def test_a_size_beyond_reason_or_of_a_wrong_type_is_an_error_or_changes_nothing(
 def test_the_error_names_the_argument_and_what_is_accepted(entry, message, folder):
     with pytest.raises(ValueError, match=message):
         load(changed(folder, **entry))
+
+
+@pytest.mark.parametrize("name", [name for name in SIZES if "__" in name])
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_wrong_entry_is_one_error_of_ours_that_names_the_file(name, pretrained, valid, tmp_path):
+    for value in SIZES[name]:
+        folder = changed(write(tmp_path / "bad", valid), **{name: value})
+        try:
+            timm.create_model(f"local-dir:{folder}", pretrained=pretrained)
+        except timm_dvt.CheckpointError as e:
+            assert str(folder) in str(e) and str(e).isprintable()
+        except (AttributeError, KeyError, TypeError) as e:  # timm's, before it knows that the model is one of ours
+            assert "_parse_model_cfg" in [frame.name for frame in traceback.extract_tb(e.__traceback__)]
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize("entry", [{"device": "meta"}, {"dtype": "float16"}, {"device": "cpu"}])
+def test_a_config_cannot_say_where_a_model_is_or_of_what_numbers(entry, pretrained, folder):
+    changed(folder, **{f"model_args__{key}": value for key, value in entry.items()})
+    with pytest.raises(timm_dvt.CheckpointError, match="config.json makes no model: model_args holds d.*type|device"):
+        timm.create_model(f"local-dir:{folder}", pretrained=pretrained)
+
+
+def test_pretrained_weights_are_never_left_out_for_a_device_that_holds_none(folder):
+    with pytest.raises(ValueError, match="nothing holds weights"):
+        load(folder, device="meta")
+    assert timm.create_model(f"local-dir:{folder}", device="meta").pos_embed.is_meta
 
 
 def test_shapes_that_differ_from_the_file_are_found_out_before_memory_is_taken(folder):

@@ -245,3 +245,18 @@ def test_a_model_of_ones_own_gets_a_card_without_published_results(account, tmp_
     assert card.data.license == "cc-by-nc-4.0" and card.data.base_model == f"timm/{backbone}"
     assert card.data.eval_results is None and "as published" not in card.content
     same(f"local-dir:{folder}", "hf-hub:me/own")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "README.md"])
+def test_a_link_that_leaves_the_folder_is_not_published(name, account, tmp_path, capsys):
+    folder = convert(None, publish_tiny(account), tmp_path / "folder")
+    (folder / name).rename(tmp_path / "secret")
+    (folder / name).symlink_to(tmp_path / "secret")
+    assert f"{name} is a link that leaves the folder" in error(capsys, "push", folder, "--repo", "me/tiny")
+    assert f"{name} is a link that leaves the folder" in error(capsys, "push", folder, "--repo", "me/tiny", "--dry-run")
+    (tmp_path / "secret").rename(folder / "within")
+    (folder / name).unlink()
+    (folder / name).symlink_to("within")
+    assert main(["push", str(folder), "--repo", "me/tiny"]) == 0
+    (tmp_path / "linked").symlink_to(folder)
+    assert main(["push", str(tmp_path / "linked"), "--repo", "me/other"]) == 0

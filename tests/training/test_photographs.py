@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+from tests.helpers import small_datasets
 from tests.helpers.small_datasets import save
 from training import photographs
 from training.evaluate.datasets import open_dataset
@@ -97,6 +98,15 @@ def test_a_mask_of_another_size_is_an_error_and_leaves_no_folder(tmp_path, capsy
     assert "sizes differ: " in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_videos_of_davis_keep_their_layout(tmp_path, made):
+    small_datasets.davis(tmp_path / "source/DAVIS", train=0, val=6)
+    (tmp_path / "source/DAVIS/cont").mkdir()
+    out = made("davis")
+    assert sorted(path.name for path in out.iterdir()) == ["Annotations", "JPEGImages"]
+    videos = open_dataset("davis", out, "videos")["val"]
+    assert [len(videos.annotation(i)) for i in range(len(videos))] == [3, 3]
+
+
 def test_bsds_tests_on_its_test_photographs(tmp_path, made):
     for i, part in enumerate(("train", "val", "test")):
         save(tmp_path / "source/BSDS500/data/images" / part / f"{i}.jpg", pixels(i, 8, 8, 3))
@@ -157,6 +167,7 @@ def test_scenes_of_mosd_keep_colors_depths_in_millimeters_and_objects(tmp_path, 
     assert np.array(Image.open(out / "val/images/x0.png")).tolist() == color.tolist()
     with Image.open(out / "val/depths/x0.png") as image:
         assert image.mode.startswith("I") and np.array(image).tolist() == [[0, 1234, 700], [500, 500, 2000]]
+    assert np.allclose(open_dataset("folder", out, "depth")["val"].annotation(0), [[0, 1.234, 0.7], [0.5, 0.5, 2]])
     masks = open_dataset("folder", out, "masks")["train"]
     assert masks.classes == ["table", "object"] and masks.annotation(0).tolist() == [[255, 0, 0], [1, 1, 1]]
 
@@ -173,7 +184,7 @@ def test_frames_of_the_kitchen_are_split_by_time(tmp_path, made):
     out = made("kitchen")
     names = {part: sorted(path.stem for path in (out / part / "images").iterdir()) for part in ("train", "val")}
     assert len(names["train"]) == 14 and len(names["val"]) == 5 and max(names["train"]) < min(names["val"])
-    assert np.array(Image.open(out / "val/depths/frame-000019.png")).max() == 1019
+    assert open_dataset("folder", out, "depth")["val"].annotation(4).unique().tolist() == pytest.approx([1.019])
 
 
 def test_what_is_no_checkout_or_is_there_already_is_one_line(tmp_path, capsys):

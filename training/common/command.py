@@ -12,7 +12,7 @@ import torch
 
 def help_from(doc: str | None) -> dict[str, Any]:
     """Arguments of an ArgumentParser: a docstring's first paragraph above the options, the rest as it is below."""
-    head, rest = (doc or "").split("\n\n", 1)
+    head, _, rest = (doc or "").partition("\n\n")  # there is none under python -OO
     return {"description": head, "epilog": rest, "formatter_class": Help}
 
 

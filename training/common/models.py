@@ -5,12 +5,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 import timm_dvt  # noqa: F401  registers the *_dvt names
 from timm_dvt.layouts import check_rgb, input_size
+from timm_dvt.loading import create_model, did_you_mean
 from timm_dvt.model import Denoised, check_supported, remove_denoiser
 from timm_dvt.reading import fit_to
 from timm_dvt.saving import recorded_arguments
@@ -33,13 +33,13 @@ def load_model(name: str, *, pretrained: bool = True, seed: int = 0, **options: 
     """
     torch.manual_seed(seed)
     try:
-        model = timm.create_model(name, pretrained=pretrained, **options).eval()
+        model = create_model(name, pretrained, **options).eval()
     except Exception as error:  # timm, its hub client and torch each raise their own kinds
         if not pretrained:
-            raise ValueError(f"timm makes no model {name!r}: {error}") from error
+            raise ValueError(f"timm makes no model {name!r}: {error}{did_you_mean(name)}") from error
         raise ValueError(
             f"timm loads no model {name!r} with pretrained weights: {error}\nWithout a network, name a "
-            "folder that holds it (local-dir:FOLDER), or take random weights (--no-pretrained)"
+            f"folder that holds it (local-dir:FOLDER), or take random weights (--no-pretrained){did_you_mean(name)}"
         ) from error
     check_rgb(model)
     return model

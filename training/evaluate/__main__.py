@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from training.common.backbone import DTYPES
-from training.common.command import add_model_arguments, complain, flush_subnormals, positive
+from training.common.command import add_model_arguments, complain, flush_subnormals, help_from, positive
 from training.common.models import load_model, pick_device
 from training.evaluate.datasets import DATASETS, kinds_of
 from training.evaluate.features import Extractor
@@ -87,13 +87,13 @@ def run(args: argparse.Namespace) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
-    head, tail = (__doc__ or "").split("\n\n", 1)
     small = ", ".join(name for name, dataset in DATASETS.items() if dataset.small)
     parser = argparse.ArgumentParser(
         prog="python -m training.evaluate",
-        description=head,
-        epilog=f"{tail}\nSettings (--set), the paper's / on {small} where they differ:\n{describe_settings()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **help_from(__doc__),
+    )
+    parser.epilog = (
+        f"{parser.epilog}\nSettings (--set), the paper's / on {small} where they differ:\n{describe_settings()}"
     )
     parser.add_argument("task", choices=[*TASKS, "all"], metavar="TASK", help=", ".join([*TASKS, "all"]))
     add_model_arguments(parser)

@@ -31,11 +31,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from tqdm import tqdm
 
-from timm_dvt.bars import tqdm
 from timm_dvt.files import write_whole
-from timm_dvt.layouts import meant_size
 from timm_dvt.model import Denoised
+from timm_dvt.saving import meant_size
 from timm_dvt.version import __version__
 from training.common.backbone import FeatureReader
 from training.common.models import weights_digest
@@ -68,8 +68,8 @@ class Extractor:
             TypeError, ValueError: as FeatureReader.
         """
         self.model: Any = model.eval().requires_grad_(False)
-        own = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
-        size = input_size or (meant_size(model)[0] if own else None)
+        own = getattr(self.model, "patch_embed", None)
+        size = input_size or (meant_size(model)[0] if own is not None and own.img_size else None)
         self.reader = FeatureReader(model, input_size=size, dtype=dtype)
         self.dtype = dtype
         self.denoiser = _last_denoiser(self.model)
@@ -93,7 +93,7 @@ class Extractor:
     def denoise(self, raw: Tensor) -> Tensor:
         """Raw to denoised maps, (B, K, K, C) float32, on the model's device."""
         assert self.denoiser is not None
-        weight = next(self.model.parameters())
+        weight = self.model.patch_embed.proj.weight
         grid = (self.reader.grid, self.reader.grid)
         tokens = raw.flatten(1, 2).to(weight.device, weight.dtype)
         return self.denoiser(tokens, grid).float().unflatten(1, grid)
@@ -215,7 +215,7 @@ class Features:
         return [i for i in range(-(-len(self) // SHARD)) if not self._shard(state, i).exists()]
 
     def _read(self, indices: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
-        """Of "raw", "prefix" and "denoised" those named, float32, on the model's device: cached or computed."""
+        """Of "raw", "prefix" and "denoised" those named, float32, on the model's device: of the cache, or computed."""
         device = self.extractor.reader.device
         found = {name: self._cached(name, indices).to(device).float() for name in names if self._is_cached(name)}
         if len(found) == len(names):

@@ -99,7 +99,7 @@ def _checksum(run: dict[str, Any], tensors: dict[str, torch.Tensor]) -> int:
     checksum = zlib.crc32(json.dumps(run, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         checksum = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), checksum)
-        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
     return checksum
 
 

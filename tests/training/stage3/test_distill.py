@@ -1,6 +1,7 @@
 """Claims about stage 3: the result is a plain ViT nearer to the teacher, and a killed run loses nothing."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import timm_dvt
 from tests.helpers.processes import kill_at_random_moments, same, start, torchrun, weights
@@ -175,3 +176,11 @@ def test_a_diverging_loss_is_an_error_that_names_the_setting(data, tmp_path, cap
     error = capsys.readouterr().err
     assert "diverged" in error or "not finite" in error
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_run_is_not_continued_with_other_images_under_the_same_names(data, tmp_path, capsys):
+    images = shutil.copytree(data / "images", tmp_path / "images")
+    assert run(data, tmp_path / "out", "--images", str(images), "--steps", "2") == 0
+    ImageOps.mirror(Image.open(images / "3.png")).save(images / "3.png")
+    assert run(data, tmp_path / "out", "--images", str(images), "--steps", "2") == 2
+    assert "images.digest: the folder has" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -69,26 +70,25 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     features = data["val"]
     extractor = features.extractor
     spreads: dict[str, float] = {}
-    ratios: dict[str, list[float]] = {NOISE: [], "blank": []}
-    squares: list[float] = []
+    ratios: dict[str, float] = {}
     for size in blank_sizes(extractor, settings):
         read = token_reader(extractor, size)
         for name, image in blank_images(extractor, size, run.seed):
-            tokens = read(image)
-            raw, own = (spread(tokens[state]) for state in ("raw", run.state))
-            spreads[f"spread/{size[0]}x{size[1]}/{name}"] = own
-            ratios[NOISE if name == NOISE else "blank"].append(own / max(raw, _NOTHING) if run.state != "raw" else 1.0)
-            squares += [] if name == NOISE else [own**2]
-    chosen = range(min(settings.images, len(features)))
-    photographs = [spread(features.maps([i], run.state)[0].flatten(0, 1)) ** 2 for i in chosen]
+            tokens, key = read(image), f"{size[0]}x{size[1]}/{name}"
+            spreads[key] = spread(tokens[run.state])
+            ratios[key] = spreads[key] / max(spread(tokens["raw"]), _NOTHING)
+    noise = [key for key in spreads if key.endswith(NOISE)]
+    blank = [key for key in spreads if key not in noise]
     numbers = {
-        "ratio": _mean(ratios["blank"]),
-        "ratio_worst": max(ratios["blank"]),
-        "ratio_noise": _mean(ratios[NOISE]),
+        "ratio": fmean(ratios[key] for key in blank),
+        "ratio_worst": max(ratios[key] for key in blank),
+        "ratio_noise": fmean(ratios[key] for key in noise),
     }
-    if photographs:
-        numbers["of_photographs"] = 100 * (_mean(squares) / max(_mean(photographs), _NOTHING**2)) ** 0.5
-    return {**numbers, **spreads}
+    chosen = range(min(settings.images, len(features)))
+    if chosen:
+        own = fmean(spread(features.maps([i], run.state)[0].flatten(0, 1)) ** 2 for i in chosen)
+        numbers["of_photographs"] = 100 * (fmean(spreads[key] ** 2 for key in blank) / max(own, _NOTHING**2)) ** 0.5
+    return {**numbers, **{f"spread/{key}": value for key, value in spreads.items()}}
 
 
 def spread(tokens: Tensor) -> float:
@@ -140,7 +140,3 @@ def token_reader(extractor: Extractor, size: tuple[int, int]) -> Callable[[Tenso
 
 def _whole(pixels: int, patch: int) -> int:
     return max(1, round(pixels / patch)) * patch
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -1,0 +1,61 @@
+"""Ctrl-C before a command's main: one line and exit code 130, whatever is being imported at that moment."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Sends this process what Ctrl-C sends, once the module is about to be imported.
+SITE = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["INTERRUPTED_AT"]:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def run(command, at, tmp_path, **more):
+    (tmp_path / "sitecustomize.py").write_text(SITE)
+    environment = os.environ | {"INTERRUPTED_AT": at, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"} | more
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("at", ["torch", "timm_dvt.push"])
+def test_the_plug_ins_command_ends_in_one_line_while_it_imports(at, tmp_path):
+    ended = run(["-m", "timm_dvt", "list"], at, tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["evaluate", "benchmark.inference"])
+def test_a_command_of_training_does_so_too(module, tmp_path):
+    ended = run(["-m", f"training.{module}", "--help"], "torch.nn", tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+
+
+def test_the_installed_script_does_so_too(tmp_path):
+    script = tmp_path / "timm-dvt"
+    script.write_text("import sys\nfrom timm_dvt.__main__ import main\nsys.exit(main())\n")
+    ended = run([str(script), "list"], "torch", tmp_path)
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+
+
+def test_a_program_that_imports_the_package_keeps_its_own_ctrl_c(tmp_path):
+    code = "import timm_dvt.__main__, training"
+    ended = run(["-c", f"import signal, sys\n{code}\nprint(signal.getsignal(2), sys.excepthook)"], "-", tmp_path)
+    assert "default_int_handler" in ended.stdout and "built-in function excepthook" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["timm_dvt", "--help"], *([f"training.{name}", "--help"] for name in ("make_denoiser", "evaluate"))],
+    ids=lambda command: command[0],
+)
+def test_a_command_works_without_docstrings(command, tmp_path):
+    ended = run(["-m", *command], "-", tmp_path, PYTHONOPTIMIZE="2")
+    assert ended.returncode == 0 and "usage: " in ended.stdout and not ended.stderr
