@@ -46,6 +46,7 @@ from training.stage1.decompose import Stage1Settings
 from training.stage1.many import CROPS, denoise_images, describe_pairs
 from training.stage1.on_the_fly import SolvingReader, pairs_of_images
 from training.stage2.denoisers import make_denoisers
+from training.stage2.gates import add_gates
 from training.stage2.targets import TARGETS
 from training.stage2.train import Stage2Settings, describe_training, save, train
 
@@ -93,6 +94,12 @@ def make_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="take off what the trained denoiser leaves of position, by timm_dvt.calibrate (default: yes)",
+    )
+    parser.add_argument(
+        "--blank-gate",
+        action=argparse.BooleanOptionalAction,
+        default=Stage2Settings.blank_gate,
+        help="know images without content (plain colors, noise), and level them (default: yes)",
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of forward passes (%(default)s)")
     parser.add_argument("--pairs", action=argparse.BooleanOptionalAction, default=True, help="keep pairs in OUT/pairs")
@@ -143,6 +150,8 @@ def run(args: argparse.Namespace) -> None:
                 pace=Pace(None if args.pairs else 0),
             )
             if processes.first:
+                if stage2.blank_gate:
+                    add_gates(denoisers, model.to(device), pairs, make_reader)
                 save(model, denoisers, folder, pairs)
                 if args.leftover:
                     calibrate(model.to(device), [s.path for s in seen], method="leftover", views=LEFTOVER_VIEWS)
@@ -201,7 +210,12 @@ def stage2_settings(args: argparse.Namespace, count: int, processes: Processes) 
     batch_size = max(BATCH // processes.count, 1) * processes.count
     steps = args.steps or max(LEAST_STEPS, -(-EPOCHS * count // batch_size))
     return Stage2Settings(
-        target=args.target, steps=steps, batch_size=batch_size, seed=args.seed, keep_length=args.keep_length
+        target=args.target,
+        steps=steps,
+        batch_size=batch_size,
+        seed=args.seed,
+        keep_length=args.keep_length,
+        blank_gate=args.blank_gate,
     )
 
 

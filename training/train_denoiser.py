@@ -30,6 +30,7 @@ from training.loop.entry import exit_code, only_run
 from training.loop.options import add_training_arguments, training_settings
 from training.loop.settings import Pace
 from training.pairs.reader import PairSet, open_pairs
+from training.stage2.gates import add_gates
 from training.stage2.targets import TARGETS
 from training.stage2.train import Stage2Settings, check_fit, describe_training, save, train
 
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
         with only_run(args.out, processes, lambda: describe_training(args.model, model, pairs, settings)) as folder:
             denoisers = train(pairs, settings, folder, device, processes, Pace.of(args), timm_name(model))
             if processes.first:
+                if settings.blank_gate:
+                    add_gates(denoisers, model.to(device), pairs)
                 save(model, denoisers, folder, pairs)
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
 
@@ -97,6 +100,12 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
         "object discovery does (default: no, as in the paper)",
     )
     group.add_argument(
+        "--blank-gate",
+        action=argparse.BooleanOptionalAction,
+        default=Stage2Settings.blank_gate,
+        help="once trained, know images without content (plain colors, noise) and level them (default: yes)",
+    )
+    group.add_argument(
         "--start",
         choices=("static", "random"),
         default=Stage2Settings.start,
@@ -137,6 +146,7 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, processes: Processes
         start=args.start,
         init=args.init,
         keep_length=args.keep_length,
+        blank_gate=args.blank_gate,
         **shared,
     )
 

@@ -31,6 +31,7 @@ A dash says that the source is silent; then ours stands.
     AdamW's decay        -                         1e-5, on everything            0.01, on matrices
     start                -                         random                         the mean correction
     learned from         whole images              whole images                   crops too, three times of four
+    blank images         -                         -                              a gate that levels them
 
     stage 3              paper                     repository                     ours, the default
     length               -                         5 epochs at 8 x 64             10 epochs at 64
@@ -71,13 +72,22 @@ _OPTIMISATION = {  # the repository's, of stages 2 and 3
     "decay_all": True,
 }
 STAGE2: Recipes = {
-    "paper": {"epochs": 10, "batch_size": 64, "lr": 2e-4, "loss": "norm", "start": "random", "whole": 1.0},
+    "paper": {
+        "epochs": 10,
+        "batch_size": 64,
+        "lr": 2e-4,
+        "loss": "norm",
+        "start": "random",
+        "whole": 1.0,
+        "blank_gate": False,
+    },
     "repository": {
         "steps": 50_000,
         "batch_size": 128,
         **_OPTIMISATION,
         "start": "random",
         "whole": 1.0,
+        "blank_gate": False,
     },
 }
 STAGE3: Recipes = {

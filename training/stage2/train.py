@@ -42,6 +42,8 @@ class Stage2Settings(TrainingSettings):
         target: of `training.stage2.targets.TARGETS`, what is predicted.
         whole: share of whole images among what is learned from; the rest are crops of them, where the pairs hold crops.
         keep_length: whether, once trained, the denoisers bring tokens to the length of the raw ones.
+        blank_gate: whether, once trained, they know images without content, and level them: see
+            training/stage2/gates.py.
         start: "static" (see `training.stage2.starts.start_as_static`) or "random".
         init: a folder to start from instead.
     """
@@ -52,6 +54,7 @@ class Stage2Settings(TrainingSettings):
     whole: float = 0.25
     start: str = "static"
     keep_length: bool = False
+    blank_gate: bool = True
     init: str | None = None
 
     def __post_init__(self) -> None:
