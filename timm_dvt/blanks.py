@@ -9,19 +9,22 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 
 MOST_TOKENS = 20_000  # of either kind, to fit a gate
-CERTAIN = 6.0  # logits of a gate beyond which 99% of blank and 99.9% of other tokens lie; its sigmoid is then 0.9975
-WEIGHT_DECAY = 1e-5  # keeps the weights of kinds that can be parted finite
+CERTAIN = 6.0  # logits beyond which 99% of blank and 99.9% of other tokens lie; the sigmoid is then 0.9975
+WEIGHT_DECAY = 1e-4  # keeps the weights of kinds that can be parted finite
 
 
 def draw_blank(channels: int, size: tuple[int, int], seed: int) -> torch.Tensor:
-    """An image (channels, *size) in [0, 1]: one color, gray, or noise around one, fine or coarse, faint or strong."""
+    """An image (channels, *size) in [0, 1]: one color, gray, or noise around one, of 1, 2 or 4 pixels, faint or strong.
+
+    Coarser noise shows blobs, which a model takes for things.
+    """
     draw = torch.Generator().manual_seed(seed)
     color, spread = torch.rand(channels, 1, 1, generator=draw), torch.rand(4, generator=draw).tolist()
     if seed % 4 == 0:
         color = color.mean().expand(channels, 1, 1)
     if seed % 2 == 0:
         return color.expand(channels, *size).clone()
-    cell = 1 if spread[0] < 0.5 else int(2 ** (1 + 5 * spread[1]))
+    cell = 1 if spread[0] < 0.5 else 2 if spread[1] < 0.5 else 4
     cells = [-(-side // cell) for side in size]
     noise = torch.randn(1, channels if spread[2] < 0.5 else 1, *cells, generator=draw)
     noise = interpolate(noise, size=size, mode="nearest" if cell == 1 else "bilinear")[0]
@@ -37,14 +40,28 @@ def fit_gate(blank: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, fl
 
     Returns:
         Weight (C,) and bias by logistic regression, scaled so that nearly all tokens lie beyond `CERTAIN`; None where
-        the two kinds cannot be parted. Every other image is held out to tell: few tokens of many channels can always
-        be parted.
+        the two kinds cannot be parted.
     """
-    learned = [_some(kind[::2]) for kind in (blank, other)]
-    scale = learned[0].square().mean().sqrt().clamp(min=1e-12)
-    tokens = torch.cat(learned) / scale
-    wanted = torch.cat([torch.ones(len(learned[0])), torch.zeros(len(learned[1]))])
-    balance = torch.cat([torch.full((len(kind),), 0.5 / len(kind)) for kind in learned])
+    # Few tokens of many channels can always be parted: half of the images tell whether the others are, too.
+    (learned, held_out), (seen, unseen) = (kind.tensor_split(2) for kind in (blank, other))
+    trial = _direction(_some(learned), _some(seen))
+    if not (_some(held_out) @ trial).median() > (_some(unseen) @ trial).quantile(0.999):
+        return None
+    kinds = _some(blank), _some(other)
+    direction = _direction(*kinds)
+    low, high = float((kinds[0] @ direction).quantile(0.01)), float((kinds[1] @ direction).quantile(0.999))
+    if not low > high:
+        return None
+    stretch = 2 * CERTAIN / (low - high)
+    return direction * stretch, -stretch * (low + high) / 2
+
+
+def _direction(blank: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Weights (C,) of a logistic regression between tokens (N, C) and (M, C), as many of which count alike."""
+    scale = blank.square().mean().sqrt().clamp(min=1e-12)
+    tokens = torch.cat([blank, other]) / scale
+    wanted = torch.cat([torch.ones(len(blank)), torch.zeros(len(other))])
+    balance = torch.cat([torch.full((len(kind),), 0.5 / len(kind)) for kind in (blank, other)])
     weight, bias = torch.zeros(tokens.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
     solver = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -57,13 +74,7 @@ def fit_gate(blank: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, fl
 
     with torch.enable_grad():
         solver.step(loss)  # type: ignore[arg-type]
-    direction = weight.detach() / scale
-    low = float((_some(blank[1::2]) @ direction).quantile(0.01))
-    high = float((_some(other[1::2]) @ direction).quantile(0.999))
-    if not low > high:
-        return None
-    stretch = 2 * CERTAIN / (low - high)
-    return direction * stretch, -stretch * (low + high) / 2
+    return weight.detach() / scale
 
 
 def _some(tokens: torch.Tensor) -> torch.Tensor:

@@ -79,6 +79,14 @@ class Projection:
             axes[:, place] = self.axes[:, own] * (-1 if alike[own, place] < 0 else 1)
         return replace(self, axes=axes).ranged_on(ours)
 
+    def no_narrower_than(self, other: Projection, share: float) -> Projection:
+        """The same components, each with at least this share of the range that `other` gives its own.
+
+        A map that hardly varies must not be stretched until it looks like one that does.
+        """
+        lacking = (share * (other.high - other.low) - (self.high - self.low)).clip(min=0) / 2
+        return replace(self, low=self.low - lacking, high=self.high + lacking)
+
     def ranged_on(self, features: np.ndarray) -> Projection:
         """The same axes, with the contrast stretched to other features."""
         values = self.components(features).reshape(-1, 3)

@@ -9,6 +9,7 @@ from timm_dvt.colors import PALETTE, cluster_labels, fit_projection, heat, match
 Pair = tuple[np.ndarray, np.ndarray]  # denoiser off and on
 Scale = tuple[float, float]  # the values at the two ends of the colour scale
 CLUSTERS = 6
+FLAT = 0.2  # of the other map's contrast, below which a map shows its own on that scale, and no groups
 WORDS = {
     "colours": ("features as colours", "their three principal components"),
     "groups": ("features in groups", "{clusters} clusters (k-means)"),
@@ -22,10 +23,15 @@ def colours(off: np.ndarray, on: np.ndarray) -> Pair:
     """Two (H, W, C) maps as colours (H, W, 3) in [0, 1], each by its own three principal components.
 
     On a common projection a pattern that one of them has and the other has not would be hidden. Those of the denoised
-    map take the order and signs of the raw ones that they are most alike.
+    map take the order and signs of the raw ones that they are most alike. A map with little contrast of its own, of a
+    plain wall say, is not stretched to full colors.
     """
     first = fit_projection(off)
-    return first.colors(off), fit_projection(on).matched_to(first, on, off).colors(on)
+    second = fit_projection(on).matched_to(first, on, off)
+    return (
+        first.no_narrower_than(second, FLAT).colors(off),
+        second.no_narrower_than(first, FLAT).colors(on),
+    )
 
 
 def groups(off: np.ndarray, on: np.ndarray, clusters: int = CLUSTERS) -> Pair:
@@ -34,8 +40,10 @@ def groups(off: np.ndarray, on: np.ndarray, clusters: int = CLUSTERS) -> Pair:
     Raises:
         ValueError: not between 1 and 10 clusters.
     """
-    first = cluster_labels(off, clusters)
-    return PALETTE[first], PALETTE[matched_labels(cluster_labels(on, clusters), first)]
+    spreads = [float((one - one.mean((0, 1))).std()) for one in (off, on)]
+    counts = [clusters if spread > FLAT * max(spreads) else 1 for spread in spreads]
+    first = cluster_labels(off, counts[0])
+    return PALETTE[first], PALETTE[matched_labels(cluster_labels(on, counts[1]), first)]
 
 
 def lengths(off: np.ndarray, on: np.ndarray) -> tuple[Pair, Scale]:

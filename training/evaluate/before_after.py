@@ -16,6 +16,7 @@ from timm_dvt.panel import Shown, draw
 from training.common.images import ImageError, Source, load_image
 from training.common.shared_folder import write_atomically
 from training.evaluate.features import Extractor
+from training.evaluate.tasks.blank import COLORS, spread, token_reader
 from training.evaluate.tasks.position import PositionStatistics
 from training.figures.page import Picture, Section, Table, Text, page
 
@@ -23,9 +24,11 @@ PICTURES = 4
 WORDS = {
     "share": "variance that position explains, %",
     "zero": "correlation with the map of a blank image",
+    "blank": "pattern in images of one color, % of that with the denoiser off",
 }
+GRAY = "grey"  # of COLORS, the blank image that is shown
 MEANING = (
-    "What depends on the place of a patch and not on the image is noise, so both are better the nearer they are to 0. "
+    "What depends on the place of a patch and not on the image is noise, so all are better the nearer they are to 0. "
     "Measured on {count} images that were held out."
 )
 FEW = 20  # images, below which the numbers say little
@@ -47,7 +50,7 @@ def before_after(
     """
     extractor = Extractor(model)
     numbers, pictures, count = measure(extractor, sources)
-    meaning = MEANING.format(count=count) + (TOO_FEW if count < FEW else "")
+    meaning = MEANING.format(count=count) + (TOO_FEW if count < FEW else "") + worse(numbers)
     load = f'import timm, timm_dvt\n\nmodel = timm.create_model("local-dir:{name}", pretrained=True).eval()\n'
     code = load + "tokens = model.forward_features(images)   # (B, prefix + H*W, C), patch tokens denoised\n"
     code += "model.set_denoise(False)                 # the original output again, bit for bit\n"
@@ -72,7 +75,7 @@ def before_after(
 def measure(
     extractor: Extractor, sources: Sequence[Source]
 ) -> tuple[dict[str, dict[str, float]], list[tuple[bytes, str]], int]:
-    """Position's share and the zero image's correlation by state, pictures of some images with names, their count.
+    """The numbers of `WORDS` by state, pictures of some images and of a gray one with names, and how many there were.
 
     Raises:
         ValueError: fewer than two images can be read.
@@ -92,15 +95,46 @@ def measure(
         for state, maps in (("raw", raw), ("denoised", denoised)):
             statistics[state].add(maps.cpu())
         if len(pictures) < PICTURES:
-            pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-            shown = Shown(Image.fromarray(pixels), raw[0].cpu().numpy(), denoised[0].cpu().numpy(), ("", ""))
-            data = io.BytesIO()
-            draw([shown], "", []).save(data, "PNG")
-            pictures.append((data.getvalue(), Path(source.name).name))
+            pictures.append((draw_png(image, raw[0], denoised[0]), Path(source.name).name))
     if statistics["raw"].count < 2:
         raise ValueError("fewer than two of the images held out can be read")
     numbers = {
         state: {"share": 100 * one.share(), "zero": map_correlation(zero.cpu().numpy(), one.mean_map().numpy())}
         for state, one in statistics.items()
     }
-    return numbers, pictures, statistics["raw"].count
+    patterns, picture = blanks(extractor)
+    for state, pattern in patterns.items():
+        numbers[state]["blank"] = pattern
+    return numbers, [*pictures, picture], statistics["raw"].count
+
+
+def blanks(extractor: Extractor) -> tuple[dict[str, float], tuple[bytes, str]]:
+    """The pattern left in images of one color by state, in percent of the raw one, and a picture of a gray one."""
+    size = extractor.reader.input_size
+    read = token_reader(extractor, (size, size))
+    squares: dict[str, list[float]] = {"raw": [], "denoised": []}
+    for name, color in COLORS.items():
+        image = torch.tensor(color).view(3, 1, 1).expand(3, size, size)
+        tokens = read(image)
+        for state, values in squares.items():
+            values.append(spread(tokens[state]) ** 2)
+        if name == GRAY:
+            picture = draw_png(image, *(tokens[state].unflatten(0, (extractor.reader.grid, -1)) for state in squares))
+    rms = {state: (sum(values) / len(values)) ** 0.5 for state, values in squares.items()}
+    return {state: 100 * value / max(rms["raw"], 1e-12) for state, value in rms.items()}, (picture, "a gray image")
+
+
+def worse(numbers: Mapping[str, Mapping[str, float]]) -> str:
+    """A sentence that names what is further from 0 with the denoiser on than with it off; empty if nothing is."""
+    off, on = numbers["raw"], numbers["denoised"]
+    names = [WORDS[key] for key in WORDS if abs(on[key]) > abs(off[key])]
+    return f" Worse with the denoiser on: {'; '.join(names)}." if names else ""
+
+
+def draw_png(image: torch.Tensor, raw: torch.Tensor, denoised: torch.Tensor) -> bytes:
+    """The panel of an image (3, S, S) and its maps (K, K, C) with the denoiser off and on, as a PNG."""
+    pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    shown = Shown(Image.fromarray(pixels), raw.float().cpu().numpy(), denoised.float().cpu().numpy(), ("", ""))
+    data = io.BytesIO()
+    draw([shown], "", []).save(data, "PNG")
+    return data.getvalue()
