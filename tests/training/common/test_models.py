@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import timm_dvt
+from timm_dvt import loading
 from training.common.backbone import FeatureReader
 from training.common.models import load_model, pick_device, weights_digest
 
@@ -33,10 +34,11 @@ def test_the_model_is_ready_to_read_features():
 
 
 def test_weights_that_cannot_be_had_are_one_error_with_the_ways_out(monkeypatch):
-    def offline(name, pretrained):
+    def offline(*args, **kwargs):
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(loading, "fetch_backbone", offline)
     with pytest.raises(ValueError, match=r"(?s)no route to host.*local-dir:FOLDER.*--no-pretrained"):
         load_model("test_vit")
     with pytest.raises(ValueError, match="timm makes no model 'test_vit': no route"):
@@ -56,7 +58,7 @@ COMMANDS = {
     "make_denoiser": ["--images", "{images}", "--out", "{out}"],
     "distill": ["--images", "{images}", "--out", "{out}"],
     "visualize": ["{images}/0.png", "--out", "{out}"],
-    "evaluate.__main__": ["position", "--dataset", "folder", "--data", "{images}", "--out", "{out}"],
+    "evaluate.__main__": ["position", "--dataset", "folder", "--data", "{data}", "--out", "{out}"],
 }
 
 
@@ -68,10 +70,10 @@ def test_a_model_of_other_channels_is_refused_in_one_line(command, channels, tmp
     with pytest.raises(ValueError, match=f"takes images of {channels} channels"):
         FeatureReader(model)
     timm_dvt.save_pretrained(model, tmp_path / "model", model_args=arguments)
-    (tmp_path / "images").mkdir()
+    (images := tmp_path / "data/val/images").mkdir(parents=True)
     for number in range(4):
-        Image.new("RGB", (40, 40)).save(tmp_path / "images" / f"{number}.png")
-    words = [word.format(images=tmp_path / "images", out=tmp_path / "out") for word in COMMANDS[command]]
+        Image.new("RGB", (40, 40)).save(images / f"{number}.png")
+    words = [word.format(data=tmp_path / "data", images=images, out=tmp_path / "out") for word in COMMANDS[command]]
     main = importlib.import_module(f"training.{command}").main
     try:
         code = main(["--model", f"local-dir:{tmp_path / 'model'}", *words])
