@@ -1,0 +1,105 @@
+"""Images without content: how they are drawn, how their tokens are known, and what a denoiser makes of them."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+import timm_dvt
+from timm_dvt.blanks import draw_blank, fit_gate
+from timm_dvt.denoiser import Denoiser
+
+
+def kinds(apart: float, count: int = 6, channels: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (n, 50, C) of two kinds whose means lie so many deviations apart."""
+    draw = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, count, 50, channels, generator=draw)
+    first[..., 3] += apart
+    return first, second
+
+
+def test_a_gate_parts_two_kinds_of_tokens_as_the_true_direction_does():
+    blank, other = kinds(apart=12.0)
+    weight, bias = fit_gate(blank, other)
+    logits = [kind @ weight + bias for kind in (blank, other)]
+    assert (logits[0] > 3).float().mean() > 0.98 and (logits[1] < -3).float().mean() > 0.98
+    assert weight[3] / weight.norm() > 0.95  # the one channel in which they differ
+
+
+def test_tokens_that_do_not_differ_get_no_gate_however_few_they_are():
+    blank, other = kinds(apart=0.0)
+    assert fit_gate(blank, other) is None
+    assert fit_gate(blank[:2, :4], other[:2, :4]) is None  # 8 tokens of 16 channels can be parted by chance
+
+
+def test_blank_images_are_of_one_color_or_stationary_noise_and_follow_from_the_seed():
+    for seed in range(8):
+        image = draw_blank(3, (28, 42), seed)
+        assert image.shape == (3, 28, 42) and 0 <= image.min() <= image.max() <= 1
+        assert torch.equal(image, draw_blank(3, (28, 42), seed))
+        assert (image.amax((1, 2)) == image.amin((1, 2))).all() == (seed % 2 == 0)
+
+
+def test_an_open_gate_gives_the_mean_of_the_open_tokens_and_a_shut_one_changes_nothing():
+    torch.manual_seed(0)
+    plain = Denoiser(16, (3, 4), keep_length=True).eval()
+    gated = Denoiser(16, (3, 4), keep_length=True, blank_gate=True).eval()
+    gated.load_state_dict(plain.state_dict() | {k: v for k, v in gated.state_dict().items() if "gate" in k})
+    tokens = torch.randn(2, 12, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(gated(tokens, (3, 4)), plain(tokens, (3, 4)), atol=1e-3, rtol=1e-3)
+        gated.start_gating(torch.eye(16)[0] * 1e4, 0.0)  # open where the first channel is above 0
+        clean = gated(tokens, (3, 4))
+        for image, before, after in zip(tokens, plain(tokens, (3, 4)), clean):
+            opened = image[:, 0] > 0
+            torch.testing.assert_close(after[opened], image[opened].mean(0).expand(int(opened.sum()), -1))
+            torch.testing.assert_close(after[~opened], before[~opened])
+
+
+@pytest.mark.parametrize("arch", ["block", "static", "conv1x1", "project"])
+def test_a_gate_is_saved_and_loaded_with_its_denoiser(arch, tmp_path):
+    model = timm_dvt.add_denoiser(timm.create_model("test_vit"), arch=arch, blank_gate=True).eval()
+    model.denoiser.start_gating(torch.randn(64), 0.5)
+    timm_dvt.save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_args"]["denoiser"]["blank_gate"] is True
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.rand(1, 3, 160, 160)
+    with torch.no_grad():
+        assert torch.equal(again.forward_features(images), model.forward_features(images))
+
+
+def test_in_half_precision_the_mean_of_many_tokens_does_not_overflow():
+    denoiser = Denoiser(8, (60, 60), arch="static", blank_gate=True).half()
+    denoiser.start_gating(torch.zeros(8), 20.0)
+    tokens = torch.full((1, 3600, 8), 50.0).half()
+    with torch.no_grad():
+        assert torch.equal(denoiser(tokens, (60, 60)), tokens)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    pytest.importorskip("onnx")
+    return timm.create_model("vit_small_patch14_dinov2.focus_dvt", pretrained=True).eval()
+
+
+def spread(tokens: torch.Tensor) -> float:
+    exact = tokens.double()
+    return float((exact - exact.mean(0)).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("size", [(280, 280), (518, 518), (280, 420)])
+@pytest.mark.parametrize("kind", ["olive", "black", "noise"])
+def test_the_shipped_denoiser_leaves_a_tenth_of_the_pattern_of_blank_images_at_most(shipped, size, kind):
+    images = {
+        "olive": torch.tensor([0.4, 0.42, 0.1]).view(1, 3, 1, 1).expand(1, 3, *size),
+        "black": torch.zeros(1, 3, *size),
+        "noise": torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(3)),
+    }
+    config = timm.data.resolve_model_data_config(shipped)
+    mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        on = shipped.forward_features((images[kind] - mean) / std)[0, 1:]
+        with shipped.denoising(False):
+            off = shipped.forward_features((images[kind] - mean) / std)[0, 1:]
+    assert spread(on) < 0.1 * spread(off)
