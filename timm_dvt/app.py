@@ -145,10 +145,10 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
 
     def uploaded(path: str, name: str, count: int) -> list[Any]:
         # None: the field is free for the next file.
-        return [None, *show(lambda: studio.look(uploads.take(path), name), count)]
+        return [None, *show(lambda: studio.look_once(uploads.take(path), name), count)]
 
     def changed(old: str, name: str, count: int) -> list[Any]:
-        return show(lambda: studio.look(studio.find(old).original, name), count)
+        return show(lambda: studio.look_once(studio.find(old).original, name), count)
 
     def example(number: int) -> Callable[[str, int], list[Any]]:
         return lambda name, count: show(lambda: studio.example(number, name), count)

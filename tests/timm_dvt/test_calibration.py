@@ -330,6 +330,22 @@ def test_as_json_nothing_else_is_printed(tmp_path, capsys):
     assert found == {"folder": str(out), **json.loads((out / "calibration.json").read_text())}
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "before_after.png"])
+def test_a_folder_of_somebody_else_is_left_alone_and_one_of_its_own_is_calibrated_anew(name, tmp_path, capsys):
+    (theirs := tmp_path / "theirs").mkdir()
+    (theirs / name).write_text("precious")
+    words = ["--model", "test_vit", "--no-pretrained", "--views", "32", "--out"]
+    assert main(["calibrate", *words, str(theirs)]) == 2
+    assert f"holds {name}, not written by calibrate" in capsys.readouterr().err
+    assert (theirs / name).read_text() == "precious" and len(list(theirs.iterdir())) == 1
+    if name == "config.json":
+        assert (
+            main(["calibrate", *words, str(tmp_path / "own")])
+            == main(["calibrate", *words, str(tmp_path / "own")])
+            == 0
+        )
+
+
 def test_without_images_the_picture_shows_the_packages_photographs(tmp_path, capsys):
     arguments = ["--model", "test_vit", "--no-pretrained", "--views", "32", "--out", str(tmp_path)]
     assert main(["calibrate", *arguments]) == 0
