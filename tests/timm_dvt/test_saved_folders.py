@@ -11,6 +11,7 @@ import torch
 import timm_dvt
 from tests.helpers import reference
 from tests.helpers.fabricated import images_for, publish, publish_backbone
+from timm_dvt import saving
 
 NAME = "vit_small_patch14_dinov2.lvd142m_dvt"
 BACKBONE = "vit_small_patch14_dinov2.lvd142m"
@@ -105,7 +106,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_rubbish(model, tmp_path, monke
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(saving, "write_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         timm_dvt.save_pretrained(model, tmp_path)
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
