@@ -236,7 +236,8 @@ class LayerDenoisers(nn.Module):
 
     def fix_grid(self, grid_size: tuple[int, int]) -> None:
         """`Denoiser.fix_grid` of each."""
-        for denoiser in self.layers.values():
+        denoisers: Any = self.layers.values()
+        for denoiser in denoisers:
             denoiser.fix_grid(grid_size)
 
 

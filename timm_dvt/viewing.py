@@ -101,9 +101,9 @@ def _inputs(reader: ViewReader, windows: Windows, found: list[Source] | None, vi
         return visit // 2, blank(reader.channels, reader.size, visit)[None]
     if reader.channels != 3:
         raise SampleError(f"The model takes images of {reader.channels} channels; use blank ones (no images).")
-    size = tuple(side + more * patch for side, more, patch in zip(reader.size, windows.margin, reader.patch))
+    height, width = (side + more * patch for side, more, patch in zip(reader.size, windows.margin, reader.patch))
     image = visit % len(found) if len(found) >= 4 else visit
-    part = reader.normalised(canvas(found[visit % len(found)], size, visit))
+    part = reader.normalised(canvas(found[visit % len(found)], (height, width), visit))
     return image, torch.stack([_cut(part, place, reader) for place in windows.places])
 
 
