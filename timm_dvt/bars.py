@@ -9,11 +9,12 @@ LINE_EVERY = 10  # seconds
 
 
 class tqdm(_tqdm):  # noqa: N801  its own name
-    """A bar on a terminal; elsewhere a line at its beginning, now and then, and at its end."""
+    """A bar on a terminal; elsewhere a line now and then, and at its end if it stays: none of what is soon done."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         if not sys.stderr.isatty():
-            options |= {"file": _Lines(sys.stderr), "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY}
+            seldom = dict.fromkeys(("delay", "mininterval", "maxinterval"), LINE_EVERY)
+            options |= {"file": _Lines(sys.stderr), **seldom}
         super().__init__(*args, **options)
 
 

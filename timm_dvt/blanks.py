@@ -5,6 +5,8 @@ as far from photographs as tokens get (of a DINOv2-S, no token of 400 photograph
 of a blank one from its image's mean), so that one linear map parts the two.
 """
 
+from typing import Any
+
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 
@@ -63,7 +65,7 @@ def _direction(blank: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     wanted = torch.cat([torch.ones(len(blank)), torch.zeros(len(other))])
     balance = torch.cat([torch.full((len(kind),), 0.5 / len(kind)) for kind in (blank, other)])
     weight, bias = torch.zeros(tokens.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+    solver: Any = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         solver.zero_grad()
@@ -73,7 +75,7 @@ def _direction(blank: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return value
 
     with torch.enable_grad():
-        solver.step(loss)  # type: ignore[arg-type]
+        solver.step(loss)
     return weight.detach() / scale
 
 

@@ -143,8 +143,8 @@ def run(
         say(f"block {block}: {describe(of_blocks[block])}")
     if max(one.error for one in of_blocks.values()) > 0.5:
         spent = facts.images * WINDOWS >= views  # so that more images would not be looked at
-        more = "views (--views)" if spent else "images"
-        say(f"note: little is known of the artifacts; use {f'more {more}' if images else 'images (--images)'}")
+        wanted = "views (--views)" if spent else "images"
+        say(f"note: little is known of the artifacts; use {f'more {wanted}' if images else 'images (--images)'}")
     written = ["config.json", "model.safetensors", FACTS]
     told = asdict(facts)
     if len(of_blocks) > 1:

@@ -173,10 +173,7 @@ def load_model(name: str | None, pretrained: bool = True) -> tuple[nn.Module, st
     torch.manual_seed(0)
     if not pretrained:
         return create(name or DEFAULT_MODEL, pretrained=False), NOT_ASKED
-    try:
-        return create(name or DEFAULT_MODEL, pretrained=True), ""
-    except WeightsNotFoundError as e:
-        raise DemoError(str(e)) from e
+    return create(name or DEFAULT_MODEL, pretrained=True), ""
 
 
 def create(name: str, pretrained: bool) -> nn.Module:
@@ -188,15 +185,14 @@ def create(name: str, pretrained: bool) -> nn.Module:
         )
     try:
         model = create_model(name, pretrained)
-    except WeightsNotFoundError:
-        raise
     except CheckpointError as e:
         raise DemoError(str(e)) from e
     except Exception as e:  # a folder, a hub repo or a tag that does not exist: timm's, the client's or json's errors
         remedy = did_you_mean(name) or (
             "" if scheme or name in VARIANTS else "; python -m timm_dvt list prints the models that have a denoiser"
         )
-        raise DemoError(f"cannot create {name!r}: {type(e).__name__}: {first_line(e).rstrip('.')}{remedy}") from e
+        what = f"cannot create {name!r}: {type(e).__name__}: {first_line(e)}"
+        raise DemoError((str(e) if isinstance(e, WeightsNotFoundError) else what).rstrip(".") + remedy) from e
     if not isinstance(model, Denoised) or model.denoiser is None:
         raise DemoError(f"{name!r} has no denoiser to switch; python -m timm_dvt list prints those that have")
     if model.in_chans != 3:

@@ -25,7 +25,7 @@ def write_whole(path: Path, write: Write, temporary: Path | None = None) -> None
     if temporary is None:
         write_together({path: write})
         return
-    with _filled(temporary, write):
+    with _filled(temporary, write, path):
         temporary.replace(path)
 
 
@@ -39,7 +39,7 @@ def write_together(files: Mapping[Path, Write]) -> None:
         stack.enter_context(_sharing(list(files)))
         new = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}") for path in files}
         for path, write in files.items():
-            stack.enter_context(_filled(new[path], write))
+            stack.enter_context(_filled(new[path], write, path))
         if len(files) > 1:
             list(files)[-1].unlink(missing_ok=True)
         for path in files:
@@ -47,15 +47,20 @@ def write_together(files: Mapping[Path, Write]) -> None:
 
 
 @contextmanager
-def _filled(file: Path, write: Write) -> Iterator[None]:
-    """For the time of the block, a file of the usual mode that is filled and on the disk."""
+def _filled(file: Path, write: Write, path: Path) -> Iterator[None]:
+    """For the time of the block, a file of the usual mode that is filled and on the disk; errors name its `path`."""
     try:
-        file.touch()
-        mode = file.stat().st_mode
-        write(file)
-        file.chmod(mode)  # safetensors puts another in its place, which only its owner can read
-        with open(file, "r+b") as written:  # Windows flushes what can be written to, and nothing else
-            os.fsync(written.fileno())
+        try:
+            file.touch()
+            mode = file.stat().st_mode
+            write(file)
+            file.chmod(mode)  # safetensors puts another in its place, which only its owner can read
+            with open(file, "r+b") as written:  # Windows flushes what can be written to, and nothing else
+                os.fsync(written.fileno())
+        except OSError as e:
+            if e.errno and e.filename is None:  # that of a full disk does not say which file has no room
+                e.filename = str(path)
+            raise
         yield
     finally:
         file.unlink(missing_ok=True)

@@ -36,12 +36,17 @@ def sources(images: Source | Iterable[Source], most: int) -> list[Source]:
         SampleError: there is no image, no file of that name, or a thing that is none.
     """
     found: Iterator[Source]
+    left_out: list[DemoError] = []
     if isinstance(images, (str, os.PathLike)):
-        found = _of_folder(Path(images)) if os.path.isdir(images) else iter([images])
+        found = _of_folder(Path(images), left_out) if os.path.isdir(images) else iter([images])
     elif isinstance(images, Image.Image) or (isinstance(images, torch.Tensor) and images.ndim == 3):
         found = iter([images])
     elif isinstance(images, Iterable):
-        found = (one for item in images for one in (sources(item, most) if _is_several(item) else _readable([item])))
+        found = (
+            one
+            for item in images
+            for one in (sources(item, most) if _is_several(item) else _readable([item], left_out))
+        )
     else:
         raise SampleError(f"images is a {type(images).__name__}; pass paths, PIL images or tensors, or a folder.")
     taken: list[Source] = list(islice(found, most))
@@ -49,8 +54,9 @@ def sources(images: Source | Iterable[Source], most: int) -> list[Source]:
         if not isinstance(one, (str, os.PathLike, Image.Image, torch.Tensor)):
             raise SampleError(f"images holds a {type(one).__name__}; an image is a path, a PIL image or a tensor.")
     if not taken:
+        why = f" ({left_out[0]})" if left_out else ""
         raise SampleError(
-            "images holds no image that can be read; without images, calibrate on blank ones (images=None)."
+            f"images holds no image that can be read{why}; without images, calibrate on blank ones (images=None)."
         )
     return taken
 
@@ -61,21 +67,23 @@ def _is_several(item: object) -> bool:
     return isinstance(item, (str, os.PathLike)) and os.path.isdir(item)
 
 
-def _of_folder(folder: Path) -> Iterator[Source]:
+def _of_folder(folder: Path, left_out: list[DemoError]) -> Iterator[Source]:
     found = sorted(image_names(folder))
     if not found:
         raise SampleError(f"{folder}: no image in this folder or below it; files are told by suffixes such as .jpg.")
-    return _readable(folder / found[place] for place in np.random.default_rng(0).permutation(len(found)))
+    order = np.random.default_rng(0).permutation(len(found))
+    return _readable((folder / found[place] for place in order), left_out)
 
 
-def _readable(items: Iterable[Source]) -> Iterator[Source]:
-    """Those that are no files, and files that can be decoded; the others are named."""
+def _readable(items: Iterable[Source], left_out: list[DemoError]) -> Iterator[Source]:
+    """Those that are no files, and files that can be decoded; the others are named, and what they raise is added."""
     for one in items:
         if isinstance(one, (str, os.PathLike)) and os.path.exists(one):  # a file that is not there is a mistake
             try:
                 read_image(Path(one))
             except DemoError as e:
                 _logger.warning("left out %s", e)
+                left_out.append(e)
                 continue
         yield one
 

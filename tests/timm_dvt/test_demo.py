@@ -166,10 +166,6 @@ def test_the_list_is_the_table(capsys):
     assert set(names) >= {variant.name for variant in published_variants()}
 
 
-def test_a_model_without_a_denoiser_that_cannot_be_fetched_is_told_which_have_one(monkeypatch):
-    def fail(*_, **__):
-        raise OSError("An error happened on the Hub.")
-
-    monkeypatch.setattr(demo.timm, "create_model", fail)
-    with pytest.raises(demo.DemoError, match="on the Hub; python -m timm_dvt list prints"):
+def test_a_model_without_a_denoiser_that_cannot_be_fetched_is_told_which_have_one(hub):
+    with pytest.raises(demo.DemoError, match=r"Could not fetch timm/resnet50.*; python -m timm_dvt list prints"):
         demo.create("resnet50", pretrained=True)

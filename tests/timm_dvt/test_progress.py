@@ -20,10 +20,16 @@ def has_bar(err: str, unit: str, total: int) -> bool:
 
 
 @pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(bars, "LINE_EVERY", 0)
+
+
+@pytest.fixture
 def one_variant(monkeypatch):
     monkeypatch.setattr(cards, "publishable", lambda: [VARIANTS[DEFAULT_MODEL]])
 
 
+@pytest.mark.usefixtures("at_once")
 def test_families(capsys, monkeypatch):
     monkeypatch.setattr(families, "list_modules", lambda: ["mlp_mixer", "vision_transformer_relpos"])
     assert main(["families"]) == 0
@@ -32,13 +38,14 @@ def test_families(capsys, monkeypatch):
     assert printed.out.splitlines() == ["MlpMixer: yes", "VisionTransformerRelPos: yes"]
 
 
-@pytest.mark.usefixtures("one_variant")
+@pytest.mark.usefixtures("at_once", "one_variant")
 def test_cards_and_their_check(tmp_path, capsys):
     for more in ([], ["--check"]):
         assert main(["cards", "--out", str(tmp_path), *more]) == 0
         assert has_bar(capsys.readouterr().err, "card", 1)
 
 
+@pytest.mark.usefixtures("at_once")
 def test_calibrate_as_json(tmp_path, capsys):
     command = ["calibrate", "--model", "vit_tiny_patch16_224", "--no-pretrained", "--views", "32", "--json"]
     assert main([*command, "--out", str(tmp_path)]) == 0
@@ -46,6 +53,7 @@ def test_calibrate_as_json(tmp_path, capsys):
     assert has_bar(printed.err, "image", 32) and json.loads(printed.out)["folder"] == str(tmp_path)
 
 
+@pytest.mark.usefixtures("at_once")
 def test_the_pages_first_example_and_no_visitors_look(tmp_path, capsys):
     from tests.helpers.app_server import small_folder
 
@@ -60,10 +68,10 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 def test_a_bar_is_lines_in_a_file_and_drawn_over_on_a_terminal_alone(stream, monkeypatch):
     monkeypatch.setattr("sys.stderr", stream())
-    monkeypatch.setattr(bars, "LINE_EVERY", 0)
     for _ in tqdm(range(3), "outer"):
         for _ in tqdm(range(2), "inner", leave=False):
             pass
@@ -72,3 +80,10 @@ def test_a_bar_is_lines_in_a_file_and_drawn_over_on_a_terminal_alone(stream, mon
     if stream is not Terminal:
         lines = text.splitlines()
         assert lines[0].startswith("outer:   0%") and lines[-1].startswith("outer: 100%") and all(lines)
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_what_is_soon_done_leaves_no_line_in_a_file(stream, monkeypatch):
+    monkeypatch.setattr("sys.stderr", stream())
+    assert list(tqdm(range(3), "short")) == [0, 1, 2]
+    assert ("short" in sys.stderr.getvalue()) == (stream is Terminal)

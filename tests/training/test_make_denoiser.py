@@ -16,6 +16,7 @@ import timm_dvt  # noqa: F401
 from tests.helpers.processes import kill_at_random_moments, same, start, torchrun
 from training import distill, make_denoiser
 from training.common.hub_images import fetch_images
+from training.evaluate.before_after import worse
 from training.figures.page import Picture, Section, Table, Text, page
 from training.stage1 import many
 
@@ -87,13 +88,28 @@ def test_card_and_page_say_what_came_of_it(made):
     card = (made / "README.md").read_text()
     html = (made / "page.html").read_text()
     few = "Measured on 2 images that were held out. So few tell little"
-    for text in ("position", "forward passes", "timm.create_model", "better the nearer they are to 0", few):
+    for text in (
+        "position",
+        "pattern in images of one color",
+        "forward passes",
+        "timm.create_model",
+        "better the nearer they are to 0",
+        few,
+    ):
         assert text in card and text in html
     numbers = re.search(r"position explains, % \| (\S+) \| (\S+) \|", card)
     assert numbers and all(float(number) == float(number) for number in numbers.groups())
-    assert html.count("<img") == 2 and "http" not in re.sub(r'src="data:[^"]*"', "", html)
+    assert "a gray image" in html and html.count("<img") == 3  # and the two that are held out
+    assert "http" not in re.sub(r'src="data:[^"]*"', "", html)
     seen = {json.loads(line)["image"] for line in (made / "pairs" / "index.jsonl").read_text().splitlines()}
     assert len(seen) == 6  # two of the eight are held out
+
+
+def test_what_is_worse_with_the_denoiser_on_is_named():
+    off = {"share": 6.0, "zero": -0.1, "blank": 100.0}
+    assert worse({"raw": off, "denoised": {"share": 2.0, "zero": 0.1, "blank": 100.0}}) == ""
+    said = worse({"raw": off, "denoised": {"share": 2.0, "zero": -0.2, "blank": 130.0}})
+    assert "blank image" in said and "images of one color" in said and "position explains" not in said
 
 
 def test_without_pairs_the_weights_are_the_same_and_nothing_is_left_but_them(images, made, tmp_path):

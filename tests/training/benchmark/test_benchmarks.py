@@ -2,10 +2,10 @@
 
 import importlib
 import re
-from functools import partial
 
 import pytest
 
+from timm_dvt import bars
 from training.benchmark import field_step
 from training.benchmark.__main__ import main
 
@@ -38,7 +38,7 @@ def test_field_step_tells_how_far_it_is(capsys, monkeypatch):
     for setting in ("set_num_threads", "set_flush_denormal"):  # which would outlast this test
         monkeypatch.setattr(field_step.torch, setting, lambda _: None)
     monkeypatch.setattr(field_step, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(field_step, "tqdm", partial(field_step.tqdm, mininterval=0))  # however fast the machine is
+    monkeypatch.setattr(bars, "LINE_EVERY", 0)  # however fast the machine is
     assert main(["field_step", "--rounds", "2", "--threads", "1"]) == 0
     printed = capsys.readouterr()
     assert "0/400 [00:00<?, ?step/s]" in printed.err and re.search(r"\b[1-9]\d*/400 ", printed.err)

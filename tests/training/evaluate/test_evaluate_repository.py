@@ -1,6 +1,7 @@
 """The repository's protocols, end to end on tiny datasets."""
 
 import json
+import shutil
 
 import pytest
 from safetensors import safe_open
@@ -118,7 +119,7 @@ def test_voc_is_trained_on_train_unless_trainaug_is_asked_for(tmp_path):
     small_datasets.voc(tmp_path, train=4, val=2)
     base = tmp_path / "VOCdevkit" / "VOC2012"
     (base / "ImageSets" / "Segmentation" / "trainaug.txt").write_text("2012_Segmentation_train_001\n")
-    (base / "SegmentationClassAug").mkdir()
+    shutil.copytree(base / "SegmentationClass", base / "SegmentationClassAug")
     lengths = [len(open_dataset("voc", tmp_path, "masks", asked)["train"]) for asked in (False, True, None)]
     assert lengths == [4, 1, 1]
     assert linear_seg.Settings().trainaug is False

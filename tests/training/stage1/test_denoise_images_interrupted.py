@@ -121,7 +121,7 @@ with SharedFolder(sys.argv[1]) as folder, folder.claim("a/0.png"):
 def test_torchrun_does_the_same_with_one_progress_bar(uninterrupted, tmp_path):
     options, wanted_contents = uninterrupted
     out = tmp_path / "shared"
-    process = torchrun(29631, "training.denoise_images", *options, "--out", str(out))
+    process = torchrun(29631, "tests.helpers.bars_at_once", "training.denoise_images", *options, "--out", str(out))
     messages = process.communicate()[1]
     assert process.returncode == 1, messages
     assert len(read_lines(out / "index.jsonl")) == 6
