@@ -1,6 +1,7 @@
 """Ctrl-C before a command's main: one line and exit code 130, whatever is being imported at that moment."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,12 @@ sys.meta_path.insert(0, Finder())
 def run(command, at, tmp_path, **more):
     (tmp_path / "sitecustomize.py").write_text(SITE)
     environment = os.environ | {"INTERRUPTED_AT": at, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"} | more
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=ROOT)
+
+    def listen():  # a shell's background job, and so what it starts, does not
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    how = dict(env=environment, capture_output=True, text=True, cwd=ROOT, preexec_fn=listen)
+    return subprocess.run([sys.executable, *command], **how)
 
 
 @pytest.mark.parametrize("at", ["torch", "timm_dvt.push"])
