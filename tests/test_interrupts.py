@@ -32,13 +32,13 @@ def run(command, at, tmp_path, **more):
     return subprocess.run([sys.executable, *command], **how)
 
 
-@pytest.mark.parametrize("at", ["torch", "timm_dvt.push"])
+@pytest.mark.parametrize("at", ["torch", pytest.param("timm_dvt.push", marks=pytest.mark.slow)])
 def test_the_plug_ins_command_ends_in_one_line_while_it_imports(at, tmp_path):
     ended = run(["-m", "timm_dvt", "list"], at, tmp_path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 
-@pytest.mark.parametrize("module", ["evaluate", "benchmark.inference"])
+@pytest.mark.parametrize("module", ["evaluate", pytest.param("benchmark.inference", marks=pytest.mark.slow)])
 def test_a_command_of_training_does_so_too(module, tmp_path):
     ended = run(["-m", f"training.{module}", "--help"], "torch.nn", tmp_path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
@@ -57,6 +57,7 @@ def test_a_program_that_imports_the_package_keeps_its_own_ctrl_c(tmp_path):
     assert "default_int_handler" in ended.stdout and "built-in function excepthook" in ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [["timm_dvt", "--help"], *([f"training.{name}", "--help"] for name in ("make_denoiser", "evaluate"))],

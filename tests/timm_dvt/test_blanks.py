@@ -10,6 +10,8 @@ import timm_dvt
 from timm_dvt.blanks import draw_blank, fit_gate
 from timm_dvt.denoiser import Denoiser
 
+SIZES = [(518, 518), (280, 420)]
+
 
 def kinds(apart: float, count: int = 6, channels: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (n, 50, C) of two kinds whose means lie so many deviations apart."""
@@ -88,7 +90,7 @@ def spread(tokens: torch.Tensor) -> float:
     return float((exact - exact.mean(0)).square().mean().sqrt())
 
 
-@pytest.mark.parametrize("size", [(280, 280), (518, 518), (280, 420)])
+@pytest.mark.parametrize("size", [(280, 280), *(pytest.param(size, marks=pytest.mark.slow) for size in SIZES)])
 @pytest.mark.parametrize("kind", ["olive", "black", "noise"])
 def test_the_shipped_denoiser_leaves_a_tenth_of_the_pattern_of_blank_images_at_most(shipped, size, kind):
     images = {
