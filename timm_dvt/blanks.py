@@ -1,8 +1,7 @@
 """Images without content, flat color or noise, and a gate that knows their tokens from those of photographs.
 
-Nothing but position tells the patches of such an image apart, so what is clean of them is known: their mean. They are
-as far from photographs as tokens get (of a DINOv2-S, no token of 400 photographs lies within three times the distance
-of a blank one from its image's mean), so that one linear map parts the two.
+Nothing but position tells the patches of such an image apart, so what is clean of them is known: their mean. They lie
+so far from nearly all tokens of photographs that one linear map parts the two.
 """
 
 from typing import Any
@@ -37,13 +36,15 @@ def fit_gate(blank: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, fl
     """The linear map by which tokens of blank images are known: see `Denoiser`, `blank_gate`.
 
     Args:
-        blank, other: tokens (n, N, C) of n blank images and (m, M, C) of photographs, two or more of each, as the
-            denoiser is given them.
+        blank, other: tokens (n, N, C) of n blank images and (m, M, C) of photographs, as the denoiser is given
+            them.
 
     Returns:
         Weight (C,) and bias by logistic regression, scaled so that nearly all tokens lie beyond `CERTAIN`; None where
-        the two kinds cannot be parted.
+        the two kinds cannot be parted, or of which there is one image alone.
     """
+    if min(len(blank), len(other)) < 2:
+        return None
     # Few tokens of many channels can always be parted: half of the images tell whether the others are, too.
     (learned, held_out), (seen, unseen) = (kind.tensor_split(2) for kind in (blank, other))
     trial = _direction(_some(learned), _some(seen))

@@ -33,6 +33,7 @@ def test_tokens_that_do_not_differ_get_no_gate_however_few_they_are():
     blank, other = kinds(apart=0.0)
     assert fit_gate(blank, other) is None
     assert fit_gate(blank[:2, :4], other[:2, :4]) is None  # 8 tokens of 16 channels can be parted by chance
+    assert fit_gate(blank, kinds(apart=12.0)[1][:1]) is None  # one photograph cannot tell
 
 
 def test_blank_images_are_of_one_color_or_stationary_noise_and_follow_from_the_seed():

@@ -114,12 +114,7 @@ def make_for(model: Any, size: int | None) -> None:
 
 def _without_denoiser(model: Any) -> Any:
     """A model as it is without its denoiser, under its backbone's own name."""
-    if not isinstance(model, Denoised):
-        return model
-    architecture, _, tag = model.backbone_name.partition(".")
-    plain: Any = remove_denoiser(model)
-    plain.pretrained_cfg = {**plain.pretrained_cfg, "architecture": architecture, "tag": tag}
-    return plain
+    return remove_denoiser(model) if isinstance(model, Denoised) else model
 
 
 def weights_digest(model: nn.Module, without: str | None = None) -> str:
