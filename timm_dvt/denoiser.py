@@ -127,7 +127,7 @@ class Denoiser(nn.Module):
         self.blank_gate.requires_grad_(like.requires_grad)
 
     def init_weights(self) -> None:
-        """Initialise as timm initialises a ViT: truncated normals of deviation 0.02, zero biases.
+        """Initialize as timm initializes a ViT: truncated normals of deviation 0.02, zero biases.
 
         "static" and "project" start as the identity.
         """

@@ -203,7 +203,7 @@ def _shown(denoiser: Any, reader: ViewReader, image: Image.Image) -> Shown:
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*reader.size, 3).permute(2, 0, 1)
     hook = denoiser.register_forward_hook(look)
     try:
-        reader(reader.normalised(pixels / 255)[None])
+        reader(reader.normalized(pixels / 255)[None])
     finally:
         hook.remove()
     off, on = (seen[state][0].float().cpu().unflatten(0, reader.grid).numpy() for state in ("off", "on"))

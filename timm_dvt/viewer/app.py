@@ -182,7 +182,7 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
 
 def _parts(key: str, look: page.Look, count: int) -> list[Any]:
     """What a new look changes: its key, the patch chosen, and the parts of the page."""
-    at = looks.centre(look.off)
+    at = looks.center(look.off)
     parts = [page.overview(look), page.alike(look, at), page.groups(look, count), page.rest(look)]
     return [key, at, *parts, page.downloads(key, at, count)]
 

@@ -103,7 +103,7 @@ HEAD = f"  {'ratio':28} {'median':>7}   {'quartiles':14}   {'bar':>8}"
 def interleaved(
     calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round. The order moves on by one a round, so that no call has a fixed neighbour."""
+    """Seconds of each call in each round. The order moves on by one a round, so that no call has a fixed neighbor."""
     for _ in range(WARM_UP):
         for call in calls.values():
             call()

@@ -22,7 +22,7 @@ from training.loop.checkpoints import CHECKPOINT, Diverged
 from training.loop.distance import loss_limit
 from training.loop.distributed import ALONE, Processes
 from training.loop.log import TrainingLog
-from training.loop.optimisation import autocast, make_adamw
+from training.loop.optimization import autocast, make_adamw
 from training.loop.order import positions, with_crops
 from training.loop.reading_ahead import reading_threads
 from training.loop.run import resume, run_steps
