@@ -65,6 +65,38 @@ def test_no_command_imports_a_command():
     assert between == []
 
 
+# Of the plug-in: a flat core, and rooms that stand on it. A module may import those of its own floor and of lower ones.
+PLUG_IN = (
+    {"errors", "version", "verbs", "interrupts", "bars", "defaults", "timm_private"},
+    {"images", "layouts", "variants", "architectures", "denoiser"},
+    {"feature_methods", "denoised", "attach", "reading", "families"},
+    {"weights"},
+    {"building", "registry", "loading"},
+    {"viewer", "listing"},
+    {"calibration"},  # draws its picture with the viewer's panel
+    {"publish"},
+    {"__init__", "__main__"},
+)
+FLOOR_IN_PLUG_IN = {name: number for number, names in enumerate(PLUG_IN) for name in names}
+
+
+def test_the_plug_in_imports_downwards_only():
+    package = TRAINING.parent / "timm_dvt"
+    there = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
+    assert there == set(FLOOR_IN_PLUG_IN)
+    wrong = []
+    for path in package.rglob("*.py"):
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("timm_dvt"):
+                continue
+            parts = node.module.split(".")[1:] or [alias.name for alias in node.names]
+            for name in parts[:1] if node.module != "timm_dvt" else parts:
+                if FLOOR_IN_PLUG_IN.get(name, -1) > FLOOR_IN_PLUG_IN[own]:
+                    wrong.append(f"{path.name} imports {name}")
+    assert wrong == []
+
+
 def test_the_plug_in_never_imports_training():
     for path in (TRAINING.parent / "timm_dvt").rglob("*.py"):
         assert "training" not in {
