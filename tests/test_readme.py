@@ -14,7 +14,10 @@ from timm_dvt.images import PHOTOGRAPHS
 from timm_dvt.verbs import parser_for
 
 ROOT = Path(__file__).parents[1]
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "training/README.md", "training/RESULTS.md", "CONTRIBUTING.md")}
+PAGES = {
+    name: (ROOT / name).read_text()
+    for name in ("README.md", "training/README.md", "training/RESULTS.md", "CONTRIBUTING.md")
+}
 
 
 def blocks(page: str, language: str) -> list[str]:
