@@ -1,5 +1,7 @@
 """Denoised variants of timm's Vision Transformers. Importing this package registers every *_dvt model with timm."""
 
+from typing import TYPE_CHECKING
+
 from timm_dvt import interrupts  # first: what follows takes seconds
 from timm_dvt.calibration import Calibration, CalibrationError, calibrate
 from timm_dvt.fetching import WeightsNotFoundError
@@ -9,4 +11,15 @@ from timm_dvt.saving import save_pretrained
 from timm_dvt.version import __version__
 from timm_dvt.weights import CheckpointError, load_denoiser
 
+if TYPE_CHECKING:
+    from timm_dvt.inspection import inspect
+
 register_all()
+
+
+def __getattr__(name: str):
+    if name != "inspect":  # whose room is entered by those alone who ask for it
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from timm_dvt.inspection import inspect
+
+    return inspect

@@ -1,4 +1,4 @@
-"""The command line: look (demo, list, families, app), make (calibrate, convert), publish on the Hub (cards, push)."""
+"""The command line: look (demo, inspect, list, families, app), make (calibrate, convert), publish on the Hub (cards, push)."""
 
 import argparse
 import json
@@ -14,6 +14,8 @@ from timm_dvt.convert import ConvertError, convert
 from timm_dvt.demo import DEFAULT_MODEL, DemoError, run
 from timm_dvt.families import families
 from timm_dvt.fetching import WeightsNotFoundError
+from timm_dvt.inspection.command import add_command as add_inspect
+from timm_dvt.inspection.results import InspectionError
 from timm_dvt.push import PushError, push, push_all
 from timm_dvt.registry import VARIANTS
 from timm_dvt.space import FOLDER as SPACE
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
         sys.stdout.flush()
-    except (DemoError, CalibrationError, ConvertError, PushError, CheckpointError, WeightsNotFoundError) as e:
+    except (DemoError, CalibrationError, InspectionError, ConvertError, PushError, CheckpointError, WeightsNotFoundError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -89,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(run=lambda args: print(as_json() if args.json else as_table()))
+    add_inspect(commands)
     add_calibrate(commands)
     _add_hub_commands(commands)
     return parser
