@@ -8,6 +8,7 @@ import numpy as np
 from timm_dvt.inspection.results import Layer, Outliers
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 260, 44, 34
+NARROW = 400  # a histogram, of which several stand beside each other
 
 
 def shares(layers: Sequence[Layer]) -> str:
@@ -57,13 +58,13 @@ def norms(edges: np.ndarray, counts: np.ndarray, found: Outliers) -> str:
     most = np.log1p(counts.max())
 
     def x(norm: float) -> float:
-        return LEFT + (WIDTH - LEFT) * (np.log(norm) - left) / (right - left)
+        return LEFT + (NARROW - LEFT) * (np.log(norm) - left) / (right - left)
 
     def y(count: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 12) * np.log1p(count) / most
 
     ticks = [10**power for power in range(int(np.log10(counts.max())) + 1)]
-    parts = [_axis(tick, y(tick), "") for tick in ticks]
+    parts = [_axis(tick, y(tick), "", NARROW) for tick in ticks]
     for low, high, count in zip(edges, edges[1:], counts):
         marked = found.cut is not None and (low * high) ** 0.5 > found.cut
         parts.append(
@@ -78,7 +79,7 @@ def norms(edges: np.ndarray, counts: np.ndarray, found: Outliers) -> str:
             )
     for norm in np.geomspace(edges[0], edges[-1], 5):
         parts.append(f'<text x="{x(norm):.1f}" y="{HEIGHT - 12}" text-anchor="middle">{norm:.3g}</text>')
-    return _svg(parts, "Histogram of norms")
+    return _svg(parts, "Histogram of norms", NARROW)
 
 
 def _pitch(columns: int) -> float:
@@ -86,18 +87,18 @@ def _pitch(columns: int) -> float:
 
 
 def _ticks(top: float) -> list[float]:
-    """From 0 to above the top, in steps of 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** np.floor(np.log10(top / 4))
-    step = next(power * times for times in (1, 2, 5, 10) if power * times * 4 >= top)
-    return [float(f"{step * i:.6g}") for i in range(5)]
+    """From 0 to the top or above it, in at most five steps of 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** np.floor(np.log10(top / 5))
+    step = next(power * times for times in (1, 2, 5, 10) if power * times * 5 >= top)
+    return [float(f"{step * i:.6g}") for i in range(int(np.ceil(top / step)) + 1)]
 
 
-def _axis(tick: float, y: float, unit: str) -> str:
+def _axis(tick: float, y: float, unit: str, width: int = WIDTH) -> str:
     return (
-        f'<line x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
+        f'<line x1="{LEFT}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
         f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}{unit}</text>'
     )
 
 
-def _svg(parts: Sequence[str], name: str) -> str:
-    return f'<svg viewBox="0 -8 {WIDTH} {HEIGHT + 8}" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
+def _svg(parts: Sequence[str], name: str, width: int = WIDTH) -> str:
+    return f'<svg viewBox="0 -8 {width} {HEIGHT + 8}" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'

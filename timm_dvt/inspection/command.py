@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> Inspection:
         print(facts)
     else:
         print(f"{told.model}: {lead(told)}\n")
-        print(table([HEADINGS, *map(row, told.layers)]))
+        print(table([HEADINGS, *([cell for cell, _ in row(layer)] for layer in told.layers)]))
         for finding in told.findings:
             print("\n" + "\n    ".join([finding.text, *finding.commands]))
     if folder is not None:

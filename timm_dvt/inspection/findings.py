@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
-from timm_dvt.inspection.results import Finding, Inspection, Layer
+from timm_dvt.inspection.results import Estimate, Finding, Inspection, Layer
 
 SMALL, LARGE = 0.01, 0.04  # position's share: below it is not worth an effort, above it is worth a training
 READABLE = 0.3  # R2 from which a place can be read out of a token
+MORE = 1.5  # times the features' share that makes an earlier block worth a word
 STRONGER = 1.1  # of the pattern in blank images, on over off
 LEAST_OUTLIERS, STANDS_OUT = 1e-4, 2.0  # share of the patches, and their norm over the median
 # training.make_denoiser by its defaults: images x views, and stage 2 in forward passes.
@@ -30,8 +31,8 @@ def findings(told: Inspection) -> Iterator[Finding]:
         before, after = told.trial.before, told.trial.after
         yield Finding(
             "position",
-            f"Tried at once: calibrate ({told.trial.method}) takes position's share from {_percent(before)} to "
-            f"{_percent(after)}, on images that it was not calibrated on.",
+            f"Tried at once: calibrate ({told.trial.method}) takes position's share from {percent(before)} to "
+            f"{percent(after)}, on images that it was not calibrated on.",
         )
     if told.parts:
         yield Finding(
@@ -45,14 +46,23 @@ def _position(told: Inspection, off: Layer, on: Layer | None) -> Finding:
     layer, behind = (on, " behind the denoiser") if on is not None else (off, "")
     share = layer.share
     readable = min(layer.row.value, layer.column.value) > READABLE and not layer.row.is_chance
-    what = f"Position explains {_percent(share)} of what varies in the final features{behind}"
+    what = f"Position explains {percent(share)} of what varies in the final features{behind}"
     if on is not None:
-        what += f", and {_percent(off.share)} without it"
+        what += f", and {percent(off.share)} without it"
     what += f"; chance would give up to {100 * share.chance:.2g}%."
-    where = f"A linear map reads a patch's row and column out of it with R2 {layer.row.value:.2f} and "
-    where += f"{layer.column.value:.2f} (1 is perfect, 0 nothing)."
+    row, column = (max(one.value, 0.0) for one in (layer.row, layer.column))
+    where = (
+        f"A linear map reads a patch's row and column out of it with R2 {row:.2f} and {column:.2f} (1 is perfect, 0 "
+    )
+    where += "nothing)."
     name = told.model
     calibrate = f"timm-dvt calibrate --model {name} --images PHOTOS --out calibrated"
+    inner = max((one for one in told.layers if not one.final), key=lambda one: one.share.value, default=layer)
+    if inner.share.value > max(MORE * layer.share.value, SMALL) and not inner.share.is_chance and not inner.denoised:
+        where += (
+            f" If you use earlier blocks: most of it, {percent(inner.share)}, is in block {inner.block} (calibrate "
+        )
+        where += f"takes --layers {inner.block} -1)."
     if share.is_chance or share.value < SMALL:
         if not readable:
             return Finding("nothing", f"{what} {where} There is nothing for a denoiser to remove.")
@@ -72,12 +82,16 @@ def _position(told: Inspection, off: Layer, on: Layer | None) -> Finding:
             f"{what} {where} {shown} What the denoiser leaves can be taken off without training.",
             (f"{calibrate} --method leftover",),
         )
-    cost = PASSES * told.seconds / 60
-    effect = "It usually leaves a third to two thirds of the share" if told.trial is None else "What it did here is below"
+    cost = PASSES * told.seconds
+    effect = (
+        "It usually leaves a third to two thirds of the share" if told.trial is None else "What it did here is below"
+    )
     advice = f"Calibrating takes minutes and no training. {effect}."
     commands = [calibrate]
     if share.value >= LARGE:
-        advice += f" A trained denoiser helps segmentation more; here it takes about {cost:.0f} minutes."
+        advice += (
+            f" A trained denoiser helps segmentation more; here it takes {duration(cost)} to {duration(2 * cost)}."
+        )
         commands.append(f"python -m training.make_denoiser --model {name} --images PHOTOS --out mine")
     return Finding("position", f"{what} {where} {shown} {advice}", tuple(commands))
 
@@ -105,15 +119,17 @@ def _outliers(off: Layer, told: Inspection) -> Finding:
     layer = layers[-1] if not layers[-1].final or len(layers) == 1 else layers[-2]
     found = layer.outliers
     words = (
-        f"Outlier tokens: {_percent(found.share)} of the patches ({layer.name}) have {found.ratio:.1f} times the usual "
+        f"Outlier tokens: {percent(found.share)} of the patches ({layer.name}) have {found.ratio:.1f} times the usual "
         "norm."
     )
     if found.low_content is not None:
         less = found.low_content.value - 2 * found.low_content.error > 0.5
-        words += " They sit in patches with less content than others." if less else " Low content does not explain them."
+        words += (
+            " They sit in patches with less content than others." if less else " Low content does not explain them."
+        )
     if found.place is not None:
         words += (
-            f" Their place explains {_percent(found.place)} of where they are."
+            f" Their place explains {percent(found.place)} of where they are."
             if not found.place.is_chance
             else " They are not bound to places."
         )
@@ -130,5 +146,12 @@ def _stands_out(layer: Layer) -> bool:
     return enough and found.ratio >= STANDS_OUT
 
 
-def _percent(share) -> str:
-    return f"{100 * share.value:.2g} ± {100 * share.error:.1g}%"
+def percent(share: Estimate) -> str:
+    """A share with its standard error."""
+    digits = 1 if share.value >= 0.01 else 2
+    return f"{100 * share.value:.{digits}f} ± {100 * share.error:.{digits}f}%"
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"

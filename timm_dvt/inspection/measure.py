@@ -18,7 +18,7 @@ from timm_dvt.calibration import LEAST_VIEWS, calibrate
 from timm_dvt.defaults import torch_defaults
 from timm_dvt.denoised import Denoised
 from timm_dvt.inspection.estimates import alikeness, grid_energy, position_share, products_of
-from timm_dvt.inspection.findings import findings
+from timm_dvt.inspection.findings import duration, findings
 from timm_dvt.inspection.outliers import histogram, outliers_of
 from timm_dvt.inspection.probe import PlaceProbe
 from timm_dvt.inspection.reader import LayerReader
@@ -33,7 +33,7 @@ VIEWS = 256
 BLANKS = 16  # of one color, and as many of noise
 PROBED = 4  # windows of a canvas that a linear map reads; all turns are among them, so that a sky tells no place
 MOST_NORMS = 512  # views whose norms are kept, 2 bytes a patch
-BESIDE = 1.3  # what is done beside the forward passes takes as much again as this says
+SOLVING = 30  # canvases that could be counted in the time in which the sums are solved
 
 
 @dataclass
@@ -136,17 +136,23 @@ def _photographs(
     images = len(shown) if shown is not None else count // 2
     groups = min(images, MOST_GROUPS)
     start = time.perf_counter()
-    first = reader(view_inputs(reader, windows, shown, 1)[1])  # the first forward pass has warmed up
+    first = reader(view_inputs(reader, windows, shown, 1)[1])  # not the first forward pass, which warms up
     seconds = (time.perf_counter() - start) / each
-    sums = {
-        name: _Sums(PositionSums(_scaled(windows, maps, reader), groups, directions=False))
-        for name, maps in first.items()
-    }
+
+    def empty() -> dict[str, _Sums]:
+        cut = {name: _scaled(windows, maps, reader) for name, maps in first.items()}
+        return {name: _Sums(PositionSums(cut[name], groups, directions=False)) for name in first}
+
+    start, sums = time.perf_counter(), empty()
+    for name, maps in first.items():
+        sums[name].position.add(maps, 0)
+        sums[name].probe.add(maps[:PROBED])
+    beside, sums = time.perf_counter() - start, empty()
     if progress:
         passes, space = count * each + 2 * BLANKS, sum(groups * maps[0].numel() * 4 for maps in first.values())
         print(
-            f"inspect: {passes} forward passes at {seconds:.2g} s (timed), about "
-            f"{duration(passes * seconds * BESIDE)}; sums take {max(space / 1e9, 0.1):.1f} GB",
+            f"inspect: {passes} forward passes at {seconds:.2g} s (timed), all in all about "
+            f"{duration(passes * seconds + (count + SOLVING) * beside)}; sums take {max(space / 1e9, 0.1):.1f} GB",
             file=sys.stderr,
         )
     told, every = _Told(), -(-count * each // MOST_NORMS)
@@ -168,7 +174,7 @@ def _photographs(
             told.content.setdefault(grid, []).append(_content(inputs, grid))
         told.views += each
     photograph = reader.pixels(view_inputs(reader, windows, shown, 0)[1][:1])[0]
-    drawn = reader(reader.normalised(photograph)[None]) if shown is not None else first
+    drawn = reader(reader.normalised(photograph)[None])
     return sums, seconds, (_drawable(photograph), {name: maps[0].cpu().numpy() for name, maps in drawn.items()}), told
 
 
@@ -199,8 +205,7 @@ def _blanks(reader: LayerReader, kind: str, progress: bool) -> dict[str, tuple[t
     sums: dict[str, PositionSums] = {}
     seeds = range(kind == "noise", 2 * BLANKS, 2)  # as `draw_blank` turns them out
     for turn, seed in enumerate(tqdm(seeds, f"{kind} images", leave=False, disable=not progress)):
-        image = draw_blank(reader.channels, reader.size, seed)
-        image = reader.normalised(image) if reader.channels == 3 else (image - 0.5) * 4
+        image = reader.normalised(draw_blank(reader.channels, reader.size, seed))
         for name, maps in reader(image[None]).items():
             sums.setdefault(name, PositionSums(Windows.whole(), MOST_GROUPS, directions=False))
             sums[name].add(maps, turn % MOST_GROUPS)
@@ -255,9 +260,7 @@ def _layers(
     return layers, pictures
 
 
-def _try(
-    model: nn.Module, by_default: bool, shown: list[Source], views: int, batch_size: int, progress: bool
-) -> Trial:
+def _try(model: nn.Module, by_default: bool, shown: list[Source], views: int, batch_size: int, progress: bool) -> Trial:
     """Calibrate a copy on every other image, or on blank ones where the caller has none, and judge by the others."""
     method = "leftover" if isinstance(model, Denoised) and model.denoisers() else "static"
     twin = copy.deepcopy(model)
@@ -293,8 +296,3 @@ def _drawable(image: torch.Tensor) -> np.ndarray:
     """(h, w, 3) of an image of whatever channels."""
     shown = image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
     return shown.permute(1, 2, 0).numpy()
-
-
-def duration(seconds: float) -> str:
-    """A time in words."""
-    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"

@@ -10,6 +10,7 @@ from timm_dvt import looks
 from timm_dvt.colors import fit_projection, heat
 from timm_dvt.demo import ASSETS
 from timm_dvt.inspection import charts
+from timm_dvt.inspection.findings import percent
 from timm_dvt.inspection.results import Estimate, Inspection, Layer
 from timm_dvt.page import url
 from timm_dvt.panel import as_image
@@ -29,7 +30,7 @@ HEADINGS = (
     "fine grid, %",
 )
 NOTES = (
-    "± is one standard error, (c) what chance gives. position: its share of the variance within photographs. R2: of a "
+    "± is one standard error. position: its share of the variance within photographs. R2: of a "
     "linear map from tokens to the place, on images held out. one color, noise: the variance of the pattern in such "
     "images, in percent of that within photographs, denoiser off. alike: correlation of the mean maps of photographs and "
     "of images of one color. outliers: patches whose norm lies above the valley of the histogram; robust: beyond median "
@@ -83,27 +84,19 @@ def lead(told: Inspection) -> str:
     )
 
 
-def row(layer: Layer) -> tuple[str, ...]:
-    """A layer's numbers under `HEADINGS`."""
-    found = layer.outliers
-    return (
-        layer.name,
-        _cell(layer.share, 100),
-        _cell(layer.row),
-        _cell(layer.column),
-        _cell(layer.flat.pattern, 100),
-        _cell(layer.noise.pattern, 100),
-        _cell(layer.flat.alike),
-        _cell(found.share, 100),
-        _cell(found.robust_share, 100),
-        _cell(layer.grid.high, 100),
-    )
+def row(layer: Layer) -> list[tuple[str, str]]:
+    """A layer's numbers under `HEADINGS`, each with what chance gives."""
+    of_percent = (layer.flat.pattern, layer.noise.pattern, layer.outliers.share, layer.outliers.robust_share)
+    blank = [_cell(one, 100) for one in of_percent]
+    place = [_cell(one) for one in (layer.row, layer.column, layer.flat.alike)]
+    share, grid = _cell(layer.share, 100), _cell(layer.grid.high, 100)
+    return [(layer.name, ""), share, *place[:2], *blank[:2], place[2], *blank[2:], grid]
 
 
-def _cell(number: Estimate, times: float = 1) -> str:
+def _cell(number: Estimate, times: float = 1) -> tuple[str, str]:
     digits = 2 if abs(number.value * times) < 10 else 1
     value, error, chance = (f"{times * part:.{digits}f}" for part in (number.value, number.error, number.chance))
-    return f"{value} ± {error} (c {chance})"
+    return f"{value} ± {error}", f"chance {chance}"
 
 
 def _is_drawn(layer: Layer, told: Inspection) -> bool:
@@ -127,7 +120,7 @@ def _means(told: Inspection) -> list[Cell]:
             raw[kind] = projection
         layer = layers[name]
         share = layer.share if kind == "photographs" else layer.flat.pattern
-        words = f"{100 * share.value:.2g} ± {100 * share.error:.1g}% of the variance within photographs"
+        words = f"{percent(share)} of the variance within photographs"
         if kind == "one color":
             words += f"; correlation with the mean of photographs {layer.flat.alike.value:.2f}"
         cells.append(Cell(f"{kind}, {name}", words, _map(raw[kind].colors(centered))))
@@ -136,7 +129,9 @@ def _means(told: Inspection) -> list[Cell]:
 
 def _norms(told: Inspection, layer: Layer, markup: Any) -> dict[str, str]:
     found = layer.outliers
-    words = f"{found.count} of {found.patches} patches above the cut at {found.cut:.3g}" if found.cut else "no second kind"
+    words = (
+        f"{found.count} of {found.patches} patches above the cut at {found.cut:.3g}" if found.cut else "no second kind"
+    )
     words += f"; {found.robust_count} beyond {found.robust_cut:.3g}, the robust cut"
     return {"name": layer.name, "words": words, "svg": markup(charts.norms(*told.pictures.norms[layer.name], found))}
 
@@ -160,7 +155,9 @@ def _photograph(told: Inspection) -> list[Cell]:
     for layer in told.layers:
         if layer.name in kept and raw.shape[-1] >= 3:
             maps = told.pictures.maps[layer.name]
-            colors = looks.colours(raw, maps)[1] if layer.final and layer.denoised else fit_projection(maps).colors(maps)
+            colors = (
+                looks.colours(raw, maps)[1] if layer.final and layer.denoised else fit_projection(maps).colors(maps)
+            )
             cells.append(Cell(layer.name, f"position {100 * layer.share.value:.2g}%", _map(colors)))
     return cells
 

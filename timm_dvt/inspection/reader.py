@@ -70,12 +70,12 @@ class LayerReader:
             ) from e
 
     def normalised(self, image: torch.Tensor) -> torch.Tensor:
-        """An RGB image (3, h, w) in [0, 1] as the model takes it."""
-        return (image - self.mean) / self.std
+        """An image (channels, h, w) in [0, 1] as the model takes it; of channels other than RGB no mean is known."""
+        return (image - self.mean) / self.std if self.channels == 3 else (image - 0.5) * 4
 
     def pixels(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Inputs (V, 3, h, w) as they were before they were normalized."""
-        return (inputs * self.std + self.mean).clamp(0, 1)
+        """Inputs (V, channels, h, w) as they were before they were normalized, in [0, 1]."""
+        return (inputs * self.std + self.mean if self.channels == 3 else inputs / 4 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def __call__(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
