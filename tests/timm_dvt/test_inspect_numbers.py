@@ -1,4 +1,4 @@
-"""The numbers of an inspection against planted truth: they lie within their own errors, and at chance there is nothing."""
+"""The numbers of an inspection against planted truth: they lie within their own errors; at chance is nothing."""
 
 import numpy as np
 import pytest

@@ -36,12 +36,13 @@ def shares(layers: Sequence[Layer]) -> str:
         at = [(place[one.block, one.final], one.share) for one in these]
         drawn = f'<g class="{kind}" stroke="currentColor" fill="currentColor">'
         if not denoised:
-            drawn += f'<polyline points="{" ".join(f"{x:.1f},{y(s.value):.1f}" for x, s in at)}" fill="none" stroke-width="2"/>'
+            line = [f"{x:.1f},{y(share.value):.1f}" for x, share in at]
+            drawn += f'<polyline points="{" ".join(line)}" fill="none" stroke-width="2"/>'
         for (x, share), layer in zip(at, these):
             low, high = share.value - 2 * share.error, share.value + 2 * share.error
             drawn += f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"/>'
-            drawn += f'<circle cx="{x:.1f}" cy="{y(share.value):.1f}" r="4"><title>{escape(f"{layer.name}: {share}")}</title>'
-            drawn += "</circle>"
+            title = f"<title>{escape(f'{layer.name}: {share}')}</title>"
+            drawn += f'<circle cx="{x:.1f}" cy="{y(share.value):.1f}" r="4">{title}</circle>'
         parts.append(drawn + "</g>")
     if any(layer.denoised for layer in layers):
         for number, (kind, words) in enumerate((("off", "denoiser off"), ("on", "denoiser on"))):
@@ -68,7 +69,8 @@ def norms(edges: np.ndarray, counts: np.ndarray, found: Outliers) -> str:
     for low, high, count in zip(edges, edges[1:], counts):
         marked = found.cut is not None and (low * high) ** 0.5 > found.cut
         parts.append(
-            f'<rect class="{"marked" if marked else "bar"}" x="{x(low):.1f}" width="{max(x(high) - x(low) - 1, 1):.1f}" '
+            f'<rect class="{"marked" if marked else "bar"}" '
+            f'x="{x(low):.1f}" width="{max(x(high) - x(low) - 1, 1):.1f}" '
             f'y="{y(count):.1f}" height="{HEIGHT - BOTTOM - y(count):.1f}"/>'
         )
     for cut, style in ((found.cut, "2 3"), (found.robust_cut, "none")):

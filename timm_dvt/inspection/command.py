@@ -20,8 +20,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "inspect",
         help="tell what kind of artifacts a timm ViT has, how much, and what helps",
-        description="Tell whether a model's noise is position or outlier tokens, how much of it there is block by block, "
-        "and what to do about it. Says first how long it will take: minutes on two CPU cores for a ViT-S.",
+        description="Tell whether a model's noise is position or outlier tokens, how much of it there is block by "
+        "block, and what to do about it. Says first how long it will take: minutes on two CPU cores for a ViT-S.",
         epilog="Example: %(prog)s --model vit_base_patch14_dinov2.lvd142m --images photos --out report",
     )
     command.add_argument("--model", metavar="NAME", required=True, help="a timm model, local-dir:FOLDER or hf-hub:REPO")
@@ -29,8 +29,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--images",
         nargs="+",
         metavar="PATH",
-        help="image files or folders, 4 images or more of different scenes, better 16 (default: parts of two photographs "
-        "that come with the package)",
+        help="image files or folders, 4 images or more of different scenes, better 16 (default: parts of two "
+        "photographs that come with the package)",
     )
     command.add_argument(
         "--blocks",

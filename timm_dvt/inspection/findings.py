@@ -37,8 +37,8 @@ def findings(told: Inspection) -> Iterator[Finding]:
     if told.parts:
         yield Finding(
             "note",
-            "No images were given, so these are parts of the two photographs that come with the package; your images may "
-            "tell another story (--images FOLDER).",
+            "No images were given, so these are parts of the two photographs that come with the package; your images "
+            "may tell another story (--images FOLDER).",
         )
 
 
@@ -134,8 +134,8 @@ def _outliers(off: Layer, told: Inspection) -> Finding:
             else " They are not bound to places."
         )
     words += (
-        " This is not what a denoiser of position removes: take a model trained with registers (in timm *_reg4_*), or add "
-        "registers at test time (Vision Transformers Don't Need Trained Registers, arXiv 2506.08010)."
+        " This is not what a denoiser of position removes: take a model trained with registers (in timm *_reg4_*), or "
+        "add registers at test time (Vision Transformers Don't Need Trained Registers, arXiv 2506.08010)."
     )
     return Finding("outliers", words)
 

@@ -12,12 +12,13 @@ from timm_dvt.positions import PositionSums, Windows
 
 BIN = 0.05  # of the logarithm of norms
 LEAST_MODE = 3  # tokens above an empty bin that make a second mode of the histogram
+TINY = 1e-12  # a norm below it is taken for it
 DRAWS = 10  # of log-normal norms, for what chance gives
 
 
 def histogram(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Edges and counts over the logarithms of positive norms."""
-    logs = np.log(norms)
+    """Edges and counts over the logarithms of norms."""
+    logs = np.log(np.maximum(norms, TINY))
     low, high = np.floor(logs.min() / BIN), np.floor(logs.max() / BIN) + 1
     edges = np.arange(low, high + 1) * BIN
     return np.exp(edges), np.histogram(logs, edges)[0]
@@ -26,8 +27,8 @@ def histogram(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def cut_of(norms: np.ndarray) -> float | None:
     """The emptiest place of the histogram of (N,) norms above its mode, with a second mode behind it; else None.
 
-    The valley is the lowest bin that a mode of twice its height, and of more than its noise, lies above; of several, the
-    middle one of the widest row of them.
+    The valley is the lowest bin that a mode of twice its height, and of more than its noise, lies above; of several,
+    the middle one of the widest row of them.
     """
     edges, counts = histogram(norms)
     behind = np.maximum.accumulate(counts[::-1])[::-1]  # the largest count from here on
@@ -56,7 +57,7 @@ def outliers_of(norms: np.ndarray, content: np.ndarray, images: Sequence[int]) -
         norms: (V, H, W) of tokens. content: (V, H, W) how much the pixels of a patch vary.
         images: (V,) numbers of the images that the views are of.
     """
-    norms = np.maximum(norms.astype(np.float64), 1e-12)
+    norms = np.maximum(norms.astype(np.float64), TINY)
     cut, robust = cut_of(norms.ravel()), robust_cut_of(norms.ravel())
     above = norms > (cut if cut is not None else np.inf)
     beyond = norms > robust

@@ -11,7 +11,7 @@ from torch import nn
 from timm_dvt.denoised import Denoised
 from timm_dvt.inspection.results import InspectionError
 from timm_dvt.intermediates import unpack
-from timm_dvt.layouts import Layout, Refused, layout_of, meant_size
+from timm_dvt.layouts import KNOWN, Refused, layout_of, meant_size, unwrapping
 from timm_dvt.model import norms_after_pool
 
 FEATURES = "features"
@@ -44,7 +44,8 @@ class LayerReader:
         self.blocks = sorted({block % count for block in wanted})
         self.batch_size = batch_size
         self.final = count - 1
-        self.size = meant_size(model)
+        # Of another class than these, the size that the layout was found out at is known to run.
+        self.size = meant_size(model) if isinstance(model, KNOWN) else self.layout.img_size
         self.channels = getattr(model, "in_chans", 3)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
@@ -60,13 +61,14 @@ class LayerReader:
             block = self.final if name.startswith(FEATURES) else int(name.split(",")[0].split()[1])
             self.layers.append((name, block, name.endswith(DENOISED)))
 
-    def _layout(self) -> Layout:
+    def _layout(self) -> Any:
         try:
             return getattr(self.model, "layout", None) or layout_of(self.model)
         except Refused as e:
             raise InspectionError(
-                f"A {type(self.model).__name__} cannot be inspected: {e.reason}. Position artifacts are those of Vision "
-                "Transformers, whose features are the patches of one grid; timm-dvt families lists the classes."
+                f"A {type(self.model).__name__} cannot be inspected: {e.reason}. Position artifacts are those of "
+                "Vision Transformers, whose features are the patches of one grid; timm-dvt families lists the classes."
+                f"{unwrapping(self.model)}"
             ) from e
 
     def normalised(self, image: torch.Tensor) -> torch.Tensor:

@@ -39,8 +39,8 @@ class Blank:
 
     Attributes:
         share: of the variance in these images that position explains.
-        pattern: the variance that position makes in them over that within photographs, denoiser off. Beside `Layer.share`
-            it says whether the pattern is stronger or weaker without content.
+        pattern: the variance that position makes in them over that within photographs, denoiser off. Beside
+            `Layer.share` it says whether the pattern is stronger or weaker without content.
         alike: correlation of their mean map with that of photographs, from -1 to 1.
     """
 
@@ -55,8 +55,8 @@ class Outliers:
 
     Attributes:
         share: of the patches, above `cut`; chance is what as many norms of a log-normal distribution would give.
-        cut: the emptiest place of the histogram of norms above its mode (*Vision Transformers Need Registers* sets it by
-            eye, at 150 for DINOv2-g); None where there is no second mode, and so no such outlier.
+        cut: the emptiest place of the histogram of norms above its mode (*Vision Transformers Need Registers* sets it
+            by eye, at 150 for DINOv2-g); None where there is no second mode, and so no such outlier.
         robust_share: of the patches above `robust_cut`: by median and median absolute deviation of the log norms, so
             far out that of all patches one would be by chance.
         count, robust_count, patches: numbers of tokens.

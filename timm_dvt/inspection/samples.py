@@ -10,18 +10,35 @@ from timm_dvt.inspection.results import InspectionError
 from timm_dvt.sample_images import SampleError, Source, canvas, sources
 
 LEAST_IMAGES = 4
+LEAST_TRIED = 8  # half to calibrate on, half to judge by
 ALIKE = 0.03  # root mean square difference of thumbnails with values in [0, 1]
 THUMBNAIL = (16, 16)
 
 
-def photographs(images: Source | Iterable[Source] | None, most: int) -> list[Source]:
+def photographs(
+    images: Source | Iterable[Source] | None, most: int, channels: int = 3, tried: bool = False
+) -> list[Source] | None:
     """Up to `most` images, none nearly like another; without images, parts of the package's photographs.
 
+    Args:
+        channels: of the model's inputs; there are no photographs of other than 3, and so None.
+        tried: whether half of them have to judge what is calibrated on the other half.
+
     Raises:
-        InspectionError: they cannot be read, or fewer than `LEAST_IMAGES` of them are different.
+        InspectionError: they cannot be read, or too few of them are different.
     """
-    if images is None:
-        return _parts()
+    if channels != 3 and (images is not None or tried):
+        raise InspectionError(f"The model takes images of {channels} channels; leave images out, and a trial.")
+    found = None if channels != 3 else _parts()[:most] if images is None else _different(images, most)
+    if tried and found is not None and len(found) < LEAST_TRIED:
+        raise InspectionError(
+            f"images holds {len(found)} different ones within the views; a trial takes {LEAST_TRIED} (and 8 views for "
+            "each): half of them to calibrate on, half to judge by."
+        )
+    return found
+
+
+def _different(images: Source | Iterable[Source], most: int) -> list[Source]:
     try:
         found = sources(images, most)
         different: list[Source] = []
