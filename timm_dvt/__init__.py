@@ -1,5 +1,6 @@
 """Denoised variants of timm's Vision Transformers. Importing this package registers every *_dvt model with timm."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from timm_dvt import interrupts  # first: what follows takes seconds
@@ -20,6 +21,4 @@ register_all()
 def __getattr__(name: str):
     if name != "inspect":  # whose room is entered by those alone who ask for it
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from timm_dvt.inspection import inspect
-
-    return inspect
+    return import_module("timm_dvt.inspection").inspect

@@ -1,4 +1,4 @@
-"""The command line: look (demo, inspect, list, families, app), make (calibrate, convert), publish on the Hub (cards, push)."""
+"""The command line: look (demo, inspect, list, families, app), make (calibrate, convert), publish (cards, push)."""
 
 import argparse
 import json
@@ -23,6 +23,8 @@ from timm_dvt.space import push_space
 from timm_dvt.variants import DVT_LICENSE, DVT_REPO, Variant
 from timm_dvt.weights import CheckpointError
 
+ERRORS = (DemoError, CalibrationError, InspectionError, ConvertError, PushError, CheckpointError, WeightsNotFoundError)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for what the person can put right (one line on stderr), 130."""
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
         sys.stdout.flush()
-    except (DemoError, CalibrationError, InspectionError, ConvertError, PushError, CheckpointError, WeightsNotFoundError) as e:
+    except ERRORS as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -30,11 +30,11 @@ HEADINGS = (
     "fine grid, %",
 )
 NOTES = (
-    "± is one standard error. position: its share of the variance within photographs. R2: of a linear map from tokens to "
-    "the place, on images held out. one color, noise: the variance of the pattern in such images, in percent of that "
-    "within photographs, denoiser off. alike: correlation of the mean maps of photographs and of images of one color. "
-    "outliers: patches whose norm lies above the valley of the histogram; robust: beyond median and absolute deviation. "
-    "fine grid: energy of the mean map at wavelengths below 4 patches; white noise has the chance."
+    "± is one standard error. position: its share of the variance within photographs. R2: of a linear map from tokens "
+    "to the place, on images held out. one color, noise: the variance of the pattern in such images, in percent of "
+    "that within photographs, denoiser off. alike: correlation of the mean maps of photographs and of images of one "
+    "color. outliers: patches whose norm lies above the valley of the histogram; robust: beyond median and absolute "
+    "deviation. fine grid: energy of the mean map at wavelengths below 4 patches; white noise has the chance."
 )
 
 
