@@ -1,6 +1,9 @@
 """What an inspection means, in sentences for who never read the paper, and what to do about it."""
 
+import re
 from collections.abc import Iterator
+
+import timm
 
 from timm_dvt.inspection.results import Estimate, Finding, Inspection, Layer
 
@@ -21,12 +24,13 @@ def findings(told: Inspection) -> Iterator[Finding]:
             "These weights are random: all norms are as they are initialized. The numbers describe no trained model; "
             "load weights (pretrained=True) and inspect again.",
         )
+        return
     off = told.layer()
     on = next((layer for layer in told.layers if layer.final and layer.denoised), None)
     yield _position(told, off, on)
     if on is not None:
         yield from _blank(told, off, on)
-    yield _outliers(off, told)
+    yield _outliers(told)
     if told.trial is not None:
         before, after = told.trial.before, told.trial.after
         yield Finding(
@@ -111,7 +115,7 @@ def _blank(told: Inspection, off: Layer, on: Layer) -> Iterator[Finding]:
             )
 
 
-def _outliers(off: Layer, told: Inspection) -> Finding:
+def _outliers(told: Inspection) -> Finding:
     layers = [layer for layer in told.layers if not layer.denoised and _stands_out(layer)]
     if not layers:
         return Finding("nothing", "No outlier tokens: no second kind of norms stands apart in the features.")
@@ -137,7 +141,15 @@ def _outliers(off: Layer, told: Inspection) -> Finding:
         " This is not what a denoiser of position removes: take a model trained with registers (in timm *_reg4_*), or "
         "add registers at test time (Vision Transformers Don't Need Trained Registers, arXiv 2506.08010)."
     )
-    return Finding("outliers", words)
+    other = _with_registers(told.model)
+    return Finding("outliers", words, (f"timm-dvt inspect --model {other} --images PHOTOS",) if other else ())
+
+
+def _with_registers(name: str) -> str | None:
+    """timm's model of that name that was trained with registers, if there is one."""
+    known = timm.list_pretrained("*_reg4_*")
+    other = re.sub(r"(_patch\d+)_", r"\1_reg4_", name.replace("_dvt", ""), count=1)
+    return other if other in known else None
 
 
 def _stands_out(layer: Layer) -> bool:
