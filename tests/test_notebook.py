@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_dvt import focus
+from timm_dvt.weights import focus
 
 NOTEBOOK = Path("hub_cards/quickstart.ipynb")
 

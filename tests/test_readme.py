@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import timm_dvt.__main__ as plug_in
-from timm_dvt.demo import PHOTOGRAPHS
+from timm_dvt.viewer.demo import PHOTOGRAPHS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "training/README.md", "CONTRIBUTING.md")}

@@ -21,21 +21,11 @@ from timm.models import (
 )
 from torch import nn
 
-from timm_dvt.fetching import (
-    WeightsNotFoundError,
-    backbone_files,
-    explain,
-    fetch_backbone,
-    first_line,
-    hub_file,
-    is_fetch_error,
-    locate,
-)
+from timm_dvt.attach import add_denoiser, attach_denoiser, check_supported
+from timm_dvt.errors import UserError, WeightsNotFoundError
 from timm_dvt.layouts import layout_of
-from timm_dvt.limits import check_denoiser, check_sizes, check_total
-from timm_dvt.model import add_denoiser, attach_denoiser, check_supported
 from timm_dvt.variants import Variant, saved_architecture
-from timm_dvt.weights import (
+from timm_dvt.weights.checkpoints import (
     Checkpoint,
     CheckpointError,
     ConfigError,
@@ -44,6 +34,16 @@ from timm_dvt.weights import (
     from_state_dict,
     read_checkpoint,
 )
+from timm_dvt.weights.fetching import (
+    backbone_files,
+    explain,
+    fetch_backbone,
+    first_line,
+    hub_file,
+    is_fetch_error,
+    locate,
+)
+from timm_dvt.weights.limits import check_denoiser, check_sizes, check_total
 
 ADAPTED = ("pos_embed", "relative_position_bias_table")  # what timm brings to another input size itself
 
@@ -83,9 +83,9 @@ def create(
         kwargs: arguments of timm's model, as for the backbone.
     """
     if runtime := sorted({"device", "dtype"} & (pretrained_model_args or {}).keys()):
-        raise ValueError(f"model_args holds {' and '.join(runtime)}, which no saved model has")
+        raise UserError(f"model_args holds {' and '.join(runtime)}, which no saved model has")
     if pretrained and torch.device(kwargs.get("device") or "cpu").type == "meta":
-        raise ValueError("device is 'meta', where nothing holds weights; leave pretrained=True out for a sketch")
+        raise UserError("device is 'meta', where nothing holds weights; leave pretrained=True out for a sketch")
     given: Any = get_pretrained_cfg(variant.name) if isinstance(pretrained_cfg, str | None) else pretrained_cfg
     cfg = resolve_pretrained_cfg(f"{variant.architecture}_dvt", given, pretrained_cfg_overlay).to_dict()
     wrapper = {key: kwargs.pop(key) for key in ("out_indices", "feature_cls") if key in kwargs}

@@ -12,6 +12,8 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from timm_dvt.errors import UserError
+
 # Paper, Tab. 6 d, e, b and c, and the baselines that cost nothing.
 ARCHITECTURES = ("block", "block-no-pe", "conv1x1", "conv3x3", "static", "project")
 
@@ -62,13 +64,13 @@ class Denoiser(nn.Module):
         factory = {"device": device, "dtype": dtype}
         num_heads = num_heads or default_num_heads(dim)
         if arch not in ARCHITECTURES:
-            raise ValueError(f"arch is {arch!r}; it must be one of {', '.join(ARCHITECTURES)}")
+            raise UserError(f"arch is {arch!r}; it must be one of {', '.join(ARCHITECTURES)}")
         if depth < 1:
-            raise ValueError(f"depth is {depth}; a denoiser has at least one block")
+            raise UserError(f"depth is {depth}; a denoiser has at least one block")
         if not arch.startswith("block") and depth > 1:
-            raise ValueError(f"depth is {depth}; only a denoiser of transformer blocks has several, not {arch!r}")
+            raise UserError(f"depth is {depth}; only a denoiser of transformer blocks has several, not {arch!r}")
         if dim % num_heads:
-            raise ValueError(f"num_heads is {num_heads}, which does not divide the {dim} channels")
+            raise UserError(f"num_heads is {num_heads}, which does not divide the {dim} channels")
         self.arch = "block-no-pe" if arch == "block" and not pos_embed else arch
         self.convolves = arch.startswith("conv")
         self.dim = dim
@@ -151,7 +153,7 @@ class Denoiser(nn.Module):
             ValueError: the tokens do not fill the grid.
         """
         if x.shape[1] != grid_size[0] * grid_size[1]:
-            raise ValueError(
+            raise UserError(
                 f"{x.shape[1]} patch tokens do not fill a grid of {grid_size[0]} x {grid_size[1]}; "
                 "the denoiser needs every patch (is patch dropout on?)"
             )

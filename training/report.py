@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from timm_dvt.published import SEVEN, Key, Numbers, Source, numbers_for
+from timm_dvt.publish.published import SEVEN, Key, Numbers, Source, numbers_for
 from timm_dvt.variants import SUFFIXES
 from training.common.command import help_from
 from training.common.shared_folder import OutputError, write_atomically

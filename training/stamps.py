@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import UserError
 from training.common.command import Help, at_least, whole
 from training.common.shared_folder import OutputError, SettingsDiffer, SharedFolder, write_atomically
 from training.common.stamp_sources import CLASSES, SHARE, SPLITS, STAMP_CLASSES, Sources, SourcesMissing, load_sources
@@ -74,7 +75,7 @@ class Composer:
         self, split: str, seed: int = 0, sources: Sources | None = None, size: int = SIZE, places: str = "any"
     ) -> None:
         if places not in PLACES:
-            raise ValueError(f"places must be one of {PLACES}, got {places!r}")
+            raise UserError(f"places must be one of {PLACES}, got {places!r}")
         self.sources = load_sources(split, size=size) if sources is None else sources
         self.size, self.places = size, places
         self._key = (seed, SPLITS.index(split))

@@ -14,8 +14,9 @@ from PIL import Image
 
 import timm_dvt
 from timm_dvt.__main__ import main
-from timm_dvt.calibration import CalibrationError, calibrate
-from timm_dvt.sample_images import SampleError, blank, canvas, sources
+from timm_dvt.calibration.calibrate import calibrate
+from timm_dvt.calibration.samples import blank, canvas, sources
+from timm_dvt.errors import CalibrationError
 from training.common.images import list_images
 
 SMALL = {"depth": 2, "img_size": 96, "dynamic_img_size": True}
@@ -234,7 +235,7 @@ def test_a_folder_is_walked_as_training_walks_it_and_broken_files_are_left_out_a
         assert "pipe.bmp: not a file" in caplog.text
     for path in folder.glob("*.*"):
         path.write_bytes(b"") if path.suffix == ".png" else None
-    with pytest.raises(SampleError, match="no image that can be read"):
+    with pytest.raises(CalibrationError, match="no image that can be read"):
         sources([folder / "a.png", folder / "none.jpg"], 9)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from timm_dvt.colors import (
+from timm_dvt.viewer.colors import (
     centre_similarity,
     cluster_labels,
     fit_projection,

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 
 import timm_dvt
-from timm_dvt import demo, focus
 from timm_dvt.__main__ import main
-from timm_dvt.colors import fit_projection
-from timm_dvt.panel import Shown, draw
 from timm_dvt.variants import published_variants
+from timm_dvt.viewer import demo
+from timm_dvt.viewer.colors import fit_projection
+from timm_dvt.viewer.panel import Shown, draw
+from timm_dvt.weights import focus
 
 
 @pytest.fixture(scope="module")
@@ -167,5 +168,5 @@ def test_the_list_is_the_table(capsys):
 
 
 def test_a_model_without_a_denoiser_that_cannot_be_fetched_is_told_which_have_one(hub):
-    with pytest.raises(demo.DemoError, match=r"Could not fetch timm/resnet50.*; python -m timm_dvt list prints"):
+    with pytest.raises(UserError, match=r"Could not fetch timm/resnet50.*; python -m timm_dvt list prints"):
         demo.create("resnet50", pretrained=True)

@@ -121,7 +121,7 @@ def check_off_is_timms_and_copies_are_whole(plain, images, folder):
     (last,) = net(images)
     torch.testing.assert_close(last, model.forward_intermediates(images, indices=1, intermediates_only=True)[0])
     assert net.feature_info.channels() == [last.shape[1]]
-    back = timm_dvt.model.remove_denoiser(model)
+    back = timm_dvt.attach.remove_denoiser(model)
     assert type(back) is type(plain) and torch.equal(back.forward_features(images), plain.forward_features(images))
     assert back.__dict__.keys() == plain.__dict__.keys()
 

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 
 import timm_dvt
-from timm_dvt import WeightsNotFoundError, focus
+from timm_dvt import WeightsNotFoundError
 from timm_dvt.variants import FOCUS
+from timm_dvt.weights import focus
 
 ASSETS = Path(str(resources.files("timm_dvt"))) / "assets" / "focus"
 needs_focus = pytest.mark.skipif(not focus.is_installed(), reason=f"needs the extra dinov2: {focus.INSTALL}")

@@ -17,11 +17,12 @@ import timm_dvt
 from tests.timm_dvt.test_calibration import photographs
 from tests.timm_dvt.test_families import randomized, smallest
 from timm_dvt.__main__ import main
+from timm_dvt.errors import UnsupportedModelError, UserError
 from timm_dvt.families import examples
 from timm_dvt.inspection import InspectionError, inspect
 from timm_dvt.inspection.page import page
 from timm_dvt.inspection.reader import LayerReader
-from timm_dvt.layouts import Refused, layout_of
+from timm_dvt.layouts import layout_of
 
 FEW = dict(views=64)
 
@@ -168,7 +169,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_mistake_is_told_in_a_line(case):
     call, message = BAD[case]
-    with pytest.raises(InspectionError, match=message):
+    with pytest.raises(UserError, match=message):
         call()
 
 
@@ -230,7 +231,7 @@ def test_every_class_that_can_have_a_denoiser_can_be_inspected():
     for name, sketch in examples():
         try:
             layout_of(sketch)
-        except Refused:
+        except UnsupportedModelError:
             with pytest.raises(InspectionError, match="cannot be inspected"):
                 LayerReader(sketch, None, 1)
             continue

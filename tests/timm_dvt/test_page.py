@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 import timm_dvt
-from timm_dvt import looks, page, studio
-from timm_dvt.colors import PALETTE, fit_projection
-from timm_dvt.demo import DemoError
-from timm_dvt.page import Look
-from timm_dvt.studio import Studio
-from timm_dvt.uploads import FORMATS, SIDE, read_upload
+from timm_dvt.errors import UserError
+from timm_dvt.viewer import page, studio
+from timm_dvt.viewer import pairs as looks
+from timm_dvt.viewer.colors import PALETTE, fit_projection
+from timm_dvt.viewer.page import Look
+from timm_dvt.viewer.studio import Studio
+from timm_dvt.viewer.uploads import FORMATS, SIDE, read_upload
 
 
 def maps(*grid: int) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +183,7 @@ def test_an_upload_is_rgb_and_of_bounded_size(kind):
     ids=["empty", "svg", "eps", "ppm", "half", "50 megapixels"],
 )
 def test_what_is_no_image_to_take_is_told(bad):
-    with pytest.raises(DemoError, match="^This file: "):
+    with pytest.raises(UserError, match="^This file: "):
         read_upload(bad)
 
 
@@ -190,11 +191,11 @@ def test_a_huge_image_is_refused_before_it_is_decoded(monkeypatch):
     huge = content(Image.new("1", (7200, 7000)))
     monkeypatch.setattr(Image.Image, "convert", None)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
-    with pytest.raises(DemoError, match="50.4 megapixels"):
+    with pytest.raises(UserError, match="50.4 megapixels"):
         read_upload(huge)
-    with pytest.raises(DemoError, match=r"25\.1 megapixels .5001 x 5000.; the most that is taken is 25\. "):
+    with pytest.raises(UserError, match=r"25\.1 megapixels .5001 x 5000.; the most that is taken is 25\. "):
         read_upload(content(Image.new("1", (5001, 5000))))
-    with pytest.raises(DemoError, match="far too many pixels.* 25 megapixels. Make it smaller"):
+    with pytest.raises(UserError, match="far too many pixels.* 25 megapixels. Make it smaller"):
         read_upload(content(Image.new("1", (20000, 20000))))  # which Pillow itself refuses, in its own words
 
 
@@ -221,7 +222,7 @@ def test_visitors_at_once_get_their_own_and_memory_is_bounded(folder, monkeypatc
     for _ in range(2):
         shared.look(images[0], shared.first)
     assert len(shared.looks) == 5 and shared.find(shared.first_look)  # with which each visit starts
-    with pytest.raises(DemoError, match="no longer kept"):
+    with pytest.raises(UserError, match="no longer kept"):
         shared.find(oldest)
 
 
@@ -248,6 +249,6 @@ def test_models_are_kept_up_to_a_number_and_only_variants_are_loaded(folder, mon
         shared.look(Image.new("RGB", (64, 64)), name)
     assert loaded == [*names, names[0]] and len(shared.models) == studio.MODELS
     for name in ("local-dir:/etc", "hf-hub:a/b", "vit_tiny_patch16_224"):
-        with pytest.raises(DemoError, match="not one of the variants"):
+        with pytest.raises(UserError, match="not one of the variants"):
             shared.look(Image.new("RGB", (64, 64)), name)
     assert not any("distilled" in name for name in shared.names)

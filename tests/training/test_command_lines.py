@@ -123,7 +123,7 @@ def test_what_only_one_verb_needs_is_not_imported_before_it(statement):
 
 
 def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "timm_dvt.app", raising=False)
+    monkeypatch.delitem(sys.modules, "timm_dvt.viewer.app", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert commands.main(["app"]) == 2
     error = capsys.readouterr().err

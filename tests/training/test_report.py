@@ -6,7 +6,7 @@ from html import escape
 import pytest
 from PIL import Image
 
-from timm_dvt.published import DINOV2, REG
+from timm_dvt.publish.published import DINOV2, REG
 from training.evaluate.datasets import DATASETS
 from training.evaluate.registry import TASKS
 from training.evaluate.results import meaning, numbers_of, read_rows

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from timm_dvt import looks
-from timm_dvt.colors import fit_projection
+from timm_dvt.viewer import pairs as looks
+from timm_dvt.viewer.colors import fit_projection
 from training import visualize
 from training.common.backbone import FeatureReader
 from training.common.images import list_images, load_image

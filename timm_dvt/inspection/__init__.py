@@ -1,5 +1,6 @@
 """What a model's features hold of position and of outlier tokens, and what to do about it."""
 
+from timm_dvt.errors import InspectionError
 from timm_dvt.inspection.measure import inspect
 from timm_dvt.inspection.results import (
     Blank,
@@ -7,7 +8,6 @@ from timm_dvt.inspection.results import (
     Finding,
     Grid,
     Inspection,
-    InspectionError,
     Layer,
     Outliers,
     Trial,

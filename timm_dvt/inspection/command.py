@@ -7,70 +7,68 @@ from typing import Any
 
 import torch
 
-from timm_dvt.calibrate_command import load_model
-from timm_dvt.calibration import LEAST_VIEWS
-from timm_dvt.files import write_together
-from timm_dvt.inspection.results import Inspection, InspectionError
+from timm_dvt.calibration.calibrate import LEAST_VIEWS
+from timm_dvt.calibration.command import load_backbone
+from timm_dvt.errors import InspectionError
+from timm_dvt.inspection.measure import VIEWS, inspect
+from timm_dvt.inspection.page import HEADINGS, lead, page, row
+from timm_dvt.inspection.results import Inspection
+from timm_dvt.weights.files import write_together
 
 PAGE, FACTS = "inspection.html", "inspection.json"
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    """Add `inspect` to the commands of `python -m timm_dvt`."""
-    command = commands.add_parser(
-        "inspect",
-        help="tell what kind of artifacts a timm ViT has, how much, and what helps",
-        description="Tell whether a model's noise is position or outlier tokens, how much of it there is block by "
-        "block, and what to do about it. Says first how long it will take: minutes on two CPU cores for a ViT-S.",
-        epilog="Example: %(prog)s --model vit_base_patch14_dinov2.lvd142m --images photos --out report",
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    """Options of `inspect`."""
+    parser.description = (
+        "Tell whether a model's noise is position or outlier tokens, how much of it there is block by "
+        "block, and what to do about it. Says first how long it will take: minutes on two CPU cores for a ViT-S."
     )
-    command.add_argument("--model", metavar="NAME", required=True, help="a timm model, local-dir:FOLDER or hf-hub:REPO")
-    command.add_argument(
+    parser.epilog = "Example: %(prog)s --model vit_base_patch14_dinov2.lvd142m --images photos --out report"
+    parser.add_argument("--model", metavar="NAME", required=True, help="a timm model, local-dir:FOLDER or hf-hub:REPO")
+    parser.add_argument(
         "--images",
         nargs="+",
         metavar="PATH",
         help="image files or folders, 4 images or more of different scenes, better 16 (default: parts of two "
         "photographs that come with the package)",
     )
-    command.add_argument(
+    parser.add_argument(
         "--blocks",
         type=_blocks,
         metavar="all|LIST",
         help="such as 0,5,11, counted from 0, or --blocks=-2,-1 from the end (default: all)",
     )
-    command.add_argument(
+    parser.add_argument(
         "--views",
         type=int,
-        default=256,
+        default=VIEWS,
         metavar="N",
         help=f"forward passes of photographs, {LEAST_VIEWS} or more (default: %(default)s)",
     )
-    command.add_argument("--out", metavar="FOLDER", help=f"write {PAGE} and {FACTS} there; made if it does not exist")
-    command.add_argument(
+    parser.add_argument("--out", metavar="FOLDER", help=f"write {PAGE} and {FACTS} there; made if it does not exist")
+    parser.add_argument(
         "--try",
         dest="try_calibration",
         action="store_true",
         help="calibrate at once on half of the images, and tell position's share before and after on the others",
     )
-    command.add_argument("--json", action="store_true", help="print the numbers as JSON, and nothing else")
-    command.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
-    command.add_argument("--no-pretrained", action="store_true", help="random weights: fetch nothing")
-    command.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON, and nothing else")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+    parser.add_argument("--no-pretrained", action="store_true", help="random weights: fetch nothing")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> Inspection:
     """What the parsed arguments ask for.
 
     Raises:
-        InspectionError, CalibrationError: the model, an image, the device or the folder cannot be used.
+        UserError: the model, an image, the device or the folder cannot be used.
     """
-    from timm_dvt.inspection import inspect  # here: the command line's help needs none of it
-    from timm_dvt.inspection.page import HEADINGS, lead, page, row
-
     folder = None if args.out is None else Path(args.out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    model = _on_device(load_model(args.model, not args.no_pretrained), args.device)
+    model = _on_device(load_backbone(args.model, not args.no_pretrained), args.device)
     told = inspect(
         model,
         args.images,

@@ -8,15 +8,16 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from timm_dvt.bars import tqdm
-from timm_dvt.blanks import draw_blank
+from timm_dvt.calibration.blanks import draw_blank
+from timm_dvt.calibration.positions import MOST_GROUPS, PositionSums, Windows
+from timm_dvt.calibration.samples import Source
+from timm_dvt.calibration.views import WINDOWS, view_inputs
+from timm_dvt.errors import InspectionError
 from timm_dvt.inspection.estimates import position_share, products_of
 from timm_dvt.inspection.findings import duration
 from timm_dvt.inspection.probe import PlaceProbe
 from timm_dvt.inspection.reader import LayerReader
-from timm_dvt.inspection.results import Estimate, InspectionError
-from timm_dvt.positions import MOST_GROUPS, PositionSums, Windows
-from timm_dvt.sample_images import Source
-from timm_dvt.viewing import WINDOWS, view_inputs
+from timm_dvt.inspection.results import Estimate
 
 BLANKS = 16  # of one color, and as many of noise
 PROBED = 4  # windows of a canvas that a linear map reads; all turns are among them, so that a sky tells no place
@@ -137,12 +138,9 @@ def count_blanks(reader: LayerReader, kind: str, progress: bool) -> dict[str, Of
 
 def features_share(reader: LayerReader, shown: list[Source], count: int) -> Estimate:
     """Position's share of the features, behind the denoiser if there is one, and nothing else."""
-    windows = Windows.draw(WINDOWS, (reader.grid[0] // 2, reader.grid[1] // 2))
-    sums = PositionSums(windows, min(len(shown), MOST_GROUPS), directions=False)
-    for visit in range(count):
-        maps = list(reader(view_inputs(reader, windows, shown, visit)[1]).values())
-        sums.add(maps[-1], visit % len(shown) % len(sums.canvases))
-    estimates, weights, variances = sums.of_groups()
+    told = Count(reader, shown, count)
+    told.run(progress=False)
+    estimates, weights, variances = list(told.layers.values())[-1].position.of_groups()
     return position_share(products_of(estimates), weights, variances)
 
 

@@ -10,8 +10,8 @@ from itertools import product
 
 import torch
 
+from timm_dvt.calibration.positions import without_noise
 from timm_dvt.inspection.results import Estimate, Grid
-from timm_dvt.positions import without_noise
 
 LOW, HIGH, PATCH = 1 / 8, 1 / 4, 7 / 16  # cycles a patch: `Grid`
 

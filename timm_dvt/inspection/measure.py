@@ -9,19 +9,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from timm_dvt.calibration import GATE_BLANKS, GATE_IMAGES, LEAST_VIEWS, calibrate
+from timm_dvt.attach import timm_name
+from timm_dvt.calibration.calibrate import GATE_BLANKS, GATE_IMAGES, LEAST_VIEWS, calibrate
+from timm_dvt.calibration.samples import Source
+from timm_dvt.calibration.views import WINDOWS
 from timm_dvt.defaults import torch_defaults
 from timm_dvt.denoised import Denoised
+from timm_dvt.errors import InspectionError
 from timm_dvt.inspection.counting import BLANKS, Count, OfGroups, count_blanks, features_share
 from timm_dvt.inspection.estimates import alikeness, grid_energy, position_share, products_of
 from timm_dvt.inspection.findings import findings
 from timm_dvt.inspection.outliers import histogram, outliers_of
 from timm_dvt.inspection.reader import FEATURES, LayerReader
-from timm_dvt.inspection.results import Blank, Inspection, InspectionError, Layer, Pictures, Trial
+from timm_dvt.inspection.results import Blank, Inspection, Layer, Pictures, Trial
 from timm_dvt.inspection.samples import photographs
-from timm_dvt.model import timm_name
-from timm_dvt.sample_images import SampleError, Source
-from timm_dvt.viewing import WINDOWS
 
 VIEWS = 256
 
@@ -56,8 +57,9 @@ def inspect(
         name: what the commands of the findings call the model; default its name in timm.
 
     Raises:
-        InspectionError: an argument is out of range; the model gives no patches of one grid; images cannot be used, are
-            too few, or too much alike; features are not finite.
+        InspectionError: an argument is out of range; the model gives no patches of one grid; images are too
+            few, or too much alike; features are not finite.
+        UserError: an image cannot be used.
     """
     if views < LEAST_VIEWS or batch_size < 1:
         raise InspectionError(f"views is {views}, batch_size {batch_size}; they must be at least {LEAST_VIEWS} and 1.")
@@ -74,8 +76,6 @@ def inspect(
         pictures = _pictures(count)
         layers = _layers(count, blanks, pictures)
         trial = _try(model, images, shown, views, batch_size, progress) if try_calibration and shown else None
-    except SampleError as e:
-        raise InspectionError(str(e)) from e
     finally:
         model.train(training)
     facts: dict[str, Any] = dict(

@@ -6,9 +6,9 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
+from timm_dvt.calibration.positions import PositionSums, Windows
 from timm_dvt.inspection.estimates import jackknife, position_share, products_of
 from timm_dvt.inspection.results import Estimate, Outliers
-from timm_dvt.positions import PositionSums, Windows
 
 BIN = 0.05  # of the logarithm of norms
 LEAST_MODE = 3  # tokens above an empty bin that make a second mode of the histogram

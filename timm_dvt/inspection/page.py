@@ -1,19 +1,20 @@
 """The page of an inspection: one HTML file with its pictures inside it."""
 
 from dataclasses import dataclass
-from typing import Any
+from importlib import resources
 
 import numpy as np
+from jinja2 import Environment
+from markupsafe import Markup
 from PIL import Image
 
-from timm_dvt import looks
-from timm_dvt.colors import fit_projection, heat
-from timm_dvt.demo import ASSETS
 from timm_dvt.inspection import charts
 from timm_dvt.inspection.findings import percent
 from timm_dvt.inspection.results import Estimate, Inspection, Layer
-from timm_dvt.page import url
-from timm_dvt.panel import as_image
+from timm_dvt.viewer import pairs as looks
+from timm_dvt.viewer.colors import fit_projection, heat
+from timm_dvt.viewer.page import url
+from timm_dvt.viewer.panel import as_image
 
 SHOWN = 320  # pixels of the photograph
 MOST_MAPS = 13  # of blocks
@@ -50,10 +51,8 @@ class Cell:
 
 def page(told: Inspection) -> str:
     """The page, as HTML."""
-    from jinja2 import Environment  # here: a command without --out does not need it
-    from markupsafe import Markup
-
-    read = {name: (ASSETS / name).read_text(encoding="utf-8") for name in ("inspect.html", "page.css")}
+    assets = resources.files("timm_dvt") / "assets"
+    read = {name: (assets / name).read_text(encoding="utf-8") for name in ("inspect.html", "page.css")}
     template = Environment(autoescape=True, trim_blocks=True).from_string(read["inspect.html"])
     drawn = [layer for layer in told.layers if layer.final or _is_drawn(layer, told)]
     return template.render(
@@ -64,7 +63,7 @@ def page(told: Inspection) -> str:
         means=_means(told),
         has_denoiser=any(layer.denoised for layer in told.layers),
         curve=Markup(charts.shares(told.layers)),
-        norms=[_norms(told, layer, Markup) for layer in drawn],
+        norms=[_norms(told, layer) for layer in drawn],
         places=[_place(told, layer) for layer in drawn if layer.outliers.cut is not None],
         photograph=_photograph(told),
         headings=HEADINGS,
@@ -127,13 +126,13 @@ def _means(told: Inspection) -> list[Cell]:
     return cells
 
 
-def _norms(told: Inspection, layer: Layer, markup: Any) -> dict[str, str]:
+def _norms(told: Inspection, layer: Layer) -> dict[str, str]:
     found = layer.outliers
     words = (
         f"{found.count} of {found.patches} patches above the cut at {found.cut:.3g}" if found.cut else "no second kind"
     )
     words += f"; {found.robust_count} beyond {found.robust_cut:.3g}, the robust cut"
-    return {"name": layer.name, "words": words, "svg": markup(charts.norms(*told.pictures.norms[layer.name], found))}
+    return {"name": layer.name, "words": words, "svg": Markup(charts.norms(*told.pictures.norms[layer.name], found))}
 
 
 def _place(told: Inspection, layer: Layer) -> Cell:

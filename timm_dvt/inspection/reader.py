@@ -8,11 +8,11 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from timm_dvt.attach import norms_after_pool
 from timm_dvt.denoised import Denoised
-from timm_dvt.inspection.results import InspectionError
-from timm_dvt.intermediates import unpack
-from timm_dvt.layouts import KNOWN, Refused, layout_of, meant_size, unwrapping
-from timm_dvt.model import norms_after_pool
+from timm_dvt.errors import InspectionError, UnsupportedModelError
+from timm_dvt.feature_methods import unpack
+from timm_dvt.layouts import KNOWN, layout_of, meant_size, unwrapping
 
 FEATURES = "features"
 DENOISED = ", denoised"
@@ -64,7 +64,7 @@ class LayerReader:
     def _layout(self) -> Any:
         try:
             return getattr(self.model, "layout", None) or layout_of(self.model)
-        except Refused as e:
+        except UnsupportedModelError as e:
             raise InspectionError(
                 f"A {type(self.model).__name__} cannot be inspected: {e.reason}. Position artifacts are those of "
                 "Vision Transformers, whose features are the patches of one grid; timm-dvt families lists the classes."

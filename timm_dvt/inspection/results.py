@@ -6,10 +6,6 @@ from typing import Any
 import numpy as np
 
 
-class InspectionError(ValueError):
-    """What keeps a model from being inspected; the message says what to do."""
-
-
 @dataclass(frozen=True)
 class Estimate:
     """A number.
@@ -104,7 +100,7 @@ class Layer:
     Attributes:
         name: "block N", as the block leaves them; "features", final-normed; with ", denoised" behind it.
         block: counted from 0. denoised: whether a denoiser is behind it. final: whether these are the features.
-        share: of the variance within views of photographs that position explains (`timm_dvt.positions`).
+        share: of the variance within views of photographs that position explains (`timm_dvt.calibration.positions`).
         row, column: R2 of a linear map from tokens to the place, on images held out. Chance is that of places of which
             half the views' are turned round, so that no token can know them.
         flat, noise: images of one color, and of noise.

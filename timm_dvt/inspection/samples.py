@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 from PIL import Image
 
-from timm_dvt.demo import PHOTOGRAPHS, read_image
-from timm_dvt.inspection.results import InspectionError
-from timm_dvt.sample_images import SampleError, Source, canvas, sources
+from timm_dvt.calibration.samples import Source, canvas, sources
+from timm_dvt.errors import InspectionError
+from timm_dvt.images import PHOTOGRAPHS, read_image
 
 LEAST_IMAGES = 4
 LEAST_TRIED = 8  # half to calibrate on, half to judge by
@@ -25,7 +25,8 @@ def photographs(
         tried: whether half of them have to judge what is calibrated on the other half.
 
     Raises:
-        InspectionError: they cannot be read, or too few of them are different.
+        InspectionError: too few of them are different.
+        UserError: one cannot be used.
     """
     if channels != 3 and (images is not None or tried):
         raise InspectionError(f"The model takes images of {channels} channels; leave images out, and a trial.")
@@ -39,17 +40,14 @@ def photographs(
 
 
 def _different(images: Source | Iterable[Source], most: int) -> list[Source]:
-    try:
-        found = sources(images, most)
-        different: list[Source] = []
-        seen: list[torch.Tensor] = []
-        for one in found:
-            small = canvas(one, THUMBNAIL, 0)
-            if all(float((small - other).square().mean()) > ALIKE**2 for other in seen):
-                different.append(one)
-                seen.append(small)
-    except SampleError as e:
-        raise InspectionError(str(e)) from e
+    found = sources(images, most)
+    different: list[Source] = []
+    seen: list[torch.Tensor] = []
+    for one in found:
+        small = canvas(one, THUMBNAIL, 0)
+        if all(float((small - other).square().mean()) > ALIKE**2 for other in seen):
+            different.append(one)
+            seen.append(small)
     if len(different) >= LEAST_IMAGES:
         return different
     what = f"{len(found)} image" + "s" * (len(found) > 1)

@@ -24,6 +24,7 @@ from torch import nn
 
 import timm_dvt
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import UserError
 from timm_dvt.registry import VARIANTS
 from training.benchmark._hardware import hardware, waiting
 from training.common.models import pick_device
@@ -50,7 +51,7 @@ class Published(nn.Module):
         super().__init__()
         ours = model.denoiser
         if len(ours.blocks) != 1 or ours.pos_embed is None:
-            raise ValueError("the published arrangement has one block and a position embedding")
+            raise UserError("the published arrangement has one block and a position embedding")
         self.backbone = backbone
         self.grid_size = ours.grid_size
         self.pos_embed = nn.Parameter(ours.pos_embed.detach().clone())

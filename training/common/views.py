@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from timm_dvt.errors import UserError
+
 
 @dataclass(frozen=True)
 class Views:
@@ -57,13 +59,13 @@ def sample_views(
         ValueError: an argument is out of its range.
     """
     if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+        raise UserError(f"count must be at least 1, got {count}")
     if not 0 < area[0] <= area[1] <= 1:
-        raise ValueError(f"area must be (smallest, largest) within (0, 1], got {area}")
+        raise UserError(f"area must be (smallest, largest) within (0, 1], got {area}")
     if not 0 < aspect[0] <= aspect[1]:
-        raise ValueError(f"aspect must be (smallest, largest), both positive, got {aspect}")
+        raise UserError(f"aspect must be (smallest, largest), both positive, got {aspect}")
     if not 0 <= flip <= 1:
-        raise ValueError(f"flip must be a probability, got {flip}")
+        raise UserError(f"flip must be a probability, got {flip}")
     # A fixed number of draws a view, row by row: a longer run begins with the shorter run's views.
     draws = np.random.default_rng(seed).random((count, 5))
     share = area[0] + (area[1] - area[0]) * draws[:, 0]

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import UserError
 from training.evaluate.splits import IGNORE, Boxes, Split
 
 Thing = tuple[Any, Any, bool, str]  # corners in pixels, class, whether it is difficult, and what errors call it
@@ -37,7 +38,7 @@ def naming(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, IndexError, AttributeError, UnicodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not {what}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} is not {what}: {type(error).__name__}: {error}") from error
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -54,7 +55,7 @@ def _decoding(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except Exception as error:  # on damaged files Pillow raises nearly anything
-        raise ValueError(f"{path}: not an image that Pillow can read: {error}") from error
+        raise UserError(f"{path}: not an image that Pillow can read: {error}") from error
 
 
 # ---- a value a pixel
@@ -75,7 +76,7 @@ def read_mask(path: Path, image: Path, classes: int, first: int = 0, ignored: in
     counted = (values != ignored) & (values != IGNORE)
     wrong = values[counted & ((values < first) | (values >= first + classes))]
     if wrong.size:
-        raise ValueError(
+        raise UserError(
             f"{path}: class {wrong.flat[0]} is out of range: there are {classes} classes, {first} to "
             f"{first + classes - 1}, and {' or '.join(map(str, sorted({ignored, IGNORE})))} for what does not count"
         )
@@ -91,7 +92,7 @@ def read_depth(path: Path, image: Path, per_metre: float = 1000) -> Tensor:
     """
     depths = _read_pixels(path, image, "depth map", "a grey image of one depth a pixel").astype(np.float32)
     if not (np.isfinite(depths).all() and (depths >= 0).all()):
-        raise ValueError(f"{path}: depths must be finite and 0 or more")
+        raise UserError(f"{path}: depths must be finite and 0 or more")
     return torch.from_numpy(depths / np.float32(per_metre))
 
 
@@ -102,11 +103,11 @@ def _read_pixels(path: Path, image: Path, what: str, meant: str) -> np.ndarray:
     with _decoding(path), Image.open(path) as file:
         mode, values = file.mode, np.array(file)
     if values.ndim != 2 or (what == "mask" and mode == "F"):
-        raise ValueError(f"{path}: a {what} is {meant}, this is of Pillow's mode {mode}")
+        raise UserError(f"{path}: a {what} is {meant}, this is of Pillow's mode {mode}")
     width, height = image_size(image)
     if values.shape != (height, width):
         own = f"{values.shape[1]} x {values.shape[0]}"
-        raise ValueError(f"sizes differ: {image} is {width} x {height}, its {what} {path} {own}")
+        raise UserError(f"sizes differ: {image} is {width} x {height}, its {what} {path} {own}")
     return values
 
 
@@ -125,16 +126,16 @@ def boxes_of(things: Iterable[Thing], classes: int, image: Path) -> Boxes:
     for box, label, difficult, name in things:
         x0, y0, x1, y1 = four(box, name)
         if x1 < x0 or y1 < y0:
-            raise ValueError(f"{name}: the box from {x0:g}, {y0:g} to {x1:g}, {y1:g} has no right side or no bottom")
+            raise UserError(f"{name}: the box from {x0:g}, {y0:g} to {x1:g}, {y1:g} has no right side or no bottom")
         if x1 == x0 or y1 == y0:
             continue
         if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
-            raise ValueError(
+            raise UserError(
                 f"{name}: the box from {x0:g}, {y0:g} to {x1:g}, {y1:g} lies outside of {image}, which is {width} x "
                 f"{height}"
             )
         if type(label) is not int or not 0 <= label < classes:
-            raise ValueError(f"{name}: its class is none of the {classes} that there are")
+            raise UserError(f"{name}: its class is none of the {classes} that there are")
         corners.append([x0 / width, y0 / height, x1 / width, y1 / height])
         labels.append(label)
         hard.append(difficult)
@@ -149,7 +150,7 @@ def four(box: Any, name: str) -> list[float]:
     """The numbers of a box. Raises ValueError if they are not four, or not finite."""
     numbers = isinstance(box, (list, tuple)) and all(type(value) in (int, float) for value in box)
     if not numbers or len(box) != 4 or not all(map(math.isfinite, box)):
-        raise ValueError(f"{name}: a box is four finite numbers, this is {str(box)[:100]}")
+        raise UserError(f"{name}: a box is four finite numbers, this is {str(box)[:100]}")
     return [float(value) for value in box]
 
 
@@ -171,9 +172,9 @@ def coco_split(name: str, path: Path, root: Path, ids: Collection[int] | None = 
         things: dict[Any, list[Mapping[str, Any]]] = {entry["id"]: [] for entry in record["images"]}
         for thing in record["annotations"]:
             if thing["category_id"] not in categories:
-                raise ValueError(f"{path}: there is no category {thing['category_id']}, which an annotation names")
+                raise UserError(f"{path}: there is no category {thing['category_id']}, which an annotation names")
             if thing["image_id"] not in things:
-                raise ValueError(f"{path}: there is no image {thing['image_id']}, which an annotation names")
+                raise UserError(f"{path}: there is no image {thing['image_id']}, which an annotation names")
             things[thing["image_id"]].append(thing)
         listed = sorted(record["images"], key=lambda entry: entry["file_name"])
         listed = [entry for entry in listed if ids is None or entry["id"] in ids]
@@ -186,7 +187,7 @@ def coco_split(name: str, path: Path, root: Path, ids: Collection[int] | None = 
             raise FileNotFoundError(f"there is no image {image}, which {path} lists")
         said, size = (entry.get("width"), entry.get("height")), image_size(image)
         if None not in said and said != size:
-            raise ValueError(f"sizes differ: {image} is {size[0]} x {size[1]}, {path} says {said[0]} x {said[1]}")
+            raise UserError(f"sizes differ: {image} is {size[0]} x {size[1]}, {path} says {said[0]} x {said[1]}")
         return boxes_of((_coco_thing(thing, index, path) for thing in things[entry["id"]]), len(index), image)
 
     return Split(name, images, [str(categories[category]) for category in index], read)
@@ -205,7 +206,7 @@ def voc_things(path: Path, names: Mapping[str, int]) -> Iterator[Thing]:
     try:
         objects = ElementTree.parse(path).getroot().findall("object")
     except ElementTree.ParseError as error:
-        raise ValueError(f"{path} is not XML: {error}") from error
+        raise UserError(f"{path} is not XML: {error}") from error
     for number, thing in enumerate(objects, 1):
         label = (thing.findtext("name") or "").strip()
         name = f"{path}: object {number} ({label or 'without a name'})"
@@ -213,6 +214,6 @@ def voc_things(path: Path, names: Mapping[str, int]) -> Iterator[Thing]:
         try:
             x0, y0, x1, y1 = four([float(text or "nan") for text in texts], name)
         except ValueError:
-            raise ValueError(f"{name}: a box is four finite numbers, this is {texts}") from None
+            raise UserError(f"{name}: a box is four finite numbers, this is {texts}") from None
         # VOC counts pixels from 1 and includes the last one.
         yield [x0 - 1, y0 - 1, x1, y1], names.get(label), thing.findtext("difficult") == "1", name

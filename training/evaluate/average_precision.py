@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from timm_dvt.errors import UserError
 from training.evaluate.lost import pairwise_iou
 from training.evaluate.splits import Boxes
 
@@ -51,7 +52,7 @@ def voc_map(found: Sequence[Detections], true: Sequence[Boxes], classes: int, io
         areas.append(area)
         points.append(eleven)
     if not areas:
-        raise ValueError("there is no object to detect in any image")
+        raise UserError("there is no object to detect in any image")
     return {"mAP": 100 * float(np.mean(areas)), "mAP_11": 100 * float(np.mean(points))}
 
 

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from timm_dvt.bars import tqdm
-from timm_dvt.colors import map_correlation
-from timm_dvt.panel import Shown, draw
-from training.common.images import ImageError, Source, load_image
+from timm_dvt.errors import ImageError, UserError
+from timm_dvt.viewer.colors import map_correlation
+from timm_dvt.viewer.panel import Shown, draw
+from training.common.images import Source, load_image
 from training.common.shared_folder import write_atomically
 from training.evaluate.features import Extractor
 from training.evaluate.tasks.blank import COLORS, spread, token_reader
@@ -97,7 +98,7 @@ def measure(
         if len(pictures) < PICTURES:
             pictures.append((draw_png(image, raw[0], denoised[0]), Path(source.name).name))
     if statistics["raw"].count < 2:
-        raise ValueError("fewer than two of the images held out can be read")
+        raise UserError("fewer than two of the images held out can be read")
     numbers = {
         state: {"share": 100 * one.share(), "zero": map_correlation(zero.cpu().numpy(), one.mean_map().numpy())}
         for state, one in statistics.items()

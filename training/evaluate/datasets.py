@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from timm_dvt.errors import UserError
 from training.common.images import list_images
 from training.evaluate import davis, stamps, voc
 from training.evaluate import folder as own_folder
@@ -46,7 +47,7 @@ class Dataset:
 def named(name: str) -> Dataset:
     """A dataset by its name. Raises ValueError if there is none."""
     if name not in DATASETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
+        raise UserError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
     return DATASETS[name]
 
 
@@ -72,10 +73,10 @@ def open_dataset(
     dataset = named(name)
     if kind not in dataset.kinds:
         able = [other for other, entry in DATASETS.items() if kind in entry.kinds]
-        raise ValueError(f"dataset {name} has no {kind}; those that have: {', '.join(able)}")
+        raise UserError(f"dataset {name} has no {kind}; those that have: {', '.join(able)}")
     folder = Path(folder)
     if trainaug and name != "voc":
-        raise ValueError(f"trainaug is a list of images of dataset voc, not of {name}")
+        raise UserError(f"trainaug is a list of images of dataset voc, not of {name}")
     read = partial(dataset.read, trainaug=trainaug) if name == "voc" else dataset.read
     try:
         splits = read(folder, kind)
@@ -87,7 +88,7 @@ def open_dataset(
         for split in splits.values() if kind != "images" else ():  # whose annotations nobody reads
             check(split)
     except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for a missing folder
-        raise ValueError(f"{name} under {folder}: {error}\nExpected layout:\n{dataset.layout}") from error
+        raise UserError(f"{name} under {folder}: {error}\nExpected layout:\n{dataset.layout}") from error
     return splits
 
 
@@ -101,7 +102,7 @@ def _check_classes(splits: Mapping[str, Split]) -> None:
         for part, own, other in (("train", train, val), ("val", val, train))
         if (missing := [name for name in other if name not in own])
     ]
-    raise ValueError(f"the classes of train and val differ: {'; '.join(lacks) or 'they are in another order'}")
+    raise UserError(f"the classes of train and val differ: {'; '.join(lacks) or 'they are in another order'}")
 
 
 # ---- ADE20k
@@ -163,7 +164,7 @@ def _nyu_split(folder: Path, listing: str) -> Split:
     rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
     short = next((row for row in rows if len(row) < 2), None)
     if short:
-        raise ValueError(f"{path}: a line is IMAGE DEPTH [FOCAL], this is {short[0]!r}")
+        raise UserError(f"{path}: a line is IMAGE DEPTH [FOCAL], this is {short[0]!r}")
     # Lines begin with a slash in the published lists. The test list names images without depth: "None".
     pairs = [[folder / name.lstrip("/") for name in row[:2]] for row in rows if row[1] != "None"]
     return Split(f"NYUv2 {listing}", [image for image, _ in pairs], (), lambda i: read_depth(pairs[i][1], pairs[i][0]))
@@ -180,7 +181,7 @@ def _coco(folder: Path, kind: str) -> dict[str, Split]:
         ends = {line: Path(line).stem.split("_")[-1] for line in chosen.read_text().split()}
         wrong = next((line for line, end in ends.items() if not end.isdecimal()), None)
         if wrong:
-            raise ValueError(f"{chosen}: {wrong[:100]!r} ends with no number of an image of COCO")
+            raise UserError(f"{chosen}: {wrong[:100]!r} ends with no number of an image of COCO")
         numbers = set(map(int, ends.values()))
         return {"coco20k": _coco_split(folder, _coco_year(folder, "train"), numbers)}
     parts = ("val",) if kind == "images" else ("train", "val")

@@ -33,10 +33,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from timm_dvt.files import write_whole
-from timm_dvt.model import Denoised
-from timm_dvt.saving import meant_size
+from timm_dvt.attach import Denoised
+from timm_dvt.errors import UserError
 from timm_dvt.version import __version__
+from timm_dvt.weights.files import write_whole
+from timm_dvt.weights.saving import meant_size
 from training.common.backbone import FeatureReader
 from training.common.models import weights_digest
 from training.evaluate.splits import Split
@@ -192,7 +193,7 @@ class Features:
             return
         needed, free = 2 * self.grid**2 * self.channels * SHARD * len(missing), shutil.disk_usage(folder).free
         if needed > free:
-            raise ValueError(
+            raise UserError(
                 f"the {state} features of {self.split.name} need {needed / 1e9:.1f} GB in {folder}, which has "
                 f"{free / 1e9:.1f} GB: name another --cache, take --limit images, or --cache off"
             )
@@ -254,7 +255,7 @@ class Features:
     def _half(self, features: Tensor, indices: Sequence[int]) -> Tensor:
         half = features.half()
         if not bool(half.isfinite().all()):
-            raise ValueError(
+            raise UserError(
                 f"features of {self.split.name} (images {indices[0]} to {indices[-1]}) are not finite in half "
                 "precision, whose largest value is 65504"
             )

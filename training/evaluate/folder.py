@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import UserError
 from training.common.images import list_images
 from training.evaluate.annotations import coco_split, read_depth, read_mask
 from training.evaluate.splits import IGNORE, Split
@@ -79,7 +80,7 @@ def _with_masks(folder: Path) -> dict[str, Split]:
     if names is None:
         found = [_largest_class(split) for split in splits.values()]
         if max(found) < 0:
-            raise ValueError(f"no mask under {folder} has a labelled pixel: all are {IGNORE}")
+            raise UserError(f"no mask under {folder} has a labelled pixel: all are {IGNORE}")
         names = [f"class {i}" for i in range(max(found) + 1)]
     return {part: replace(split, classes=names) for part, split in splits.items()}
 
@@ -99,10 +100,10 @@ def _class_names(path: Path) -> list[str] | None:
     names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     if not all(names):
         line = names.index("")
-        raise ValueError(f"{path}: line {line}, counted from 0, is empty: it should name class {line}")
+        raise UserError(f"{path}: line {line}, counted from 0, is empty: it should name class {line}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{path}: the class {twice!r} is named twice")
+        raise UserError(f"{path}: the class {twice!r} is named twice")
     return names
 
 

@@ -35,6 +35,8 @@ from math import comb
 import torch
 from torch import Tensor
 
+from timm_dvt.errors import UserError
+
 EXACT_PATCHES = 64
 CUTS = (48, 128)  # candidates for cuts of the channel: 4 an interval, at least and at most so many
 _CHUNK = 1 << 20  # elements of a work array, so that it stays in the processor's cache
@@ -69,13 +71,13 @@ def channel_mic(values: Tensor, coordinate: Tensor, bound: float | None = None) 
     """
     if values.ndim != 2 or coordinate.shape != values.shape[1:]:
         shapes = f"{tuple(values.shape)} and {tuple(coordinate.shape)}"
-        raise ValueError(f"values must be (C, n) and coordinate (n,), got {shapes}")
+        raise UserError(f"values must be (C, n) and coordinate (n,), got {shapes}")
     if not bool(values.isfinite().all()):
-        raise ValueError("values must be finite")
+        raise UserError("values must be finite")
     count = values.shape[1]
     cells = count**0.6 if bound is None else bound
     if cells - 1e-9 <= 4:
-        raise ValueError(f"a 2 x 2 grid needs B > 4 cells, got B = {cells:.2f} for {count} patches")
+        raise UserError(f"a 2 x 2 grid needs B > 4 cells, got B = {cells:.2f} for {count} patches")
     found = torch.zeros(len(values))
     for coordinate_bins, channel_bins in grid_sizes(cells):
         best = _best_information(values, coordinate, coordinate_bins, channel_bins)

@@ -16,6 +16,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from timm_dvt.errors import UserError
+
 INDICATORS = ("norm", "degree")
 
 
@@ -34,10 +36,10 @@ def lost(features: Tensor, expansion: int = 100, indicator: str = "norm", centre
         ValueError: no such indicator, or features that are no map.
     """
     if indicator not in INDICATORS:
-        raise ValueError(f"indicator must be one of {INDICATORS}, got {indicator!r}")
+        raise UserError(f"indicator must be one of {INDICATORS}, got {indicator!r}")
     if features.ndim != 3 or expansion < 1:
         shape = tuple(features.shape)
-        raise ValueError(f"features must be (H, W, C) and expansion 1 or more, got {shape} and {expansion}")
+        raise UserError(f"features must be (H, W, C) and expansion 1 or more, got {shape} and {expansion}")
     height, width, _ = features.shape
     tokens = features.flatten(0, 1).double()
     based = tokens - tokens.mean(0) if centre else tokens

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from timm_dvt.errors import UserError
 from training.common.images import read_file
 from training.evaluate.features import Extractor
 from training.evaluate.splits import Split
@@ -56,10 +57,10 @@ def pair_data(
     for folder in folders:
         data = {part: PairFeatures(folder, split, extractor, batch_size) for part, split in splits.items()}
         if groups and any(data[part].split.images != groups[0][0][part].split.images for part in data):
-            raise ValueError(f"--pairs {folders[0]} and {folder} hold pairs of different images: no rows to compare")
+            raise UserError(f"--pairs {folders[0]} and {folder} hold pairs of different images: no rows to compare")
         states = tuple(state for state in next(iter(data.values())).states if state not in taken)
         if not states:
-            raise ValueError(f"--pairs {folder} holds what a folder before it holds: {', '.join(sorted(taken))}")
+            raise UserError(f"--pairs {folder} holds what a folder before it holds: {', '.join(sorted(taken))}")
         taken.update(states)
         groups.append((data, states))
     return groups
@@ -87,7 +88,7 @@ class PairFeatures:
         try:
             settings, entries = read_settings(folder), read_index(folder)
         except (OSError, ValueError) as error:
-            raise ValueError(f"--pairs {folder} holds no pairs: {error}") from error
+            raise UserError(f"--pairs {folder} holds no pairs: {error}") from error
         self.extractor, self.batch_size = extractor, batch_size
         self.grid, self.channels = int(settings["grid"]), int(settings["channels"])
         with_artifacts = settings.get("linear", {}).get("artifacts", True)
@@ -96,7 +97,7 @@ class PairFeatures:
         )
         own = (extractor.reader.grid, extractor.reader.channels)
         if own != (self.grid, self.channels):
-            raise ValueError(
+            raise UserError(
                 f"--pairs {folder} holds maps of {self.grid} x {self.grid} patches and {self.channels} channels, the "
                 f"model gives {own[0]} x {own[0]} and {own[1]}: they are of another model or size (see --input-size)"
             )
@@ -105,7 +106,7 @@ class PairFeatures:
         chosen = [i for i, file in found if file is not None]
         self._files = [file for _, file in found if file is not None]
         if not chosen:
-            raise ValueError(
+            raise UserError(
                 f"--pairs {folder} holds no pair of an image of {split.name}: run training.denoise_images on those "
                 f"images too, into the same folder (they are in {split.images[0].parent})"
             )

@@ -27,6 +27,7 @@ from typing import Any
 
 import training.evaluate.repository as repository_package
 import training.evaluate.tasks as fast_package
+from timm_dvt.errors import UserError
 from training.evaluate.datasets import named
 
 # fast: features extracted once, from whole images resized to a square; repository: as the authors' code evaluates.
@@ -49,9 +50,9 @@ def load_task(name: str, protocol: str = "fast") -> Any:
         ValueError: no such task, or not by this protocol.
     """
     if name not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, or all, got {name!r}")
+        raise UserError(f"task must be one of {', '.join(TASKS)}, or all, got {name!r}")
     if name not in tasks_of(protocol):
-        raise ValueError(f"--protocol {protocol} is for {', '.join(tasks_of(protocol))}, not for {name}")
+        raise UserError(f"--protocol {protocol} is for {', '.join(tasks_of(protocol))}, not for {name}")
     return importlib.import_module(f"{PROTOCOLS[protocol].__name__}.{name.replace('-', '_')}")
 
 
@@ -68,14 +69,14 @@ def task_settings(name: str, dataset: str, words: Sequence[str] = (), protocol: 
     for word in words:
         match = re.fullmatch(r"(?:([a-z-]+)\.)?(\w+)=(.*)", word)
         if match is None:
-            raise ValueError(f"--set takes NAME=VALUE or TASK.NAME=VALUE, got {word!r}")
+            raise UserError(f"--set takes NAME=VALUE or TASK.NAME=VALUE, got {word!r}")
         owner, key, text = match.groups()
         if owner is not None and owner not in TASKS:
-            raise ValueError(f"--set {word}: there is no task {owner!r}; tasks are {', '.join(TASKS)}")
+            raise UserError(f"--set {word}: there is no task {owner!r}; tasks are {', '.join(TASKS)}")
         if owner not in (None, name):
             continue
         if key not in known:
-            raise ValueError(f"--set {word}: {name} has the settings {', '.join(known) or 'none'}")
+            raise UserError(f"--set {word}: {name} has the settings {', '.join(known) or 'none'}")
         changes[key] = _parse(word, text, known[key])
     return replace(settings, **changes)
 
@@ -86,12 +87,12 @@ def _parse(word: str, text: str, default: Any) -> Any:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        raise ValueError(f"--set {word}: {text!r} is not a value like {default!r}") from None
+        raise UserError(f"--set {word}: {text!r} is not a value like {default!r}") from None
     kinds = (int, float) if isinstance(default, float) else (type(default),)
     if (
         value is not None
         and default is not None
         and (not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)))
     ):
-        raise ValueError(f"--set {word}: must be {type(default).__name__}, like {default!r}, got {text!r}")
+        raise UserError(f"--set {word}: must be {type(default).__name__}, like {default!r}, got {text!r}")
     return value

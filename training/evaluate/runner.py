@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_dvt.errors import UserError
 from timm_dvt.version import __version__
 from training.evaluate.datasets import open_dataset
 from training.evaluate.features import Extractor, Features
@@ -100,10 +101,10 @@ def evaluate(
     settings = task_settings(request.task, request.dataset, request.settings, request.protocol)
     splits = splits or open_splits([request])[0]
     if request.pairs and request.protocol != "fast":
-        raise ValueError("--pairs holds maps of whole images: it goes with --protocol fast alone")
+        raise UserError("--pairs holds maps of whole images: it goes with --protocol fast alone")
     if request.pairs and not getattr(task, "PAIRS", False):
         able = [name for name in TASKS if getattr(load_task(name), "PAIRS", False)]
-        raise ValueError(f"--pairs is for {', '.join(able)}, not for {request.task}")
+        raise UserError(f"--pairs is for {', '.join(able)}, not for {request.task}")
     groups: list[tuple[Mapping[str, Any], Sequence[str]]]
     if request.pairs:
         parts = {part: split for part, split in splits.items() if part == "val" or task.KIND != "images"}

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from timm_dvt.errors import UserError
 from training.evaluate.splits import IGNORE
 
 
@@ -34,7 +35,7 @@ class SegmentationScore:
         matrix = self.confusion.double()
         right, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
         if not true.sum():
-            raise ValueError("there is no labelled pixel in the masks: all are 255")
+            raise UserError("there is no labelled pixel in the masks: all are 255")
         union = true + predicted - right
         return {
             "mIoU": 100 * float((right / union)[union > 0].mean()),

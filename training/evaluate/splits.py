@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.common.images import ImageError, load_image
+from timm_dvt.errors import ImageError, UserError
+from training.common.images import load_image
 
 IGNORE = 255
 
@@ -56,7 +57,7 @@ class Split:
         try:
             return load_image(self.images[index])
         except ImageError as error:
-            raise ValueError(f"{self.images[index]}: {error}") from error
+            raise UserError(f"{self.images[index]}: {error}") from error
 
     def crops(
         self,
@@ -73,7 +74,7 @@ class Split:
         if count is None or count >= len(self):
             return self
         if count < 1:
-            raise ValueError(f"limit must be 1 or more, got {count}")
+            raise UserError(f"limit must be 1 or more, got {count}")
         return self.take([int(i) for i in np.linspace(0, len(self) - 1, count).round()])
 
     def take(self, chosen: Sequence[int]) -> Split:

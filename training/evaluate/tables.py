@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from timm_dvt.files import write_whole
+from timm_dvt.weights.files import write_whole
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

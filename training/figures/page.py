@@ -6,10 +6,9 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 
-from timm_dvt.demo import ASSETS
-
-STYLE = (ASSETS / "page.css").read_text(encoding="utf-8")
+STYLE = (resources.files("timm_dvt") / "assets" / "page.css").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The paper's figures of features: stage 1 of images (Figs. 5, S4 to S10), and what position does (3, S1).
 
-Colours, scales and marks are those of the demo's picture and of the page (`timm_dvt.looks`, `timm_dvt.panel`).
+Colors, scales and marks are those of the demo's picture and of the page (`timm_dvt.viewer`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from timm_dvt import looks
-from timm_dvt.colors import heat, map_correlation, norms
+from timm_dvt.viewer import pairs as looks
+from timm_dvt.viewer.colors import heat, map_correlation, norms
 from training.figures.sheet import Sheet
 
 Maps = Mapping[int, np.ndarray]

@@ -9,8 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from timm_dvt.colors import PALETTE
-from timm_dvt.panel import FAINT, INK
+from timm_dvt.viewer.colors import PALETTE
+from timm_dvt.viewer.panel import FAINT, INK
 
 # Those of the palette that are dark enough for a line on white, neighbours far from each other.
 COLOURS = [tuple(PALETTE[i]) for i in (0, 6, 2, 4, 8, 3, 7)]

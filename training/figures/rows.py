@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from timm_dvt.colors import fit_projection
+from timm_dvt.viewer.colors import fit_projection
 
 CELL = 160  # pixels of one map
 

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from timm_dvt.colors import heat
-from timm_dvt.looks import Scale
-from timm_dvt.panel import FAINT, INK, MARK
+from timm_dvt.viewer.colors import heat
+from timm_dvt.viewer.pairs import Scale
+from timm_dvt.viewer.panel import FAINT, INK, MARK
 
 CELL, GAP, GROUP_GAP, ROW_GAP = 1.42, 0.09, 0.30, 0.42  # inches
 LEFT, TITLES, GROUPS, RIGHT, BOTTOM = 0.42, 0.44, 0.36, 0.16, 0.36

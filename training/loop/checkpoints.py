@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.optim import Optimizer
 
+from timm_dvt.errors import UserError
 from training.common.shared_folder import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -77,7 +78,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
         known = facts.pop("checksum", None)  # none in those of older versions
         if known is not None and known != _checksum(facts, tensors):
-            raise ValueError("it is damaged, its checksum is another")
+            raise UserError("it is damaged, its checksum is another")
         model.load_state_dict(_below("model.", tensors))
         states: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in _below("optimizer.", tensors).items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_dvt.defaults import torch_defaults
+from timm_dvt.errors import UserError
 from training.common.backbone import FeatureReader
 from training.common.views import Views, render_views, sample_views, shrink_for_views, view_axes, whole_view
 from training.stage1.conditioning import check_views
@@ -107,9 +108,9 @@ class Decomposition:
             ValueError: a size below 1, or a decomposition whose field was not kept.
         """
         if height < 1 or width < 1:
-            raise ValueError(f"height and width must be 1 or more, got {height} and {width}")
+            raise UserError(f"height and width must be 1 or more, got {height} and {width}")
         if self.field is None:
-            raise ValueError("this decomposition came without its field, so F is known at the patches alone")
+            raise UserError("this decomposition came without its field, so F is known at the patches alone")
         xs, ys = ((torch.arange(count, dtype=torch.float64) + 0.5) / count for count in (width, height))
         return self.field(xs, ys).float().cpu()
 
@@ -149,13 +150,13 @@ def decompose(
     """
     settings = settings or Stage1Settings()
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-        raise ValueError(f"image must be (3, H, W) floating point, got {image.dtype} {tuple(image.shape)}")
+        raise UserError(f"image must be (3, H, W) floating point, got {image.dtype} {tuple(image.shape)}")
     if settings.solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {SOLVERS}, got {settings.solver!r}")
+        raise UserError(f"solver must be one of {SOLVERS}, got {settings.solver!r}")
     if settings.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {settings.batch_size}")
+        raise UserError(f"batch_size must be at least 1, got {settings.batch_size}")
     if not 0 <= settings.crops < settings.views:
-        raise ValueError(f"crops must be from 0 to {settings.views - 1}, one below views, got {settings.crops}")
+        raise UserError(f"crops must be from 0 to {settings.views - 1}, one below views, got {settings.crops}")
     if device is not None:
         model = model.to(device)
     reader = FeatureReader(
@@ -205,7 +206,7 @@ def decompose(
 def image_views(settings: Stage1Settings, image_size: tuple[int, int]) -> Views:
     """The views of one image of (height, width) pixels: the whole image first, then random crops."""
     if settings.views < 2:
-        raise ValueError(f"views must be at least 2 (the whole image and a crop), got {settings.views}")
+        raise UserError(f"views must be at least 2 (the whole image and a crop), got {settings.views}")
     whole = whole_view()
     crops = sample_views(
         settings.views - 1, image_size, settings.seed, area=settings.area, aspect=settings.aspect, flip=settings.flip

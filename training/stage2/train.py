@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from timm_dvt import save_pretrained
+from timm_dvt.attach import attach_denoiser
 from timm_dvt.denoiser import Denoiser, combine
+from timm_dvt.errors import UserError
 from timm_dvt.layouts import layout_of
-from timm_dvt.model import attach_denoiser
 from training.common.models import make_for, weights_digest
 from training.figures.rows import draw_rows
 from training.loop.checkpoints import CHECKPOINT, Diverged
@@ -26,7 +27,7 @@ from training.loop.order import positions, with_crops
 from training.loop.reading_ahead import reading_threads
 from training.loop.run import resume, run_steps
 from training.loop.settings import USUAL_PACE, Pace, TrainingSettings
-from training.pairs.reader import PairError, PairReader, PairSet, read_batches
+from training.pairs.reader import PairReader, PairSet, read_batches
 from training.stage2.denoisers import Stage2, Validation, make_denoisers
 from training.stage2.starts import load_init, start_as_static, subtract_mean_artifacts
 from training.stage2.targets import parts_for, raw_and_target
@@ -60,19 +61,19 @@ class Stage2Settings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.whole <= 1:
-            raise ValueError(f"whole must be from 0 to 1, a share, got {self.whole}")
+            raise UserError(f"whole must be from 0 to 1, a share, got {self.whole}")
 
 
 def check_fit(model: nn.Module, pairs: PairSet, name: str) -> None:
-    """Raise PairError unless the pairs can be of this model, by its width and number of blocks."""
+    """Raise UserError unless the pairs can be of this model, by its width and number of blocks."""
     layout = layout_of(model)
     if layout.channels != pairs.channels:
-        raise PairError(
+        raise UserError(
             f"{pairs.folder} holds features of {pairs.channels} channels, but --model {name} has {layout.channels}: "
             f"they are of another model ({pairs.settings.get('model', 'unnamed')})"
         )
     if max(pairs.layers) >= layout.maps:
-        raise PairError(
+        raise UserError(
             f"{pairs.folder} holds features of block {max(pairs.layers)}, but the last of --model {name} is "
             f"{layout.maps - 1}: they are of another model ({pairs.settings.get('model', 'unnamed')})"
         )
@@ -118,7 +119,7 @@ def train(
         Denoisers by layer, on the CPU.
 
     Raises:
-        PairError: a pair is damaged or holds NaN; names the file.
+        UserError: a pair is damaged or holds NaN; names the file.
         Diverged: loss or weights are beyond reason; the last checkpoint is left as it is.
         BadCheckpoint, OutputError: see training/loop/checkpoints.py.
     """
@@ -166,7 +167,7 @@ def train(
         if not broken:
             return Diverged.beyond(loss, limit, steps.stop, settings.schedule.rate(steps.stop - 1))
         names = ", ".join(map(str, broken[:3]))
-        return PairError(f"NaN or infinite features in {names}; delete the pair and run training.denoise_images again")
+        return UserError(f"NaN or infinite features in {names}; delete the pair and run training.denoise_images again")
 
     def validate(step: int) -> dict[str, float]:
         numbers, rows = validation_loss(module)
@@ -215,4 +216,4 @@ def _file_digest(folder: str) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise ValueError(f"--init {folder}: {path} cannot be read ({error.strerror or error})") from error
+        raise UserError(f"--init {folder}: {path} cannot be read ({error.strerror or error})") from error

@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import jaccard_score
 from torch.nn.functional import interpolate
 
-from timm_dvt.colors import map_correlation
+from timm_dvt.viewer.colors import map_correlation
 from training.evaluate.average_precision import Detections, voc_map
 from training.evaluate.detector import SimplePyramid, fixed_positions
 from training.evaluate.lost import is_correct, lost, pairwise_iou

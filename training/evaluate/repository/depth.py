@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import UserError
 from training.evaluate.augment import flip, normalise, one_cycle, random_place, recolour, turn
 from training.evaluate.features import Features
 from training.evaluate.live import LiveFeatures
@@ -130,7 +131,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
             numbers = depth_numbers(predict(val.image(index), depths, settings).cpu(), val.annotation(index), settings)
             found.extend([numbers] if numbers else [])
         if not found:
-            raise ValueError(f"no image of {val.name} has a depth within the range and crop")
+            raise UserError(f"no image of {val.name} has a depth within the range and crop")
         return {name: sum(numbers[name] for numbers in found) / len(found) for name in found[0]}
 
     torch.manual_seed(run.seed)

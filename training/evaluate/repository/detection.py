@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import UserError
 from training.evaluate.augment import normalise
 from training.evaluate.average_precision import Detections, voc_map
 from training.evaluate.detector import MapDetector, fixed_positions
@@ -76,7 +77,7 @@ class Settings:
 def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str, float]:
     """mAP (area) and mAP_11 (2007's 11 points, the published one), in percent."""
     if settings.fixed_pe not in FIXED_PE:
-        raise ValueError(f"fixed_pe must be one of {FIXED_PE}, got {settings.fixed_pe!r}")
+        raise UserError(f"fixed_pe must be one of {FIXED_PE}, got {settings.fixed_pe!r}")
     training, val = data["train"].split, data["val"].split
     live = LiveFeatures(data["val"].extractor)
     positions = fixed_positions(POSITIONS, live.channels).flatten(0, 1)[None].to(run.device)

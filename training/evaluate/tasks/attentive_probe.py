@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from timm_dvt.denoiser import default_num_heads
+from timm_dvt.errors import UserError
 from training.evaluate.features import Features
 from training.evaluate.probe import train
 from training.evaluate.runner import Run
@@ -48,7 +49,7 @@ class AttentiveProbe(nn.Module):
     def __init__(self, channels: int, classes: int, heads: int) -> None:
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads must divide the {channels} channels, got {heads}")
+            raise UserError(f"heads must divide the {channels} channels, got {heads}")
         self.heads = heads
         self.norm = nn.BatchNorm1d(channels, affine=False, eps=1e-6)
         self.query = nn.Parameter(torch.randn(1, 1, channels) * 0.02)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_dvt.errors import UserError
 from timm_dvt.layouts import KNOWN
 from timm_dvt.reading import final_tokens, fit_to
 from training.common.backbone import autocasting, raw_copy
@@ -107,7 +108,7 @@ def blank_sizes(extractor: Extractor, settings: Settings) -> list[tuple[int, int
     wanted: Any = settings.sizes if isinstance(extractor.model, KNOWN) else (extractor.reader.input_size,)
     pairs = [(size, size) if isinstance(size, int) else tuple(size) for size in wanted]
     if not pairs or any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
-        raise ValueError(f"sizes must be pixels or (height, width), like (518, (518, 784)), got {settings.sizes}")
+        raise UserError(f"sizes must be pixels or (height, width), like (518, (518, 784)), got {settings.sizes}")
     return list(dict.fromkeys((_whole(height, patch), _whole(width, patch)) for height, width in pairs))
 
 

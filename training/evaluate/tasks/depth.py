@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
+from timm_dvt.errors import UserError
 from training.evaluate.features import Features
 from training.evaluate.probe import train
 from training.evaluate.runner import Run
@@ -116,7 +117,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
                 numbers = depth_numbers(upsample(depth[None, None], tuple(true.shape))[0, 0], true, settings)
                 found.extend([numbers] if numbers else [])
     if not found:
-        raise ValueError(f"no image of {val.split.name} has a depth within the range and crop")
+        raise UserError(f"no image of {val.split.name} has a depth within the range and crop")
     return {name: sum(numbers[name] for numbers in found) / len(found) for name in found[0]}
 
 

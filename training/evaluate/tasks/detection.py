@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
+from timm_dvt.errors import UserError
 from training.evaluate.average_precision import Detections, voc_map
 from training.evaluate.detector import MapDetector, fixed_positions
 from training.evaluate.features import Features
@@ -103,11 +104,11 @@ class Detector(MapDetector):
 def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str, float]:
     """mAP (area) and mAP_11 (2007's 11 points), in percent."""
     if settings.fixed_pe not in FIXED_PE:
-        raise ValueError(f"fixed_pe must be one of {FIXED_PE}, got {settings.fixed_pe!r}")
+        raise UserError(f"fixed_pe must be one of {FIXED_PE}, got {settings.fixed_pe!r}")
     if settings.embedding not in EMBEDDINGS:
-        raise ValueError(f"embedding must be one of {EMBEDDINGS}, got {settings.embedding!r}")
+        raise UserError(f"embedding must be one of {EMBEDDINGS}, got {settings.embedding!r}")
     if settings.finest not in FINEST:
-        raise ValueError(f"finest must be one of {FINEST}, got {settings.finest!r}")
+        raise UserError(f"finest must be one of {FINEST}, got {settings.finest!r}")
     training, val = data["train"], data["val"]
     training.extract()
     val.extract()
@@ -142,7 +143,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
 def mean_artifacts(features: Features) -> Tensor:
     """What the denoiser removes, raw - denoised, in the mean over a split: (K, K, C)."""
     if "denoised" not in features.extractor.states:
-        raise ValueError("embedding=artifacts needs a model with a denoiser")
+        raise UserError("embedding=artifacts needs a model with a denoiser")
     total = torch.zeros(features.grid, features.grid, features.channels, dtype=torch.float64)
     for _, maps in features.batches("artifacts", "mean artifacts"):
         total += maps.cpu().double().sum(0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from timm_dvt.errors import UserError
 from training.evaluate.features import Features
 from training.evaluate.lost import is_correct, lost
 from training.evaluate.runner import Run
@@ -43,6 +44,6 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
                     box = lost(image, settings.expansion, settings.indicator, settings.centre)
                     right += is_correct(box, boxes)
         if not counted:
-            raise ValueError(f"no image of {features.split.name} has a labelled object")
+            raise UserError(f"no image of {features.split.name} has a labelled object")
         numbers[f"CorLoc/{part}"] = 100 * right / counted
     return numbers

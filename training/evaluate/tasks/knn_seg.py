@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import UserError
 from training.evaluate.features import Features
 from training.evaluate.runner import Run
 from training.evaluate.segmentation import SegmentationScore, upsample
@@ -54,7 +55,7 @@ SMALL = Settings(bank_share=0.5, query_size=48)
 def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str, float]:
     """mIoU, mAcc and aAcc in percent."""
     if not 0 < settings.bank_share <= 1:
-        raise ValueError(f"bank_share must be in (0, 1], got {settings.bank_share}")
+        raise UserError(f"bank_share must be in (0, 1], got {settings.bank_share}")
     train, val = data["train"], data["val"]
     train.extract()
     val.extract()

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from timm_dvt.bars import tqdm
-from timm_dvt.colors import map_correlation
-from timm_dvt.positions import without_noise
+from timm_dvt.calibration.positions import without_noise
+from timm_dvt.errors import UserError
+from timm_dvt.viewer.colors import map_correlation
 from training.common.backbone import FeatureReader
 from training.evaluate.features import Features
 from training.evaluate.runner import Run
@@ -75,7 +76,7 @@ class PositionStatistics:
     def share(self) -> float:
         """The fraction explained: 0 by chance, 1 if all images' maps are equal up to a constant."""
         if self.count < 2:
-            raise ValueError(f"position's share needs 2 images or more, got {self.count}")
+            raise UserError(f"position's share needs 2 images or more, got {self.count}")
         if self.squares == 0:
             return 0.0
         square, own = float(self.mean_map().square().sum()), self.squares / self.count**2

@@ -25,6 +25,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
+from timm_dvt.errors import UserError
 from training.evaluate.features import Features
 from training.evaluate.runner import Run
 from training.evaluate.segmentation import upsample
@@ -66,14 +67,14 @@ class Settings:
 def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str, float]:
     """J&F, J, F, and J&F/VIDEO/OBJECT of each object, in percent."""
     if min(settings.neighbours, settings.stride) < 1:
-        raise ValueError(f"neighbours and stride must be 1 or more, got {settings.neighbours}, {settings.stride}")
+        raise UserError(f"neighbours and stride must be 1 or more, got {settings.neighbours}, {settings.stride}")
     features = data["val"]
     scores: dict[str, tuple[float, float]] = {}
     for number in range(len(features)):
         video = features.split.annotation(number)
         frames = video.take(range(0, len(video), settings.stride)[: settings.frames or None])
         if len(frames) < 3:
-            raise ValueError(
+            raise UserError(
                 f"the video {video.name} has {len(frames)} frames (of {len(video)}, stride {settings.stride}): it "
                 "takes 3, as the first and the last do not count"
             )
@@ -91,7 +92,7 @@ def _scores(clip: Features, settings: Settings, run: Run) -> dict[str, tuple[flo
     first = video.annotation(0)
     objects = [label for label in first.unique().tolist() if label not in (0, IGNORE)]
     if not objects:
-        raise ValueError(f"the first frame of the video {video.name} has no object")
+        raise UserError(f"the first frame of the video {video.name} has no object")
     shares = torch.stack([(first == label).float() for label in (0, *objects)])
     labels = adaptive_avg_pool2d(shares, clip.grid).flatten(1).T.to(run.device)
     near = window(clip.grid, tuple(first.shape), settings.radius).to(run.device)

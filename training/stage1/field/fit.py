@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_dvt.errors import UserError
 from training.loop.optimisation import set_learning_rate
 from training.loop.schedule import Schedule, straight
 from training.stage1.field.backends import make_encoding
@@ -174,20 +175,20 @@ def _mlp(*widths: int) -> nn.Sequential:
 
 def _check(coords: Tensor, patches: Tensor, features: Tensor, positions: int, settings: FieldSettings) -> None:
     if features.ndim != 2 or features.shape[0] < 1 or features.shape[1] < 4:
-        raise ValueError(f"features must be (P, C) with P >= 1 and C >= 4, got {tuple(features.shape)}")
+        raise UserError(f"features must be (P, C) with P >= 1 and C >= 4, got {tuple(features.shape)}")
     count = len(features)
     if coords.shape != (count, 2) or not coords.is_floating_point():
         given = f"{tuple(coords.shape)} {coords.dtype}"
-        raise ValueError(f"coords must be ({count}, 2) floats, one a feature, got {given}")
+        raise UserError(f"coords must be ({count}, 2) floats, one a feature, got {given}")
     if not bool(((coords >= 0) & (coords <= 1)).all()):
-        raise ValueError("coords must lie in [0, 1] of the whole image")
+        raise UserError("coords must lie in [0, 1] of the whole image")
     if patches.shape != (count,) or patches.dtype != torch.int64:
-        raise ValueError(f"patches must be ({count},) int64, got {tuple(patches.shape)} {patches.dtype}")
+        raise UserError(f"patches must be ({count},) int64, got {tuple(patches.shape)} {patches.dtype}")
     if int(patches.min()) < 0 or int(patches.max()) >= positions:
         given = f"{int(patches.min())} to {int(patches.max())}"
-        raise ValueError(f"patches must lie in 0 to {positions - 1} for this grid, got {given}")
+        raise UserError(f"patches must lie in 0 to {positions - 1} for this grid, got {given}")
     if settings.recipe not in ("paper", "repository"):
-        raise ValueError(f"recipe must be paper or repository, got {settings.recipe!r}")
+        raise UserError(f"recipe must be paper or repository, got {settings.recipe!r}")
     for name, least in (("steps", 2), ("batch", 1), ("lr", 0), ("alpha", 0), ("beta", 0)):
         if not getattr(settings, name) >= least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(settings, name)}")
+            raise UserError(f"{name} must be at least {least}, got {getattr(settings, name)}")
