@@ -62,31 +62,39 @@ def add_denoiser(
         TypeError: the model does not give the patches of one grid (the message says why), or has a denoiser already.
         ValueError: the model drops patches in training, a block does not exist, or a size does not fit.
     """
+    options: Any = dict(layers=layers, keep_length=keep_length, pos_embed_out=pos_embed_out, blank_gate=blank_gate)
     layout = check_supported(model)
+    new = new_denoisers(model, layout, grid_size, depth, num_heads, pos_embed, arch, **options)
+    return attach_denoiser(model, new, layout)
+
+
+def new_denoisers(
+    model: nn.Module,
+    layout: Layout,
+    grid_size: int | tuple[int, int] | None = None,
+    depth: int = 1,
+    num_heads: int | None = None,
+    pos_embed: bool = True,
+    arch: str = "block",
+    layers: Sequence[int] | None = None,
+    keep_length: bool = False,
+    pos_embed_out: bool | Sequence[int] = False,
+    blank_gate: bool = False,
+) -> Denoiser | LayerDenoisers:
+    """New denoisers for a model of this layout, on its device and of its dtype; the rest as for `add_denoiser`."""
     count = layout.maps
     wanted = [-1] if layers is None else list(layers)
     if not wanted or any(not -count <= block < count for block in wanted):
         raise UserError(f"layers must be one or more blocks from {-count} to {count - 1}, got {layers}")
     out = pos_embed_out if isinstance(pos_embed_out, bool) else to_2tuple(pos_embed_out)
-    grid = to_2tuple(layout.grid if grid_size is None else grid_size)
+    rows, columns = to_2tuple(layout.grid if grid_size is None else grid_size)
     weight = next(model.parameters())
-    factory = {"device": weight.device, "dtype": weight.dtype}
+    options: Any = (depth, num_heads, pos_embed, arch, keep_length, out, blank_gate)
     new = {
-        block: Denoiser(
-            layout.channels,
-            (grid[0], grid[1]),
-            depth,
-            num_heads,
-            pos_embed,
-            arch,
-            keep_length,
-            out,
-            blank_gate,
-            **factory,
-        )
+        block: Denoiser(layout.channels, (rows, columns), *options, device=weight.device, dtype=weight.dtype)
         for block in sorted({block % count for block in wanted})
     }
-    return attach_denoiser(model, combine(new, final=count - 1))
+    return combine(new, final=count - 1)
 
 
 def check_supported(model: nn.Module) -> Layout:
@@ -103,9 +111,13 @@ def check_supported(model: nn.Module) -> Layout:
     return layout
 
 
-def attach_denoiser(model: Any, denoiser: Denoiser | LayerDenoisers) -> nn.Module:
-    """Make a timm model a denoised one with this denoiser, in place, and return it. Raises as `add_denoiser`."""
-    layout = check_supported(model)
+def attach_denoiser(model: Any, denoiser: Denoiser | LayerDenoisers, layout: Layout | None = None) -> nn.Module:
+    """Make a timm model a denoised one with this denoiser, in place, and return it. Raises as `add_denoiser`.
+
+    Args:
+        layout: what `check_supported` says of the model, where that was asked already: for some classes it is slow.
+    """
+    layout = layout or check_supported(model)
     final = layout.maps - 1
     if isinstance(denoiser, LayerDenoisers) and not layout.plain:
         raise UserError(

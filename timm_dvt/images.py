@@ -3,13 +3,13 @@
 One rule for each kind of image, so that the same file always gives the same numbers:
 
 - grayscale and bilevel: the one channel is repeated; palettes are looked up; CMYK is converted by Pillow
-- alpha, of whatever kind: composited over white, as a page would show it, because the colours under
+- alpha, of whatever kind: composited over white, as a page would show it, because the colors under
   transparent pixels are arbitrary
 - 16 bits a channel: scaled by 1/65535, never clipped at 255
 - float pixels: taken as they are when they lie in [0, 1], refused otherwise: their scale is not in the file
 - animations and multi-page files: the first frame
 - EXIF orientation: applied; a damaged EXIF block is ignored
-- colour profiles: not applied, as in timm and torchvision
+- color profiles: not applied, as in timm and torchvision
 """
 
 import math

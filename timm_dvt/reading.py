@@ -18,7 +18,7 @@ def final_tokens(
 
     Args:
         model: a timm model, with a denoiser or without.
-        images: (B, 3, h, w), normalised.
+        images: (B, 3, h, w), normalized.
         layout: where known, of `timm_dvt.layouts.layout_of`; default the model's own, found out by a run.
 
     Raises:

@@ -47,7 +47,7 @@ from training.loop.distance import loss_limit
 from training.loop.distributed import ALONE, Processes, join_processes
 from training.loop.entry import exit_code, only_run
 from training.loop.log import TrainingLog
-from training.loop.optimisation import autocast, make_adamw
+from training.loop.optimization import autocast, make_adamw
 from training.loop.options import add_training_arguments, training_settings
 from training.loop.order import positions, split_places
 from training.loop.reading_ahead import read_ahead, reading_threads
@@ -187,7 +187,7 @@ def train(
     mean, std = (torch.tensor(config[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
     autocasting = autocast(device, settings.dtype)
 
-    def normalise(images: Tensor) -> Tensor:
+    def normalize(images: Tensor) -> Tensor:
         return (images.to(device) - mean) / std
 
     # In eval mode: a pretrained ViT has no layer that training would change, and nothing random to be continued.
@@ -198,7 +198,7 @@ def train(
     optimizer = make_adamw(student, settings.lr, settings.weight_decay, settings.decay_all)
     first = resume(folder / CHECKPOINT, student, optimizer)
     model = processes.share(student)
-    validation_loss = Validation(teacher, CropReader(shown, settings.input_size, settings.seed), normalise, autocasting)
+    validation_loss = Validation(teacher, CropReader(shown, settings.input_size, settings.seed), normalize, autocasting)
 
     def read(step: int) -> Tensor:
         part = processes.part(step, settings.batch_size)
@@ -211,7 +211,7 @@ def train(
 
     def loss(step: int) -> Tensor:
         nonlocal wanted
-        images = normalise(next(batches))
+        images = normalize(next(batches))
         with autocasting():
             with torch.no_grad():
                 wanted = as_tokens(teacher.forward_features(images), teacher.layout)

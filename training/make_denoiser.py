@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def spread(sources: list[Source], most: int) -> list[Source]:
-    """At most so many of the images, evenly spread over them: neighbours in a folder are alike."""
+    """At most so many of the images, evenly spread over them: neighbors in a folder are alike."""
     if len(sources) <= most:
         return sources
     return [sources[i * len(sources) // most] for i in range(most)]

@@ -34,8 +34,8 @@ from PIL import Image
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError
 from training.common.command import complain, help_from
-from training.evaluate.annotations import image_size
-from training.evaluate.splits import IGNORE
+from training.evaluate.data.annotations import image_size
+from training.evaluate.data.splits import IGNORE
 
 VAL = {"voc-boxes": 400, "clothing": 300}  # photographs, where the repository has no split of its own
 KITCHEN_TRAIN, KITCHEN_GAP = 0.7, 0.05  # shares of the frames, in order of time; the gap is in neither part

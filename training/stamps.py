@@ -132,7 +132,7 @@ class Composer:
 
 
 def _tinted(photo: np.ndarray, tint: np.ndarray) -> Image.Image:
-    """A clothing item (28, 28) in a colour, RGBA, its dark ground transparent."""
+    """A clothing item (28, 28) in a color, RGBA, its dark ground transparent."""
     rgba = np.empty((28, 28, 4), np.uint8)
     rgba[..., :3] = photo[..., None] * tint
     rgba[..., 3] = 255 * (photo >= _CLOTHING)

@@ -140,7 +140,7 @@ def positional_maps(
         ValueError: not one image could be read.
     """
     reader = _reader(model, settings)
-    gray = torch.tensor(resolve_model_data_config(model)["mean"]).view(1, 3, 1, 1)  # zero, once normalised
+    gray = torch.tensor(resolve_model_data_config(model)["mean"]).view(1, 3, 1, 1)  # zero, once normalized
     zero = reader.patch_features(gray.expand(1, 3, reader.input_size, reader.input_size))
     total: dict[int, Tensor] = {}
     first: dict[int, Tensor] = {}

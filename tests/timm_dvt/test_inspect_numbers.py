@@ -8,7 +8,7 @@ from timm_dvt.calibration.positions import PositionSums, Windows
 from timm_dvt.inspection.estimates import alikeness, grid_energy, position_share, products_of
 from timm_dvt.inspection.outliers import cut_of, outliers_of
 from timm_dvt.inspection.probe import PlaceProbe
-from training.evaluate.tasks.position import PositionStatistics
+from training.evaluate.position.share import PositionStatistics
 
 ROWS, COLUMNS, DIM = 5, 4, 6
 

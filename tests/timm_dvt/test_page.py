@@ -69,14 +69,14 @@ class Parts(HTMLParser):
 # ---- looks
 
 
-def test_colours_keep_their_meaning_from_map_to_map():
-    """The strongest component of one map is the weakest of the other, and has one colour in both."""
+def test_colors_keep_their_meaning_from_map_to_map():
+    """The strongest component of one map is the weakest of the other, and has one color in both."""
     draw = np.random.default_rng(0)
-    centred = draw.normal(size=(48, 3))
-    meanings = np.linalg.qr(centred - centred.mean(0))[0]
+    centered = draw.normal(size=(48, 3))
+    meanings = np.linalg.qr(centered - centered.mean(0))[0]
     axes = np.linalg.qr(draw.normal(size=(16, 3)))[0].T
     off, on = ((meanings * strength @ axes).reshape(6, 8, 16) for strength in ([3, 2, 1], [1, 2, 3]))
-    first, second = looks.colours(off, on)
+    first, second = looks.colors(off, on)
     np.testing.assert_allclose(first, fit_projection(off).colors(off))
     np.testing.assert_allclose(second, first, atol=1e-6)
 
@@ -85,8 +85,8 @@ def test_groups_of_equal_maps_are_equal_and_of_the_palette():
     off, _ = maps(6, 8)
     first, second = looks.groups(off, off.copy(), 3)
     assert np.array_equal(first, second)
-    colours = {tuple(c) for c in first.reshape(-1, 3)}
-    assert len(colours) == 3 and colours <= {tuple(c) for c in PALETTE}
+    colors = {tuple(c) for c in first.reshape(-1, 3)}
+    assert len(colors) == 3 and colors <= {tuple(c) for c in PALETTE}
 
 
 def test_similarity_is_the_cosine_and_both_maps_share_its_scale():
@@ -100,10 +100,10 @@ def test_similarity_is_the_cosine_and_both_maps_share_its_scale():
     assert (first[1, 2] == second[1, 2]).all() and (first.max((0, 1)) <= 1).all()
 
 
-def test_nothing_removed_is_one_colour():
+def test_nothing_removed_is_one_color():
     off, _ = maps(6, 8)
-    (colours, length), scale = looks.removed(off, off)
-    assert scale == (0, 0) and len(np.unique(colours.reshape(-1, 3), axis=0)) == 1
+    (colors, length), scale = looks.removed(off, off)
+    assert scale == (0, 0) and len(np.unique(colors.reshape(-1, 3), axis=0)) == 1
     assert len(np.unique(length.reshape(-1, 3), axis=0)) == 1
 
 
@@ -121,7 +121,7 @@ def test_every_part_is_whole_and_has_one_pixel_a_patch(look):
         pictures = [picture for picture in Parts(text).pictures() if picture.shape == (6, 8, 3)]
         assert len(pictures) == count, name
         assert "<b>" not in text
-    want = (looks.colours(look.off, look.on)[1] * 255).round()
+    want = (looks.colors(look.off, look.on)[1] * 255).round()
     assert np.array_equal(Parts(parts["overview"][0]).pictures()[2], want)
     for text in (page.intro(), page.downloads("key", (1, 2), 4), page.heading("groups", "text")):
         Parts(text)
@@ -240,9 +240,9 @@ def test_models_are_kept_up_to_a_number_and_only_variants_are_loaded(folder, mon
 
     def load(name):
         loaded.append(name)
-        return timm.create_model(f"local-dir:{folder}", pretrained=True), ""
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
 
-    monkeypatch.setattr(studio, "load_model", load)
+    monkeypatch.setattr(studio, "load_denoised", load)
     shared = Studio(f"local-dir:{folder}")
     names = [shared.first, *shared.names[1:3]]
     for name in (*names, names[2], names[1], names[0]):

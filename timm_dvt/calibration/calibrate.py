@@ -148,7 +148,7 @@ def _add_gates(denoisers: dict[int, Denoiser], reader: ViewReader, images: list[
     """Let denoisers, whose model the reader reads without them, know blank images from these."""
     blanks = torch.stack([draw_blank(reader.channels, reader.size, seed) for seed in range(GATE_BLANKS)])
     shown = torch.stack([canvas(images[i % len(images)], reader.size, i) for i in range(GATE_IMAGES)])
-    tokens = [reader(reader.normalised(kind)) for kind in (blanks, shown)]
+    tokens = [reader(reader.normalized(kind)) for kind in (blanks, shown)]
     for block, denoiser in denoisers.items():
         gate = fit_gate(*(maps[block].flatten(1, 2).cpu() for maps in tokens))
         if gate is not None:

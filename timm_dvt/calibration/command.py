@@ -1,4 +1,4 @@
-"""python -m timm_dvt calibrate: a model by name, calibrated, saved as a folder, and drawn before and after."""
+"""timm-dvt calibrate: a model by name, calibrated, saved as a folder, and drawn before and after."""
 
 import argparse
 import io
@@ -203,7 +203,7 @@ def _shown(denoiser: Any, reader: ViewReader, image: Image.Image) -> Shown:
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*reader.size, 3).permute(2, 0, 1)
     hook = denoiser.register_forward_hook(look)
     try:
-        reader(reader.normalised(pixels / 255)[None])
+        reader(reader.normalized(pixels / 255)[None])
     finally:
         hook.remove()
     off, on = (seen[state][0].float().cpu().unflatten(0, reader.grid).numpy() for state in ("off", "on"))

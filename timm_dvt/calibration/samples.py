@@ -130,21 +130,21 @@ def _tensor(image: torch.Tensor) -> torch.Tensor:
     low, high = float(image.min()), float(image.max())
     if not -1e-3 <= low <= high <= 1.001:  # also where one is NaN
         raise CalibrationError(
-            f"A tensor has values from {low:.3g} to {high:.3g}; pass images in [0, 1], not normalised."
+            f"A tensor has values from {low:.3g} to {high:.3g}; pass images in [0, 1], not normalized."
         )
     return image.float()
 
 
 def blank(channels: int, size: tuple[int, int], visit: int) -> torch.Tensor:
-    """An image (channels, *size) without content, as a model sees it (normalised): one colour, or noise by turns.
+    """An image (channels, *size) without content, as a model sees it (normalized): one color, or noise by turns.
 
     Noise is of one cell size, drawn anew for each image: smooth as photographs are, where white noise is nothing that
     a model has seen. The first image is zero.
     """
     draw = torch.Generator().manual_seed(visit)
     if visit % 2 == 0:
-        colour = torch.randn(channels, 1, 1, generator=draw) * (visit > 0)
-        return colour.expand(channels, *size)
+        color = torch.randn(channels, 1, 1, generator=draw) * (visit > 0)
+        return color.expand(channels, *size)
     low, high = NOISE_CELLS
     cell = low * (high / low) ** float(torch.rand(1, generator=draw))
     grid = [int(side / cell) + 2 for side in size]

@@ -42,13 +42,13 @@ class ViewReader:
         self.views = 0  # the one of zeros was to learn the grid
         self.patch = tuple(side // count for side, count in zip(self.size, self.grid))
 
-    def normalised(self, image: torch.Tensor) -> torch.Tensor:
+    def normalized(self, image: torch.Tensor) -> torch.Tensor:
         """An RGB image (3, h, w) in [0, 1] as the model takes it."""
         return (image - self.mean) / self.std
 
     @torch.no_grad()
     def __call__(self, inputs: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Inputs (V, channels, *size), normalised, to maps (V, H, W, C) by block, float32."""
+        """Inputs (V, channels, *size), normalized, to maps (V, H, W, C) by block, float32."""
         read = []
         # Inner blocks are read as they leave them. The last one's is normed in any case, but with norm=True it is timm
         # that norms, prefix tokens and all, as in forward_features.
@@ -100,7 +100,7 @@ def view_inputs(reader: Any, windows: Windows, found: list[Source] | None, visit
         raise CalibrationError(f"The model takes images of {reader.channels} channels; use blank ones (no images).")
     height, width = (side + more * patch for side, more, patch in zip(reader.size, windows.margin, reader.patch))
     image = visit % len(found) if len(found) >= 4 else visit
-    part = reader.normalised(canvas(found[visit % len(found)], (height, width), visit))
+    part = reader.normalized(canvas(found[visit % len(found)], (height, width), visit))
     return image, torch.stack([_cut(part, place, reader) for place in windows.places])
 
 

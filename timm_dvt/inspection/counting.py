@@ -129,7 +129,7 @@ def count_blanks(reader: LayerReader, kind: str, progress: bool) -> dict[str, Of
     sums: dict[str, PositionSums] = {}
     seeds = range(kind == "noise", 2 * BLANKS, 2)  # as `draw_blank` turns them out
     for turn, seed in enumerate(tqdm(seeds, f"{kind} images", leave=False, disable=not progress)):
-        image = reader.normalised(draw_blank(reader.channels, reader.size, seed))
+        image = reader.normalized(draw_blank(reader.channels, reader.size, seed))
         for name, maps in reader(image[None]).items():
             sums.setdefault(name, PositionSums(Windows.whole(), MOST_GROUPS, directions=False))
             sums[name].add(maps, turn % MOST_GROUPS)

@@ -149,7 +149,7 @@ def _pictures(count: Count) -> Pictures:
     """A photograph and its tokens, and room for what the sums tell."""
     reader = count.reader
     photograph = reader.pixels(count.inputs(0)[:1])
-    maps = {name: one[0].cpu().numpy() for name, one in reader(reader.normalised(photograph)).items()}
+    maps = {name: one[0].cpu().numpy() for name, one in reader(reader.normalized(photograph)).items()}
     drawable = photograph[0, :3] if reader.channels >= 3 else photograph[0, :1].expand(3, -1, -1)
     return Pictures(drawable.permute(1, 2, 0).numpy(), maps, {}, {}, {}, {})
 

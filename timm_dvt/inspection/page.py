@@ -154,9 +154,7 @@ def _photograph(told: Inspection) -> list[Cell]:
     for layer in told.layers:
         if layer.name in kept and raw.shape[-1] >= 3:
             maps = told.pictures.maps[layer.name]
-            colors = (
-                looks.colours(raw, maps)[1] if layer.final and layer.denoised else fit_projection(maps).colors(maps)
-            )
+            colors = looks.colors(raw, maps)[1] if layer.final and layer.denoised else fit_projection(maps).colors(maps)
             cells.append(Cell(layer.name, f"position {100 * layer.share.value:.2g}%", _map(colors)))
     return cells
 

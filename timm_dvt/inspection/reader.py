@@ -71,7 +71,7 @@ class LayerReader:
                 f"{unwrapping(self.model)}"
             ) from e
 
-    def normalised(self, image: torch.Tensor) -> torch.Tensor:
+    def normalized(self, image: torch.Tensor) -> torch.Tensor:
         """An image (channels, h, w) in [0, 1] as the model takes it; of channels other than RGB no mean is known."""
         return (image - self.mean) / self.std if self.channels == 3 else (image - 0.5) * 4
 

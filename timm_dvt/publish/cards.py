@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+from timm_dvt.architectures import ARCHITECTURES
 from timm_dvt.bars import tqdm
 from timm_dvt.layouts import layout_of, meant_size
 from timm_dvt.publish import published
@@ -24,7 +25,7 @@ from timm_dvt.weights.files import write_whole
 NAMESPACE = "NAMESPACE"
 NOTE = (
     f"> `{NAMESPACE}` stands for the account this card is published under: nothing is on the Hub before somebody runs\n"
-    "> `python -m timm_dvt push`, which fills it in."
+    "> `timm-dvt push`, which fills it in."
 )
 TAGS = ["timm", "timm-dvt", "vision-transformer", "dense-features", "denoising-vision-transformers"]
 DATASETS = {"PASCAL VOC": "pascal-voc", "ImageNet-1k": "ILSVRC/imagenet-1k"}
@@ -43,14 +44,6 @@ METRICS = {  # number: type for the Hub, name, format
     "RMSE": ("rmse", "RMSE", "{:.4f}"),
     "AbsRel": ("abs_rel", "abs rel", "{:.4f}"),
     "delta1": ("a1", "a1", "{:.2f}"),
-}
-KINDS = {  # of a denoiser: what there is of it, by architecture
-    "block": "transformer block{s}",
-    "block-no-pe": "transformer block{s} without position embedding",
-    "conv1x1": "convolution{s} of 1 x 1",
-    "conv3x3": "convolution{s} of 3 x 3",
-    "static": "artifact map subtracted",
-    "project": "linear map{s} of each token",
 }
 BYTES = 4  # of a weight: float32
 
@@ -89,7 +82,7 @@ def _kind(model: Any) -> str:
     denoisers = model.denoisers()
     one = denoisers[max(denoisers)]  # all are of one kind
     count = max(sum(not isinstance(part, nn.ReLU) for part in one.blocks), 1)
-    kind = f"{count} {KINDS[one.arch].format(s='s' * (count > 1))}"
+    kind = f"{count} {ARCHITECTURES[one.arch].kind.format(s='s' * (count > 1))}"
     if list(denoisers) == [model.final_block]:
         return kind
     return f"for each of the blocks {', '.join(map(str, denoisers))}, counted from 0, {kind}, together"

@@ -53,7 +53,7 @@ def add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repo", metavar="ORG/NAME", help="the repo; made if it does not exist")
     parser.add_argument("--space", action="store_true", help=f"publish the page as a Space (FOLDER: {SPACE})")
     parser.add_argument("--all", action="store_true", help="publish every variant, each in a repo of its name")
-    parser.add_argument("--namespace", metavar="NS", help="with --all: the account or organisation")
+    parser.add_argument("--namespace", metavar="NS", help="with --all: the account or organization")
     parser.add_argument("--private", action="store_true", help="make the repo a private one")
     parser.add_argument("--create-pr", action="store_true", help="propose a pull request to a repo that exists")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
@@ -69,7 +69,7 @@ def _cards(args: argparse.Namespace) -> None:
     if not args.check:
         print(f"wrote {len(write_cards(args.out, progress=True))} cards to {args.out}")
     elif stale := stale_cards(args.out, progress=True):
-        raise UserError(f"stale in {args.out}: {', '.join(stale)}; run python -m timm_dvt cards --out {args.out}")
+        raise UserError(f"stale in {args.out}: {', '.join(stale)}; run timm-dvt cards --out {args.out}")
 
 
 def _push(args: argparse.Namespace) -> None:

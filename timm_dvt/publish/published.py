@@ -22,7 +22,7 @@ LOST07, LOST12 = ("discovery", "voc", "CorLoc/voc2007"), ("discovery", "voc", "C
 LOST20K = ("discovery", "coco", "CorLoc/coco20k")
 KNN, MIC = ("knn-seg", "voc", "mIoU"), ("mic", "imagefolder", "mic")
 
-# The README's columns: percent, but for RMSE (metres) and AbsRel (a ratio); of these two less is better.
+# The README's columns: percent, but for RMSE (meters) and AbsRel (a ratio); of these two less is better.
 SEVEN = (VOC, VOC_ACC, ADE, ADE_ACC, RMSE, ABSREL, DELTA)
 
 DINOV2, REG = "vit_base_patch14_dinov2.lvd142m", "vit_base_patch14_reg4_dinov2.lvd142m"

@@ -1,7 +1,7 @@
 """A page to play with: an image's features with the denoiser off and on, in a browser.
 
-    python -m timm_dvt app                                            # http://127.0.0.1:7860
-    python -m timm_dvt app --model vit_base_patch14_dinov2.lvd142m_dvt --port 8000
+    timm-dvt app                                            # http://127.0.0.1:7860
+    timm-dvt app --model vit_base_patch14_dinov2.lvd142m_dvt --port 8000
 
 An upload's file is deleted as soon as it is read; of what was computed, the last looks stay in memory. The only module
 that imports Gradio (extra `app`).
@@ -182,7 +182,7 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
 
 def _parts(key: str, look: page.Look, count: int) -> list[Any]:
     """What a new look changes: its key, the patch chosen, and the parts of the page."""
-    at = looks.centre(look.off)
+    at = looks.center(look.off)
     parts = [page.overview(look), page.alike(look, at), page.groups(look, count), page.rest(look)]
     return [key, at, *parts, page.downloads(key, at, count)]
 

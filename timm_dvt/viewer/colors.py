@@ -1,4 +1,4 @@
-"""Feature maps as colours: principal components, clusters, norms and similarities. Arrays in, arrays out."""
+"""Feature maps as colors: principal components, clusters, norms and similarities. Arrays in, arrays out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from timm_dvt.errors import UserError
 STARTS = 4  # of k-means, the best of which counts
 PERCENTILES = (1.0, 99.0)  # a few outlier tokens must not decide the contrast of all others
 
-# Ten colours that are told apart easily, by colour-blind readers too (Paul Tol's, muted).
+# Ten colors that are told apart easily, by color-blind readers too (Paul Tol's, muted).
 PALETTE = (
     np.array(
         [
@@ -32,18 +32,18 @@ PALETTE = (
 )
 
 
-# Dark blue over green to yellow, rising in lightness all the way: readable in grey and by colour-blind readers.
+# Dark blue over green to yellow, rising in lightness all the way: readable in gray and by color-blind readers.
 SCALE = np.array([(24, 15, 61), (48, 60, 130), (33, 113, 142), (38, 160, 124), (122, 199, 77), (253, 231, 55)]) / 255
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Three principal components as red, green and blue, with the range of values that fills each colour.
+    """Three principal components as red, green and blue, with the range of values that fills each color.
 
     Attributes:
         mean: (C,) what is subtracted first.
         axes: (C, 3) orthonormal, by falling variance. The largest entry of each axis is positive, so that the
-            same features always get the same colours.
+            same features always get the same colors.
         low, high: (3,) values that become 0 and 1.
     """
 
@@ -57,7 +57,7 @@ class Projection:
         return (np.asarray(features, dtype=np.float64) - self.mean) @ self.axes
 
     def colors(self, features: np.ndarray) -> np.ndarray:
-        """(..., C) features to (..., 3) colours in [0, 1]; gray where a component does not vary."""
+        """(..., C) features to (..., 3) colors in [0, 1]; gray where a component does not vary."""
         span = self.high - self.low
         flat = span <= 1e-12 * (np.abs(self.high) + np.abs(self.low)) + 1e-30
         scaled = (self.components(features) - self.low) / np.where(flat, 1, span)
@@ -66,7 +66,7 @@ class Projection:
     def matched_to(self, other: Projection, ours: np.ndarray, theirs: np.ndarray) -> Projection:
         """The same three components, ordered and signed as those of `other` that they are most alike.
 
-        Two maps of one image get their colours from components of their own; this makes the same thing red in
+        Two maps of one image get their colors from components of their own; this makes the same thing red in
         both, where it is a component of both.
 
         Args:
@@ -97,7 +97,7 @@ class Projection:
 
 
 def fit_projection(features: np.ndarray) -> Projection:
-    """The principal components of (..., C) features, C >= 3, and colour ranges from percentiles 1 to 99.
+    """The principal components of (..., C) features, C >= 3, and color ranges from percentiles 1 to 99.
 
     Raises:
         ValueError: fewer than 3 channels, or a value that is not finite.
@@ -109,8 +109,8 @@ def fit_projection(features: np.ndarray) -> Projection:
     if not np.isfinite(rows).all():
         raise UserError("features must be finite, got NaN or infinity")
     mean = rows.mean(axis=0)
-    centred = rows - mean
-    _, vectors = np.linalg.eigh(centred.T @ centred)
+    centered = rows - mean
+    _, vectors = np.linalg.eigh(centered.T @ centered)
     axes = vectors[:, :-4:-1]
     axes = axes * np.where(axes[np.abs(axes).argmax(axis=0), np.arange(3)] < 0, -1, 1)
     nothing = np.zeros(3)
@@ -118,7 +118,7 @@ def fit_projection(features: np.ndarray) -> Projection:
 
 
 def principal_colors(features: np.ndarray) -> np.ndarray:
-    """(..., C) features coloured by their own three principal components: (..., 3) in [0, 1]."""
+    """(..., C) features colored by their own three principal components: (..., 3) in [0, 1]."""
     return fit_projection(features).colors(features)
 
 
@@ -178,7 +178,7 @@ def _best_pairs(score: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values (H, W) on `SCALE`, which stands for `low` to `high`: colours (H, W, 3) in [0, 1]."""
+    """Values (H, W) on `SCALE`, which stands for `low` to `high`: colors (H, W, 3) in [0, 1]."""
     place = ((np.asarray(values, float) - low) / (high - low if high > low else 1)).clip(0, 1) * (len(SCALE) - 1)
     return np.stack([np.interp(place, np.arange(len(SCALE)), SCALE[:, c]) for c in range(3)], axis=-1)
 
@@ -195,7 +195,7 @@ def similarity(features: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
     return unit @ unit[patch]
 
 
-def centre_similarity(features: np.ndarray) -> np.ndarray:
+def center_similarity(features: np.ndarray) -> np.ndarray:
     """Cosine similarity (K, K) of every patch of a (K, K, C) map to the patch in the middle, K // 2."""
     return similarity(features, (features.shape[0] // 2, features.shape[1] // 2))
 

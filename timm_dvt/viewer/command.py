@@ -9,7 +9,7 @@ from timm_dvt.viewer.demo import run
 def add_demo(parser: argparse.ArgumentParser) -> None:
     """Options of `demo`."""
     parser.description = (
-        "Draw a model's features of images with its denoiser off and on: as colours (PCA), in groups "
+        "Draw a model's features of images with its denoiser off and on: as colors (PCA), in groups "
         "(k-means), their length, their similarity to the patch in the middle, and what was removed. Prints shapes, "
         "times and the file written."
     )

@@ -46,7 +46,7 @@ class Look:
     def clamped(self, row: object, column: object) -> tuple[int, int]:
         """The patch nearest to what a visitor's browser asked for; the one in the middle if it asked for no number."""
         if not isinstance(row, int) or not isinstance(column, int):
-            return looks.centre(self.off)
+            return looks.center(self.off)
         return min(max(row, 0), self.grid[0] - 1), min(max(column, 0), self.grid[1] - 1)
 
 
@@ -67,7 +67,7 @@ def notice(text: str) -> str:
 
 def overview(look: Look) -> str:
     """The photograph with the facts, and both maps in one frame with a bar to drag."""
-    off, on = (url(as_image(colours)) for colours in looks.colours(look.off, look.on))
+    off, on = (url(as_image(colors)) for colors in looks.colors(look.off, look.on))
     rows, columns = look.grid
     before, after = look.milliseconds
     facts = {
@@ -82,12 +82,12 @@ def overview(look: Look) -> str:
         f'<section class="dvt-row dvt-overview"><div class="dvt-text">{_photograph(look)}<dl>'
         + "".join(f"<dt>{escape(name)}</dt><dd>{_breakable(value)}</dd>" for name, value in facts.items())
         + f'</dl></div><div><div class="dvt-compare dvt-map" style="--at: 50%; {_aspect(look)}">'
-        f'<img src="{off}" alt="Features as colours, {STATES[0]}">'
-        f'<img class="dvt-over" src="{on}" alt="Features as colours, {STATES[1]}">'
+        f'<img src="{off}" alt="Features as colors, {STATES[0]}">'
+        f'<img class="dvt-over" src="{on}" alt="Features as colors, {STATES[1]}">'
         f'<input class="dvt-bar" type="range" min="0" max="100" value="50" aria-label="Divider, in percent of the '
         f'width: left of it the denoiser is off, right of it on"><span class="dvt-line"></span>'
         f'<span class="dvt-left">{STATES[0]}</span><span class="dvt-right">{STATES[1]}</span></div>'
-        f'<p class="dvt-hint">Features as colours: the three principal '
+        f'<p class="dvt-hint">Features as colors: the three principal '
         f"components of each map. Drag the bar, or use the arrow keys.</p></div></section>"
     )
 
@@ -130,7 +130,7 @@ def rest(look: Look) -> str:
         "removed",
         "Off minus on. What depends on the place and not on the image is noise.",
         removed_scale,
-        _both(look, removed, ("as colours", "its length"), "Removed"),
+        _both(look, removed, ("as colors", "its length"), "Removed"),
     )
 
 
@@ -172,7 +172,7 @@ def url(image: Image.Image, kind: str = "PNG") -> str:
 
 def gradient() -> str:
     """The scale of lengths and similarities for a style sheet."""
-    return ", ".join(f"rgb({', '.join(str(round(float(c) * 255)) for c in colour)})" for colour in SCALE)
+    return ", ".join(f"rgb({', '.join(str(round(float(c) * 255)) for c in color)})" for color in SCALE)
 
 
 def _section(kind: str, text: str, scale: looks.Scale, maps: str) -> str:
@@ -188,9 +188,9 @@ def _figure(content: str, caption: str) -> str:
     return f"<figure><figcaption>{escape(caption)}</figcaption>{content}</figure>"
 
 
-def _map(colours: np.ndarray, look: Look, alt: str) -> str:
+def _map(colors: np.ndarray, look: Look, alt: str) -> str:
     """One pixel a patch; the browser enlarges it without smoothing."""
-    picture = f'<img src="{url(as_image(colours))}" alt="{escape(alt)}">'
+    picture = f'<img src="{url(as_image(colors))}" alt="{escape(alt)}">'
     return f'<div class="dvt-map" style="{_aspect(look)}">{picture}</div>'
 
 

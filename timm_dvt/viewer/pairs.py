@@ -16,20 +16,20 @@ from timm_dvt.viewer.colors import (
 )
 
 Pair = tuple[np.ndarray, np.ndarray]  # denoiser off and on
-Scale = tuple[float, float]  # the values at the two ends of the colour scale
+Scale = tuple[float, float]  # the values at the two ends of the color scale
 CLUSTERS = 6
 FLAT = 0.2  # of the other map's contrast, below which a map shows its own on that scale, and no groups
 WORDS = {
-    "colours": ("features as colours", "their three principal components"),
+    "colors": ("features as colors", "their three principal components"),
     "groups": ("features in groups", "{clusters} clusters (k-means)"),
     "lengths": ("length of the features", "their norm"),
     "similarities": ("similarity", "to the patch with the red frame"),
-    "removed": ("what the denoiser removed", "off minus on: colours, length"),
+    "removed": ("what the denoiser removed", "off minus on: colors, length"),
 }
 
 
-def colours(off: np.ndarray, on: np.ndarray) -> Pair:
-    """Two (H, W, C) maps as colours (H, W, 3) in [0, 1], each by its own three principal components.
+def colors(off: np.ndarray, on: np.ndarray) -> Pair:
+    """Two (H, W, C) maps as colors (H, W, 3) in [0, 1], each by its own three principal components.
 
     On a common projection a pattern that one of them has and the other has not would be hidden. Those of the denoised
     map take the order and signs of the raw ones that they are most alike. A map with little contrast of its own, of a
@@ -55,7 +55,7 @@ def patterns(maps: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[Project
 
 
 def groups(off: np.ndarray, on: np.ndarray, clusters: int = CLUSTERS) -> Pair:
-    """The k-means clusters of each map as colours (H, W, 3), named so that most patches keep their colour.
+    """The k-means clusters of each map as colors (H, W, 3), named so that most patches keep their color.
 
     Raises:
         ValueError: not between 1 and 10 clusters.
@@ -67,7 +67,7 @@ def groups(off: np.ndarray, on: np.ndarray, clusters: int = CLUSTERS) -> Pair:
 
 
 def lengths(off: np.ndarray, on: np.ndarray) -> tuple[Pair, Scale]:
-    """The norms of both maps as colours (H, W, 3) on one scale."""
+    """The norms of both maps as colors (H, W, 3) on one scale."""
     return _heated(norms(off), norms(on))
 
 
@@ -77,18 +77,18 @@ def have_one_length(off: np.ndarray, on: np.ndarray) -> bool:
 
 
 def similarities(off: np.ndarray, on: np.ndarray, patch: tuple[int, int]) -> tuple[Pair, Scale]:
-    """The cosine similarity of every patch to one (row, column), as colours (H, W, 3) on one scale."""
+    """The cosine similarity of every patch to one (row, column), as colors (H, W, 3) on one scale."""
     return _heated(similarity(off, patch), similarity(on, patch))
 
 
 def removed(off: np.ndarray, on: np.ndarray) -> tuple[Pair, Scale]:
-    """Off minus on, as colours of its three principal components and by its length: two pictures (H, W, 3)."""
+    """Off minus on, as colors of its three principal components and by its length: two pictures (H, W, 3)."""
     difference = off - on
     scale = scale_of([norms(difference)])
     return (fit_projection(difference).colors(difference), heat(norms(difference), *scale)), scale
 
 
-def centre(features: np.ndarray) -> tuple[int, int]:
+def center(features: np.ndarray) -> tuple[int, int]:
     """Row and column of the patch in the middle of a (H, W, C) map."""
     return features.shape[0] // 2, features.shape[1] // 2
 
@@ -99,7 +99,7 @@ def _heated(off: np.ndarray, on: np.ndarray) -> tuple[Pair, Scale]:
 
 
 def scale_of(values: Sequence[np.ndarray]) -> Scale:
-    """What the ends of a colour scale stand for: the first and last percentile of all values.
+    """What the ends of a color scale stand for: the first and last percentile of all values.
 
     A few outlier tokens must not decide the contrast of all others.
     """

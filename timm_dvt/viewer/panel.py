@@ -36,7 +36,7 @@ class Shown:
 def draw(shown: Sequence[Shown], title: str, lines: Sequence[str], note: str = "") -> Image.Image:
     """Two rows for each photograph: its features with the denoiser off, and on.
 
-    Each map has the colours of its own components and clusters; norms are on one scale a photograph, similarities too
+    Each map has the colors of its own components and clusters; norms are on one scale a photograph, similarities too
     (`timm_dvt.viewer.pairs`).
 
     Args:
@@ -65,9 +65,9 @@ def _block(shown: Shown) -> Image.Image:
     patch = max(1, round((CELL_AREA / (rows * columns)) ** 0.5))  # whole pixels: all patches are drawn alike
     width, height = patch * columns, patch * rows
     pitch = max(width, MIN_PITCH) + GAP
-    maps, patch_shown = (shown.off, shown.on), shown.patch or looks.centre(shown.off)
+    maps, patch_shown = (shown.off, shown.on), shown.patch or looks.center(shown.off)
     drawn = {
-        "colours": (looks.colours(*maps), None),
+        "colors": (looks.colors(*maps), None),
         "groups": (looks.groups(*maps, shown.clusters), None),
         "lengths": looks.lengths(*maps),
         "similarities": looks.similarities(*maps, patch_shown),
@@ -100,9 +100,9 @@ def _block(shown: Shown) -> Image.Image:
     return sheet
 
 
-def as_image(colours: np.ndarray) -> Image.Image:
-    """Colours (H, W, 3) in [0, 1] as an image of as many pixels."""
-    return Image.fromarray((colours * 255).round().astype(np.uint8))
+def as_image(colors: np.ndarray) -> Image.Image:
+    """Colors (H, W, 3) in [0, 1] as an image of as many pixels."""
+    return Image.fromarray((colors * 255).round().astype(np.uint8))
 
 
 def _mark(pen: ImageDraw.ImageDraw, corner: tuple[int, int], side: int, patch: tuple[int, int]) -> None:
@@ -114,7 +114,7 @@ def _mark(pen: ImageDraw.ImageDraw, corner: tuple[int, int], side: int, patch: t
 def _scale(
     sheet: Image.Image, pen: ImageDraw.ImageDraw, at: tuple[int, int], width: int, ends: tuple[float, float]
 ) -> None:
-    """A colour bar with the values of its ends."""
+    """A color bar with the values of its ends."""
     sheet.paste(as_image(heat(np.broadcast_to(np.linspace(0, 1, width), (BAR, width)), 0.0, 1.0)), at)
     low, high = (f"{end:.3g}" for end in ends)
     y = at[1] + BAR + 3

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from timm_dvt.architectures import architecture_of
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from timm_dvt.errors import UnsupportedModelError, UserError
 from timm_dvt.variants import ROWS
@@ -26,14 +27,14 @@ State = dict[str, torch.Tensor]
 Grid = tuple[int, int]
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A file that cannot be loaded: damaged, not a checkpoint, or made for another model. Names the file."""
 
     def __init__(self, message: str):
         super().__init__(printable(message))  # in which names are that come from the file
 
 
-class ConfigError(CheckpointError, ValueError, TypeError):
+class ConfigError(CheckpointError, TypeError):
     """A config.json that no model can be made by. Names the file; what is wrong with an argument in it is its cause.
 
     It stays what timm and torch raise for wrong arguments, as these may also be the caller's.
@@ -201,15 +202,10 @@ EXTRAS = {"keeps_length", "pos_embed_out", "blank_gate.weight", "blank_gate.bias
 def _one_denoiser(state: State, new: Callable[..., Denoiser], grids: dict, path: str, prefix: str) -> Denoiser:
     """What `new` makes, with these weights; the keys tell its architecture and number of blocks."""
     numbers = [int(m[1]) for m in (re.match(r"blocks\.(\d{1,9})\.", key) for key in state) if m]
-    kernel = state.get("blocks.0.weight")
-    depth = 1 if kernel is not None else 1 + max(numbers, default=0)
+    depth = 1 if "blocks.0.weight" in state else 1 + max(numbers, default=0)
     if depth > 64:
         raise CheckpointError(f"{path}: block {depth - 1} of a denoiser is beyond reason; the file is damaged.")
-    arch = "block" if "pos_embed" in state else "block-no-pe"
-    if kernel is not None:
-        arch = "project" if kernel.ndim == 2 else "conv3x3" if kernel.shape[-1:] == (3,) else "conv1x1"
-    elif set(state) - EXTRAS == {"pos_embed"}:
-        arch = "static"
+    arch = architecture_of({key: tensor for key, tensor in state.items() if key not in EXTRAS})
     out = "pos_embed_out" in state and _out_grid(state["pos_embed_out"], grids["pos_embed_out"])
     more = dict(keep_length="keeps_length" in state, blank_gate="blank_gate.weight" in state, pos_embed_out=out)
     denoiser = new(grids["pos_embed"], depth=depth, arch=arch, **more)

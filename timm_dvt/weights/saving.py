@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from timm_dvt.architectures import ARCHITECTURES
 from timm_dvt.attach import Denoised
 from timm_dvt.errors import UnsupportedModelError, UserError
 from timm_dvt.layouts import input_size, meant_size, unwrapping
@@ -116,7 +117,7 @@ def _write_config(model: Any, path: Path, model_args: dict) -> None:
         "backbone": model.backbone_name,
         "denoiser": {
             "grid_size": list(denoiser.grid_size),
-            "depth": len(denoiser.blocks) if denoiser.arch.startswith("block") else 1,
+            "depth": len(denoiser.blocks) if ARCHITECTURES[denoiser.arch].deep else 1,
             "num_heads": denoiser.num_heads,
             "arch": denoiser.arch,
             **({"keep_length": True} if denoiser.keep_length else {}),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from timm_dvt.errors import UserError
 from timm_dvt.layouts import check_rgb, layout_of
 from timm_dvt.reading import final_tokens, fit_to
-from training.common.views import patch_centres
+from training.common.views import patch_centers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,10 +40,10 @@ class FeatureReader:
         depth: number of blocks of the model.
         input_size, patch, stride: pixels.
         grid: K, patches along one side: (input_size - patch) // stride + 1 (paper A.1).
-        centres: (K,) patch centres as fractions of the input's side.
+        centers: (K,) patch centers as fractions of the input's side.
         channels: C.
         device: where images go.
-        mean, std: (1, 3, 1, 1) by which images are normalised, the model's own.
+        mean, std: (1, 3, 1, 1) by which images are normalized, the model's own.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class FeatureReader:
                 f"input_size must be a multiple of the patch size {self.patch}, got {self.input_size}; "
                 f"nearest: {max(1, round(self.input_size / self.patch)) * self.patch}"
             )
-        self.centres = patch_centres(self.input_size, self.patch, self.stride)
-        self.grid = len(self.centres)
+        self.centers = patch_centers(self.input_size, self.patch, self.stride)
+        self.grid = len(self.centers)
         self.channels = self.layout.channels
         self.dtype = DTYPES[dtype]
         self._model = _copy_for_grid(model, self.grid, self.stride) if resizable else raw_copy(model)
@@ -117,7 +117,7 @@ class FeatureReader:
         """Patch tokens of a batch, with gradients off.
 
         Args:
-            images: (B, 3, input_size, input_size) in [0, 1], not normalised; moved to the model's device.
+            images: (B, 3, input_size, input_size) in [0, 1], not normalized; moved to the model's device.
 
         Returns:
             {layer: (B, K, K, C) float32}, in row, column order, one entry for each of `layers`.

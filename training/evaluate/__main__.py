@@ -20,11 +20,11 @@ from timm_dvt.errors import UserError
 from training.common.backbone import DTYPES
 from training.common.command import add_model_arguments, complain, flush_subnormals, help_from, positive
 from training.common.models import load_model, pick_device
-from training.evaluate.datasets import DATASETS, kinds_of
-from training.evaluate.features import Extractor
-from training.evaluate.registry import PROTOCOLS, TASKS, load_task, task_settings, tasks_of
+from training.evaluate.data.datasets import DATASETS, kinds_of
+from training.evaluate.features.cached import Extractor
 from training.evaluate.runner import Request, evaluate, open_splits
 from training.evaluate.tables import result_table
+from training.evaluate.tasks import PROTOCOLS, TASKS, load_task, task_settings, tasks_of
 from training.loop.checkpoints import Diverged
 
 

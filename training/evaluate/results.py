@@ -10,9 +10,9 @@ from typing import Any
 
 from timm_dvt.errors import UserError
 from timm_dvt.publish.published import Key
-from training.evaluate import pair_features
-from training.evaluate.datasets import DATASETS
-from training.evaluate.registry import TASKS, load_task
+from training.evaluate.data.datasets import DATASETS
+from training.evaluate.features import pairs as pair_features
+from training.evaluate.tasks import TASKS, load_task
 
 # The tasks of the paper's tables in their order (Tabs. 2, 3, 4, S3, 5, 1, and Fig. 3 in a number); others come behind.
 PAPER = ("linear-seg", "depth", "detection", "discovery", "attentive-probe", "knn-seg", "mic", "position")

@@ -18,7 +18,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text))
 
 
-def summarise(values: Sequence[float]) -> dict[str, Any]:
+def summarize(values: Sequence[float]) -> dict[str, Any]:
     """Mean, spread (sample standard deviation, 0 for one value) and the values themselves."""
     return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "values": list(values)}
 

@@ -1,4 +1,4 @@
-"""Videos of features: frame, raw and denoised side by side, in one colour projection (paper Fig. 3c)."""
+"""Videos of features: frame, raw and denoised side by side, in one color projection (paper Fig. 3c)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from timm_dvt.errors import UserError
 from timm_dvt.viewer.colors import fit_projection
 from training.common.images import decode_image, list_images, read_file
 
-FITTED_FRAMES = 8  # as many frames, evenly spread, decide the colours
+FITTED_FRAMES = 8  # as many frames, evenly spread, decide the colors
 CAPTIONS = ("frame", "raw features", "denoised")
 Maps = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -126,7 +126,7 @@ def count_frames(source: str | Path, limit: int | None = None) -> int:
 
 
 def side_by_side(frame: np.ndarray, raw: np.ndarray, clean: np.ndarray, height: int) -> np.ndarray:
-    """Three pictures under their captions: frame (H, W, 3) uint8, colours (K, K, 3) in [0, 1] -> uint8.
+    """Three pictures under their captions: frame (H, W, 3) uint8, colors (K, K, 3) in [0, 1] -> uint8.
 
     Maps take the frame's shape, patches unsmoothed. Sides are even, as video codecs want them.
     """

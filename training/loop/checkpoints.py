@@ -39,7 +39,7 @@ class BadCheckpoint(ValueError):
 def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, step: int, facts: dict[str, Any]) -> None:
     """Write what a run needs to continue after `step` steps.
 
-    That is weights, the optimiser's moments and torch's random state; the data's order and the learning rate are
+    That is weights, the optimizer's moments and torch's random state; the data's order and the learning rate are
     functions of the step. Tensors alone: no pickle, so reading a checkpoint runs nothing.
 
     Args:
@@ -65,7 +65,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, step: in
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
-    """Put a checkpoint's state into model and optimiser; returns `step` and the facts, or None if there is no file.
+    """Put a checkpoint's state into model and optimizer; returns `step` and the facts, or None if there is no file.
 
     Raises:
         BadCheckpoint: the file is damaged or belongs to another model.

@@ -49,7 +49,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, of: str, defaults: T
     length.add_argument(
         "--epochs", type=positive, default=10, action=_Instead, instead_of="steps", help="(default: the paper's 10)"
     )
-    length.add_argument("--steps", type=positive, metavar="N", help="optimiser steps, instead of epochs")
+    length.add_argument("--steps", type=positive, metavar="N", help="optimizer steps, instead of epochs")
     group.add_argument(
         "--batch-size",
         type=positive,

@@ -29,7 +29,7 @@ class Schedule:
     """How long a training is, and its learning rate.
 
     Attributes:
-        steps: of the optimiser; 0 for what needs none.
+        steps: of the optimizer; 0 for what needs none.
         peak: the highest learning rate.
         warmup: steps of the straight rise that comes first.
         decay: fraction done -> factor of the peak.

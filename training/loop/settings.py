@@ -38,7 +38,7 @@ class TrainingSettings:
     """What decides the weights that a training ends with, beside its data and its model.
 
     Attributes:
-        steps: optimiser steps.
+        steps: optimizer steps.
         batch_size: samples a step, over all processes.
         loss: of `training.loop.distance.DISTANCES`.
         lr, warmup, min_lr: the schedule's peak, steps to reach it, and where it ends.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_dvt import save_pretrained
+from timm_dvt.architectures import ARCHITECTURES
 from timm_dvt.attach import attach_denoiser
 from timm_dvt.denoiser import Denoiser, combine
 from timm_dvt.errors import UserError
@@ -22,7 +23,7 @@ from training.loop.checkpoints import CHECKPOINT, Diverged
 from training.loop.distance import loss_limit
 from training.loop.distributed import ALONE, Processes
 from training.loop.log import TrainingLog
-from training.loop.optimisation import autocast, make_adamw
+from training.loop.optimization import autocast, make_adamw
 from training.loop.order import positions, with_crops
 from training.loop.reading_ahead import reading_threads
 from training.loop.run import resume, run_steps
@@ -38,7 +39,7 @@ class Stage2Settings(TrainingSettings):
     """All that decides the weights a run ends with, beside the pairs and the backbone.
 
     Attributes:
-        arch: of `timm_dvt.denoiser.ARCHITECTURES`.
+        arch: of `timm_dvt.architectures.ARCHITECTURES`.
         blocks: transformer blocks of a denoiser.
         target: of `training.stage2.targets.TARGETS`, what is predicted.
         whole: share of whole images among what is learned from; the rest are crops of them, where the pairs hold crops.
@@ -126,7 +127,7 @@ def train(
     training, validation = pairs.split(settings.val_fraction, settings.seed)
     reader = make_reader(training, parts_for(settings.target))
     denoisers = make_denoisers(pairs, settings.arch, settings.blocks, settings.seed)
-    if settings.arch == "static":
+    if not ARCHITECTURES[settings.arch].trains:
         subtract_mean_artifacts(denoisers, make_reader(training, ("artifacts",)))
         settings = replace(settings, steps=0, warmup=0)  # what follows only validates
     module = Stage2(denoisers, pairs.grid, settings.loss).to(device)
@@ -134,7 +135,7 @@ def train(
     first = resume(folder / CHECKPOINT, module, optimizer)
     if not first and settings.init:
         load_init(denoisers, settings.init, pairs, backbone)
-    elif not first and settings.start == "static" and settings.arch.startswith("block") and processes.first:
+    elif not first and settings.start == "static" and ARCHITECTURES[settings.arch].deep and processes.first:
         start_as_static(denoisers, reader, settings.target)
     model = processes.share(module)
     autocasting = autocast(device, settings.dtype)

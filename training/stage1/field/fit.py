@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_dvt.errors import UserError
-from training.loop.optimisation import set_learning_rate
+from training.loop.optimization import set_learning_rate
 from training.loop.schedule import Schedule, straight
 from training.stage1.field.backends import make_encoding
 from training.stage1.field.hashgrid import HashGridSettings
@@ -96,7 +96,7 @@ def fit_field(
 ) -> FieldResult:
     """Trains F, G and h on the patch features of one image's views (paper 4.2, Eqs. 5 to 10).
 
-    coords: (P, 2), a patch's centre as x and y in [0, 1] of the whole image. patches: (P,) int64, its place
+    coords: (P, 2), a patch's center as x and y in [0, 1] of the whole image. patches: (P,) int64, its place
     in the view's patch grid, row by row. features: (P, C) raw features y; they may stay on another device
     than `device` and in half precision. grid: K or (Kh, Kw) patches. progress: called with the number of
     steps done since the last call (tqdm's `update` fits).
@@ -117,7 +117,7 @@ def fit_field(
     with torch.random.fork_rng(devices=[]):  # on the CPU: the same start on every device
         torch.manual_seed(seed)
         networks = Networks(features.shape[1], shape[0] * shape[1], settings, device)
-    optimizer, schedule = _optimiser(networks, settings, device)
+    optimizer, schedule = _optimizer(networks, settings, device)
     mean = settings.recipe == "repository"
     generator = torch.Generator(features.device).manual_seed(seed)
     losses = torch.zeros(settings.steps, device=device)
@@ -153,7 +153,7 @@ def fit_field(
     return FieldResult(networks.requires_grad_(False), networks.artifacts.view(*shape, -1), losses)
 
 
-def _optimiser(networks: Networks, settings: FieldSettings, device: torch.device) -> tuple[torch.optim.Adam, Schedule]:
+def _optimizer(networks: Networks, settings: FieldSettings, device: torch.device) -> tuple[torch.optim.Adam, Schedule]:
     """Adam and its learning rates: a line to 0 (A.1), or the repository's rise over a tenth and cosine to a tenth."""
     fused = device.type in ("cpu", "cuda")
     if settings.recipe == "paper":
