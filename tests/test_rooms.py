@@ -12,7 +12,7 @@ STOREYS = (
     {"loop", "figures"},
     {"pairs"},
     {"stage1", "stage2", "stage3", "evaluate"},
-    {"commands", "benchmark"},
+    {"commands", "benchmark", "rivals"},
 )
 STOREY_OF = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
 
