@@ -11,7 +11,8 @@ has 45; the largest by magnitude, of the class token too, goes to the register.
 
 Ours: an outlier is `LONG` times as long as the median patch token of its image, before the final norm, and outliers
 appear in the first block after which they are `LONG` times as long as the other tokens are on average; of the `MOST`
-first neurons those are taken whose mean |h| is `SPARSE` times what it is on other patches. Which tokens the largest is
+first neurons those are taken whose mean |h| is `SPARSE` times what it is on other patches, and no less than `WEAK` of
+the strongest neuron's. Which tokens the largest is
 taken over, and that each neuron has a largest of its own, is our reading of their two versions.
 
 This changes the inside of the backbone, so no folder of timm's holds it: it is put into a model each time.
@@ -29,6 +30,7 @@ from training.rivals.sample import Sample
 LONG = 3.0
 MOST = 45
 SPARSE = 5.0
+WEAK = 0.05
 Neuron = tuple[int, int]  # block, channel of its MLP
 
 
@@ -135,7 +137,8 @@ def register_neurons(model: Any, batches: Iterable[Tensor], most: int = MOST) ->
     other = torch.stack([kinds[1] for kinds in says[: appear + 1]]) / counts[1]
     first = at.flatten().argsort(descending=True)[:most].tolist()
     pairs = [(place // at.shape[1], place % at.shape[1]) for place in first]
-    return [pair for pair in pairs if at[pair] >= SPARSE * other[pair]]
+    strong = [pair for pair in pairs if at[pair] >= WEAK * at.max()]
+    return [pair for pair in strong if at[pair] >= SPARSE * other[pair]]
 
 
 def find(model: Any, sample: Sample) -> list[Neuron]:
