@@ -143,7 +143,4 @@ class Preparer:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):  # none, or one that was cut off by an older way of writing
-        return {}
+    return json.loads(path.read_text()) if path.exists() else {}

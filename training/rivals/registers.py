@@ -12,8 +12,8 @@ has 45; the largest by magnitude, of the class token too, goes to the register.
 Ours: an outlier is `LONG` times as long as the median patch token of its image, before the final norm, and outliers
 appear in the first block after which they are `LONG` times as long as the other tokens are on average; of the `MOST`
 first neurons those are taken whose mean |h| is `SPARSE` times what it is on other patches, and no less than `WEAK` of
-the strongest neuron's. Which tokens the largest is
-taken over, and that each neuron has a largest of its own, is our reading of their two versions.
+the strongest neuron's. Which tokens the largest is taken over, and that each neuron has a largest of its own, is our
+reading of their two versions.
 
 This changes the inside of the backbone, so no folder of timm's holds it: it is put into a model each time.
 """

@@ -9,6 +9,7 @@ from torch import nn
 from tests.helpers import small_datasets
 from timm_dvt.sample_images import canvas
 from training.common.models import load_model
+from training.evaluate.features import Extractor
 from training.evaluate.tasks import position
 from training.rivals import insid3, mean_map, rasa, registers
 from training.rivals.__main__ import main
@@ -93,6 +94,16 @@ def test_rasa_takes_out_the_two_planted_directions_in_its_first_round():
     found = rasa.directions(moments)
     assert found.shape == (C, 2)
     torch.testing.assert_close(found @ found.T, along @ torch.linalg.pinv(along))
+
+
+def test_a_round_of_rasa_is_the_plane_of_a_regression_without_bias():
+    tokens = torch.randn(9, K * K, C, dtype=torch.float64) @ torch.randn(C, C, dtype=torch.float64) + 1
+    tokens += rasa.positions(K, K) @ torch.randn(2, C, dtype=torch.float64)
+    flat = tokens.flatten(0, 1)
+    moments = Moments(tokens.mean(0).reshape(K, K, C), flat.T @ flat / len(flat))
+    weights = np.linalg.lstsq(flat.numpy(), np.tile(rasa.positions(K, K).numpy(), (9, 1)), rcond=None)[0]
+    found = rasa.directions(moments, rounds=1).numpy()
+    np.testing.assert_allclose(found @ found.T, weights @ np.linalg.pinv(weights), atol=1e-3)  # the ridge's
 
 
 def test_after_rasa_no_regression_predicts_row_or_column_from_tokens():
@@ -186,6 +197,8 @@ def with_outliers(**more):
         model.patch_embed.proj.weight[0], model.patch_embed.proj.bias[0] = 4 / (3 * 16**2), -2
         mlp.fc1.weight[neuron], mlp.fc1.bias[neuron] = 10 * torch.eye(32)[0], -10.0
         mlp.fc2.weight[:, neuron] = torch.linspace(-1, 1, 32)
+        # Its neighbor says much, everywhere.
+        mlp.fc1.weight[neuron + 1], mlp.fc1.bias[neuron + 1], mlp.fc2.weight[:, neuron + 1] = 0, 30.0, 0
     return model
 
 
@@ -236,6 +249,20 @@ def test_a_register_without_neurons_is_one_more_token_of_zeros(more):
     reference.load_state_dict({**state, "reg_token": torch.zeros(1, 1, 32)})
     registers.add_register(model, [])
     torch.testing.assert_close(model.forward_features(images), reference.forward_features(images))
+
+
+@torch.no_grad()
+def test_features_with_a_register_are_read_at_any_size_for_all_evaluations():
+    model = small(dynamic_img_size=True)
+    registers.add_register(model, [(0, 3), (1, 5)])
+    for size in (64, 96):
+        images = torch.rand(2, 3, size, size)
+        extractor = Extractor(model, size)
+        tokens = model.forward_features((images - extractor.reader.mean) / extractor.reader.std)
+        found = extractor.backbone(images)
+        torch.testing.assert_close(found["raw"].flatten(1, 2), tokens[:, 2:], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found["prefix"], tokens[:, :2], atol=1e-5, rtol=0)
+    assert extractor.states == ("raw",)
 
 
 def test_registers_refuse_what_they_are_not_for():
