@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,11 @@ class Preparer:
         self.given = load_model(name, pretrained=pretrained, seed=seed)
         self.size = size or meant_size(self.given)[0]
         self._images = sources(images, views)
-        self._make: Callable[[], Sample] = lambda: Sample(self._backbone(), self._images, self.size, views, dtype=dtype)
-        self._sample: Sample | None = None
-        files = [
-            (str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in map(Path, map(str, self._images))
-        ]
-        self._facts = {
+        files = [Path(str(image)) for image in self._images]
+        self._facts: dict[str, Any] = {
             "model": name,
             "weights": weights_digest(self.given, without=DENOISER_WEIGHTS),
-            "images": files,
+            "images": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
             "views": views,
             "input_size": self.size,
             "keep_length": keep_length,
@@ -84,12 +80,11 @@ class Preparer:
             "version": __version__,
         }
 
-    @property
+    @cached_property
     def sample(self) -> Sample:
         """What rows learn from, read when one does."""
-        if self._sample is None:
-            self._sample = self._make()
-        return self._sample
+        views, dtype = self._facts["views"], self._facts["dtype"]
+        return Sample(self._backbone(), self._images, self.size, views, dtype=dtype)
 
     def __call__(self, row: str) -> Prepared:
         """The model of a row of `training.rivals.registry.ROWS`, on its device.
@@ -106,7 +101,7 @@ class Preparer:
         folder = self.out / "models" / row
         facts = {"rival": row, **self._facts}
         known = _read(folder / FACTS)
-        if known.get("facts") != json.loads(json.dumps(facts)):
+        if known.get("facts") != facts:
             known = {"facts": facts, **(self._find_registers() if row == REGISTERS else self._fit(row, folder))}
             write_json(folder / FACTS, known)  # last: by it the folder is known as whole
         if "left_out" in known:

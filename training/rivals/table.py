@@ -21,7 +21,7 @@ def numbers_of(result: Mapping[str, Any]) -> Numbers:
     Of a model that was changed inside and has no denoiser, ratios to its own raw features say nothing.
     """
     states = result["states"]
-    numbers = states["denoised" if "denoised" in states else "raw"]
+    numbers = states.get("denoised") or next(iter(states.values()))
     if result["tags"]["rival"] == REGISTERS:
         numbers = {name: summary for name, summary in numbers.items() if not name.startswith("ratio")}
     return {(result["task"], result["dataset"], name): summary for name, summary in numbers.items()}
