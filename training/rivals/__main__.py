@@ -26,14 +26,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from timm_dvt.errors import UserError
 from training.common.backbone import DTYPES
 from training.common.command import add_model_arguments, at_least, help_from, positive
 from training.common.models import pick_device
-from training.evaluate.datasets import DATASETS
-from training.evaluate.features import Extractor
-from training.evaluate.registry import TASKS
+from training.evaluate.data.datasets import DATASETS
+from training.evaluate.data.splits import Split
+from training.evaluate.features.cached import Extractor
 from training.evaluate.runner import Request, evaluate, open_splits
-from training.evaluate.splits import Split
+from training.evaluate.tasks import TASKS
 from training.loop.entry import exit_code
 from training.rivals import table
 from training.rivals.prepare import LeftOut, Preparer
@@ -140,11 +141,11 @@ def _evaluate(
 
 
 def _task(word: str) -> tuple[str, str, str]:
-    """TASK:DATASET:DIR, apart. Raises ValueError."""
+    """TASK:DATASET:DIR, apart. Raises UserError."""
     task, _, rest = word.partition(":")
     dataset, _, data = rest.partition(":")
     if task not in TASKS or dataset not in DATASETS or not data:
-        raise ValueError(
+        raise UserError(
             f"--tasks takes TASK:DATASET:DIR with a task of {', '.join(TASKS)} and a dataset of "
             f"{', '.join(DATASETS)}, got {word!r}"
         )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from timm_dvt.model import attach_denoiser
+from timm_dvt.attach import attach_denoiser
 from training.rivals.sample import Sample, projecting_out
 
 THEIRS = 500 / 1024

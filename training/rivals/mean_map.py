@@ -7,7 +7,7 @@ and levels blank images.
 
 from typing import Any
 
-from timm_dvt.model import attach_denoiser
+from timm_dvt.attach import attach_denoiser
 from training.rivals.sample import Sample, subtracting
 
 

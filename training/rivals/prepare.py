@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from timm_dvt.calibration.samples import sources
+from timm_dvt.denoised import Denoised
+from timm_dvt.errors import UserError
 from timm_dvt.layouts import meant_size
-from timm_dvt.model import Denoised
-from timm_dvt.sample_images import sources
-from timm_dvt.saving import save_pretrained
 from timm_dvt.version import __version__
+from timm_dvt.weights.saving import save_pretrained
 from training.common.models import DENOISER as DENOISER_WEIGHTS
 from training.common.models import load_backbone, load_model, make_for, weights_digest
 from training.evaluate.tables import write_json
@@ -25,7 +26,7 @@ from training.rivals.sample import Sample
 FACTS = "rival.json"
 
 
-class LeftOut(ValueError):
+class LeftOut(UserError):
     """The row is none for this model; the message says why."""
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_dvt.model import attach_denoiser
+from timm_dvt.attach import attach_denoiser
 from training.rivals.sample import Moments, Sample, projecting_out
 
 ROUNDS = 9

@@ -25,6 +25,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from timm_dvt.errors import UserError
 from training.rivals.sample import Sample
 
 LONG = 3.0
@@ -34,7 +35,7 @@ WEAK = 0.05
 Neuron = tuple[int, int]  # block, channel of its MLP
 
 
-class NotForThisModel(ValueError):
+class NotForThisModel(UserError):
     """The model has registers already, is of a class without, or has no outliers."""
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from timm_dvt.bars import tqdm
+from timm_dvt.calibration.samples import Source, canvas
 from timm_dvt.denoiser import Denoiser
-from timm_dvt.sample_images import Source, canvas
 from training.common.backbone import FeatureReader
 
 

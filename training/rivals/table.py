@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm_dvt.files import write_whole
-from timm_dvt.published import Key
+from timm_dvt.publish.published import Key
+from timm_dvt.weights.files import write_whole
 from training.evaluate.results import Row, columns_of, heading, meaning
-from training.evaluate.tables import summarise, write_json
+from training.evaluate.tables import summarize, write_json
 from training.rivals.registry import RAW, REGISTERS
 
 Numbers = dict[Key, dict[str, Any]]  # {(task, dataset, number): summary}
@@ -30,7 +30,7 @@ def numbers_of(result: Mapping[str, Any]) -> Numbers:
 def gains(numbers: Numbers, raw: Numbers) -> Numbers:
     """Differences to the raw features, seed by seed."""
     pairs = {key: (numbers[key]["values"], raw[key]["values"]) for key in numbers if key in raw}
-    return {key: summarise([a - b for a, b in zip(*pair, strict=True)]) for key, pair in pairs.items()}
+    return {key: summarize([a - b for a, b in zip(*pair, strict=True)]) for key, pair in pairs.items()}
 
 
 def write(out: Path, model: str, rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from tests.helpers import small_datasets
-from timm_dvt.sample_images import canvas
+from timm_dvt.calibration.samples import canvas
 from training.common.models import load_model
-from training.evaluate.features import Extractor
-from training.evaluate.tasks import position
+from training.evaluate.features.cached import Extractor
+from training.evaluate.position import share
 from training.rivals import insid3, mean_map, rasa, registers
 from training.rivals.__main__ import main
 from training.rivals.sample import Moments, Sample, projecting_out
@@ -295,7 +295,7 @@ def test_a_table_of_all_rows_and_nothing_done_twice(folder, tmp_path, monkeypatc
         "| denoiser",
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(position, "run", lambda *_: pytest.fail("evaluated again"))
+        patch.setattr(share, "run", lambda *_: pytest.fail("evaluated again"))
         patch.setattr(Sample, "maps", lambda *_: pytest.fail("learned again"))
         assert main(words) == 0
     assert (tmp_path / "out" / "rivals.md").read_text() == table
