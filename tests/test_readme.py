@@ -56,7 +56,8 @@ def test_every_command_of_the_pages_parses_and_the_photographs_it_names_are_ther
     elif module == "training.report":
         assert len(arguments) == 1
     else:
-        name = "training.evaluate.__main__" if module == "training.evaluate" else module
+        spec = find_spec(module)
+        name = f"{module}.__main__" if spec and spec.submodule_search_locations else module
         make_parser = importlib.import_module(name).make_parser
         takes_line = make_parser.__code__.co_argcount
         (make_parser(arguments) if takes_line else make_parser()).parse_args(arguments)
