@@ -21,6 +21,7 @@ from timm_dvt.publish.cards import NAMESPACE, NOTE, Facts, card, has_weights, pu
 from timm_dvt.publish.convert import convert
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import Variant
+from timm_dvt.version import REPOSITORY
 from timm_dvt.weights.checkpoints import CheckpointError
 from timm_dvt.weights.fetching import WEIGHTS_NAME, explain, first_line, git_hash, sha256
 
@@ -51,7 +52,7 @@ def push(
     is_folder = Path(target).is_dir()
     if not is_folder and target not in VARIANTS:
         raise UserError(
-            f"{target!r} is neither a folder nor a variant; python -m timm_dvt list prints the variants"
+            f"{target!r} is neither a folder nor a variant; timm-dvt list prints the variants"
             f"{did_you_mean(target, list(VARIANTS))}"
         )
     if not is_folder and not has_weights(VARIANTS[target]):
@@ -91,6 +92,8 @@ def commit(
     if not new:
         say(f"{repo_id}: nothing to do, all files are there with equal hashes")
         return False
+    if "/OWNER/" in REPOSITORY:
+        say("note: the repository's address is not set yet, and cards link to it; CONTRIBUTING.md says how to set it")
     sizes = ", ".join(f"{name} ({readable(content.stat().st_size)})" for name, content in new.items())
     if dry_run:
         say(f"{repo_id}: would {'create the repo and ' if there is None else ''}commit {sizes}")
@@ -179,7 +182,7 @@ def _gather(folder: Path, repo_id: str, temporary: Path) -> dict[str, Path]:
     """The files to publish, by their names in the repo; the card gets the repo's id. Raises UserError."""
     for name in FILES:
         if not is_inside(folder, name) and name != "README.md":
-            raise UserError(f"{folder} has no {name}; timm_dvt.save_pretrained or python -m timm_dvt convert makes one")
+            raise UserError(f"{folder} has no {name}; timm_dvt.save_pretrained or timm-dvt convert makes one")
     try:
         with safetensors.safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
             denoiser_only = all(key.startswith("denoiser.") for key in file.keys())
