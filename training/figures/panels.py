@@ -49,8 +49,8 @@ class Row:
 def draw_stage1(rows: Sequence[Row], clusters: int = looks.CLUSTERS) -> Figure:
     """One row for each of `rows`, with the columns of the paper's Figs. S4 to S10.
 
-    Each map is colored by its own principal components and clusters, as in the paper; F's take the order, signs and
-    colors of the raw ones that they are most alike. The framed patch is the one that the others are compared with.
+    Principal components and clusters are of the raw features and F together (the paper's are of each map alone), so
+    that a color means the same in both. The framed patch is the one that the others are compared with.
     """
     four = [
         ("as colors", "3 main components"),
@@ -67,7 +67,7 @@ def draw_stage1(rows: Sequence[Row], clusters: int = looks.CLUSTERS) -> Figure:
         raw = _repeated(row.raw, len(row.clean))
         pairs = {
             1: (looks.colors(raw, row.clean), None),
-            2: (looks.groups(raw, row.clean, clusters), None),
+            2: (looks.groups(raw, row.clean, clusters)[0], None),
             3: looks.lengths(raw, row.clean),
             4: looks.similarities(raw, row.clean, looks.center(row.clean)),
         }
