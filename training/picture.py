@@ -31,7 +31,8 @@ SCALE = 2  # pixels of the file a pixel of a repository's page, for screens of t
 WIDTH, TILE, GAP, MARGIN = 838, 190, 8, 15
 REACH = 2.5  # deviations from the middle of a color's range to its end
 INK, FAINT, PAPER = (20, 22, 26), (95, 100, 108), (255, 255, 255)
-Pair = tuple[np.ndarray, np.ndarray]  # maps (H, W, C) with the denoiser off and on
+STATES = "DINOv2", "with timm-dvt"
+Pair = tuple[np.ndarray, np.ndarray]  # with the denoiser off and on
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,23 +41,15 @@ def main(argv: list[str] | None = None) -> int:
         files = [source.path for source in list_images(args.images, args.number)]
         model: Any = load_denoised(args.model)
         found = timm_dvt.inspect(model, files, blocks=[-1], views=8 * args.number, progress=True)
-        off, on = found.layer(denoised=False), found.layer(denoised=True)
-        maps = found.pictures
-        text = io.BytesIO()
-        draw(
-            (
-                (
-                    "A plain gray wall",
-                    f"pattern: 100% \N{RIGHTWARDS ARROW} {on.flat.pattern.value / off.flat.pattern.value:.2%}",
-                ),
-                (
-                    "The mean of many photographs",
-                    f"position: {off.share.value:.1%} \N{RIGHTWARDS ARROW} {on.share.value:.1%}",
-                ),
-            ),
-            ((maps.flat[off.name], maps.flat[on.name]), (maps.means[off.name], maps.means[on.name])),
-        ).save(text, format="PNG", optimize=True)
-        write_whole(Path(args.out), lambda path: path.write_bytes(text.getvalue()))
+        off, on, maps = found.layer(denoised=False), found.layer(denoised=True), found.pictures
+        captions = (
+            ("A plain gray wall", f"pattern left: {on.flat.pattern.value / off.flat.pattern.value:.2%}"),
+            ("The mean of many photographs", f"position explains {off.share.value:.1%}, then {on.share.value:.1%}"),
+        )
+        pairs = (maps.flat[off.name], maps.flat[on.name]), (maps.means[off.name], maps.means[on.name])
+        content = io.BytesIO()
+        draw(captions, [in_colors(*pair) for pair in pairs]).save(content, format="PNG", optimize=True)
+        write_whole(Path(args.out), lambda path: path.write_bytes(content.getvalue()))
     except (UserError, OSError) as error:
         return complain(2, error)
     print(f"wrote {args.out}; position explains {off.share.value:.2%} off, {on.share.value:.2%} on")
@@ -72,26 +65,26 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def draw(captions: Sequence[tuple[str, str]], pairs: Sequence[Pair]) -> Image.Image:
-    """Pairs of maps side by side, off and on, with a title and a line of numbers under each pair."""
+def draw(captions: Sequence[tuple[str, str]], tiles: Sequence[Pair]) -> Image.Image:
+    """Pairs of tiles (H, W, 3) of bytes side by side, off and on, over a title and a line of numbers for each pair."""
     side, gap, margin = SCALE * TILE, SCALE * GAP, SCALE * MARGIN
     head, foot = SCALE * 34, SCALE * 64
     sheet = Image.new("RGB", (SCALE * WIDTH, head + side + foot), PAPER)
     pen = ImageDraw.Draw(sheet)
     between = SCALE * WIDTH - 2 * margin - 4 * side - 2 * gap
-    for number, ((title, numbers), pair) in enumerate(zip(captions, pairs, strict=True)):
+    for number, ((title, numbers), pair) in enumerate(zip(captions, tiles, strict=True)):
         left = margin + number * (2 * side + gap + between)
-        for place, (state, tile) in enumerate(zip(("off", "on"), in_colors(pair))):
+        for place, (state, tile) in enumerate(zip(STATES, pair)):
             x = left + place * (side + gap)
-            pen.text((x, SCALE * 4), f"denoiser {state}", fill=INK, font=_font(21))
+            pen.text((x, SCALE * 4), state, fill=INK, font=_font(21))
             sheet.paste(Image.fromarray(tile).resize((side, side), Image.Resampling.NEAREST), (x, head))
         pen.text((left, head + side + SCALE * 6), title, fill=INK, font=_font(22))
         pen.text((left, head + side + SCALE * 34), numbers, fill=FAINT, font=_font(20))
     return sheet
 
 
-def in_colors(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """Both maps as (H, W, 3) of bytes: three principal components of both together, about each map's own mean."""
+def in_colors(*pair: np.ndarray) -> Pair:
+    """Both maps (H, W, C) as bytes (H, W, 3): three principal components of both together, about each one's mean."""
     flat = [(state - state.mean((0, 1))).reshape(-1, state.shape[-1]).astype(np.float64) for state in pair]
     both = np.concatenate(flat)
     _, vectors = np.linalg.eigh(both.T @ both)
