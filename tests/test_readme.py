@@ -12,6 +12,7 @@ import torch
 
 from timm_dvt.images import PHOTOGRAPHS
 from timm_dvt.verbs import parser_for
+from timm_dvt.version import REPOSITORY
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -75,6 +76,15 @@ def test_every_link_within_the_repository_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
         if not target.startswith("http"):
             assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_repository_has_one_address():
+    files = [ROOT / "setup.cfg", *(path for kind in ("py", "md", "ipynb") for path in ROOT.glob(f"*/**/*.{kind}"))]
+    texts = [
+        path.read_text(encoding="utf-8") for path in [*files, *ROOT.glob("*.md")] if "site-packages" not in str(path)
+    ]
+    found = {address for text in texts for address in re.findall(r"github\.com/[\w-]+/timm-dvt", text)}
+    assert found == {REPOSITORY.removeprefix("https://")}
 
 
 @pytest.mark.slow

@@ -152,6 +152,7 @@ def test_a_video_of_a_folder_shows_frame_raw_and_denoised(frames, tmp_path, suff
     assert list(tmp_path.glob(".*")) == []
 
 
+@pytest.mark.slow
 def test_a_video_can_be_made_from_a_video(frames, tmp_path):
     clip, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
     assert visualize.main([str(frames), *SMALL, "--video", str(clip), "--fps", "7"]) == 0
