@@ -74,7 +74,7 @@ PLUG_IN = (
     {"building", "registry", "loading"},
     {"viewer", "listing"},
     {"calibration"},  # draws its picture with the viewer's panel
-    {"publish"},
+    {"publish", "inspection"},
     {"__init__", "__main__"},
 )
 FLOOR_IN_PLUG_IN = {name: number for number, names in enumerate(PLUG_IN) for name in names}
