@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from timm_dvt.calibration import calibrate
+from timm_dvt.calibration.calibrate import calibrate
 from training.rivals import insid3, mean_map, rasa
 from training.rivals.sample import Sample
 

@@ -283,15 +283,16 @@ def test_a_table_of_all_rows_and_nothing_done_twice(folder, tmp_path, monkeypatc
         tmp_path / "model", dict(img_size=64, depth=1, embed_dim=32, num_heads=2, num_classes=0)
     )
     words = ["--model", model, "--images", str(folder / "train" / "images"), "--out", str(tmp_path / "out")]
-    words += ["--views", "32", "--rivals", "mean-map", "insid3", "registers", "denoiser"]
+    words += ["--views", "32", "--rivals", "mean-map", "insid3", "registers", "static", "denoiser"]
     words += ["--tasks", f"position:folder:{folder}"]
     assert main(words) == 0
     table = (tmp_path / "out" / "rivals.md").read_text()
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:7]] == [
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:8]] == [
         "| raw",
         "| mean-map",
         "| insid3",
         "| registers",
+        "| static",
         "| denoiser",
     ]
     with monkeypatch.context() as patch:
