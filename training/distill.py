@@ -33,11 +33,11 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from timm_dvt.image_files import Source, images_digest, list_images
 from timm_dvt.layouts import meant_size
 from timm_dvt.model import remove_denoiser
 from timm_dvt.saving import save_plain
 from training.common.command import add_model_arguments, help_from, positive
-from training.common.images import Source, images_digest, list_images
 from training.common.models import load_model, make_for, pick_device, weights_digest
 from training.common.recipes import STAGE3, add_recipe
 from training.figures.rows import draw_rows

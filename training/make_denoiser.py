@@ -27,11 +27,11 @@ import torch
 from torch import nn
 
 from timm_dvt import calibrate, save_pretrained
+from timm_dvt.image_files import ImageError, Source, list_images, load_image
 from timm_dvt.model import timm_name
 from training.common.backbone import DTYPES, FeatureReader
 from training.common.command import add_model_arguments, at_least, help_from, positive
 from training.common.hub_images import SCHEME, fetch_images
-from training.common.images import ImageError, Source, list_images, load_image
 from training.common.models import check_backbone, load_backbone, pick_device
 from training.evaluate.before_after import before_after
 from training.loop.distributed import Processes, join_processes

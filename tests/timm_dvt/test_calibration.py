@@ -15,8 +15,8 @@ from PIL import Image
 import timm_dvt
 from timm_dvt.__main__ import main
 from timm_dvt.calibration import CalibrationError, calibrate
+from timm_dvt.image_files import list_images
 from timm_dvt.sample_images import SampleError, blank, canvas, sources
-from training.common.images import list_images
 
 SMALL = {"depth": 2, "img_size": 96, "dynamic_img_size": True}
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from timm_dvt.bars import tqdm
 from timm_dvt.colors import map_correlation
+from timm_dvt.image_files import ImageError, Source, load_image
 from timm_dvt.panel import Shown, draw
-from training.common.images import ImageError, Source, load_image
-from training.common.shared_folder import write_atomically
+from timm_dvt.shared_folder import write_atomically
 from training.evaluate.features import Extractor
 from training.evaluate.tasks.blank import COLORS, spread, token_reader
 from training.evaluate.tasks.position import PositionStatistics

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from training.common.images import list_images
+from timm_dvt.image_files import list_images
 from training.evaluate import davis, stamps, voc
 from training.evaluate import folder as own_folder
 from training.evaluate.annotations import check, coco_split, read_depth, read_mask

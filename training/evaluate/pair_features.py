@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.common.images import read_file
+from timm_dvt.image_files import read_file
 from training.evaluate.features import Extractor
 from training.evaluate.splits import Split
 from training.pairs.folder import read_index, read_pair, read_settings

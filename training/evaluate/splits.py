@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.common.images import ImageError, load_image
+from timm_dvt.image_files import ImageError, load_image
 
 IGNORE = 255
 

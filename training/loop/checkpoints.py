@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.optim import Optimizer
 
-from training.common.shared_folder import write_atomically
+from timm_dvt.shared_folder import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from timm_dvt.bars import tqdm
-from training.common.images import ImageError, Source, load_image
+from timm_dvt.image_files import ImageError, Source, load_image
 from training.common.views import Views, render_views, sample_views, whole_view
 
 AUGMENTS = ("crop", "flip")  # random crops and flips, or whole images with random flips

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.common.images import ImageError, decode_image, list_images, load_image, read_file
+from timm_dvt.image_files import ImageError, decode_image, list_images, load_image, read_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
