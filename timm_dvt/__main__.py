@@ -1,4 +1,4 @@
-"""The command line: look (demo, list, families, app), make (calibrate, convert), publish on the Hub (cards, push)."""
+"""The command line: look (demo, list, families, app), make (calibrate, convert), extract, publish (cards, push)."""
 
 import argparse
 import json
@@ -12,6 +12,8 @@ from timm_dvt.calibration import CalibrationError
 from timm_dvt.cards import stale_cards, write_cards
 from timm_dvt.convert import ConvertError, convert
 from timm_dvt.demo import DEFAULT_MODEL, DemoError, run
+from timm_dvt.extraction.command import add_command as add_extract
+from timm_dvt.extraction.settings import ExtractError
 from timm_dvt.families import families
 from timm_dvt.fetching import WeightsNotFoundError
 from timm_dvt.push import PushError, push, push_all
@@ -28,7 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
         sys.stdout.flush()
-    except (DemoError, CalibrationError, ConvertError, PushError, CheckpointError, WeightsNotFoundError) as e:
+    except (
+        DemoError,
+        CalibrationError,
+        ConvertError,
+        PushError,
+        CheckpointError,
+        WeightsNotFoundError,
+        ExtractError,
+    ) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -90,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(run=lambda args: print(as_json() if args.json else as_table()))
     add_calibrate(commands)
+    add_extract(commands)
     _add_hub_commands(commands)
     return parser
 

@@ -1,0 +1,87 @@
+"""What features are taken of: images of a file, a folder, a list, a video or a streamed data set, in shards."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from timm_dvt.extraction import hub, video
+from timm_dvt.extraction.settings import ExtractError
+from timm_dvt.image_files import Source, decode_rgb, list_images, read_file
+
+Read = Callable[[], Image.Image]  # raises ImageError
+
+
+@dataclass
+class ImageSource:
+    """Images in their order, each with a name.
+
+    Attributes:
+        identity: by which a folder that was begun knows them again.
+        listed: the files; empty for a stream.
+        stream: begins to read a stream.
+        count: how many; None for a stream that was not yet read to its end.
+        video: the file, if it is one.
+    """
+
+    identity: dict[str, Any]
+    listed: list[Source]
+    stream: Callable[[], Iterator[Read]] | None = None
+    count: int | None = None
+    video: Path | None = None
+
+    def walk(self, length: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, str, Read]]:
+        """Shard, name and reader of each image of the shards of `length` images that are wanted; a stream gets a count.
+
+        Args:
+            wanted: asked once for each shard, when it is come to.
+        """
+        if self.stream is None:
+            for shard, first in enumerate(range(0, len(self.listed), length)):
+                if wanted(shard):
+                    for source in self.listed[first : first + length]:
+                        name = source.name.encode(errors="surrogateescape").decode(errors="replace")
+                        yield shard, name, partial(_read, source.path)
+            return
+        number, taken = -1, False
+        for number, read in enumerate(self.stream()):
+            if number % length == 0:
+                taken = wanted(number // length)
+            if taken:
+                yield number // length, f"{number:06d}", read
+        self.count = number + 1
+
+
+def open_source(where: str) -> ImageSource:
+    """The images that SOURCE stands for. Raises ExtractError where there are none."""
+    try:
+        if where.startswith(hub.SCHEME):
+            return ImageSource({"source": where}, [], lambda: map(_decoder, hub.stream_images(where)))
+        path = Path(where)
+        if path.is_file() and path.suffix.lower() in video.SUFFIXES:
+            next(video.video_frames(path))  # before anything slow
+            identity = {"source": path.name, "bytes": path.stat().st_size}
+            return ImageSource(identity, [], lambda: map(_frame, video.video_frames(path)), video=path)
+        listed = list_images(path)
+    except (ValueError, StopIteration) as error:
+        raise ExtractError(str(error) or f"{where} has no frames") from error
+    names = hashlib.sha256("\n".join(source.name for source in listed).encode(errors="surrogateescape")).hexdigest()
+    return ImageSource({"count": len(listed), "names": names}, listed, count=len(listed))
+
+
+def _read(path: Path) -> Image.Image:
+    return decode_rgb(read_file(path)[0])
+
+
+def _decoder(data: bytes) -> Read:
+    return partial(decode_rgb, data)
+
+
+def _frame(pixels: Any) -> Read:
+    return partial(Image.fromarray, pixels)
