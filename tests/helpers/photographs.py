@@ -3,7 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import timm
+import torch
 from PIL import Image
+
+import timm_dvt
 
 MODEL = "test_vit.r160_in1k"
 BROKEN = ("empty.png", "half.jpg", "text.jpg")
@@ -27,3 +31,12 @@ def write_broken(folder: Path) -> None:
     (folder / "half.jpg").write_bytes((folder / "half.jpg").read_bytes()[:900])
     (folder / "text.jpg").write_text("no image")
     (folder / "empty.png").write_bytes(b"")
+
+
+def denoised_folder(folder: Path) -> Path:
+    """A small model of 2 blocks with a denoiser that changes much, as a folder that timm loads."""
+    torch.manual_seed(0)
+    arguments = {"depth": 2, "img_size": 64, "embed_dim": 64, "num_heads": 1, "dynamic_img_size": True}
+    model = timm_dvt.add_denoiser(timm.create_model("vit_tiny_patch16_224", **arguments))
+    torch.nn.init.normal_(model.denoiser.pos_embed)
+    return timm_dvt.save_pretrained(model, folder, model_args=arguments)

@@ -86,4 +86,4 @@ def _components(rows: np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tenso
     _, vectors = np.linalg.eigh(centered.T @ centered)
     axes = vectors[:, : -count - 1 : -1].T
     signs = np.sign(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1))  # so that equal data give equal axes
-    return torch.from_numpy(mean).float(), torch.from_numpy(axes * signs).float()
+    return torch.from_numpy(mean).float(), torch.from_numpy(axes * signs).float().contiguous()

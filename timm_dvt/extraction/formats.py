@@ -7,8 +7,8 @@
 
 Class tokens have no y and x. An array of zarr has one shape for all images: with maps of different grids
 (--keep-aspect) an image's lies in the upper left corner, NaN around it, and `rows` and `columns` beside the image's
-name say how much of it is the map: `ds.features.sel(image=NAME)[:rows, :columns]`. Images that cannot be read are NaN there, 0 x 0, and
-are not in the other formats.
+name say how much of it is the map: `ds.features.sel(image=NAME)[:rows, :columns]`. Images that cannot be read are NaN
+there, 0 x 0, and are not in the other formats.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def extract(settings: ExtractSettings, say: Callable[[str], object] = print) -> 
     for package in NEEDS.get(settings.format, ()):
         if find_spec(package) is None:
             raise ExtractError(f"--format {settings.format} needs the package {package}: pip install timm-dvt[extract]")
-    source = open_source(settings.source)
+    source = open_source(settings.source, Path(settings.out))
     first = int(os.environ.get("RANK", 0)) == 0  # of those that torchrun started: it speaks for all
     say = say if first else lambda text: None
     extractor = Extractor(settings)
@@ -244,11 +244,8 @@ class _Extraction:
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
     def _event(self) -> torch.cuda.Event | None:
-        return (
-            torch.cuda.current_stream(self.extractor.device).record_event()
-            if self.extractor.device.type == "cuda"
-            else None
-        )
+        device = self.extractor.device
+        return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
     def _collect(self, passed: Passed, records: list[Record], values: dict) -> None:
         """Put what came of a batch into `values`, by variable and place, and sizes and errors into the records."""

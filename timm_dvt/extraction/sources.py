@@ -50,29 +50,39 @@ class ImageSource:
                         yield shard, name, partial(_read, source.path)
             return
         number, taken = -1, False
-        for number, read in enumerate(self.stream()):
-            if number % length == 0:
-                taken = wanted(number // length)
-            if taken:
-                yield number // length, f"{number:06d}", read
+        try:
+            for number, read in enumerate(self.stream()):
+                if number % length == 0:
+                    taken = wanted(number // length)
+                if taken:
+                    yield number // length, f"{number:06d}", read
+        except ValueError as error:  # a network that fails in the middle, say
+            raise ExtractError(f"{error}; the same command continues") from error
         self.count = number + 1
 
 
-def open_source(where: str) -> ImageSource:
-    """The images that SOURCE stands for. Raises ExtractError where there are none."""
+def open_source(where: str, out: Path) -> ImageSource:
+    """The images that SOURCE stands for, without those below `out`. Raises ExtractError where there are none."""
+    path = Path(where)
     try:
         if where.startswith(hub.SCHEME):
-            return ImageSource({"source": where}, [], lambda: map(_decoder, hub.stream_images(where)))
-        path = Path(where)
+            return _stream({"source": where}, lambda: map(_decoder, hub.stream_images(where)))
         if path.is_file() and path.suffix.lower() in video.SUFFIXES:
-            next(video.video_frames(path))  # before anything slow
             identity = {"source": path.name, "bytes": path.stat().st_size}
-            return ImageSource(identity, [], lambda: map(_frame, video.video_frames(path)), video=path)
+            return _stream(identity, lambda: map(_frame, video.video_frames(path)), path)
         listed = list_images(path)
-    except (ValueError, StopIteration) as error:
-        raise ExtractError(str(error) or f"{where} has no frames") from error
+    except ValueError as error:
+        raise ExtractError(str(error)) from error
+    if out.resolve().is_relative_to(path.resolve()):  # pictures of the run that is continued
+        listed = [source for source in listed if not source.path.resolve().is_relative_to(out.resolve())]
     names = hashlib.sha256("\n".join(source.name for source in listed).encode(errors="surrogateescape")).hexdigest()
     return ImageSource({"count": len(listed), "names": names}, listed, count=len(listed))
+
+
+def _stream(identity: dict[str, Any], begin: Callable[[], Iterator[Read]], video: Path | None = None) -> ImageSource:
+    if next(begin(), None) is None:  # before anything slow
+        raise ValueError(f"{identity['source']} holds no images")
+    return ImageSource(identity, [], begin, video=video)
 
 
 def _read(path: Path) -> Image.Image:
