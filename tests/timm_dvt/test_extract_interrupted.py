@@ -1,6 +1,7 @@
 """Claims about `timm-dvt extract` killed, shared, or out of room: every image's maps are there once and whole."""
 
 import errno
+import multiprocessing
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from timm_dvt import shared_folder
 from timm_dvt.__main__ import main
 
 OPTIONS = ["--model", MODEL, "--no-pretrained", "--size", "64", "--device", "cpu"]
+FORK = multiprocessing.get_context("fork")  # so that libraries are imported once
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -36,6 +38,11 @@ def whole(photographs, tmp_path_factory):
     return contents(out)
 
 
+def finished(out):
+    """Bytes of the index, which grow with each shard."""
+    return (out / "index.jsonl").stat().st_size if (out / "index.jsonl").exists() else 0
+
+
 def contents(out):
     """All files; the index sorted, because its lines are in the order of finishing."""
     files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -47,17 +54,16 @@ def contents(out):
 def test_killed_at_any_moment_and_run_again_equals_an_uninterrupted_run(photographs, whole, tmp_path):
     out, moments, killed = tmp_path / "out", random.Random(0), 0
     for _ in range(20):
-        process = start("timm_dvt", "extract", str(photographs), "--out", str(out), *OPTIONS)
-        began = os.stat(out / "index.jsonl").st_size if (out / "index.jsonl").exists() else 0
-        while process.poll() is None:  # until extracting, not importing, is what it does
-            if (out / "index.jsonl").exists() and os.stat(out / "index.jsonl").st_size > began:
-                break
-            time.sleep(0.002)
+        process = FORK.Process(target=main, args=(["extract", str(photographs), "--out", str(out), *OPTIONS],))
+        before = finished(out)
+        process.start()
+        while process.is_alive() and finished(out) == before:
+            time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        process.communicate()
-        if (out / "index.jsonl").exists():
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        if finished(out):
             features = timm_dvt.open_features(out)
             assert all(features[name].shape == (4, 4, 64) for name in features)
     assert killed >= 5
