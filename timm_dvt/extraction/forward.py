@@ -17,7 +17,7 @@ from timm.data.transforms import str_to_pil_interp
 from timm_dvt.extraction.settings import ExtractError, ExtractSettings
 from timm_dvt.fetching import first_line
 from timm_dvt.layouts import check_rgb, layout_of, meant_size
-from timm_dvt.loading import SCHEMES, create_model, did_you_mean, pick_device
+from timm_dvt.loading import SCHEMES, create_model, did_you_mean, pick_device, weights_digest
 from timm_dvt.model import Denoised
 from timm_dvt.reading import fit_to
 
@@ -58,6 +58,7 @@ class Extractor:
         self.facts = {
             "model": settings.model,
             "pretrained": settings.pretrained,
+            "weights": weights_digest(self.model),
             "blocks": list(self.blocks),
             "size": list(self.size),
             "keep_aspect": settings.keep_aspect,

@@ -28,7 +28,6 @@ from timm_dvt.extraction.formats import NEEDS, WRITERS, Layout, Record, write_za
 from timm_dvt.extraction.forward import TOKEN, Extractor
 from timm_dvt.extraction.settings import ExtractError, ExtractSettings
 from timm_dvt.extraction.sources import ImageSource, Read, open_source
-from timm_dvt.loading import weights_digest
 from timm_dvt.shared_folder import OutputError, SettingsDiffer, SharedFolder, write_atomically
 from timm_dvt.version import __version__
 
@@ -60,6 +59,13 @@ def extract(settings: ExtractSettings, say: Callable[[str], object] = print) -> 
     say = say if first else lambda text: None
     extractor = Extractor(settings)
     say(f"model: {settings.model} on {extractor.device}")
+    return fill(settings, extractor, source, say, first)
+
+
+def fill(
+    settings: ExtractSettings, extractor: Extractor, source: ImageSource, say: Callable[[str], object], first: bool
+) -> Path:
+    """As `extract`, with a model that is made and a source that is opened."""
     try:
         with SharedFolder(settings.out) as folder:
             return _Extraction(settings, extractor, source, folder, say, first).run()
@@ -86,12 +92,7 @@ class _Extraction:
         }
         size = sum(int(np.prod(shape)) for shape in shapes.values()) * np.dtype(settings.dtype).itemsize
         self.layout = Layout(shard_length(size, source.count), shapes, settings.dtype)
-        self.facts = {
-            **extractor.facts,
-            "weights": weights_digest(extractor.model),
-            "dtype": settings.dtype,
-            "pca": settings.pca,
-        }
+        self.facts = {**extractor.facts, "dtype": settings.dtype, "pca": settings.pca}
         self.default = [key for key in shapes if key != TOKEN][len(extractor.blocks) - 1]
         folder.settle(
             {
