@@ -14,9 +14,10 @@ from PIL import Image
 
 import timm_dvt
 from timm_dvt.__main__ import main
-from timm_dvt.calibration import CalibrationError, calibrate
+from timm_dvt.calibration.calibrate import calibrate
+from timm_dvt.calibration.samples import blank, canvas, sources
+from timm_dvt.errors import CalibrationError
 from timm_dvt.image_files import list_images
-from timm_dvt.sample_images import SampleError, blank, canvas, sources
 
 SMALL = {"depth": 2, "img_size": 96, "dynamic_img_size": True}
 
@@ -51,7 +52,7 @@ def plant(model, rank: int | None = None, size: float = 1.0) -> torch.Tensor:
 
 
 def photographs(count: int, side: int = 160) -> list[Image.Image]:
-    """Images with things in them: smooth fields of colour with edges, none like another."""
+    """Images with things in them: smooth fields of color with edges, none like another."""
     draw = np.random.default_rng(0)
     images = []
     for _ in range(count):
@@ -234,7 +235,7 @@ def test_a_folder_is_walked_as_training_walks_it_and_broken_files_are_left_out_a
         assert "pipe.bmp: not a file" in caplog.text
     for path in folder.glob("*.*"):
         path.write_bytes(b"") if path.suffix == ".png" else None
-    with pytest.raises(SampleError, match="no image that can be read"):
+    with pytest.raises(CalibrationError, match="no image that can be read"):
         sources([folder / "a.png", folder / "none.jpg"], 9)
 
 
@@ -252,7 +253,7 @@ def test_the_command_leaves_broken_files_out_and_names_them(tmp_path):
         assert "of 4 images" in told.stdout
 
 
-def test_blank_images_are_normalised_and_none_like_another():
+def test_blank_images_are_normalized_and_none_like_another():
     images = torch.stack([blank(3, (32, 48), visit) for visit in range(40)])
     assert images[0].abs().max() == 0 and images.isfinite().all()
     assert 0.5 < images.std() < 1.2 and len(images.flatten(1).unique(dim=0)) == 40
@@ -263,8 +264,8 @@ BAD = {
     "views": (dict(views=3), "views is 3"),
     "no images": (dict(images=[]), "holds no image"),
     "not images": (dict(images=[3]), "holds a int"),
-    "normalised": (dict(images=torch.randn(3, 64, 64)), "not normalised"),
-    "grey": (dict(images=torch.rand(1, 64, 64)), "not an RGB image"),
+    "normalized": (dict(images=torch.randn(3, 64, 64)), "not normalized"),
+    "gray": (dict(images=torch.rand(1, 64, 64)), "not an RGB image"),
     "no such file": (dict(images="none.png"), "none.png"),
 }
 

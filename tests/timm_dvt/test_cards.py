@@ -10,9 +10,9 @@ import timm
 import yaml
 from huggingface_hub import ModelCard
 
-from timm_dvt import published
 from timm_dvt.__main__ import main
-from timm_dvt.cards import card, publishable, stale_cards
+from timm_dvt.publish import published
+from timm_dvt.publish.cards import card, publishable, stale_cards
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import FOCUS, Variant
 
@@ -26,12 +26,12 @@ def written(name: str) -> str:
 
 
 def test_the_cards_there_are_those_that_would_be_written():
-    assert stale_cards(FOLDER) == [], "run python -m timm_dvt cards"
+    assert stale_cards(FOLDER) == [], "run timm-dvt cards"
 
 
 def test_stale_cards_are_named(tmp_path, capsys, monkeypatch):
     some = publishable()[:2]
-    monkeypatch.setattr("timm_dvt.cards.publishable", lambda: some)
+    monkeypatch.setattr("timm_dvt.publish.cards.publishable", lambda: some)
     (tmp_path / "old.md").write_text("of a variant that is gone")
     assert main(["cards", "--out", str(tmp_path)]) == 0 and main(["cards", "--out", str(tmp_path), "--check"]) == 0
     (tmp_path / f"{some[0].name}.md").write_text("changed by hand")
@@ -43,9 +43,9 @@ def test_stale_cards_are_named(tmp_path, capsys, monkeypatch):
 
 def test_files_of_others_stay_and_cards_of_former_variants_go(tmp_path, monkeypatch):
     former, *some = publishable()[:3]
-    monkeypatch.setattr("timm_dvt.cards.publishable", lambda: [former])
+    monkeypatch.setattr("timm_dvt.publish.cards.publishable", lambda: [former])
     main(["cards", "--out", str(tmp_path)])
-    monkeypatch.setattr("timm_dvt.cards.publishable", lambda: some)
+    monkeypatch.setattr("timm_dvt.publish.cards.publishable", lambda: some)
     notes = {"README.md": b"# mine", "notes.md": b"\xff\xfe of another encoding"}
     for name, content in notes.items():
         (tmp_path / name).write_bytes(content)

@@ -16,8 +16,8 @@ import torch
 
 import timm_dvt
 from tests.helpers.folders import small_files
-from timm_dvt import saving
-from timm_dvt.files import write_whole
+from timm_dvt.weights import saving
+from timm_dvt.weights.files import write_whole
 
 SMALL = {"depth": 1, "img_size": 32, "embed_dim": 32, "num_heads": 2}
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from timm_dvt import looks
-from timm_dvt.colors import fit_projection
 from timm_dvt.image_files import list_images, load_image
+from timm_dvt.viewer import pairs as looks
+from timm_dvt.viewer.colors import fit_projection
 from training import visualize
 from training.common.backbone import FeatureReader
 from training.common.models import load_model
@@ -81,7 +81,7 @@ def assert_texts_apart(figure):
 
 
 @pytest.mark.parametrize("resolution", [5, 15])
-def test_a_panel_has_the_colours_of_the_demo_and_one_scale_for_raw_and_clean_features(resolution):
+def test_a_panel_has_the_colors_of_the_demo_and_one_scale_for_raw_and_clean_features(resolution):
     """Also where F is drawn between the patches."""
     generator = np.random.default_rng(0)
     raw, artifacts, residual = (generator.normal(size=(5, 5, 8)) for _ in range(3))
@@ -92,7 +92,7 @@ def test_a_panel_has_the_colours_of_the_demo_and_one_scale_for_raw_and_clean_fea
     fine = raw.repeat(times, 0).repeat(times, 1)
     lengths, ends = looks.lengths(fine, clean)
     similarities, _ = looks.similarities(fine, clean, (resolution // 2, resolution // 2))
-    for wanted in (*looks.colours(fine, clean), *looks.groups(fine, clean, 4), *lengths, *similarities):
+    for wanted in (*looks.colors(fine, clean), *looks.groups(fine, clean, 4), *lengths, *similarities):
         assert any(one.shape == wanted.shape and np.allclose(one, wanted) for one in pictures)
     texts = [text.get_text() for text in figure.texts]
     assert [texts.count(f"{end:.3g}") for end in ends] == [2, 2]

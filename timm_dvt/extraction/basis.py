@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
-from timm_dvt.colors import Projection, fit_projection
 from timm_dvt.shared_folder import write_atomically
+from timm_dvt.viewer.colors import Projection, fit_projection
 
 SAMPLE = 64  # images that the basis is fitted on
 ROWS = 2**15  # patches of them, at the most

@@ -9,9 +9,9 @@ from concurrent.futures import Executor, Future
 import torch
 from PIL import Image
 
+from timm_dvt.errors import ImageError
 from timm_dvt.extraction.formats import Record
 from timm_dvt.extraction.sources import Read
-from timm_dvt.images import ImageError
 
 Decoded = tuple[int, torch.Tensor | None, Record]  # shard; pixels (3, h, w) uint8 unless it is broken; record
 

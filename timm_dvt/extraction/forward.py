@@ -8,17 +8,16 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 from timm.data.transforms import str_to_pil_interp
 
-from timm_dvt.extraction.settings import ExtractError, ExtractSettings
-from timm_dvt.fetching import first_line
+from timm_dvt.attach import Denoised
+from timm_dvt.errors import UserError
+from timm_dvt.extraction.settings import ExtractSettings
 from timm_dvt.layouts import check_rgb, layout_of, meant_size
-from timm_dvt.loading import SCHEMES, create_model, did_you_mean, pick_device, weights_digest
-from timm_dvt.model import Denoised
+from timm_dvt.loading import load_model, pick_device, weights_digest
 from timm_dvt.reading import fit_to
 
 TOKEN = "class_token"
@@ -37,7 +36,7 @@ class Extractor:
     """
 
     def __init__(self, settings: ExtractSettings) -> None:
-        """Raises ExtractError: no such model, or it has not what is asked for."""
+        """Raises UserError: no such model, or it has not what is asked for."""
         self.settings = settings
         try:
             self.device = pick_device(settings.device)
@@ -46,7 +45,7 @@ class Extractor:
             self.states = self._states()
             self.patch, self.size = self._sizes()
         except (TypeError, ValueError) as error:
-            raise ExtractError(str(error)) from error
+            raise UserError(str(error)) from error
         config = resolve_model_data_config(self.model)
         self.config = {**config, "input_size": (3, *self.size)}
         self.mean, self.std = (torch.tensor(config[key], device=self.device).view(-1, 1, 1) for key in ("mean", "std"))
@@ -143,27 +142,17 @@ class Extractor:
         if self.settings.class_token:
             known = "return_prefix_tokens" in inspect.signature(self.model.forward_intermediates).parameters
             if not known or getattr(self.model, "cls_token", None) is None:
-                raise ExtractError(f"--class-token: {self.settings.model} has no class token")
+                raise UserError(f"--class-token: {self.settings.model} has no class token")
         if wanted is None or wanted == "all":
             return (count - 1,) if wanted is None else tuple(range(count))
         if any(not -count <= int(block) < count for block in wanted):
-            raise ExtractError(f"--blocks: {self.settings.model} has the blocks 0 to {count - 1}; got {wanted}")
+            raise UserError(f"--blocks: {self.settings.model} has the blocks 0 to {count - 1}; got {wanted}")
         return tuple(sorted({int(block) % count for block in wanted}))
 
 
 def _load(settings: ExtractSettings) -> Any:
-    """The model, for images of any size where its class has them. Raises ValueError."""
-    name = settings.model
-    if not name.startswith(SCHEMES) and not timm.is_model(name):
-        raise ValueError(f"{name!r} is not a model; timm.list_models() names those there are{did_you_mean(name)}")
-    torch.manual_seed(0)
+    """The model, for images of any size where its class has them."""
     try:
-        try:
-            return create_model(name, settings.pretrained, dynamic_img_size=True)
-        except TypeError:  # a class without that argument
-            return create_model(name, settings.pretrained)
-    except Exception as e:  # timm's, the hub client's, json's: a name, a folder or weights that are not there
-        raise ValueError(
-            f"cannot create {name!r}: {type(e).__name__}: {first_line(e)}; without a network name a folder that holds "
-            "it (local-dir:FOLDER), or take random weights (--no-pretrained)"
-        ) from e
+        return load_model(settings.model, settings.pretrained, dynamic_img_size=True)
+    except TypeError:  # a class without that argument
+        return load_model(settings.model, settings.pretrained)

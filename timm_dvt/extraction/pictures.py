@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from timm_dvt.bars import tqdm
-from timm_dvt.colors import Projection
 from timm_dvt.extraction.basis import Basis
 from timm_dvt.extraction.formats import Record, file_of
 from timm_dvt.extraction.reader import open_features
 from timm_dvt.extraction.video import video_rate
 from timm_dvt.extraction.video import write_video as encode
-from timm_dvt.files import write_whole
 from timm_dvt.shared_folder import write_atomically
+from timm_dvt.viewer.colors import Projection
+from timm_dvt.weights.files import write_whole
 
 FOLDER, VIDEO = "pictures", "pictures.mp4"
 SIDE = 448  # pixels of the longer side, about

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import UserError
 from timm_dvt.extraction import pictures
 from timm_dvt.extraction.basis import BASIS, SAMPLE, Basis
 from timm_dvt.extraction.decoding import Decoded, batches, decoded
 from timm_dvt.extraction.folder import ERRORS, INDEX, Index, shard_length
 from timm_dvt.extraction.formats import NEEDS, WRITERS, Layout, Record, write_zarr_metadata
 from timm_dvt.extraction.forward import TOKEN, Extractor
-from timm_dvt.extraction.settings import ExtractError, ExtractSettings
+from timm_dvt.extraction.settings import ExtractSettings
 from timm_dvt.extraction.sources import ImageSource, Read, open_source
 from timm_dvt.shared_folder import OutputError, SettingsDiffer, SharedFolder, write_atomically
 from timm_dvt.version import __version__
@@ -48,12 +49,12 @@ def extract(settings: ExtractSettings, say: Callable[[str], object] = print) -> 
     """Extract what is asked for, together with whatever other processes do the same; returns the folder.
 
     Raises:
-        ExtractError: the source, the model or the folder cannot be used, or the disk is full; the message says what
+        UserError: the source, the model or the folder cannot be used, or the disk is full; the message says what
             to do.
     """
     for package in NEEDS.get(settings.format, ()):
         if find_spec(package) is None:
-            raise ExtractError(f"--format {settings.format} needs the package {package}: pip install timm-dvt[extract]")
+            raise UserError(f"--format {settings.format} needs the package {package}: pip install timm-dvt[extract]")
     source = open_source(settings.source, Path(settings.out))
     first = int(os.environ.get("RANK", 0)) == 0  # of those that torchrun started: it speaks for all
     say = say if first else lambda text: None
@@ -71,7 +72,7 @@ def fill(
             return _Extraction(settings, extractor, source, folder, say, first).run()
     except (OutputError, SettingsDiffer) as error:
         more = "" if isinstance(error, SettingsDiffer) else "; once that is settled, the same command continues"
-        raise ExtractError(f"{error}{more}") from error
+        raise UserError(f"{error}{more}") from error
 
 
 class _Extraction:
@@ -134,7 +135,7 @@ class _Extraction:
         need = (count - done) * each
         self.say(f"disk: {count} images of {_bytes(each)}, {_bytes(need)} to be written; {_bytes(free)} free")
         if need > free:
-            raise ExtractError(
+            raise UserError(
                 f"no room in {self.out}: {_bytes(need)} are needed and {_bytes(free)} are free; take fewer images, "
                 "--dtype float16, --pca K or a smaller --size"
             )
@@ -161,7 +162,7 @@ class _Extraction:
             try:
                 return Basis.fit(samples, self.settings.pca, self.settings.pictures)
             except ValueError as error:
-                raise ExtractError(str(error)) from error
+                raise UserError(str(error)) from error
 
     def _of_sample(self, number: int) -> bool:
         """Whether an image is in the sample: evenly spread ones of a list, the first of a stream."""
@@ -284,7 +285,7 @@ class _Extraction:
                 pictures.write_video(self.out, self.source.video, self.basis, self.default, self.first)
         good = len(records) - len(errors)
         if whole and not good:
-            raise ExtractError(f"none of the {len(records)} images can be read: see {self.out / ERRORS}")
+            raise UserError(f"none of the {len(records)} images can be read: see {self.out / ERRORS}")
         for record in errors[:NAMED]:
             self.say(f"left out {record['name']}: {record['error']}")
         if errors:

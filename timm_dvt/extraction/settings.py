@@ -12,10 +12,6 @@ DTYPES = ("float16", "float32")
 STATES = {"denoise": ("on",), "no-denoise": ("off",), "both": ("on", "off")}
 
 
-class ExtractError(Exception):
-    """Something the person at the command line can put right; the message says what."""
-
-
 def _option(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, **more})
 

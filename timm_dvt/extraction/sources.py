@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from timm_dvt.errors import UserError
 from timm_dvt.extraction import hub, video
-from timm_dvt.extraction.settings import ExtractError
 from timm_dvt.image_files import Source, decode_rgb, list_images, read_file
 
 Read = Callable[[], Image.Image]  # raises ImageError
@@ -57,12 +57,12 @@ class ImageSource:
                 if taken:
                     yield number // length, f"{number:06d}", read
         except ValueError as error:  # a network that fails in the middle, say
-            raise ExtractError(f"{error}; the same command continues") from error
+            raise UserError(f"{error}; the same command continues") from error
         self.count = number + 1
 
 
 def open_source(where: str, out: Path) -> ImageSource:
-    """The images that SOURCE stands for, without those below `out`. Raises ExtractError where there are none."""
+    """The images that SOURCE stands for, without those below `out`. Raises UserError where there are none."""
     path = Path(where)
     try:
         if where.startswith(hub.SCHEME):
@@ -72,7 +72,7 @@ def open_source(where: str, out: Path) -> ImageSource:
             return _stream(identity, lambda: map(_frame, video.video_frames(path)), path)
         listed = list_images(path)
     except ValueError as error:
-        raise ExtractError(str(error)) from error
+        raise UserError(str(error)) from error
     if out.resolve().is_relative_to(path.resolve()):  # pictures of the run that is continued
         listed = [source for source in listed if not source.path.resolve().is_relative_to(out.resolve())]
     names = hashlib.sha256("\n".join(source.name for source in listed).encode(errors="surrogateescape")).hexdigest()

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from timm_dvt.errors import UserError
+
 SUFFIXES = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm .wmv".split())
 
 
@@ -16,16 +18,16 @@ def video_frames(source: str | Path) -> Iterator[np.ndarray]:
     """The frames of a video file, (H, W, 3) uint8, one at a time.
 
     Raises:
-        ValueError: it is none that can be read, or imageio is not installed.
+        UserError: it is none that can be read, or imageio is not installed.
     """
     try:
         import imageio.v2
 
         reader: Any = imageio.v2.get_reader(source)
     except ImportError:
-        raise ValueError(f"{source} needs the package imageio: pip install imageio[ffmpeg]") from None
+        raise UserError(f"{source} needs the package imageio: pip install imageio[ffmpeg]") from None
     except Exception as error:  # imageio's plugins each raise their own kinds
-        raise ValueError(f"{source} is no folder of frames and no video that can be read: {error}") from error
+        raise UserError(f"{source} is no folder of frames and no video that can be read: {error}") from error
     with reader:
         for frame in reader:
             yield np.asarray(Image.fromarray(np.asarray(frame)).convert("RGB"))

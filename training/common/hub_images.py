@@ -7,6 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import UserError
 from timm_dvt.extraction.hub import SCHEME, stream_images  # noqa: F401  the scheme is handed on
 from timm_dvt.shared_folder import SharedFolder, write_atomically
 
@@ -36,7 +37,7 @@ def fetch_images(name: str, most: int, folder: Path) -> Path:
             found = stream_images(name)
             first = next(found, None)  # what cannot be read is told before the folder is the data set's
             if first is None:
-                raise ValueError(f"{name} holds no images")
+                raise UserError(f"{name} holds no images")
             missing = chain([first], found)
         shared.settle({"data_set": name, "images": most})
         for number, data in enumerate(tqdm(islice(missing, most), "images", most, leave=False, unit="image")):

@@ -1,4 +1,4 @@
-"""Videos of features: frame, raw and denoised side by side, in one colour projection (paper Fig. 3c)."""
+"""Videos of features: frame, raw and denoised side by side, in one color projection (paper Fig. 3c)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from timm_dvt.colors import fit_projection
+from timm_dvt.errors import UserError
 from timm_dvt.extraction.video import video_frames, video_rate, write_video
 from timm_dvt.image_files import decode_image, list_images, read_file
+from timm_dvt.viewer.colors import fit_projection
 
-FITTED_FRAMES = 8  # as many frames, evenly spread, decide the colours
+FITTED_FRAMES = 8  # as many frames, evenly spread, decide the colors
 CAPTIONS = ("frame", "raw features", "denoised")
 Maps = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -30,7 +31,7 @@ def read_frames(source: str | Path) -> Iterator[np.ndarray]:
             try:
                 yield to_bytes(decode_image(read_file(image.path)[0]))
             except ValueError as error:
-                raise ValueError(f"frame {image.name}: {error}") from error
+                raise UserError(f"frame {image.name}: {error}") from error
         return
     yield from video_frames(source)
 
@@ -99,7 +100,7 @@ def draw_video(
 def check_suffix(out: str | Path) -> Path:
     """Where a video goes. Raises ValueError unless it can be written there by its suffix."""
     if Path(out).suffix.lower() not in (".mp4", ".gif"):
-        raise ValueError(f"out must end in .mp4 or .gif, got {out}")
+        raise UserError(f"out must end in .mp4 or .gif, got {out}")
     return Path(out)
 
 
@@ -109,12 +110,12 @@ def count_frames(source: str | Path, limit: int | None = None) -> int:
         return len(list_images(source, limit))
     count = sum(1 for i, _ in enumerate(read_frames(source)) if limit is None or i < limit)
     if count == 0:
-        raise ValueError(f"{source} has no frames")
+        raise UserError(f"{source} has no frames")
     return count
 
 
 def side_by_side(frame: np.ndarray, raw: np.ndarray, clean: np.ndarray, height: int) -> np.ndarray:
-    """Three pictures under their captions: frame (H, W, 3) uint8, colours (K, K, 3) in [0, 1] -> uint8.
+    """Three pictures under their captions: frame (H, W, 3) uint8, colors (K, K, 3) in [0, 1] -> uint8.
 
     Maps take the frame's shape, patches unsmoothed. Sides are even, as video codecs want them.
     """

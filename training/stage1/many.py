@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from timm_dvt.bars import tqdm
-from timm_dvt.image_files import Fingerprint, ImageError, Source, decode_image, read_file
+from timm_dvt.errors import ImageError
+from timm_dvt.image_files import Fingerprint, Source, decode_image, read_file
 from training.common.backbone import FeatureReader
 from training.common.models import DENOISER, weights_digest
 from training.pairs.folder import PairFolder, ValueTooLarge

@@ -8,8 +8,8 @@ import pytest
 import torch
 from sklearn.metrics import mutual_info_score
 
-import training.evaluate.information as information
-from training.evaluate.information import channel_mic, grid_sizes, position_mic
+import training.evaluate.position.information as information
+from training.evaluate.position.information import channel_mic, grid_sizes, position_mic
 
 
 def grid(height, width):
