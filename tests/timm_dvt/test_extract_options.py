@@ -6,6 +6,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
+from timm.data import create_transform, resolve_model_data_config
 
 import timm_dvt
 from tests.helpers.photographs import MODEL, denoised_folder, write_pictures
@@ -34,11 +35,16 @@ def extract(photographs, tmp_path):
     return run
 
 
-def test_both_gives_the_maps_with_the_denoiser_on_and_off(extract, denoised, tmp_path):
+def test_both_gives_the_maps_with_the_denoiser_on_and_off(extract, denoised, photographs, tmp_path):
     features = extract("--both", model=denoised)
     raw = timm_dvt.open_features(tmp_path / "out", "features_raw")
     on, off = (extract(f"--{flag}", model=denoised, folder=flag) for flag in ("denoise", "no-denoise"))
+    model = timm.create_model(denoised, pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
     for name in features:
+        with torch.no_grad():
+            tokens = model.forward_features(transform(Image.open(photographs / name).convert("RGB"))[None])[0, 1:]
+        np.testing.assert_allclose(features[name], tokens.unflatten(0, (4, 4)), atol=2e-5)
         np.testing.assert_array_equal(features[name], on[name])
         np.testing.assert_array_equal(raw[name], off[name])
         assert np.abs(on[name] - off[name]).max() > 0.1

@@ -79,6 +79,19 @@ def test_a_data_set_is_streamed(photographs, of_folder, tmp_path):
     assert all(same(features[number], of_folder[name]) for number, name in zip(features, names))
 
 
+def test_of_a_data_set_that_says_its_length_the_disk_need_is_said_first(photographs, tmp_path, capsys):
+    pytest.importorskip("datasets")
+    picture = (photographs / "0000.png").read_bytes()
+    for i in range(3):
+        (tmp_path / "set" / "data").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / "data" / f"{i}.png").write_bytes(picture)
+    features, splits = "- name: image\n    dtype: image", "- name: train\n    num_examples: 3"
+    said = f"dataset_info:\n  features:\n  {features}\n  splits:\n  {splits}\n"
+    (tmp_path / "set" / "README.md").write_text(f"---\n{said}---\n")
+    assert len(extract(f"hf:{tmp_path / 'set'}", tmp_path / "out")) == 3
+    assert "disk: 3 images of 2.05 KB, 6.14 KB to be written" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("source, said", [("nowhere", "does not exist"), ("hf:nobody/nothing", "cannot be read")])
 def test_a_source_that_is_none_is_one_clear_line(source, said, tmp_path, capsys):
     assert main(["extract", source, "--out", str(tmp_path / "out"), *OPTIONS]) == 2

@@ -32,9 +32,11 @@ def decoded(
 def _decode(shard: int, name: str, read: Read, prepare: Callable[[Image.Image], torch.Tensor]) -> Decoded:
     try:
         image = read()
+        return shard, prepare(image), {"name": name, "height": image.height, "width": image.width}
     except ImageError as error:
         return shard, None, {"name": name, "error": str(error)}
-    return shard, prepare(image), {"name": name, "height": image.height, "width": image.width}
+    except (OSError, MemoryError, ValueError) as error:  # Pillow's, of a shape that it cannot resize
+        return shard, None, {"name": name, "error": f"cannot be resized: {error or type(error).__name__}"}
 
 
 def batches(images: Iterable[Decoded], records: list[Record], size: int) -> Iterator[tuple[list[int], torch.Tensor]]:

@@ -13,10 +13,12 @@ files that the next run writes again, equal. Who does what is settled by locks (
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from timm_dvt.errors import UserError
 from timm_dvt.extraction.formats import Layout, Record
 from timm_dvt.shared_folder import read_lines
 
@@ -65,9 +67,32 @@ def shard_length(image_bytes: int, count: int | None) -> int:
 
 
 def read_layout(folder: Path) -> tuple[dict[str, Any], Layout]:
-    """The settings of a folder, and how its variables lie. Raises ValueError for a folder that is none of extract's."""
+    """The settings of a folder, and how its variables lie. Raises UserError for a folder that is none of extract's."""
     try:
         settings = json.loads((folder / SETTINGS).read_text())
         return settings, Layout(settings["shard"], settings["variables"], settings["dtype"])
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} is no folder of `timm-dvt extract`: it has no {SETTINGS} of one") from error
+        raise UserError(f"{folder} is no folder of `timm-dvt extract`: it has no {SETTINGS} of one") from error
+
+
+def check_room(out: Path, each: int, count: int | None, done: int, say: Callable[[str], object]) -> None:
+    """Say what the rest of `count` images of `each` bytes needs. Raises UserError where the disk has no such room."""
+    free = shutil.disk_usage(out).free
+    if count is None:
+        say(f"disk: {_amount(each)} an image, {_amount(free)} free")
+        return
+    need = max(0, count - done) * each
+    say(f"disk: {count} images of {_amount(each)}, {_amount(need)} to be written; {_amount(free)} free")
+    if need > free:
+        raise UserError(
+            f"no room in {out}: {_amount(need)} are needed and {_amount(free)} are free; take fewer images, "
+            "--dtype float16, --pca K or a smaller --size"
+        )
+
+
+def _amount(count: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -21,6 +21,7 @@ from timm_dvt.loading import load_model, pick_device, weights_digest
 from timm_dvt.reading import fit_to
 
 TOKEN = "class_token"
+LONGEST = 8  # times the shorter side
 RAW = "_raw"  # ends the name of what is taken with the denoiser off, beside what is taken with it on
 
 
@@ -52,6 +53,14 @@ class Extractor:
         self._square = create_transform(**self.config, is_training=False, normalize=False)
         self._method = str_to_pil_interp(config["interpolation"])
         self.blocks = self._blocks()
+        self._once = (
+            len(self.states) > 1
+            and self.model.plain
+            and list(self.model.denoisers()) == [self.model.final_block] == list(self.blocks)
+            and not (self.model.norm_after_pool or settings.autocast)
+        )
+        if self._once:
+            self.model.set_denoise(False)
         self._run = torch.compile(self._forward) if settings.compile else self._forward
         self.shapes = {key: value.shape[1:] for key, value in self(torch.zeros(1, 3, *self.size).byte()).items()}
         self.facts = {
@@ -72,6 +81,10 @@ class Extractor:
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """An RGB image as (3, h, w) uint8: as timm's own transform for evaluation, or of its own shape."""
         if not self.settings.keep_aspect:
+            width, height = image.size
+            most = LONGEST * min(image.size)
+            if max(image.size) > most and self.config["crop_mode"] == "center":  # timm would enlarge what it cuts off
+                image = ImageOps.fit(image, (min(width, most), min(height, most)))
             return self._square(image)
         longer = max(image.size)
         width, height = (
@@ -85,6 +98,12 @@ class Extractor:
         """Variables of a batch (B, 3, h, w) uint8: maps (B, H, W, C), class tokens (B, C), float32, on the device."""
         images = images.to(self.device, non_blocking=True)
         found: dict[str, torch.Tensor] = {}
+        if self._once:  # raw maps are all that the denoiser needs
+            maps, token = self._run(images)
+            with torch.inference_mode():
+                clean = self.model.denoiser(maps[0].flatten(1, 2), tuple(maps[0].shape[1:3])).reshape(maps[0].shape)
+            found = {self._name(self.blocks[0]): clean, self._name(self.blocks[0]) + RAW: maps[0]}
+            return found if token is None else {**found, TOKEN: token}
         for state in self.states:
             with self.model.denoising(state == "on") if isinstance(self.model, Denoised) else nullcontext():
                 maps, token = self._run(images)

@@ -43,6 +43,18 @@ def stream_images(name: str) -> Iterator[bytes]:
         raise UserError(f"{name} cannot be read as a data set: {reason}") from error
 
 
+def stream_length(name: str) -> int | None:
+    """How many rows a data set says that it has; None where it does not say. Raises as `stream_images`."""
+    import datasets
+
+    try:
+        where, config, split = _parts(name, datasets)
+        splits = datasets.load_dataset_builder(where, config).info.splits or {}
+        return splits[split].num_examples or None if split in splits else None
+    except Exception as error:
+        raise UserError(f"{name} cannot be read as a data set: {error}") from error
+
+
 def _parts(name: str, datasets: Any) -> tuple[str, str | None, str]:
     """Data set, config if it has several, and split. Raises ValueError if a config has to be named, and which."""
     where, *rest = name.removeprefix(SCHEME).split(":")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from timm_dvt.errors import UserError
 from timm_dvt.extraction.folder import Index, read_layout
 from timm_dvt.extraction.formats import READERS, Record
 
@@ -21,7 +22,7 @@ def open_features(folder: str | Path, variable: str | None = None) -> Features:
         variable: one of `.variables`; default the first: the last block's maps, denoised where they were.
 
     Raises:
-        ValueError: it is no such folder, or has no such variable.
+        UserError: it is no such folder, or has no such variable.
     """
     return Features(Path(folder), variable)
 
@@ -42,7 +43,7 @@ class Features(Mapping[str, np.ndarray]):
         self.variables = {name: tuple(shape) for name, shape in self._layout.shapes.items()}
         self.variable = variable or self.settings["default"]
         if self.variable not in self.variables:
-            raise ValueError(f"variable must be one of {', '.join(self.variables)}; got {variable!r}")
+            raise UserError(f"variable must be one of {', '.join(self.variables)}; got {variable!r}")
         self._places: dict[str, tuple[int, int, Record]] = {}
         self.errors: dict[str, str] = {}
         for shard, place, record in Index(folder).images():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from timm_dvt.errors import UserError
 from timm_dvt.extraction import pictures
 from timm_dvt.extraction.basis import BASIS, SAMPLE, Basis
 from timm_dvt.extraction.decoding import Decoded, batches, decoded
-from timm_dvt.extraction.folder import ERRORS, INDEX, Index, shard_length
+from timm_dvt.extraction.folder import ERRORS, INDEX, Index, check_room, shard_length
 from timm_dvt.extraction.formats import NEEDS, WRITERS, Layout, Record, write_zarr_metadata
 from timm_dvt.extraction.forward import TOKEN, Extractor
 from timm_dvt.extraction.settings import ExtractSettings
@@ -116,7 +115,8 @@ class _Extraction:
 
     def run(self) -> Path:
         """The whole extraction; returns the folder."""
-        self._check_disk()
+        done = sum(len(images) for images in self.index.shards.values())
+        check_room(self.out, self.layout.image_bytes, self.source.count or self.source.expected, done, self.say)
         self.basis = self._basis()
         try:
             self._shards()
@@ -125,20 +125,6 @@ class _Extraction:
             self.writer.shutdown(cancel_futures=True)
         self._finish()
         return self.out
-
-    def _check_disk(self) -> None:
-        each, free = self.layout.image_bytes, shutil.disk_usage(self.out).free
-        if (count := self.source.count) is None:
-            self.say(f"disk: {_bytes(each)} an image, {_bytes(free)} free")
-            return
-        done = sum(len(images) for images in self.index.shards.values())
-        need = (count - done) * each
-        self.say(f"disk: {count} images of {_bytes(each)}, {_bytes(need)} to be written; {_bytes(free)} free")
-        if need > free:
-            raise UserError(
-                f"no room in {self.out}: {_bytes(need)} are needed and {_bytes(free)} are free; take fewer images, "
-                "--dtype float16, --pca K or a smaller --size"
-            )
 
     def _basis(self) -> Basis:
         """The basis that all processes use, fitted by the first that comes."""
@@ -174,7 +160,9 @@ class _Extraction:
     def _shards(self) -> None:
         """Work until no shard is left for anyone; what another process is at is looked at again when that ends."""
         part, parts = self.settings.part
-        bar = tqdm(total=self.source.count, unit="image", desc="extract", disable=not self.first)
+        bar = tqdm(
+            total=self.source.count or self.source.expected, unit="image", desc="extract", disable=not self.first
+        )
         with bar:
             while True:
                 busy: list[int] = []
@@ -292,11 +280,3 @@ class _Extraction:
             self.say(f"left out {len(errors)} of {len(records)} images: {self.out / ERRORS} names each")
         rest = "" if whole else f" of {self.source.count}; the rest is left to other parts"
         self.say(f"wrote {self.out}: {good} images{rest}; {self.settings.format}, {', '.join(self.layout.shapes)}")
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from timm_dvt.errors import UserError
 from timm_dvt.extraction import hub, video
 from timm_dvt.image_files import Source, decode_rgb, list_images, read_file
 
+AHEAD = 16  # images of a stream that wait to be decoded
 Read = Callable[[], Image.Image]  # raises ImageError
 
 
@@ -27,6 +30,7 @@ class ImageSource:
         listed: the files; empty for a stream.
         stream: begins to read a stream.
         count: how many; None for a stream that was not yet read to its end.
+        expected: how many a stream says that it has.
         video: the file, if it is one.
     """
 
@@ -34,6 +38,7 @@ class ImageSource:
     listed: list[Source]
     stream: Callable[[], Iterator[Read]] | None = None
     count: int | None = None
+    expected: int | None = None
     video: Path | None = None
 
     def walk(self, length: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, str, Read]]:
@@ -51,7 +56,7 @@ class ImageSource:
             return
         number, taken = -1, False
         try:
-            for number, read in enumerate(self.stream()):
+            for number, read in enumerate(_ahead(self.stream())):
                 if number % length == 0:
                     taken = wanted(number // length)
                 if taken:
@@ -66,7 +71,9 @@ def open_source(where: str, out: Path) -> ImageSource:
     path = Path(where)
     try:
         if where.startswith(hub.SCHEME):
-            return _stream({"source": where}, lambda: map(_decoder, hub.stream_images(where)))
+            source = _stream({"source": where}, lambda: map(_decoder, hub.stream_images(where)))
+            source.expected = hub.stream_length(where)
+            return source
         if path.is_file() and path.suffix.lower() in video.SUFFIXES:
             identity = {"source": path.name, "bytes": path.stat().st_size}
             return _stream(identity, lambda: map(_frame, video.video_frames(path)), path)
@@ -83,6 +90,18 @@ def _stream(identity: dict[str, Any], begin: Callable[[], Iterator[Read]], video
     if next(begin(), None) is None:  # before anything slow
         raise ValueError(f"{identity['source']} holds no images")
     return ImageSource(identity, [], begin, video=video)
+
+
+def _ahead(items: Iterator[Read]) -> Iterator[Read]:
+    """The same, read by a thread a few ahead: a network is slow, and so is the decoding of a video."""
+    pool = ThreadPoolExecutor(1, "stream")
+    try:
+        waiting = deque(pool.submit(next, items, None) for _ in range(AHEAD))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, items, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _read(path: Path) -> Image.Image:
