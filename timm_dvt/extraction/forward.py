@@ -61,7 +61,7 @@ class Extractor:
         )
         if self._once:
             self.model.set_denoise(False)
-        self._run = torch.compile(self._forward) if settings.compile else self._forward
+        self._run = torch.compile(self._forward, dynamic=False) if settings.compile else self._forward
         self.shapes = {key: value.shape[1:] for key, value in self(torch.zeros(1, 3, *self.size).byte()).items()}
         self.facts = {
             "model": settings.model,
@@ -100,7 +100,7 @@ class Extractor:
         found: dict[str, torch.Tensor] = {}
         if self._once:  # raw maps are all that the denoiser needs
             maps, token = self._run(images)
-            with torch.inference_mode():
+            with torch.no_grad():
                 clean = self.model.denoiser(maps[0].flatten(1, 2), tuple(maps[0].shape[1:3])).reshape(maps[0].shape)
             found = {self._name(self.blocks[0]): clean, self._name(self.blocks[0]) + RAW: maps[0]}
             return found if token is None else {**found, TOKEN: token}
@@ -114,7 +114,7 @@ class Extractor:
                 found[TOKEN] = token
         return found
 
-    @torch.inference_mode()
+    @torch.no_grad()  # torch.compile and inference mode do not go together
     def _forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         inputs = (images.float() / 255 - self.mean) / self.std
         token: dict[str, Any] = {"return_prefix_tokens": True} if self.settings.class_token else {}
