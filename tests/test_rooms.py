@@ -12,7 +12,7 @@ FLOORS = (
     {"loop", "figures"},
     {"pairs"},
     {"stage1", "stage2", "stage3", "evaluate"},
-    {"commands", "benchmark"},
+    {"commands", "benchmark", "rivals"},
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -75,7 +75,7 @@ PLUG_IN = (
     {"viewer", "listing"},
     {"extraction"},
     {"calibration"},  # draws its picture with the viewer's panel
-    {"publish"},
+    {"publish", "inspection"},
     {"__init__", "__main__"},
 )
 FLOOR_IN_PLUG_IN = {name: number for number, names in enumerate(PLUG_IN) for name in names}

@@ -13,6 +13,10 @@ from timm_dvt.version import __version__
 VERBS = {
     "demo": ("draw features with the denoiser off and on", "timm_dvt.viewer.command:add_demo"),
     "app": ("serve a page to play with in a browser", "timm_dvt.viewer.command:add_app"),
+    "inspect": (
+        "tell what kind of artifacts a timm ViT has, how much, and what helps",
+        "timm_dvt.inspection.command:add_inspect",
+    ),
     "families": ("print which of timm's classes can have a denoiser", "timm_dvt.listing:add_families"),
     "list": ("print the variants and where their weights come from", "timm_dvt.listing:add_list"),
     "calibrate": (
