@@ -68,11 +68,12 @@ def test_no_command_imports_a_command():
 # Of the plug-in: a flat core, and rooms that stand on it. A module may import those of its own floor and of lower ones.
 PLUG_IN = (
     {"errors", "version", "verbs", "interrupts", "bars", "defaults", "timm_private"},
-    {"images", "layouts", "variants", "architectures", "denoiser"},
+    {"images", "image_files", "layouts", "variants", "architectures", "denoiser"},
     {"feature_methods", "denoised", "attach", "reading", "families"},
     {"weights"},
-    {"building", "registry", "loading"},
+    {"building", "registry", "loading", "shared_folder"},
     {"viewer", "listing"},
+    {"extraction"},
     {"calibration"},  # draws its picture with the viewer's panel
     {"publish", "inspection"},
     {"__init__", "__main__"},

@@ -7,6 +7,7 @@ from timm_dvt import interrupts, verbs  # first: what follows takes seconds; --h
 from timm_dvt.attach import Denoised, DenoisedEva, DenoisedVisionTransformer, add_denoiser, freeze_backbone
 from timm_dvt.calibration.calibrate import Calibration, calibrate
 from timm_dvt.errors import CalibrationError, WeightsNotFoundError
+from timm_dvt.extraction.reader import open_features
 from timm_dvt.registry import register, register_all
 from timm_dvt.version import __version__
 from timm_dvt.weights.checkpoints import CheckpointError, load_denoiser

@@ -23,6 +23,10 @@ VERBS = {
         "give any supported timm ViT a denoiser, without training",
         "timm_dvt.calibration.command:add_calibrate",
     ),
+    "extract": (
+        "write clean features of a folder, a data set or a video",
+        "timm_dvt.extraction.command:add_extract",
+    ),
     "convert": (
         "write a variant's published weights as a folder of safetensors",
         "timm_dvt.publish.command:add_convert",

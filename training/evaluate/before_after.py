@@ -12,10 +12,10 @@ from PIL import Image
 
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError, UserError
+from timm_dvt.image_files import Source, load_image
+from timm_dvt.shared_folder import write_atomically
 from timm_dvt.viewer.colors import map_correlation
 from timm_dvt.viewer.panel import Shown, draw
-from training.common.images import Source, load_image
-from training.common.shared_folder import write_atomically
 from training.evaluate.features.cached import Extractor
 from training.evaluate.position.blank import COLORS, spread, token_reader
 from training.evaluate.position.share import PositionStatistics

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from timm_dvt.errors import UserError
-from training.common.images import list_images
+from timm_dvt.image_files import list_images
 from training.evaluate.data import davis, stamps, voc
 from training.evaluate.data import folder as own_folder
 from training.evaluate.data.annotations import check, coco_split, read_depth, read_mask

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from timm_dvt.errors import ImageError, UserError
-from training.common.images import load_image
+from timm_dvt.image_files import load_image
 
 IGNORE = 255
 
