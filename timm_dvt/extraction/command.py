@@ -2,7 +2,7 @@
 
 import argparse
 
-from timm_dvt.extraction.run import extract
+from timm_dvt.extraction.run import run
 from timm_dvt.extraction.settings import add_options, settings_of
 
 
@@ -15,4 +15,4 @@ def add_extract(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "Example: %(prog)s photos --model vit_base_patch14_dinov2.lvd142m_dvt --out features"
     add_options(parser)
-    parser.set_defaults(run=lambda args: extract(settings_of(args)))
+    parser.set_defaults(run=lambda args: run(settings_of(args)))

@@ -44,7 +44,19 @@ class Passed:
     event: torch.cuda.Event | None
 
 
-def extract(settings: ExtractSettings, say: Callable[[str], object] = print) -> Path:
+def extract(source: str, model: str, out: str, **options: Any) -> Path:
+    """Write the features of images, a data set or a video into a folder, as `timm-dvt extract`; returns the folder.
+
+    Args:
+        source, model, out: see `ExtractSettings`. options: its other fields, `size=224` say.
+
+    Raises:
+        UserError: the source, the model or the folder cannot be used, or the disk is full. TypeError: no such option.
+    """
+    return run(ExtractSettings(str(source), model, str(out), **options))
+
+
+def run(settings: ExtractSettings, say: Callable[[str], object] = print) -> Path:
     """Extract what is asked for, together with whatever other processes do the same; returns the folder.
 
     Raises:
