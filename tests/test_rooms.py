@@ -12,6 +12,7 @@ STOREYS = (
     {"loop", "figures"},
     {"pairs"},
     {"stage1", "stage2", "stage3", "evaluate"},
+    {"reproduction"},
     {"commands", "benchmark"},
 )
 STOREY_OF = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
