@@ -118,8 +118,8 @@ def run(args: argparse.Namespace) -> int:
         runner = Runner(folder)
         if args.plan:
             print(describe(jobs, runner))
-            for reason in dict.fromkeys(job for job in found.values() if isinstance(job, str)):
-                print(f"not run: {reason}")
+            for words in dict.fromkeys(job for job in found.values() if isinstance(job, str)):
+                print(f"not run: {words}")
             return 0
         if options.recipe:
             try:

@@ -232,7 +232,9 @@ def _job(
     title: Sequence[str], command: tuple[str, ...], options: Options, needs: tuple[Job, ...] = (), **more: Any
 ) -> Job:
     """A job whose name says all that decides its result, and not where folders lie on this machine."""
-    words = [word.replace(str(options.out), "OUT").replace(str(options.data), "DATA") for word in command]
+    words = list(command)
+    for folder, name in ((options.out, "OUT"), (options.data, "DATA")):
+        words = [re.sub(rf"^(local-dir:)?{re.escape(str(folder))}(?=/|$)", rf"\1{name}", word) for word in words]
     key = sha256(json.dumps([words, __version__]).encode()).hexdigest()[:8]
     return Job(f"{_slug(*title)}-{key}", command, needs, **more)
 

@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from timm_dvt.bars import tqdm
 from training.common.models import load_model, pick_device
 from training.evaluate.__main__ import make_parser
@@ -63,7 +65,8 @@ class _Models:
     """The last model that was loaded: jobs of one follow each other."""
 
     def __init__(self) -> None:
-        self._name, self._loaded = "", None
+        self._name = ""
+        self._loaded: nn.Module | None = None
 
     def timed(self, job: Job) -> Plan:
         args = make_parser().parse_args(job.command[1:])
