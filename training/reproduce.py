@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         number, parts = args.part
         able = []
         for job in jobs[number - 1 :: parts]:
-            reason = None if "result" in runner.record(job) else missing_data(job)
+            reason = None if runner.done(job) else missing_data(job)
             if reason:
                 runner.fail(job, reason)
             else:
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(jobs: Sequence[Job], runner: Runner) -> str:
     """The plan in words: a line a job, and the sum."""
-    plans = plan(jobs, lambda job: "result" in runner.record(job))
+    plans = plan(jobs, runner.done)
     lines = []
     for one in plans:
         time = "not timed, its denoiser comes first" if one.seconds is None else f"about {one.seconds / 60:.3g} minutes"

@@ -63,6 +63,7 @@ class Job:
         needs: what has to be done before.
         shared: whether several processes do it together.
         row: one of those that it gives, if it is an evaluation.
+        made: the last file that it writes; None if its record is what says that it is done.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Job:
     needs: tuple[Job, ...] = ()
     shared: bool = False
     row: Row | None = field(default=None, compare=False)
+    made: Path | None = None
 
 
 def data_folder(options: Options, dataset: str) -> Path:
@@ -111,7 +113,7 @@ def job_of(row: Row, options: Options) -> Job | str:
 def _denoiser(backbone: str, arch: str, options: Options) -> Job:
     """Stage 2, of stage 1 of the paper's images."""
     pairs = _pairs(backbone, "train", options)
-    out = options.out / "denoisers" / _slug(backbone, arch)
+    out = options.out / "denoisers" / slug(backbone, arch)
     words = ["--recipe", str(options.recipe), "--model", backbone, "--pairs", _value(pairs.command, "--out")]
     command = ("training.train_denoiser", *words, "--arch", arch, *options.stage2, "--out", str(out))
     return _job(("denoiser", backbone, arch), command, options, (pairs,))
@@ -120,7 +122,7 @@ def _denoiser(backbone: str, arch: str, options: Options) -> Job:
 def _pairs(backbone: str, images: str, options: Options, *more: str) -> Job:
     """Stage 1, of the images of a list of `write_lists`."""
     where = options.images if options.images and images == "train" else str(options.out / "lists" / f"{images}.txt")
-    out = options.out / "pairs" / _slug(backbone, images, *(["no-artifacts"] if more else []))
+    out = options.out / "pairs" / slug(backbone, images, *(["no-artifacts"] if more else []))
     words = ["--recipe", str(options.recipe), "--model", backbone, "--images", where, *more, *options.stage1]
     return _job(("pairs", out.name), ("training.denoise_images", *words, "--out", str(out)), options, shared=True)
 
@@ -157,6 +159,10 @@ class Runner:
         except FileNotFoundError:
             return {}
 
+    def done(self, job: Job) -> bool:
+        """Whether a job was done, by whomever."""
+        return "result" in self.record(job) if job.made is None else job.made.exists()
+
     def failure(self, job: Job) -> str | None:
         """Why a job failed, for this process or for another one since this one began: it is not tried again."""
         path = self._record(job)
@@ -173,14 +179,14 @@ class Runner:
         write_json(self._record(job), {"command": job.command, "error": reason})
 
     def _settled(self, job: Job) -> bool:
-        return "result" in self.record(job) or self.failure(job) is not None
+        return self.done(job) or self.failure(job) is not None
 
     def _do(self, job: Job, wait: bool) -> None:
         if self._settled(job):
             return
         for need in job.needs:
             self._do(need, wait=True)
-            if "result" not in self.record(need):
+            if not self.done(need):
                 return self.fail(job, f"{need.name}: {self.failure(need)}")
         if job.shared:  # several processes do it together
             return self._start(job)
@@ -236,13 +242,13 @@ def _job(
     for folder, name in ((options.out, "OUT"), (options.data, "DATA")):
         words = [re.sub(rf"^(local-dir:)?{re.escape(str(folder))}(?=/|$)", rf"\1{name}", word) for word in words]
     key = sha256(json.dumps([words, __version__]).encode()).hexdigest()[:8]
-    return Job(f"{_slug(*title)}-{key}", command, needs, **more)
+    return Job(f"{slug(*title)}-{key}", command, needs, **more)
 
 
 def _value(command: Sequence[str], option: str) -> str:
     return command[command.index(option) + 1]
 
 
-def _slug(*words: str) -> str:
+def slug(*words: str) -> str:
     """A name for files: of a folder's path the last part."""
     return "_".join(re.sub(r"[^\w.-]+", "-", word.rstrip("/").rsplit("/", 1)[-1]) for word in words)
