@@ -116,16 +116,16 @@ def run(args: argparse.Namespace) -> int:
     jobs = list({job.name: job for job in found.values() if isinstance(job, Job)}.values())
     with SharedFolder(options.out) as folder:
         runner = Runner(folder)
-        if args.plan:
-            print(describe(jobs, runner))
-            for words in dict.fromkeys(job for job in found.values() if isinstance(job, str)):
-                print(f"not run: {words}")
-            return 0
         if options.recipe:
             try:
                 write_lists(folder, options)
             except (FileNotFoundError, RuntimeError) as error:  # of VOC; what needs it will say so
                 print(f"no VOC to learn from: {error}", file=sys.stderr)
+        if args.plan:
+            print(describe(jobs, runner))
+            for words in dict.fromkeys(job for job in found.values() if isinstance(job, str)):
+                print(f"not run: {words}")
+            return 0
         number, parts = args.part
         able = []
         for job in jobs[number - 1 :: parts]:
@@ -152,16 +152,12 @@ def describe(jobs: Sequence[Job], runner: Runner) -> str:
     plans = plan(jobs, runner.done)
     lines = []
     for one in plans:
-        time = "not timed, its denoiser comes first" if one.seconds is None else f"about {one.seconds / 60:.3g} minutes"
-        state = f"missing: {one.missing}" if one.missing else "done" if one.seconds == 0 else time
-        lines.append(f"{one.job.name}: {state}")
-    first = {need.name: None for one in plans for job in one.job.needs for need in (*job.needs, job)}
-    lines += [f"{name}: before them, not timed" for name in first]
-    hours = sum(one.seconds or 0 for one in plans) / 3600
+        state = f"missing: {one.missing}" if one.missing else f"about {one.seconds / 60:.3g} minutes"
+        lines.append(f"{one.job.name}: {'done' if runner.done(one.job) else state}")
+    hours = sum(one.seconds for one in plans) / 3600
     short = sum(one.missing is not None for one in plans)
-    return "\n".join(
-        [*lines, f"{len(plans)} evaluations, {short} of them without data or weights; {hours:.3g} hours here"]
-    )
+    lines.append(f"{len(plans)} jobs, {short} of them without data or weights; {hours:.3g} hours for one process here")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,77 +16,79 @@ from typing import Any
 
 from torch import nn
 
+from timm_dvt import add_denoiser
 from timm_dvt.bars import tqdm
 from training.common.models import load_model, pick_device
 from training.evaluate.__main__ import make_parser
 from training.evaluate.datasets import named
 from training.evaluate.features import Extractor
+from training.evaluate.pair_features import STATES
 from training.evaluate.registry import load_task, task_settings
 from training.evaluate.runner import Request, evaluate, open_splits
 from training.reproduction.jobs import Job
+from training.reproduction.making import seconds_to_make
 
 SAMPLE = 8  # images of a split
 
 
 @dataclass
 class Plan:
-    """What is known of a job: why it cannot be run, or how many seconds it takes (None: not timed)."""
+    """What is known of a job: why it cannot be run, or how many seconds it takes; 0 if it is done."""
 
     job: Job
     missing: str | None = None
-    seconds: float | None = None
+    seconds: float = 0.0
 
 
 def missing_data(job: Job) -> str | None:
     """Why an evaluation's data cannot be read, in a line; None if they can. Annotations are not looked into."""
-    assert job.row is not None
-    args = make_parser().parse_args(job.command[1:])
-    found = _images(args.dataset, Path(args.data), load_task(args.task, args.protocol).KIND)
+    found = _counts(make_parser().parse_args(job.command[1:]))
     return found if isinstance(found, str) else None
 
 
-def plan(jobs: Sequence[Job], done: Any) -> list[Plan]:
-    """What is known of each job; those that are `done` take no time. The models are loaded, once each."""
-    plans = []
-    models = _Models()
-    for job in tqdm(jobs, desc="timing", unit="evaluation", leave=False):
-        if done(job):
-            plans.append(Plan(job, seconds=0.0))
-        elif missing := missing_data(job):
-            plans.append(Plan(job, missing=missing))
-        elif any(not done(need) for need in job.needs):
-            plans.append(Plan(job))  # its denoiser is yet to be made
-        else:
-            plans.append(models.timed(job))
-    return plans
+def plan(jobs: Sequence[Job], done: Callable[[Job], bool]) -> list[Plan]:
+    """What is known of each job, and before them of those that they need. The models are loaded."""
+    needs = {need.name: need for job in jobs for each in job.needs for need in (*each.needs, each)}
+    model = _Model()
+    ways = [(job, seconds_to_make) for job in needs.values()] + [(job, model.seconds) for job in jobs]
+    return [_plan(job, done, way) for job, way in tqdm(ways, desc="timing", leave=False)]
 
 
-class _Models:
-    """The last model that was loaded: jobs of one follow each other."""
+def _plan(job: Job, done: Callable[[Job], bool], seconds: Callable[[Job], float]) -> Plan:
+    if done(job):
+        return Plan(job)
+    if job.row is not None and (missing := missing_data(job)):
+        return Plan(job, missing)
+    try:
+        return Plan(job, seconds=seconds(job))
+    except (ValueError, TypeError, OSError) as error:
+        return Plan(job, str(error).splitlines()[0])
+
+
+class _Model:
+    """The model of an evaluation, kept for those that follow; where its denoiser is not made yet, one of noise."""
 
     def __init__(self) -> None:
-        self._name = ""
-        self._loaded: nn.Module | None = None
+        self._name, self._model = "", nn.Module()
 
-    def timed(self, job: Job) -> Plan:
+    def seconds(self, job: Job) -> float:
+        """How long an evaluation takes. Raises ValueError, TypeError where there is no such model, or no weights."""
         args = make_parser().parse_args(job.command[1:])
-        try:
-            if self._name != args.model:
-                self._name, self._loaded = args.model, None
-                model = load_model(args.model, pretrained=args.pretrained, seed=args.seed)
-                self._loaded = model.to(pick_device(args.device))
-            if self._loaded is None:
-                return Plan(job, missing=f"no weights of {args.model}")
-            extractor = Extractor(self._loaded, args.input_size, args.dtype)
-            return Plan(job, seconds=_seconds(args, self._loaded, extractor))
-        except (ValueError, TypeError, OSError) as error:
-            return Plan(job, missing=str(error).splitlines()[0])
+        if self._name != args.model:
+            unmade = args.model.startswith("local-dir:") and job.needs and not Path(args.model[10:]).exists()
+            name = job.needs[0].command[job.needs[0].command.index("--model") + 1] if unmade else args.model
+            model = load_model(name, pretrained=args.pretrained, seed=args.seed)
+            if unmade:
+                model = add_denoiser(model)
+            self._name, self._model = args.model, model.to(pick_device(args.device))
+        states = len(STATES) if args.pairs else 1  # of pairs each is an evaluation, of one state, of the raw model
+        return states * _seconds(args, self._model, Extractor(self._model, args.input_size, args.dtype))
 
 
-def _seconds(args: Any, model: Any, extractor: Extractor) -> float:
+def _seconds(args: Any, model: nn.Module, extractor: Extractor) -> float:
     """Of the whole evaluation, all its states and repeats."""
-    images = _images(args.dataset, Path(args.data), load_task(args.task, args.protocol).KIND)
-    assert isinstance(images, int)
+    counts = _counts(args)
+    assert not isinstance(counts, str)
     request = Request(
         task=args.task,
         model=args.model,
@@ -112,7 +114,7 @@ def _seconds(args: Any, model: Any, extractor: Extractor) -> float:
             return sum(map(len, splits.values())), _exact(Path(folder), result["seconds"])
 
     (count, base), (twice, double) = run(SAMPLE, 1), run(2 * SAMPLE, 1)
-    whole = min(images, args.limit * 2) if args.limit else images
+    whole = sum(min(number, args.limit or number) for number in counts)
     total = base + max(double - base, 0) / max(twice - count, 1) * max(whole - count, 0)
     if unit:
         step = max(run(SAMPLE, 2)[1] - base, 0) * (whole / count if unit == "epochs" else 1)
@@ -125,11 +127,15 @@ def _exact(folder: Path, rounded: float) -> float:
     return sum(json.loads(path.read_text())["seconds"] for path in (folder / "parts").glob("*.json")) or rounded
 
 
+def _counts(args: Any) -> tuple[int, ...] | str:
+    """How many images an evaluation's parts have, or why they cannot be read."""
+    return _read_counts(args.dataset, Path(args.data), load_task(args.task, args.protocol).KIND)
+
+
 @lru_cache(maxsize=64)
-def _images(dataset: str, folder: Path, kind: str) -> int | str:
-    """How many images there are of a kind in all parts, or why they cannot be read."""
+def _read_counts(dataset: str, folder: Path, kind: str) -> tuple[int, ...] | str:
     try:
-        count = sum(map(len, named(dataset).read(folder, kind).values()))
+        counts = tuple(map(len, named(dataset).read(folder, kind).values()))
     except (OSError, RuntimeError, ValueError) as error:
         return f"{dataset} under {folder}: {str(error).splitlines()[0]}"
-    return count or f"{dataset} under {folder}: no images"
+    return counts if all(counts) else f"{dataset} under {folder}: no images"

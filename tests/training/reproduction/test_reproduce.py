@@ -114,7 +114,7 @@ def test_the_plan_says_what_is_missing_and_how_long_the_rest_takes(model, data, 
     tasks = {name.split("_")[0]: line for name, line in lines.items()}
     assert "there is no folder" in tasks["mic"]
     assert all("about" in tasks[task] for task in ("linear-seg", "depth", "discovery"))
-    assert "6 evaluations, 1 of them without data or weights" in said and "needs --train" in said
+    assert "6 jobs, 1 of them without data or weights" in said and "needs --train" in said
     main([*words(model, data, out, "--tables", "4")])
     capsys.readouterr()
     main([*arguments, "--plan"])
@@ -226,7 +226,7 @@ def test_killed_and_continued_in_two_processes_it_gives_what_an_uninterrupted_ru
 
 
 @pytest.mark.slow
-def test_denoisers_are_made_first_by_a_recipe_and_tables_5_and_6_are_theirs(model, data, tmp_path):
+def test_denoisers_are_made_first_by_a_recipe_and_tables_5_and_6_are_theirs(model, data, tmp_path, capsys):
     more = [
         "--tables",
         "2",
@@ -239,6 +239,9 @@ def test_denoisers_are_made_first_by_a_recipe_and_tables_5_and_6_are_theirs(mode
         "--stage1=--views=4 --field-steps=4 --device=cpu",
     ]
     more += ["--stage2=--epochs=1 --batch-size=2 --device=cpu"]
+    assert main([*words(model, data, tmp_path / "out", *more), "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "pairs_model" in said and "missing" not in said and "about" in said
     assert main(words(model, data, tmp_path / "out", *more)) == 0
     table = (tmp_path / "out" / "RESULTS.md").read_text()
     assert "denoised (conv3x3)" in table and "view-average" in table and "not run" not in table
