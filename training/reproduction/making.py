@@ -58,7 +58,7 @@ def _stage1(words: Sequence[str]) -> float:
     if settings.solver == "field":
         step = max(seconds(VIEWS_TIMED, 2 * STEPS_TIMED) - base, 0) / STEPS_TIMED
     each = base + view * (settings.views - VIEWS_TIMED) + step * (settings.field.steps - STEPS_TIMED)
-    return max(each, 0) * len(list_images(args.images))
+    return max(each, view * settings.views + step * settings.field.steps) * len(list_images(args.images))
 
 
 def _stage2(words: Sequence[str], images: str) -> float:

@@ -18,7 +18,7 @@ from torch import nn
 
 from timm_dvt import add_denoiser
 from timm_dvt.bars import tqdm
-from training.common.models import load_model, pick_device
+from training.common.models import load_backbone, load_model, pick_device
 from training.evaluate.__main__ import make_parser
 from training.evaluate.datasets import named
 from training.evaluate.features import Extractor
@@ -77,9 +77,9 @@ class _Model:
         if self._name != args.model:
             unmade = args.model.startswith("local-dir:") and job.needs and not Path(args.model[10:]).exists()
             name = job.needs[0].command[job.needs[0].command.index("--model") + 1] if unmade else args.model
-            model = load_model(name, pretrained=args.pretrained, seed=args.seed)
-            if unmade:
-                model = add_denoiser(model)
+            load = load_backbone if unmade else load_model
+            model = load(name, pretrained=args.pretrained, seed=args.seed)
+            model = add_denoiser(model) if unmade else model
             self._name, self._model = args.model, model.to(pick_device(args.device))
         states = len(STATES) if args.pairs else 1  # of pairs each is an evaluation, of one state, of the raw model
         return states * _seconds(args, self._model, Extractor(self._model, args.input_size, args.dtype))
