@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_dvt import focus
+from timm_dvt.weights import focus
 
 NOTEBOOK = Path("hub_cards/quickstart.ipynb")
 
@@ -31,6 +31,6 @@ def test_it_runs_and_each_recipe_has_its_picture():
     stray = [output for output in outputs if output.output_type != "display_data"]
     assert all("IProgress not found" in output.text for output in stray)  # tqdm's wish for ipywidgets
     pictures = [base64.b64decode(output.data["image/png"]) for output in outputs if output not in stray]
-    assert len(pictures) == 6  # the toggle, similarity, groups, labelled patches, calibrated, several layers
+    assert len(pictures) == 6  # the toggle, similarity, groups, labeled patches, calibrated, several layers
     for picture in pictures:
         assert len(np.unique(np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).reshape(-1, 3), axis=0)) > 10

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import timm_dvt.__main__ as plug_in
-from timm_dvt.demo import PHOTOGRAPHS
+from timm_dvt.images import PHOTOGRAPHS
+from timm_dvt.verbs import parser_for
+from timm_dvt.version import REPOSITORY
 
 ROOT = Path(__file__).parents[1]
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "training/README.md", "CONTRIBUTING.md")}
+PAGES = {
+    name: (ROOT / name).read_text()
+    for name in ("README.md", "training/README.md", "training/RESULTS.md", "CONTRIBUTING.md")
+}
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -48,7 +52,7 @@ def test_there_are_commands_of_both_packages():
 def test_every_command_of_the_pages_parses_and_the_photographs_it_names_are_there(module, arguments):
     assert all((ROOT / name).is_file() for name in arguments if name.endswith(".jpg"))
     if module == "timm_dvt":
-        plug_in._parser().parse_args(arguments)
+        parser_for(arguments).parse_args(arguments)
     elif module == "training.benchmark":
         assert find_spec(f"training.benchmark.{arguments[0]}")
     elif module == "training.report":
@@ -72,6 +76,15 @@ def test_every_link_within_the_repository_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
         if not target.startswith("http"):
             assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_repository_has_one_address():
+    files = [ROOT / "setup.cfg", *(path for kind in ("py", "md", "ipynb") for path in ROOT.glob(f"*/**/*.{kind}"))]
+    texts = [
+        path.read_text(encoding="utf-8") for path in [*files, *ROOT.glob("*.md")] if "site-packages" not in str(path)
+    ]
+    found = {address for text in texts for address in re.findall(r"github\.com/[\w-]+/timm-dvt", text)}
+    assert found == {REPOSITORY.removeprefix("https://")}
 
 
 @pytest.mark.slow

@@ -21,21 +21,11 @@ from timm.models import (
 )
 from torch import nn
 
-from timm_dvt.fetching import (
-    WeightsNotFoundError,
-    backbone_files,
-    explain,
-    fetch_backbone,
-    first_line,
-    hub_file,
-    is_fetch_error,
-    locate,
-)
-from timm_dvt.layouts import layout_of
-from timm_dvt.limits import check_denoiser, check_sizes, check_total
-from timm_dvt.model import add_denoiser, attach_denoiser, check_supported
+from timm_dvt.attach import add_denoiser, attach_denoiser, check_supported, new_denoisers
+from timm_dvt.errors import UserError, WeightsNotFoundError
+from timm_dvt.layouts import Layout, layout_of
 from timm_dvt.variants import Variant, saved_architecture
-from timm_dvt.weights import (
+from timm_dvt.weights.checkpoints import (
     Checkpoint,
     CheckpointError,
     ConfigError,
@@ -44,6 +34,16 @@ from timm_dvt.weights import (
     from_state_dict,
     read_checkpoint,
 )
+from timm_dvt.weights.fetching import (
+    backbone_files,
+    explain,
+    fetch_backbone,
+    first_line,
+    hub_file,
+    is_fetch_error,
+    locate,
+)
+from timm_dvt.weights.limits import check_denoiser, check_sizes, check_total
 
 ADAPTED = ("pos_embed", "relative_position_bias_table")  # what timm brings to another input size itself
 
@@ -83,9 +83,9 @@ def create(
         kwargs: arguments of timm's model, as for the backbone.
     """
     if runtime := sorted({"device", "dtype"} & (pretrained_model_args or {}).keys()):
-        raise ValueError(f"model_args holds {' and '.join(runtime)}, which no saved model has")
+        raise UserError(f"model_args holds {' and '.join(runtime)}, which no saved model has")
     if pretrained and torch.device(kwargs.get("device") or "cpu").type == "meta":
-        raise ValueError("device is 'meta', where nothing holds weights; leave pretrained=True out for a sketch")
+        raise UserError("device is 'meta', where nothing holds weights; leave pretrained=True out for a sketch")
     given: Any = get_pretrained_cfg(variant.name) if isinstance(pretrained_cfg, str | None) else pretrained_cfg
     cfg = resolve_pretrained_cfg(f"{variant.architecture}_dvt", given, pretrained_cfg_overlay).to_dict()
     wrapper = {key: kwargs.pop(key) for key in ("out_indices", "feature_cls") if key in kwargs}
@@ -113,20 +113,18 @@ def create(
             kwargs, sketch = other, _sketch(variant, cfg, other)
     if checkpoint is not None and (checkpoint.backbone or variant.distilled):  # before anything large is allocated
         _check_backbone(sketch, checkpoint, cfg)
-    loaded = None
-    if checkpoint is not None and not variant.distilled:  # a bad file is found out before the backbone is fetched
+    loaded, layout, options = None, None, {}
+    if not variant.distilled:
         layout = check_supported(sketch)
-        options = _denoiser_options(variant, sketch, cfg, kwargs, denoiser)
+        options = _denoiser_options(variant, layout, cfg, kwargs, denoiser)
+    if layout is not None and checkpoint is not None:  # a bad file is found out before the backbone is fetched
         grid, heads = tuple(options["grid_size"]), options.get("num_heads")
         out = options.get("pos_embed_out")
         out = None if out is None or isinstance(out, bool) else tuple(to_2tuple(out))
         loaded = denoiser_for(checkpoint, layout.channels, grid, heads, variant.backbone, layout.maps, out)
     model: Any = _backbone(variant, cfg, checkpoint, cache_dir, kwargs)
-    if not variant.distilled:
-        if loaded is None:
-            add_denoiser(model, **_denoiser_options(variant, sketch, cfg, kwargs, denoiser))
-        else:
-            attach_denoiser(model, loaded)
+    if layout is not None:
+        attach_denoiser(model, new_denoisers(model, layout, **options) if loaded is None else loaded, layout)
         model.backbone_name = variant.backbone
         if getattr(model.patch_embed, "strict_img_size", False) and model.layout.grid:  # it takes images of one size
             model.denoiser.fix_grid(model.layout.grid)
@@ -279,13 +277,14 @@ def _timms(variant: Variant) -> Callable[..., nn.Module]:
     return getattr(build, "timms_entrypoint", build)
 
 
-def _denoiser_options(variant: Variant, sketch: nn.Module, cfg: dict, kwargs: dict, given: dict | None) -> dict:
+def _denoiser_options(variant: Variant, layout: Layout, cfg: dict, kwargs: dict, given: dict | None) -> dict:
     """Arguments of `add_denoiser`: the grid of the variant's resolution, and what the caller says."""
     options = dict(given or {})
     if options.get("grid_size") is None:
         if kwargs.get("patch_size"):  # the denoiser was trained with patches of the backbone's own size
-            sketch = _sketch(variant, cfg, {key: value for key, value in kwargs.items() if key != "patch_size"})
-        options["grid_size"] = layout_of(sketch).grid_at(variant.resolution, variant.resolution)
+            own = {key: value for key, value in kwargs.items() if key != "patch_size"}
+            layout = layout_of(_sketch(variant, cfg, own))
+        options["grid_size"] = layout.grid_at(variant.resolution, variant.resolution)
     return options
 
 

@@ -2,10 +2,11 @@
 
 `Denoised` overrides the methods through which features leave a model; `denoised_class` puts it before a timm class.
 What differs from family to family is where the patches lie in the features, which `timm_dvt.layouts` finds out, and
-the arguments of these methods, for which `timm_dvt.overrides` has a form each.
+the arguments of these methods, for which `timm_dvt.feature_methods` has a form each.
 """
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Optional, TypeAlias
 import torch
 from torch import nn
 
-from timm_dvt import overrides, packing
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
-from timm_dvt.intermediates import Intermediates, repack, unpack
+from timm_dvt.errors import UserError
+from timm_dvt.feature_methods import Intermediates, denoise_packed, methods_for, repack, unpack
 from timm_dvt.timm_private import feature_take_indices
 
 # A type checker cannot know the timm class that stands behind `Denoised`, nor what attributes it has.
@@ -45,7 +46,7 @@ class Denoised(_Backbone):
         cls._backbone_features = _renamed(backbone.forward_features, "_backbone_features")
         if hasattr(backbone, "forward_head"):
             cls._backbone_head = _renamed(backbone.forward_head, "_backbone_head")
-        for name, function in overrides.chosen_for(backbone).items():
+        for name, function in methods_for(backbone).items():
             setattr(cls, name, function)
 
     # ---- the toggle
@@ -109,13 +110,13 @@ class Denoised(_Backbone):
         if isinstance(features, dict):  # of packed patches
             return {**features, "patches": self._cleaned(features["patches"], given)}
         if isinstance(features, (tuple, list)):
-            raise ValueError(f"forward_features gave a {type(features).__name__}; for that, switch the denoiser off.")
+            raise UserError(f"forward_features gave a {type(features).__name__}; for that, switch the denoiser off.")
         x = given["x"]
         packed = x if isinstance(x, dict) else given
         prefix = self.prefix_tokens()
         patches = self.layout.patches(features, prefix)
         if packed.get("patch_coord") is not None:
-            clean = packing.denoise(self._denoise, patches, packed["patch_coord"], packed.get("patch_valid"))
+            clean = denoise_packed(self._denoise, patches, packed["patch_coord"], packed.get("patch_valid"))
         else:
             clean = self._denoise(patches, self.layout.grid_at(x.shape[2], x.shape[3], patches.shape[1]))
         return self.layout.replaced(features, clean, prefix)
@@ -279,3 +280,6 @@ def _empty(backbone: type) -> nn.Module:
     """A denoised model with nothing in it yet, for pickles and copies."""
     cls: Any = denoised_class(backbone)
     return cls.__new__(cls)
+
+
+sys.modules["timm_dvt.model"] = sys.modules[__name__]  # where models pickled by an older version look for _empty

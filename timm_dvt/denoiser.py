@@ -1,19 +1,17 @@
 """The denoiser of DVT's stage 2: a learned position embedding and transformer blocks behind a ViT's final norm."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from timm.layers import resample_abs_pos_embed_nhwc, trunc_normal_
+from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models import register_notrace_module
-from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Paper, Tab. 6 d, e, b and c, and the baselines that cost nothing.
-ARCHITECTURES = ("block", "block-no-pe", "conv1x1", "conv3x3", "static", "project")
+from timm_dvt.architectures import ARCHITECTURES, initialize
+from timm_dvt.errors import UserError
 
 SHUT = -10.0  # the bias of a gate that finds no token blank: its sigmoid is 0.00005
 
@@ -62,15 +60,16 @@ class Denoiser(nn.Module):
         factory = {"device": device, "dtype": dtype}
         num_heads = num_heads or default_num_heads(dim)
         if arch not in ARCHITECTURES:
-            raise ValueError(f"arch is {arch!r}; it must be one of {', '.join(ARCHITECTURES)}")
+            raise UserError(f"arch is {arch!r}; it must be one of {', '.join(ARCHITECTURES)}")
         if depth < 1:
-            raise ValueError(f"depth is {depth}; a denoiser has at least one block")
-        if not arch.startswith("block") and depth > 1:
-            raise ValueError(f"depth is {depth}; only a denoiser of transformer blocks has several, not {arch!r}")
-        if dim % num_heads:
-            raise ValueError(f"num_heads is {num_heads}, which does not divide the {dim} channels")
+            raise UserError(f"depth is {depth}; a denoiser has at least one block")
         self.arch = "block-no-pe" if arch == "block" and not pos_embed else arch
-        self.convolves = arch.startswith("conv")
+        row = ARCHITECTURES[self.arch]
+        if depth > 1 and not row.deep:
+            raise UserError(f"depth is {depth}; only a denoiser of transformer blocks has several, not {arch!r}")
+        if dim % num_heads:
+            raise UserError(f"num_heads is {num_heads}, which does not divide the {dim} channels")
+        self.on_maps = row.on_maps
         self.dim = dim
         self.num_heads = num_heads
         self.grid_size = self.learned_grid = (int(grid_size[0]), int(grid_size[1]))  # `fix_grid` changes the former
@@ -79,18 +78,9 @@ class Denoiser(nn.Module):
         # Where the backbone's final norm is pruned away, it lives on here: the denoiser was trained on normed tokens.
         self.norm: nn.Module = nn.Identity()
         self.pos_embed: nn.Parameter | None = None
-        if self.arch in ("block", "static"):
+        if row.pos_embed:
             self.pos_embed = nn.Parameter(torch.empty(1, self.grid_size[0] * self.grid_size[1], dim, **factory))
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)  # timm asks for a class, and gives its own models a partial
-        block = partial(Block, dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm)
-        if self.convolves:
-            size = 1 if arch == "conv1x1" else 3
-            conv = partial(nn.Conv2d, dim, dim, size, padding=size // 2, **factory)
-            self.blocks = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
-        elif self.arch == "project":
-            self.blocks = nn.Sequential(nn.Linear(dim, dim, **factory))
-        else:
-            self.blocks = nn.Sequential(*[block(**factory) for _ in range(0 if arch == "static" else depth)])
+        self.blocks = row.build(dim, num_heads, depth, factory)
         self.pos_embed_out: nn.Parameter | None = None
         rows, columns = self.grid_size if isinstance(pos_embed_out, bool) else pos_embed_out
         self.out_grid_size = (int(rows), int(columns))
@@ -125,21 +115,8 @@ class Denoiser(nn.Module):
         self.blank_gate.requires_grad_(like.requires_grad)
 
     def init_weights(self) -> None:
-        """Initialise as timm initialises a ViT: truncated normals of deviation 0.02, zero biases.
-
-        "static" and "project" start as the identity.
-        """
-        if self.pos_embed is not None:
-            if self.arch == "static":
-                nn.init.zeros_(self.pos_embed)
-            else:
-                trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        if self.arch == "project":
-            nn.init.eye_(self.get_parameter("blocks.0.weight"))
+        """New weights; "static" and "project" start as the identity, a gate shut."""
+        initialize(self.arch, self.blocks, self.pos_embed)
         if self.blank_gate is not None:
             nn.init.zeros_(self.blank_gate.weight)
             nn.init.constant_(self.blank_gate.bias, SHUT)
@@ -151,7 +128,7 @@ class Denoiser(nn.Module):
             ValueError: the tokens do not fill the grid.
         """
         if x.shape[1] != grid_size[0] * grid_size[1]:
-            raise ValueError(
+            raise UserError(
                 f"{x.shape[1]} patch tokens do not fill a grid of {grid_size[0]} x {grid_size[1]}; "
                 "the denoiser needs every patch (is patch dropout on?)"
             )
@@ -174,7 +151,7 @@ class Denoiser(nn.Module):
         """Clean tokens (B, H*W, C) of normed ones, at the length that they are predicted with."""
         if self.pos_embed is not None:
             x = x + self.position(grid_size)
-        if self.convolves:
+        if self.on_maps:
             maps = x.transpose(1, 2).reshape(x.shape[0], self.dim, grid_size[0], grid_size[1])
             return self.blocks(maps).flatten(2).transpose(1, 2)
         if torch.jit.is_scripting() or not self.grad_checkpointing:

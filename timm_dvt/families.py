@@ -1,4 +1,4 @@
-"""Which of timm's model classes can have a denoiser, found out from timm's registry: `python -m timm_dvt families`."""
+"""Which of timm's model classes can have a denoiser, found out from timm's registry: `timm-dvt families`."""
 
 import re
 import sys
@@ -10,7 +10,8 @@ from timm.models import create_model, list_models, list_modules
 from torch import nn
 
 from timm_dvt.bars import tqdm
-from timm_dvt.layouts import Refused, layout_of
+from timm_dvt.errors import UnsupportedModelError
+from timm_dvt.layouts import layout_of
 
 
 def families(progress: bool = False) -> dict[str, str]:
@@ -26,7 +27,7 @@ def families(progress: bool = False) -> dict[str, str]:
         kind, reason = type(model).__name__, ""
         try:
             layout_of(model)
-        except Refused as e:
+        except UnsupportedModelError as e:
             reason = e.reason
         found[kind] = found.get(kind, reason) and reason
     return dict(sorted(found.items()))

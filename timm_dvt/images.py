@@ -3,30 +3,32 @@
 One rule for each kind of image, so that the same file always gives the same numbers:
 
 - grayscale and bilevel: the one channel is repeated; palettes are looked up; CMYK is converted by Pillow
-- alpha, of whatever kind: composited over white, as a page would show it, because the colours under
+- alpha, of whatever kind: composited over white, as a page would show it, because the colors under
   transparent pixels are arbitrary
 - 16 bits a channel: scaled by 1/65535, never clipped at 255
 - float pixels: taken as they are when they lie in [0, 1], refused otherwise: their scale is not in the file
 - animations and multi-page files: the first frame
 - EXIF orientation: applied; a damaged EXIF block is ignored
-- colour profiles: not applied, as in timm and torchvision
+- color profiles: not applied, as in timm and torchvision
 """
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from timm_dvt.errors import ImageError
+
 SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
 )
+# Of the package; README.md beside them says whose they are.
+PHOTOGRAPHS = tuple(Path(__file__).parent / "assets" / name for name in ("cat.jpg", "mountain.jpg"))
 _ALPHA_MODES = frozenset(["LA", "La", "PA", "RGBA", "RGBa"])
-
-
-class ImageError(ValueError):
-    """An image that cannot be used; the message is the reason, without the image's name."""
 
 
 def image_names(root: Path) -> Iterator[str]:
@@ -46,6 +48,49 @@ def image_names(root: Path) -> Iterator[str]:
         for name in files:
             if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
                 yield Path(folder, name).relative_to(root).as_posix()
+
+
+def read_image(source: Path) -> Image.Image:
+    """The image as RGB, upright, what is transparent on white. Raises ImageError."""
+    try:
+        if source.exists() and not source.is_file():  # opening a named pipe would wait for ever
+            raise ImageError(f"{source}: not a file")
+        with source.open("rb") as file:
+            return decode(file, str(source))
+    except OSError as e:
+        raise ImageError(f"{source}: {e.strerror or e}") from e
+
+
+def decode(file: BinaryIO, name: str, formats: list[str] | None = None, max_pixels: float = math.inf) -> Image.Image:
+    """As `read_image`, of an open file.
+
+    Args:
+        name: what errors call it.
+        formats: those that Pillow may try; default all.
+        max_pixels: more are refused before they are decoded.
+    """
+    try:
+        with Image.open(file, formats=formats) as image:
+            if image.width * image.height > max_pixels:
+                size = math.ceil(image.width * image.height / 1e5) / 10  # never as much as what would be taken
+                raise ImageError(
+                    f"{size:g} megapixels ({image.width} x {image.height}); the most that is taken is "
+                    f"{max_pixels / 1e6:g}. Make it smaller and try again"
+                )
+            image.load()
+            return to_rgb(upright(image))
+    except ImageError as e:
+        raise ImageError(f"{name}: {e}") from e
+    except Image.UnidentifiedImageError as e:
+        kinds = f"is taken; choose one of {', '.join(formats)}" if formats else "Pillow can read"
+        raise ImageError(f"{name}: not an image that {kinds}") from e
+    except Image.DecompressionBombError as e:  # it comes before the size can be asked for
+        most = f"the most that is taken is {max_pixels / 1e6:g} megapixels. " if max_pixels < math.inf else ""
+        raise ImageError(f"{name}: far too many pixels to be read; {most}Make it smaller and try again") from e
+    except OSError as e:
+        raise ImageError(f"{name}: {e.strerror or e}") from e
+    except Exception as e:  # on damaged files Pillow raises nearly anything, IndexError included
+        raise ImageError(f"{name}: not an image that can be read ({e or type(e).__name__})") from e
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -14,6 +14,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from timm_dvt.errors import UnsupportedModelError, UserError
+
 KNOWN = (VisionTransformer, Eva)  # tokens all the way; nothing to find out, and a person's own layers are not run
 
 
@@ -69,7 +71,7 @@ def grid_of(height: int, width: int, count: int | None, row: float, column: floa
     for rows, columns in (cut, padded):
         if count is None or rows * columns == count:
             return rows, columns
-    raise ValueError(
+    raise UserError(
         f"{count} patch tokens do not fill a grid of {cut[0]} x {cut[1]}; "
         "the denoiser needs every patch (is patch dropout or a mask on?)"
     )
@@ -109,7 +111,7 @@ def layout_of(model: nn.Module, size: tuple[int, int] | None = None) -> Layout:
                 if "," in steps and getattr(features, "ndim", 0) != 3:
                     refuse(model, pyramid)
                 maps = sketch.forward_intermediates(images, indices=1, intermediates_only=True)
-        except Refused:
+        except UnsupportedModelError:
             raise
         except Exception as e:  # a size it does not take; anything may be raised by it
             error = error or e
@@ -197,7 +199,7 @@ def check_rgb(model: Any) -> None:
     """Raise ValueError for a model that takes images of other than three channels."""
     channels = getattr(model, "in_chans", 3)
     if channels != 3:
-        raise ValueError(f"the model takes images of {channels} channels, and these are RGB images, of 3")
+        raise UserError(f"the model takes images of {channels} channels, and these are RGB images, of 3")
 
 
 def _first_line(error: Exception | None) -> str:
@@ -208,22 +210,6 @@ def _shown(output: Any) -> str:
     return f"{tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
 
 
-class Refused(TypeError):
-    """A model that cannot have a denoiser; the message says why, and what can.
-
-    Attributes:
-        reason: the why alone.
-    """
-
-    def __init__(self, model: nn.Module, reason: str):  # noqa: B042
-        self.reason = reason
-        super().__init__(
-            "A denoiser can be added to timm's VisionTransformer (ViT, DeiT, CLIP, DINO, DINOv2, SigLIP, ...) and Eva "
-            "(EVA-02, DINOv3, ...), and to every timm model whose final features are the patches of one grid (for "
-            f"all: python -m timm_dvt families), not to {type(model).__name__}: {reason}.{unwrapping(model)}"
-        )
-
-
 def unwrapping(model: nn.Module) -> str:
     """What to do with a model that wraps another (torch.compile, PEFT, DataParallel), as a sentence; else nothing."""
     inner = {"_orig_mod": "._orig_mod", "get_base_model": ".get_base_model()", "module": ".module"}
@@ -232,5 +218,10 @@ def unwrapping(model: nn.Module) -> str:
 
 
 def refuse(model: nn.Module, reason: str) -> NoReturn:
-    """Raise `Refused` for a model."""
-    raise Refused(model, reason)
+    """Raise UnsupportedModelError for a model that cannot have a denoiser; its `reason` is the why alone."""
+    raise UnsupportedModelError(
+        "A denoiser can be added to timm's VisionTransformer (ViT, DeiT, CLIP, DINO, DINOv2, SigLIP, ...) and Eva "
+        "(EVA-02, DINOv3, ...), and to every timm model whose final features are the patches of one grid (for "
+        f"all: timm-dvt families), not to {type(model).__name__}: {reason}.{unwrapping(model)}",
+        reason,
+    )

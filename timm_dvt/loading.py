@@ -1,17 +1,50 @@
-"""Models by their names, for the command lines: timm.create_model with its files checked, and help with a typo."""
+"""Models by their names: timm.create_model with its files checked, one error for all that fails, help with a typo."""
 
 import difflib
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 
 from timm_dvt.building import checked_file
-from timm_dvt.fetching import WEIGHTS_NAME, dead_network, fetch, fetch_backbone
+from timm_dvt.errors import UserError, WeightsNotFoundError
 from timm_dvt.registry import VARIANTS
 from timm_dvt.timm_private import hf_split
+from timm_dvt.weights.fetching import WEIGHTS_NAME, dead_network, fetch, fetch_backbone, first_line
 
 SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def load_model(name: str, pretrained: bool = True, seed: int = 0, **options: Any) -> Any:
+    """A model in eval mode, on the CPU.
+
+    Args:
+        name: whatever timm.create_model takes, and the `*_dvt` names of this package.
+        pretrained: with its weights, from the cache, the Hub or the folder named; else random ones.
+        seed: of random weights: same seed, same weights.
+        options: further arguments of timm.create_model.
+
+    Raises:
+        UserError: no such model, or it cannot be made, or no weights can be had; the message says what to do.
+        TypeError: its class does not take one of `options`.
+    """
+    if not name.startswith(SCHEMES) and not timm.is_model(name):
+        raise UserError(f"{name!r} is not a model of timm's, nor one of `timm-dvt list`{did_you_mean(name)}")
+    torch.manual_seed(seed)
+    try:
+        return create_model(name, pretrained, **options).eval()
+    except UserError as error:
+        if isinstance(error, WeightsNotFoundError) and (nearest := did_you_mean(name)):
+            raise WeightsNotFoundError(f"{str(error).rstrip('.')}{nearest}") from error
+        raise
+    except Exception as error:  # timm, its client of the Hub, json and torch each raise their own kinds
+        if options and isinstance(error, TypeError):
+            raise
+        remedy = "; without a network name a folder that holds it (local-dir:FOLDER)" if pretrained else ""
+        raise UserError(
+            f"cannot create {name!r}: {type(error).__name__}: {first_line(error)}{remedy}{did_you_mean(name)}"
+        ) from error
 
 
 def create_model(name: str, pretrained: bool, **kwargs: Any) -> Any:

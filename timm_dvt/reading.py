@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_dvt.attach import Denoised, norms_after_pool
+from timm_dvt.errors import UserError
 from timm_dvt.layouts import Layout, layout_of
-from timm_dvt.model import Denoised, norms_after_pool
 
 
 def final_tokens(
@@ -17,7 +18,7 @@ def final_tokens(
 
     Args:
         model: a timm model, with a denoiser or without.
-        images: (B, 3, h, w), normalised.
+        images: (B, 3, h, w), normalized.
         layout: where known, of `timm_dvt.layouts.layout_of`; default the model's own, found out by a run.
 
     Raises:
@@ -47,4 +48,4 @@ def fit_to(model: Any, size: int | tuple[int, int]) -> Layout:
     try:
         return layout_of(model, pixels)
     except TypeError as e:
-        raise ValueError(f"input_size is {size}, at which a {type(model).__name__} does not run. {e}") from e
+        raise UserError(f"input_size is {size}, at which a {type(model).__name__} does not run. {e}") from e

@@ -17,10 +17,12 @@ from timm.models import (
 )
 from torch import nn
 
-from timm_dvt import focus, timm_private
+from timm_dvt import timm_private
+from timm_dvt.attach import check_supported
 from timm_dvt.building import create, naming_config
-from timm_dvt.model import check_supported
+from timm_dvt.errors import UserError
 from timm_dvt.variants import FOCUS, GENERIC, Variant, published_variants, variant_name
+from timm_dvt.weights import focus
 
 MODULE = "timm_dvt"  # what timm.list_models(module=...) knows our architectures by
 
@@ -51,12 +53,12 @@ def register(
     """
     cfg = get_pretrained_cfg(backbone) if is_model(backbone) else None
     if cfg is None:
-        raise ValueError(f"backbone is {backbone!r}, which timm does not know; see timm.list_models('*vit*').")
+        raise UserError(f"backbone is {backbone!r}, which timm does not know; see timm.list_models('*vit*').")
     check_supported(create_model(backbone, device="meta"))
     if "." not in backbone and cfg.tag:
         backbone = f"{backbone}.{cfg.tag}"
     if variant_name(backbone, suffix) in {variant.name for variant in (*published_variants(), FOCUS)}:
-        raise ValueError(f"{variant_name(backbone, suffix)} is a published variant; pass another suffix for your own.")
+        raise UserError(f"{variant_name(backbone, suffix)} is a published variant; pass another suffix for your own.")
     variant = Variant(
         name=variant_name(backbone, suffix),
         backbone=backbone,
@@ -178,7 +180,7 @@ def _create_generic(pretrained: bool = False, backbone: str = "vit_base_patch14_
 def _registered(backbone: str) -> str:
     # A config.json comes from anywhere: only names of timm's registry are built, never hf-hub: or local-dir: ones.
     if not isinstance(backbone, str) or ":" in backbone or "/" in backbone or not is_model(backbone):
-        raise ValueError(f"backbone is {backbone!r}, which is not a model of timm's registry.")
+        raise UserError(f"backbone is {backbone!r}, which is not a model of timm's registry.")
     return backbone
 
 

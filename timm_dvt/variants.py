@@ -76,7 +76,7 @@ class Variant:
         return "no weights"
 
 
-# Its denoiser ships with the package, its backbone comes from the package registry: see timm_dvt/focus.py.
+# Its denoiser ships with the package, its backbone comes from the package registry: see timm_dvt/weights/focus.py.
 FOCUS = Variant(
     name="vit_small_patch14_dinov2.focus_dvt",
     backbone="vit_small_patch14_dinov2.focus",
@@ -84,6 +84,7 @@ FOCUS = Variant(
     file=str(resources.files("timm_dvt") / "assets" / "focus" / "denoiser.safetensors"),
     license="apache-2.0",
 )
+DEFAULT_MODEL = FOCUS.name  # of the demo and the page
 
 
 def variant_name(backbone: str, suffix: str) -> str:

@@ -33,9 +33,10 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from timm_dvt.attach import remove_denoiser
+from timm_dvt.errors import UnsupportedModelError, UserError
 from timm_dvt.layouts import meant_size
-from timm_dvt.model import remove_denoiser
-from timm_dvt.saving import save_plain
+from timm_dvt.weights.saving import save_plain
 from training.common.command import add_model_arguments, help_from, positive
 from training.common.images import Source, images_digest, list_images
 from training.common.models import load_model, make_for, pick_device, weights_digest
@@ -46,7 +47,7 @@ from training.loop.distance import loss_limit
 from training.loop.distributed import ALONE, Processes, join_processes
 from training.loop.entry import exit_code, only_run
 from training.loop.log import TrainingLog
-from training.loop.optimisation import autocast, make_adamw
+from training.loop.optimization import autocast, make_adamw
 from training.loop.options import add_training_arguments, training_settings
 from training.loop.order import positions, split_places
 from training.loop.reading_ahead import read_ahead, reading_threads
@@ -120,12 +121,14 @@ def load_teacher(name: str, pretrained: bool, seed: int) -> Any:
     """A denoised model. Raises ValueError if there is none by that name, TypeError if it has no denoiser."""
     teacher: Any = load_model(name, pretrained=pretrained, seed=seed)
     if not getattr(teacher, "denoises_final", False):
-        raise TypeError(
+        raise UnsupportedModelError(
             f"--model {name} has no denoiser of its final features to learn from; name a *_dvt variant, or the "
             "local-dir:FOLDER that training.train_denoiser wrote"
         )
     if not teacher.backbone_name:
-        raise TypeError(f"--model {name}: timm has no name for its backbone, so nothing could rebuild the result")
+        raise UnsupportedModelError(
+            f"--model {name}: timm has no name for its backbone, so nothing could rebuild the result"
+        )
     teacher.requires_grad_(False)
     return teacher
 
@@ -135,7 +138,7 @@ def make_settings(args: argparse.Namespace, teacher: Any, sources: list[Source],
     size = meant_size(teacher)[0] if args.input_size is None else args.input_size
     patch = teacher.layout.img_size[0] // teacher.layout.grid[0]
     if size % patch:
-        raise ValueError(f"input_size must be a multiple of the patch size {patch}, got {size}")
+        raise UserError(f"input_size must be a multiple of the patch size {patch}, got {size}")
     make_for(teacher, size)
     shared = training_settings(args, len(sources), f"{args.images} holds {len(sources)} image", processes)
     return Settings(input_size=size, augment=args.augment, tokens=args.tokens, **shared)
@@ -184,7 +187,7 @@ def train(
     mean, std = (torch.tensor(config[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
     autocasting = autocast(device, settings.dtype)
 
-    def normalise(images: Tensor) -> Tensor:
+    def normalize(images: Tensor) -> Tensor:
         return (images.to(device) - mean) / std
 
     # In eval mode: a pretrained ViT has no layer that training would change, and nothing random to be continued.
@@ -195,7 +198,7 @@ def train(
     optimizer = make_adamw(student, settings.lr, settings.weight_decay, settings.decay_all)
     first = resume(folder / CHECKPOINT, student, optimizer)
     model = processes.share(student)
-    validation_loss = Validation(teacher, CropReader(shown, settings.input_size, settings.seed), normalise, autocasting)
+    validation_loss = Validation(teacher, CropReader(shown, settings.input_size, settings.seed), normalize, autocasting)
 
     def read(step: int) -> Tensor:
         part = processes.part(step, settings.batch_size)
@@ -208,7 +211,7 @@ def train(
 
     def loss(step: int) -> Tensor:
         nonlocal wanted
-        images = normalise(next(batches))
+        images = normalize(next(batches))
         with autocasting():
             with torch.no_grad():
                 wanted = as_tokens(teacher.forward_features(images), teacher.layout)

@@ -27,11 +27,12 @@ import torch
 from torch import nn
 
 from timm_dvt import calibrate, save_pretrained
-from timm_dvt.model import timm_name
+from timm_dvt.attach import timm_name
+from timm_dvt.errors import ImageError, UserError
 from training.common.backbone import DTYPES, FeatureReader
 from training.common.command import add_model_arguments, at_least, help_from, positive
 from training.common.hub_images import SCHEME, fetch_images
-from training.common.images import ImageError, Source, list_images, load_image
+from training.common.images import Source, list_images, load_image
 from training.common.models import check_backbone, load_backbone, pick_device
 from training.evaluate.before_after import before_after
 from training.loop.distributed import Processes, join_processes
@@ -171,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def spread(sources: list[Source], most: int) -> list[Source]:
-    """At most so many of the images, evenly spread over them: neighbours in a folder are alike."""
+    """At most so many of the images, evenly spread over them: neighbors in a folder are alike."""
     if len(sources) <= most:
         return sources
     return [sources[i * len(sources) // most] for i in range(most)]
@@ -196,7 +197,7 @@ def hold_out(sources: list[Source], seed: int) -> tuple[list[Source], list[Sourc
         ValueError: too few images for both.
     """
     if len(sources) < LEAST_IMAGES:
-        raise ValueError(
+        raise UserError(
             f"images must be {LEAST_IMAGES} or more, to learn from some and look at others, got {len(sources)}"
         )
     learn, judge = split_places(len(sources), min(HELD_OUT, MOST_HELD_OUT / len(sources)), seed)

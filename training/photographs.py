@@ -32,9 +32,10 @@ import numpy as np
 from PIL import Image
 
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import UserError
 from training.common.command import complain, help_from
-from training.evaluate.annotations import image_size
-from training.evaluate.splits import IGNORE
+from training.evaluate.data.annotations import image_size
+from training.evaluate.data.splits import IGNORE
 
 VAL = {"voc-boxes": 400, "clothing": 300}  # photographs, where the repository has no split of its own
 KITCHEN_TRAIN, KITCHEN_GAP = 0.7, 0.05  # shares of the frames, in order of time; the gap is in neither part
@@ -66,7 +67,7 @@ def convert(name: str, source: Path, out: Path) -> None:
         ValueError: `out` is there already, or a file of the checkout is missing or not as it should be.
     """
     if out.exists():
-        raise ValueError(f"{out} is there already: take another --out, or remove it")
+        raise UserError(f"{out} is there already: take another --out, or remove it")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     DATASETS[name](source, partial)
@@ -77,7 +78,7 @@ def _listing(folder: Path, pattern: str) -> list[Path]:
     """The files of a folder, sorted. Raises ValueError if there are none."""
     files = sorted(folder.glob(pattern))
     if not files:
-        raise ValueError(f"there is no {folder / pattern}: --source must be a checkout of the repository (see --help)")
+        raise UserError(f"there is no {folder / pattern}: --source must be a checkout of the repository (see --help)")
     return files
 
 
@@ -148,7 +149,7 @@ def clothing(source: Path, out: Path) -> None:
         for path in tqdm(paths, part, unit=" photographs"):
             mask, photo = loadmat(path)["groundtruth"], source / "photos" / f"{path.stem}.jpg"
             if image_size(photo) != mask.shape[::-1]:
-                raise ValueError(f"sizes differ: {photo} is {image_size(photo)}, {path} {mask.shape[::-1]}")
+                raise UserError(f"sizes differ: {photo} is {image_size(photo)}, {path} {mask.shape[::-1]}")
             _copy(photo, out / part / "images" / photo.name)
             _save(mask, out / part / "masks" / f"{path.stem}.png")
     (out / "classes.txt").write_text("".join(f"{name}\n" for name in names))
@@ -209,7 +210,7 @@ def read_pcd(path: Path) -> dict[str, np.ndarray]:
     head, found, body = path.read_bytes().partition(b"\nDATA binary_compressed\n")
     words = {line.split()[0]: line.split()[1:] for line in head.decode("ascii").splitlines() if line.strip()}
     if not found:
-        raise ValueError(f"{path}: not a point cloud of PCL with DATA binary_compressed")
+        raise UserError(f"{path}: not a point cloud of PCL with DATA binary_compressed")
     height, width = int(words["HEIGHT"][0]), int(words["WIDTH"][0])
     packed, size = np.frombuffer(body[:8], "<u4")
     data = _lzf(body[8 : 8 + packed], int(size))
@@ -241,7 +242,7 @@ def _lzf(data: bytes, size: int) -> bytes:
         repeated = out[start : start + length]  # shorter than length where the copy overlaps what it writes
         out += (repeated * (length // len(repeated) + 1))[:length]
     if len(out) != size:
-        raise ValueError(f"a compressed cloud has {len(out)} bytes, its head says {size}")
+        raise UserError(f"a compressed cloud has {len(out)} bytes, its head says {size}")
     return bytes(out)
 
 

@@ -20,12 +20,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from timm_dvt.published import SEVEN, Key, Numbers, Source, numbers_for
+from timm_dvt.publish.published import SEVEN, Key, Numbers, Source, numbers_for
 from timm_dvt.variants import SUFFIXES
 from training.common.command import help_from
 from training.common.shared_folder import OutputError, write_atomically
-from training.evaluate.registry import TASKS, load_task
 from training.evaluate.results import OF_PAIRS, Row, columns_of, heading, meaning, read_rows
+from training.evaluate.tasks import TASKS, load_task
 from training.figures.page import Picture, Section, Table, Text, page
 from training.figures.plots import Line, draw_lines
 

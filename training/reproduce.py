@@ -27,6 +27,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from timm_dvt.errors import UserError
 from training.common.command import complain, flush_subnormals, help_from, positive
 from training.common.shared_folder import OutputError, SharedFolder, write_atomically
 from training.reproduction.jobs import Job, Options, Runner, job_of, write_lists
@@ -108,10 +109,10 @@ def run(args: argparse.Namespace) -> int:
         stage2=tuple(args.stage2),
     )
     if not options.data.is_dir():
-        raise ValueError(f"--data must be a folder of data sets, got {args.data}")
+        raise UserError(f"--data must be a folder of data sets, got {args.data}")
     rows = select(args.tables, args.models)
     if not rows:
-        raise ValueError(f"--tables {' '.join(args.tables)} say nothing of --models {' '.join(args.models)}")
+        raise UserError(f"--tables {' '.join(args.tables)} say nothing of --models {' '.join(args.models)}")
     found = {row: job_of(row, options) for row in rows}
     jobs = list({job.name: job for job in found.values() if isinstance(job, Job)}.values())
     with SharedFolder(options.out) as folder:

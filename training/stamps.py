@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import UserError
 from training.common.command import Help, at_least, whole
 from training.common.shared_folder import OutputError, SettingsDiffer, SharedFolder, write_atomically
 from training.common.stamp_sources import CLASSES, SHARE, SPLITS, STAMP_CLASSES, Sources, SourcesMissing, load_sources
@@ -74,7 +75,7 @@ class Composer:
         self, split: str, seed: int = 0, sources: Sources | None = None, size: int = SIZE, places: str = "any"
     ) -> None:
         if places not in PLACES:
-            raise ValueError(f"places must be one of {PLACES}, got {places!r}")
+            raise UserError(f"places must be one of {PLACES}, got {places!r}")
         self.sources = load_sources(split, size=size) if sources is None else sources
         self.size, self.places = size, places
         self._key = (seed, SPLITS.index(split))
@@ -131,7 +132,7 @@ class Composer:
 
 
 def _tinted(photo: np.ndarray, tint: np.ndarray) -> Image.Image:
-    """A clothing item (28, 28) in a colour, RGBA, its dark ground transparent."""
+    """A clothing item (28, 28) in a color, RGBA, its dark ground transparent."""
     rgba = np.empty((28, 28, 4), np.uint8)
     rgba[..., :3] = photo[..., None] * tint
     rgba[..., 3] = 255 * (photo >= _CLOTHING)

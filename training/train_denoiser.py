@@ -20,8 +20,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from timm_dvt.denoiser import ARCHITECTURES
-from timm_dvt.model import timm_name
+from timm_dvt.architectures import ARCHITECTURES
+from timm_dvt.attach import timm_name
+from timm_dvt.errors import UserError
 from training.common.command import add_model_arguments, help_from, positive
 from training.common.models import load_pairs_model, pick_device
 from training.common.recipes import STAGE2, add_recipe
@@ -74,7 +75,7 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     group = parser.add_argument_group("denoiser")
     group.add_argument(
         "--arch",
-        choices=ARCHITECTURES,
+        choices=list(ARCHITECTURES),
         default=Stage2Settings.arch,
         help="the paper's block with position embedding (default), its ablations of Tab. 6, or the "
         "mean artifact map subtracted, which needs no training",
@@ -132,10 +133,10 @@ def make_settings(args: argparse.Namespace, pairs: PairSet, processes: Processes
     Raises:
         ValueError: a value that cannot be.
     """
-    if args.blocks > 1 and not args.arch.startswith("block"):
-        raise ValueError(f"--blocks must be 1 with --arch {args.arch}, got {args.blocks}")
-    if args.init and args.arch == "static":
-        raise ValueError("--init starts a training, and --arch static needs none; leave out one of the two")
+    if args.blocks > 1 and not ARCHITECTURES[args.arch].deep:
+        raise UserError(f"--blocks must be 1 with --arch {args.arch}, got {args.blocks}")
+    if args.init and not ARCHITECTURES[args.arch].trains:
+        raise UserError("--init starts a training, and --arch static needs none; leave out one of the two")
     count = len(pairs.files)
     shared = training_settings(args, count, f"{pairs.folder} holds {count} pair", processes)
     return Stage2Settings(

@@ -27,10 +27,11 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from timm_dvt.bars import tqdm
-from timm_dvt.colors import PALETTE
+from timm_dvt.errors import ImageError, UserError
+from timm_dvt.viewer.colors import PALETTE
 from training.common.backbone import FeatureReader
 from training.common.command import add_model_arguments, complain, help_from, positive
-from training.common.images import ImageError, Source, decode_image, list_images, read_file
+from training.common.images import Source, decode_image, list_images, read_file
 from training.common.models import load_model, pick_device
 from training.common.recipes import STAGE1, add_recipe
 from training.common.views import render_views, whole_view
@@ -68,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments. Raises ValueError for what is wrong whatever the model and the images are."""
     if not 1 <= args.clusters <= len(PALETTE):
-        raise ValueError(f"clusters must be from 1 to {len(PALETTE)}, got {args.clusters}")
+        raise UserError(f"clusters must be from 1 to {len(PALETTE)}, got {args.clusters}")
     if args.video:
         check_suffix(args.video)
         if len(args.images) != 1:
-            raise ValueError(f"--video takes one folder of frames or one video file, got {len(args.images)}")
+            raise UserError(f"--video takes one folder of frames or one video file, got {len(args.images)}")
     return args
 
 
@@ -139,7 +140,7 @@ def positional_maps(
         ValueError: not one image could be read.
     """
     reader = _reader(model, settings)
-    gray = torch.tensor(resolve_model_data_config(model)["mean"]).view(1, 3, 1, 1)  # zero, once normalised
+    gray = torch.tensor(resolve_model_data_config(model)["mean"]).view(1, 3, 1, 1)  # zero, once normalized
     zero = reader.patch_features(gray.expand(1, 3, reader.input_size, reader.input_size))
     total: dict[int, Tensor] = {}
     first: dict[int, Tensor] = {}
@@ -157,7 +158,7 @@ def positional_maps(
         if progress is not None:
             progress.update(1)
     if count == 0:
-        raise ValueError("none of the images could be read")
+        raise UserError("none of the images could be read")
     mean = {layer: one / count for layer, one in total.items()}
     return [{layer: m[0].cpu().numpy() for layer, m in maps.items()} for maps in (zero, mean, first)], count
 
@@ -175,7 +176,7 @@ def video_maps(model: Any, settings: Stage1Settings) -> Maps:
 
         return by_stage1
     if reader.stride != reader.patch or last != reader.depth - 1:
-        raise ValueError("a model's own denoiser is for the last block, with a stride of one patch")
+        raise UserError("a model's own denoiser is for the last block, with a stride of one patch")
     config = resolve_model_data_config(model)
     mean, std = (torch.tensor(config[key], device=reader.device).view(1, -1, 1, 1) for key in ("mean", "std"))
 
@@ -192,7 +193,7 @@ def video_maps(model: Any, settings: Stage1Settings) -> Maps:
 
 def _stage1(args: argparse.Namespace, model: nn.Module, settings: Stage1Settings, sources: list[Source]) -> int:
     if len(sources) * len(settings.layers or ()) > MOST_ROWS:
-        raise ValueError(f"a picture has at most {MOST_ROWS} rows (images times layers); use --limit")
+        raise UserError(f"a picture has at most {MOST_ROWS} rows (images times layers); use --limit")
     _say_cost(model, settings, len(sources))
     rows: list[Row] = []
     failed = 0
@@ -205,7 +206,7 @@ def _stage1(args: argparse.Namespace, model: nn.Module, settings: Stage1Settings
                 failed += 1
             bar.settle(done, failed)
     if not rows:
-        raise ValueError("none of the images could be drawn")
+        raise UserError("none of the images could be drawn")
     return _save(draw_stage1(rows, args.clusters), args.out or "stage1.png", failed)
 
 

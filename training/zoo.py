@@ -20,7 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_dvt.push import PushError, check_id, push
+from timm_dvt.errors import UserError
+from timm_dvt.publish.push import check_id, push
 from timm_dvt.variants import variant_name
 from training.common.command import complain, help_from
 from training.common.models import check_backbone
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args)
     except OutputError as error:
         return complain(3, error)
-    except (ValueError, TypeError, OSError, PushError) as error:
+    except (ValueError, TypeError, OSError) as error:
         return complain(2, error)
     except KeyboardInterrupt:
         return complain(130, "stopped; run the same command again to continue.")
@@ -80,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """What the parsed arguments ask for. Raises ValueError, OutputError, PushError."""
+    """What the parsed arguments ask for. Raises ValueError, OutputError, UserError."""
     if args.push:
         check_id(f"{args.push}/name")
     out = Path(args.out)
@@ -113,7 +114,7 @@ def publish(made: dict[str, Path], namespace: str, dry_run: bool) -> dict[str, s
     for name, out in made.items():
         try:
             push(str(out), f"{namespace}/{variant_name(slug(name), 'dvt')}", dry_run=dry_run)
-        except PushError as error:
+        except UserError as error:
             failed[name] = str(error)
             print(f"{name}: {error}", file=sys.stderr)
     return failed

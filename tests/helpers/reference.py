@@ -36,8 +36,8 @@ def _block(p: dict, x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    centred = x - x.mean(dim=-1, keepdim=True)
-    return centred / torch.sqrt((centred**2).mean(dim=-1, keepdim=True) + 1e-6) * weight + bias
+    centered = x - x.mean(dim=-1, keepdim=True)
+    return centered / torch.sqrt((centered**2).mean(dim=-1, keepdim=True) + 1e-6) * weight + bias
 
 
 def published_state(dim: int, grid: int, blocks: int = 1, pos_embed: bool = True, hidden: int = 4) -> dict:

@@ -1,4 +1,4 @@
-"""Tiny datasets in the real layouts: coloured rectangles on grey noise, the colour being the class."""
+"""Tiny datasets in the real layouts: colored rectangles on gray noise, the color being the class."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from PIL import Image
 import timm_dvt
 
 SIZE = 64
-COLOURS = np.array([[220, 40, 40], [40, 200, 40], [50, 60, 230]])
+COLORS = np.array([[220, 40, 40], [40, 200, 40], [50, 60, 230]])
 VOC_NAMES = ("aeroplane", "bicycle", "bird")
 
 
@@ -28,7 +28,7 @@ class Scene:
         side, (x, y) = 8 * random.integers(3, 6), 8 * random.integers(0, 4, 2)
         self.objects = [(self.label, [int(x), int(y), int(min(SIZE, x + side)), int(min(SIZE, y + side))])]
         for label, (x0, y0, x1, y1) in self.objects:
-            self.image[y0:y1, x0:x1] = COLOURS[label - 1]
+            self.image[y0:y1, x0:x1] = COLORS[label - 1]
             self.mask[y0:y1, x0:x1] = label
         self.mask[-2:] = 255  # a strip that does not count
         # Nearer where it is brighter, from 1 to 9 m.
@@ -109,8 +109,8 @@ def nyu(folder: Path, train: int, val: int) -> None:
         lines = []
         for i, scene in enumerate(scenes(part, count)):
             save(folder / f"{part}_room" / f"rgb_{i:05d}.jpg", scene.image)
-            millimetres = (1000 * scene.depth).astype(np.uint16)
-            save(folder / f"{part}_room" / f"sync_depth_{i:05d}.png", millimetres)
+            millimeters = (1000 * scene.depth).astype(np.uint16)
+            save(folder / f"{part}_room" / f"sync_depth_{i:05d}.png", millimeters)
             lines.append(f"/{part}_room/rgb_{i:05d}.jpg /{part}_room/sync_depth_{i:05d}.png 518.8579")
         write(folder / listing, "\n".join(lines) + "\n")
 
@@ -150,7 +150,7 @@ def davis(folder: Path, train: int, val: int) -> None:
             mask = np.zeros(scene.shape[:2], np.uint8)
             for i, label in enumerate(ids):
                 rows, columns = slice(8 + 24 * i, 32 + 24 * i), slice(8 + 4 * frame, 40 + 4 * frame)
-                scene[rows, columns], mask[rows, columns] = COLOURS[i], label
+                scene[rows, columns], mask[rows, columns] = COLORS[i], label
             if len(ids) > 1:
                 mask[:4, :4] = 255
             save(folder / "JPEGImages" / "480p" / name / f"{frame:05d}.jpg", scene)

@@ -10,7 +10,7 @@ from training.common.stamp_sources import STAMP_CLASSES
 
 
 def fabricate(root: Path) -> Path:
-    """Fill a folder like /usr/share: gray photographs, cut-outs of one colour a class, squares of clothing."""
+    """Fill a folder like /usr/share: gray photographs, cut-outs of one color a class, squares of clothing."""
     noise = np.random.default_rng(0)
     for number in range(8):
         path = root / "wallpapers" / f"Photo{number}" / "contents" / "images" / "500x400.png"

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tests.helpers.app_server import noise, save, until
-from timm_dvt import demo
+from timm_dvt.viewer import demo
 
 pytest.importorskip("gradio", reason="needs the extra app")
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, of the extra test")

@@ -98,7 +98,7 @@ def test_an_upload_that_is_gone_is_told(server):
 
 def test_an_upload_outlives_the_longest_queue(monkeypatch):
     """At two minutes for each visitor before."""
-    from timm_dvt import app
+    from timm_dvt.viewer import app
 
     assert app.CACHE[1] >= app.WAITING * 120
 
@@ -111,7 +111,7 @@ def test_an_emptied_number_of_groups_is_six_of_them(server):
 def test_whatever_goes_wrong_is_told_and_leaves_the_page_as_it_was(capsys):
     import gradio
 
-    from timm_dvt import app
+    from timm_dvt.viewer import app
 
     def fail(error):
         raise error
@@ -216,7 +216,7 @@ def test_small_files_without_number_stop_uploads_and_nobody_else(server):
 
 
 def test_a_folder_that_vanishes_while_it_is_looked_through_is_no_error(tmp_path, monkeypatch):
-    from timm_dvt.uploads import Uploads
+    from timm_dvt.viewer.uploads import Uploads
 
     walk = os.walk
 
@@ -233,7 +233,7 @@ def test_a_folder_that_vanishes_while_it_is_looked_through_is_no_error(tmp_path,
 
 
 def test_what_is_computed_already_is_not_computed_again(folder, monkeypatch):
-    from timm_dvt import studio
+    from timm_dvt.viewer import studio
 
     made = studio.Studio(f"local-dir:{folder}")
     key = made.look_once(noise(64, 64), made.first)

@@ -12,7 +12,8 @@ from scipy.signal import correlate2d
 from timm.layers import resample_abs_pos_embed
 
 import timm_dvt
-from timm_dvt.denoiser import ARCHITECTURES, Denoiser
+from timm_dvt.architectures import ARCHITECTURES
+from timm_dvt.denoiser import Denoiser
 
 
 def random_denoiser(arch: str, dim: int = 8) -> Denoiser:

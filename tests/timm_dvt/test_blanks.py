@@ -7,7 +7,7 @@ import timm
 import torch
 
 import timm_dvt
-from timm_dvt.blanks import draw_blank, fit_gate
+from timm_dvt.calibration.blanks import draw_blank, fit_gate
 from timm_dvt.denoiser import Denoiser
 
 SIZES = [(518, 518), (280, 420)]

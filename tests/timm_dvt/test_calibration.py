@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,8 +12,9 @@ from PIL import Image
 
 import timm_dvt
 from timm_dvt.__main__ import main
-from timm_dvt.calibration import CalibrationError, calibrate
-from timm_dvt.sample_images import SampleError, blank, canvas, sources
+from timm_dvt.calibration.calibrate import calibrate
+from timm_dvt.calibration.samples import blank, canvas, sources
+from timm_dvt.errors import CalibrationError
 from training.common.images import list_images
 
 SMALL = {"depth": 2, "img_size": 96, "dynamic_img_size": True}
@@ -51,7 +50,7 @@ def plant(model, rank: int | None = None, size: float = 1.0) -> torch.Tensor:
 
 
 def photographs(count: int, side: int = 160) -> list[Image.Image]:
-    """Images with things in them: smooth fields of colour with edges, none like another."""
+    """Images with things in them: smooth fields of color with edges, none like another."""
     draw = np.random.default_rng(0)
     images = []
     for _ in range(count):
@@ -234,25 +233,25 @@ def test_a_folder_is_walked_as_training_walks_it_and_broken_files_are_left_out_a
         assert "pipe.bmp: not a file" in caplog.text
     for path in folder.glob("*.*"):
         path.write_bytes(b"") if path.suffix == ".png" else None
-    with pytest.raises(SampleError, match="no image that can be read"):
+    with pytest.raises(CalibrationError, match="no image that can be read"):
         sources([folder / "a.png", folder / "none.jpg"], 9)
 
 
-def test_the_command_leaves_broken_files_out_and_names_them(tmp_path):
+def test_the_command_leaves_broken_files_out_and_names_them(tmp_path, caplog, capsys):
     (tmp_path / "photos").mkdir()
     for i, image in enumerate(photographs(4)):
         image.save(tmp_path / "photos" / f"{i}.png")
     (tmp_path / "photos" / "0.jpg").write_bytes(b"no image")
-    command = [sys.executable, "-m", "timm_dvt", "calibrate", "--model", "test_vit", "--no-pretrained", "--views", "32"]
+    command = ["calibrate", "--model", "test_vit", "--no-pretrained", "--views", "32"]
     for images in ([tmp_path / "photos"], sorted((tmp_path / "photos").iterdir())):
         words = [*command, "--images", *map(str, images), "--out", str(tmp_path / f"out{len(images)}")]
-        told = subprocess.run(words, capture_output=True, text=True)
-        assert told.returncode == 0, told.stderr
-        assert f"left out {tmp_path / 'photos' / '0.jpg'}: not an image" in told.stderr
-        assert "of 4 images" in told.stdout
+        caplog.clear()
+        assert main(words) == 0
+        assert f"left out {tmp_path / 'photos' / '0.jpg'}: not an image" in caplog.text
+        assert "of 4 images" in capsys.readouterr().out
 
 
-def test_blank_images_are_normalised_and_none_like_another():
+def test_blank_images_are_normalized_and_none_like_another():
     images = torch.stack([blank(3, (32, 48), visit) for visit in range(40)])
     assert images[0].abs().max() == 0 and images.isfinite().all()
     assert 0.5 < images.std() < 1.2 and len(images.flatten(1).unique(dim=0)) == 40
@@ -263,8 +262,8 @@ BAD = {
     "views": (dict(views=3), "views is 3"),
     "no images": (dict(images=[]), "holds no image"),
     "not images": (dict(images=[3]), "holds a int"),
-    "normalised": (dict(images=torch.randn(3, 64, 64)), "not normalised"),
-    "grey": (dict(images=torch.rand(1, 64, 64)), "not an RGB image"),
+    "normalized": (dict(images=torch.randn(3, 64, 64)), "not normalized"),
+    "gray": (dict(images=torch.rand(1, 64, 64)), "not an RGB image"),
     "no such file": (dict(images="none.png"), "none.png"),
 }
 

@@ -9,10 +9,10 @@ import torch
 import timm_dvt
 from tests.timm_dvt.test_calibration import photographs, vit
 from timm_dvt.__main__ import main
-from timm_dvt.calibration import calibrate
-from timm_dvt.cards import Facts
-from timm_dvt.model import remove_denoiser
-from timm_dvt.viewing import ViewReader
+from timm_dvt.attach import remove_denoiser
+from timm_dvt.calibration.calibrate import calibrate
+from timm_dvt.calibration.views import ViewReader
+from timm_dvt.publish.cards import Facts
 
 VARIANT = "vit_base_patch16_224.dino_dvt"
 BLANK = ["--views", "32", "--no-pretrained"]

@@ -1,11 +1,11 @@
-"""Claims about features as colours, against scikit-learn's PCA and k-means and closed forms."""
+"""Claims about features as colors, against scikit-learn's PCA and k-means and closed forms."""
 
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from timm_dvt.colors import (
-    centre_similarity,
+from timm_dvt.viewer.colors import (
+    center_similarity,
     cluster_labels,
     fit_projection,
     map_correlation,
@@ -45,7 +45,7 @@ def test_an_outlier_token_does_not_take_the_contrast_from_the_rest():
     assert (colors.reshape(-1, 3).std(axis=0) > 0.15).all()  # evenly spread values would have 0.29
 
 
-def test_one_projection_gives_equal_features_equal_colours(features):
+def test_one_projection_gives_equal_features_equal_colors(features):
     projection = fit_projection(features)
     np.testing.assert_array_equal(projection.colors(features[:3]), projection.colors(features)[:3])
 
@@ -71,9 +71,9 @@ def test_a_matched_projection_undoes_order_and_sign_and_nothing_else(features):
 def test_clusters_are_found_and_ordered_by_size():
     labels = np.zeros((6, 6), int)
     labels[0], labels[1, :3] = 1, 2
-    centres = np.array([[0.0, 0], [10, 0], [0, 10]])
+    centers = np.array([[0.0, 0], [10, 0], [0, 10]])
     noise = np.random.default_rng(0).normal(size=(6, 6, 2)) * 0.1
-    np.testing.assert_array_equal(cluster_labels(centres[labels] + noise, 3), labels)
+    np.testing.assert_array_equal(cluster_labels(centers[labels] + noise, 3), labels)
     with pytest.raises(ValueError, match="clusters must be from 1 to 10, got 11"):
         cluster_labels(noise, 11)
     assert (cluster_labels(np.ones((4, 4, 3)), 5) == 0).all()
@@ -89,7 +89,7 @@ def test_matched_labels_agree_where_clusterings_agree():
 
 def test_norm_similarity_and_correlation_by_their_formulas(features):
     np.testing.assert_allclose(norms(features)[2, 3], np.sqrt((features[2, 3] ** 2).sum()))
-    similarity = centre_similarity(features)
+    similarity = center_similarity(features)
     a, b = features[4, 4], features[0, 8]
     assert similarity[4, 4] == pytest.approx(1)
     assert similarity[0, 8] == pytest.approx(a @ b / np.sqrt(a @ a * (b @ b)))

@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 
 import timm_dvt
-from timm_dvt import demo, focus
 from timm_dvt.__main__ import main
-from timm_dvt.colors import fit_projection
-from timm_dvt.panel import Shown, draw
+from timm_dvt.errors import UserError
 from timm_dvt.variants import published_variants
+from timm_dvt.viewer import demo
+from timm_dvt.viewer.colors import fit_projection
+from timm_dvt.viewer.panel import Shown, draw
+from timm_dvt.weights import focus
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_weights_that_cannot_be_had_are_one_line_that_says_how_to_fetch_them(tmp
 
 @pytest.mark.parametrize("size", [(451, 300), (200, 900), (60, 60)])
 def test_the_picture_holds_every_patch_in_whole_pixels_at_any_aspect(size):
-    """A patch of the raw map is found by its colour: a square, and no pixel of that colour elsewhere."""
+    """A patch of the raw map is found by its color: a square, and no pixel of that color elsewhere."""
     grid = (6, 8)
     features, others = np.random.default_rng(0).normal(size=(2, *grid, 16))
     sheet = draw([Shown(Image.new("RGB", size, "gray"), features, others, ("1 ms", "2 ms"))], "title", ["a", "b"])
@@ -167,5 +169,5 @@ def test_the_list_is_the_table(capsys):
 
 
 def test_a_model_without_a_denoiser_that_cannot_be_fetched_is_told_which_have_one(hub):
-    with pytest.raises(demo.DemoError, match=r"Could not fetch timm/resnet50.*; python -m timm_dvt list prints"):
-        demo.create("resnet50", pretrained=True)
+    with pytest.raises(UserError, match=r"Could not fetch timm/resnet50.*; timm-dvt list prints"):
+        demo.load_denoised("resnet50", pretrained=True)

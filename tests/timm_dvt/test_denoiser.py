@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tests.helpers import reference
 from timm_dvt.denoiser import Denoiser, LayerDenoisers, default_num_heads, resample
 from timm_dvt.variants import ROWS
-from timm_dvt.weights import denoiser_for, from_state_dict
+from timm_dvt.weights.checkpoints import denoiser_for, from_state_dict
 
 WIDTHS = {"small": 384, "base": 768, "large": 1024}
 PUBLISHED = sorted(
@@ -92,12 +92,12 @@ def fused_adamw(parameters, lr):
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, fused_adamw])
-def test_an_optimiser_step_shows_in_the_next_forward(denoiser, make):
-    optimiser = make(denoiser.parameters(), lr=0.1)
+def test_an_optimizer_step_shows_in_the_next_forward(denoiser, make):
+    optimizer = make(denoiser.parameters(), lr=0.1)
     with torch.no_grad():
         before = denoiser.position((6, 5)).clone()
     denoiser(torch.randn(1, 30, 64), (6, 5)).square().mean().backward()
-    optimiser.step()
+    optimizer.step()
     with torch.no_grad():
         assert torch.equal(denoiser.position((6, 5)), expected(denoiser))
         assert not torch.equal(denoiser.position((6, 5)), before)

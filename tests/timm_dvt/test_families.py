@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import timm_dvt
+from timm_dvt.errors import UnsupportedModelError
 from timm_dvt.families import examples
-from timm_dvt.layouts import Refused, layout_of
+from timm_dvt.layouts import layout_of
 
 README = Path(__file__).parents[2] / "training" / "README.md"
 
@@ -121,7 +122,7 @@ def check_off_is_timms_and_copies_are_whole(plain, images, folder):
     (last,) = net(images)
     torch.testing.assert_close(last, model.forward_intermediates(images, indices=1, intermediates_only=True)[0])
     assert net.feature_info.channels() == [last.shape[1]]
-    back = timm_dvt.model.remove_denoiser(model)
+    back = timm_dvt.attach.remove_denoiser(model)
     assert type(back) is type(plain) and torch.equal(back.forward_features(images), plain.forward_features(images))
     assert back.__dict__.keys() == plain.__dict__.keys()
 
@@ -133,7 +134,7 @@ def sweep(folder, most: float) -> tuple[set[str], dict[str, str]]:
         kind = type(sketch).__name__
         try:
             layout_of(sketch)
-        except Refused as e:
+        except UnsupportedModelError as e:
             refused[kind] = e.reason
             continue
         supported.add(kind)

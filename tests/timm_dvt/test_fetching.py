@@ -24,8 +24,8 @@ import torch
 import timm_dvt
 from tests.helpers.fabricated import BACKBONE, publish_tiny
 from timm_dvt.__main__ import main
-from timm_dvt.fetching import fetch
 from timm_dvt.loading import create_model
+from timm_dvt.weights.fetching import fetch
 
 REPO = "someone/tiny"
 NO_NETWORK = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -277,7 +277,7 @@ def test_a_fetch_shows_a_person_its_rate_and_what_is_left(repo, tmp_path):
     """Bars are drawn on terminals only, so this gives it one."""
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # 24 lines of 120 columns
-    code = f"from timm_dvt.fetching import fetch; fetch({REPO!r}, 'model.safetensors')"
+    code = f"from timm_dvt.weights.fetching import fetch; fetch({REPO!r}, 'model.safetensors')"
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
     environment |= {"HF_HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], stderr=end, env=environment, check=True)
@@ -330,14 +330,14 @@ def test_an_etag_that_is_no_hash_proves_nothing(etag, hub, repo, tmp_path, monke
 
 def test_a_dead_network_is_told_at_once_and_changes_no_setting_in_any_thread(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("timm_dvt.fetching._probed", (-1e9, None))
-    seen, download = [], timm_dvt.fetching.hf_hub_download
+    monkeypatch.setattr("timm_dvt.weights.fetching._probed", (-1e9, None))
+    seen, download = [], timm_dvt.weights.fetching.hf_hub_download
 
     def look(*args, **kwargs):
         seen.append((huggingface_hub.constants.HF_HUB_OFFLINE, kwargs["local_files_only"]))
         return download(*args, **kwargs)
 
-    monkeypatch.setattr("timm_dvt.fetching.hf_hub_download", look)
+    monkeypatch.setattr("timm_dvt.weights.fetching.hf_hub_download", look)
     said: list[str] = []
     threads = [threading.Thread(target=lambda: said.append(failure(tmp_path))) for _ in range(4)]
     for thread in threads:
@@ -352,7 +352,7 @@ def test_a_repo_in_the_cache_is_loaded_by_its_name_on_a_dead_network(hub, repo, 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     want = create_model(f"hf-hub:{REPO}", True).denoiser.pos_embed
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("timm_dvt.fetching._probed", (-1e9, None))
+    monkeypatch.setattr("timm_dvt.weights.fetching._probed", (-1e9, None))
     assert torch.equal(create_model(f"hf-hub:{REPO}", True).denoiser.pos_embed, want)
     with pytest.raises(timm_dvt.WeightsNotFoundError, match="no network.*hf download no/repo config.json"):
         create_model("hf-hub:no/repo", True)

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 
 import timm_dvt
-from timm_dvt import WeightsNotFoundError, focus
+from timm_dvt import WeightsNotFoundError
 from timm_dvt.variants import FOCUS
+from timm_dvt.weights import focus
 
 ASSETS = Path(str(resources.files("timm_dvt"))) / "assets" / "focus"
 needs_focus = pytest.mark.skipif(not focus.is_installed(), reason=f"needs the extra dinov2: {focus.INSTALL}")
@@ -118,7 +119,7 @@ def test_the_denoiser_is_in_half_precision_and_small_and_says_how_it_was_made():
         assert {opened.get_tensor(key).dtype for key in opened.keys()} == {torch.float16}
         assert opened.metadata()["backbone"] == FOCUS.backbone
     text = (ASSETS / "README.md").read_text()
-    assert "Licence" in text and "python -m training.train_denoiser" in text
+    assert "License" in text and "python -m training.train_denoiser" in text
 
 
 @needs_focus

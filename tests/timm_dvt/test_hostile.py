@@ -17,7 +17,8 @@ import torch
 
 import timm_dvt
 from tests.helpers.folders import ERRORS, SMALL, load, small_files, write
-from timm_dvt.convert import ConvertError, convert
+from timm_dvt.errors import UserError
+from timm_dvt.publish.convert import convert
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +284,6 @@ def test_saving_replaces_a_link_and_leaves_what_it_points_to(folder, tmp_path):
     ],
 )
 def test_a_source_that_leaves_its_repo_is_refused(source, hub, tmp_path):
-    with pytest.raises(ConvertError, match="a file of the Hub is named"):
+    with pytest.raises(UserError, match="a file of the Hub is named"):
         convert(source, "vit_base_patch16_224.mae_dvt", tmp_path / "out")
     assert not hub.requests and not (tmp_path / "out").exists()

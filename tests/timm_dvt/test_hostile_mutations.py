@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed_nhwc
 import timm_dvt
 from tests.helpers import authors, reference
 from tests.helpers.folders import ERRORS, load, small_files, write
-from timm_dvt.weights import read_checkpoint
+from timm_dvt.weights.checkpoints import read_checkpoint
 
 MANY = 10_000
 

@@ -14,8 +14,8 @@ import torch
 
 import timm_dvt
 from tests.helpers import authors, reference
-from timm_dvt.limits import MAX_TENSORS
-from timm_dvt.weights import from_state_dict, read_checkpoint
+from timm_dvt.weights.checkpoints import from_state_dict, read_checkpoint
+from timm_dvt.weights.limits import MAX_TENSORS
 
 FORMS = pytest.mark.parametrize("form", ["zip", "legacy"])
 DEEP = b")" + b"\x85" * 300_000  # a tuple in a tuple, in a tuple: the hash of it ends the process
@@ -103,7 +103,7 @@ def test_a_file_that_is_cut_after_it_was_read_does_not_end_the_process(tmp_path)
     path = tmp_path / "file.safetensors"
     safetensors.torch.save_file({"x": torch.ones(1 << 20)}, path)
     code = (
-        "import os, sys; from timm_dvt.weights import read_checkpoint\n"
+        "import os, sys; from timm_dvt.weights.checkpoints import read_checkpoint\n"
         "state = read_checkpoint(sys.argv[1]).backbone; os.truncate(sys.argv[1], 0); print(float(state['x'].sum()))"
     )
     run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
@@ -128,7 +128,7 @@ ODD = {
 @pytest.mark.parametrize("kind", ODD)
 def test_an_odd_tensor_in_memory_is_our_error(kind, key, model, tmp_path):
     state = {f"denoiser.{name}": tensor for name, tensor in model.denoiser.state_dict().items()}
-    from timm_dvt.weights import denoiser_for
+    from timm_dvt.weights.checkpoints import denoiser_for
 
     with pytest.raises(timm_dvt.CheckpointError, match=f"state_dict: .*{key}"):
         denoiser_for(from_state_dict(state | {f"denoiser.{key}": ODD[kind]}), 64, (3, 3))

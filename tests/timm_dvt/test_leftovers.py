@@ -9,7 +9,8 @@ import torch
 import timm_dvt
 from tests.timm_dvt.test_calibration import photographs, plant, vit
 from timm_dvt.__main__ import main
-from timm_dvt.calibration import CalibrationError, calibrate
+from timm_dvt.calibration.calibrate import calibrate
+from timm_dvt.errors import CalibrationError
 
 
 def denoised(planted: torch.Tensor | None, keep_length: bool = False):

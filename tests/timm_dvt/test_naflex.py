@@ -7,7 +7,7 @@ import timm
 import torch
 
 import timm_dvt
-from timm_dvt import packing
+from timm_dvt.feature_methods import denoise_packed
 
 ARGUMENTS = {"depth": 2, "embed_dim": 64, "num_heads": 1}
 GRIDS = ((4, 6), (5, 3), (4, 6))
@@ -69,7 +69,7 @@ def test_off_is_timms_and_padding_is_left_alone(name):
     model, images = build(name)
     prefix, batch = model.prefix_tokens(), packed(images)
     on = model.forward_features(**batch)["patches"]
-    plain = timm_dvt.model.remove_denoiser(copy.deepcopy(model))
+    plain = timm_dvt.attach.remove_denoiser(copy.deepcopy(model))
     raw, valid = plain.forward_features(**batch)["patches"], batch["patch_valid"]
     assert torch.equal(on[:, :prefix], raw[:, :prefix])
     assert torch.equal(on[:, prefix:][~valid], raw[:, prefix:][~valid])
@@ -89,7 +89,7 @@ def test_patches_are_placed_by_their_coordinates_in_whatever_order_they_come():
         seen.append((patches, grid))
         return -patches
 
-    assert torch.equal(packing.denoise(denoiser, tokens[:, order], coordinates[:, order]), -tokens[:, order])
+    assert torch.equal(denoise_packed(denoiser, tokens[:, order], coordinates[:, order]), -tokens[:, order])
     ((patches, grid),) = seen
     assert grid == (3, 5) and torch.equal(patches, tokens)
 

@@ -59,7 +59,7 @@ def test_a_distilled_model_and_its_folder_are_the_authors_at_every_size(backbone
     torch.save({"model": {f"model.{key}": value for key, value in plain.state_dict().items()}}, tmp_path / "file.pth")
     overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "file.pth")}}
     model = timm.create_model(f"{backbone}_dvt_distilled", pretrained=True, depth=1, **overlay).eval()
-    timm_dvt.saving.save_plain(model, tmp_path / "folder", backbone)
+    timm_dvt.weights.saving.save_plain(model, tmp_path / "folder", backbone)
     again = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     for grid in SIZES:
         images = images_of(plain, grid)

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 import timm_dvt
-from timm_dvt import looks, page, studio
-from timm_dvt.colors import PALETTE, fit_projection
-from timm_dvt.demo import DemoError
-from timm_dvt.page import Look
-from timm_dvt.studio import Studio
-from timm_dvt.uploads import FORMATS, SIDE, read_upload
+from timm_dvt.errors import UserError
+from timm_dvt.viewer import page, studio
+from timm_dvt.viewer import pairs as looks
+from timm_dvt.viewer.colors import PALETTE, fit_projection
+from timm_dvt.viewer.page import Look
+from timm_dvt.viewer.studio import Studio
+from timm_dvt.viewer.uploads import FORMATS, SIDE, read_upload
 
 
 def maps(*grid: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,14 +69,14 @@ class Parts(HTMLParser):
 # ---- looks
 
 
-def test_colours_keep_their_meaning_from_map_to_map():
-    """The strongest component of one map is the weakest of the other, and has one colour in both."""
+def test_colors_keep_their_meaning_from_map_to_map():
+    """The strongest component of one map is the weakest of the other, and has one color in both."""
     draw = np.random.default_rng(0)
-    centred = draw.normal(size=(48, 3))
-    meanings = np.linalg.qr(centred - centred.mean(0))[0]
+    centered = draw.normal(size=(48, 3))
+    meanings = np.linalg.qr(centered - centered.mean(0))[0]
     axes = np.linalg.qr(draw.normal(size=(16, 3)))[0].T
     off, on = ((meanings * strength @ axes).reshape(6, 8, 16) for strength in ([3, 2, 1], [1, 2, 3]))
-    first, second = looks.colours(off, on)
+    first, second = looks.colors(off, on)
     np.testing.assert_allclose(first, fit_projection(off).colors(off))
     np.testing.assert_allclose(second, first, atol=1e-6)
 
@@ -84,8 +85,8 @@ def test_groups_of_equal_maps_are_equal_and_of_the_palette():
     off, _ = maps(6, 8)
     first, second = looks.groups(off, off.copy(), 3)
     assert np.array_equal(first, second)
-    colours = {tuple(c) for c in first.reshape(-1, 3)}
-    assert len(colours) == 3 and colours <= {tuple(c) for c in PALETTE}
+    colors = {tuple(c) for c in first.reshape(-1, 3)}
+    assert len(colors) == 3 and colors <= {tuple(c) for c in PALETTE}
 
 
 def test_similarity_is_the_cosine_and_both_maps_share_its_scale():
@@ -99,10 +100,10 @@ def test_similarity_is_the_cosine_and_both_maps_share_its_scale():
     assert (first[1, 2] == second[1, 2]).all() and (first.max((0, 1)) <= 1).all()
 
 
-def test_nothing_removed_is_one_colour():
+def test_nothing_removed_is_one_color():
     off, _ = maps(6, 8)
-    (colours, length), scale = looks.removed(off, off)
-    assert scale == (0, 0) and len(np.unique(colours.reshape(-1, 3), axis=0)) == 1
+    (colors, length), scale = looks.removed(off, off)
+    assert scale == (0, 0) and len(np.unique(colors.reshape(-1, 3), axis=0)) == 1
     assert len(np.unique(length.reshape(-1, 3), axis=0)) == 1
 
 
@@ -120,7 +121,7 @@ def test_every_part_is_whole_and_has_one_pixel_a_patch(look):
         pictures = [picture for picture in Parts(text).pictures() if picture.shape == (6, 8, 3)]
         assert len(pictures) == count, name
         assert "<b>" not in text
-    want = (looks.colours(look.off, look.on)[1] * 255).round()
+    want = (looks.colors(look.off, look.on)[1] * 255).round()
     assert np.array_equal(Parts(parts["overview"][0]).pictures()[2], want)
     for text in (page.intro(), page.downloads("key", (1, 2), 4), page.heading("groups", "text")):
         Parts(text)
@@ -182,7 +183,7 @@ def test_an_upload_is_rgb_and_of_bounded_size(kind):
     ids=["empty", "svg", "eps", "ppm", "half", "50 megapixels"],
 )
 def test_what_is_no_image_to_take_is_told(bad):
-    with pytest.raises(DemoError, match="^This file: "):
+    with pytest.raises(UserError, match="^This file: "):
         read_upload(bad)
 
 
@@ -190,11 +191,11 @@ def test_a_huge_image_is_refused_before_it_is_decoded(monkeypatch):
     huge = content(Image.new("1", (7200, 7000)))
     monkeypatch.setattr(Image.Image, "convert", None)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
-    with pytest.raises(DemoError, match="50.4 megapixels"):
+    with pytest.raises(UserError, match="50.4 megapixels"):
         read_upload(huge)
-    with pytest.raises(DemoError, match=r"25\.1 megapixels .5001 x 5000.; the most that is taken is 25\. "):
+    with pytest.raises(UserError, match=r"25\.1 megapixels .5001 x 5000.; the most that is taken is 25\. "):
         read_upload(content(Image.new("1", (5001, 5000))))
-    with pytest.raises(DemoError, match="far too many pixels.* 25 megapixels. Make it smaller"):
+    with pytest.raises(UserError, match="far too many pixels.* 25 megapixels. Make it smaller"):
         read_upload(content(Image.new("1", (20000, 20000))))  # which Pillow itself refuses, in its own words
 
 
@@ -221,7 +222,7 @@ def test_visitors_at_once_get_their_own_and_memory_is_bounded(folder, monkeypatc
     for _ in range(2):
         shared.look(images[0], shared.first)
     assert len(shared.looks) == 5 and shared.find(shared.first_look)  # with which each visit starts
-    with pytest.raises(DemoError, match="no longer kept"):
+    with pytest.raises(UserError, match="no longer kept"):
         shared.find(oldest)
 
 
@@ -239,15 +240,15 @@ def test_models_are_kept_up_to_a_number_and_only_variants_are_loaded(folder, mon
 
     def load(name):
         loaded.append(name)
-        return timm.create_model(f"local-dir:{folder}", pretrained=True), ""
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
 
-    monkeypatch.setattr(studio, "load_model", load)
+    monkeypatch.setattr(studio, "load_denoised", load)
     shared = Studio(f"local-dir:{folder}")
     names = [shared.first, *shared.names[1:3]]
     for name in (*names, names[2], names[1], names[0]):
         shared.look(Image.new("RGB", (64, 64)), name)
     assert loaded == [*names, names[0]] and len(shared.models) == studio.MODELS
     for name in ("local-dir:/etc", "hf-hub:a/b", "vit_tiny_patch16_224"):
-        with pytest.raises(DemoError, match="not one of the variants"):
+        with pytest.raises(UserError, match="not one of the variants"):
             shared.look(Image.new("RGB", (64, 64)), name)
     assert not any("distilled" in name for name in shared.names)

@@ -10,8 +10,8 @@ import torch
 
 import timm_dvt
 from tests.helpers import authors, reference
-from timm_dvt import pickles
-from timm_dvt.weights import read_checkpoint
+from timm_dvt.weights import pickles
+from timm_dvt.weights.checkpoints import read_checkpoint
 
 
 @pytest.fixture
@@ -85,6 +85,6 @@ class Allowed:
 @pytest.mark.slow
 def test_torchs_switch_for_weights_only_changes_nothing(content, tmp_path):
     path = authors.save(content, tmp_path / "file.pth", "zip")
-    code = f"from timm_dvt.weights import read_checkpoint; read_checkpoint({str(path)!r})"
+    code = f"from timm_dvt.weights.checkpoints import read_checkpoint; read_checkpoint({str(path)!r})"
     for switch in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
         subprocess.run([sys.executable, "-c", code], env={**os.environ, switch: "1"}, check=True)

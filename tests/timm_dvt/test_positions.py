@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_dvt.positions import PRIOR, PositionSums, Windows
+from timm_dvt.calibration.positions import PRIOR, PositionSums, Windows
 
 
 def test_the_estimated_error_is_the_true_one():

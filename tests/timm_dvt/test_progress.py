@@ -7,12 +7,13 @@ import sys
 
 import pytest
 
-from timm_dvt import bars, cards, families
+from timm_dvt import bars, families
 from timm_dvt.__main__ import main
 from timm_dvt.bars import tqdm
-from timm_dvt.demo import DEFAULT_MODEL
+from timm_dvt.publish import cards
 from timm_dvt.registry import VARIANTS
-from timm_dvt.studio import Studio
+from timm_dvt.viewer.demo import DEFAULT_MODEL
+from timm_dvt.viewer.studio import Studio
 
 
 def has_bar(err: str, unit: str, total: int) -> bool:

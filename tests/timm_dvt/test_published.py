@@ -2,8 +2,8 @@
 
 import pytest
 
-from timm_dvt import published
-from timm_dvt.published import ABSREL, ADE, ADE_ACC, DELTA, PAPER, PUBLISHED, README, RMSE, SEVEN, VOC, VOC_ACC
+from timm_dvt.publish import published
+from timm_dvt.publish.published import ABSREL, ADE, ADE_ACC, DELTA, PAPER, PUBLISHED, README, RMSE, SEVEN, VOC, VOC_ACC
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import published_variants
 

@@ -13,13 +13,13 @@ import torch
 import timm_dvt
 from tests.helpers import reference
 from tests.helpers.fabricated import BACKBONE, publish, publish_backbone, publish_tiny
-from timm_dvt import push as pushing
 from timm_dvt import registry
 from timm_dvt.__main__ import main
-from timm_dvt.convert import convert
+from timm_dvt.publish import push as pushing
+from timm_dvt.publish.convert import convert
 from timm_dvt.registry import VARIANTS
-from timm_dvt.saving import write_tensors
 from timm_dvt.variants import Variant
+from timm_dvt.weights.saving import write_tensors
 
 
 @pytest.fixture(autouse=True)

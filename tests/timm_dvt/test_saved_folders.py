@@ -11,7 +11,7 @@ import torch
 import timm_dvt
 from tests.helpers import reference
 from tests.helpers.fabricated import images_for, publish, publish_backbone
-from timm_dvt import saving
+from timm_dvt.weights import saving
 
 NAME = "vit_small_patch14_dinov2.lvd142m_dvt"
 BACKBONE = "vit_small_patch14_dinov2.lvd142m"

@@ -9,8 +9,8 @@ import huggingface_hub
 import pytest
 from packaging.requirements import Requirement
 
-from timm_dvt import space
 from timm_dvt.__main__ import main
+from timm_dvt.publish import space
 
 
 def commits(hub) -> list[str]:
@@ -70,4 +70,4 @@ def test_its_requirements_are_the_packages_and_its_gradio_is_one_that_the_extra_
 
 def test_its_app_is_three_lines_that_serve_the_page():
     lines = Path(space.FOLDER, "app.py").read_text().splitlines()
-    assert lines == ["from timm_dvt.app import serve", "", 'serve(host="0.0.0.0", port=7860)']
+    assert lines == ["from timm_dvt.viewer.app import serve", "", 'serve(host="0.0.0.0", port=7860)']

@@ -124,7 +124,7 @@ def test_the_table_is_the_published_one():
     assert len(published_variants()) == 24
 
 
-def test_licences_are_those_timm_records():
+def test_licenses_are_those_timm_records():
     assert {row.backbone: row.license for row in ROWS} == {
         row.backbone: timm.get_pretrained_cfg(row.backbone).license for row in ROWS
     }

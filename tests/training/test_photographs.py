@@ -11,7 +11,7 @@ from scipy.io import savemat
 from tests.helpers import small_datasets
 from tests.helpers.small_datasets import save
 from training import photographs
-from training.evaluate.datasets import open_dataset
+from training.evaluate.data.datasets import open_dataset
 
 
 def pixels(seed, *shape):

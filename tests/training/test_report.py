@@ -6,10 +6,10 @@ from html import escape
 import pytest
 from PIL import Image
 
-from timm_dvt.published import DINOV2, REG
-from training.evaluate.datasets import DATASETS
-from training.evaluate.registry import TASKS
+from timm_dvt.publish.published import DINOV2, REG
+from training.evaluate.data.datasets import DATASETS
 from training.evaluate.results import meaning, numbers_of, read_rows
+from training.evaluate.tasks import TASKS
 from training.figures import plots
 from training.report import draw, main
 

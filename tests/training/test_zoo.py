@@ -94,7 +94,7 @@ def test_a_push_is_dry_unless_told_otherwise_and_goes_on_where_one_fails(
     def push(folder, repo_id, dry_run):
         pushed.append((folder, repo_id, dry_run))
         if "deit" in folder:
-            raise zoo.PushError("no such account")
+            raise zoo.UserError("no such account")
 
     monkeypatch.setattr(zoo, "push", push)
     models = ["deit_tiny_patch16_224.fb_in1k", "vit_tiny_patch16_224.augreg_in21k"]

@@ -16,8 +16,8 @@ def waiting(device: torch.device, clock: Callable[[], float] = time.perf_counter
     if device.type != "cuda":
         return clock
 
-    def synchronised() -> float:
+    def synchronized() -> float:
         torch.cuda.synchronize(device)
         return clock()
 
-    return synchronised
+    return synchronized

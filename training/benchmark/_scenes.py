@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.common.views import Views, patch_centres, sample_views, view_axes, whole_view
+from training.common.views import Views, patch_centers, sample_views, view_axes, whole_view
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Scene:
 
     Attributes:
         artifacts: (K, K, C) G, zero mean.
-        centres: (K,) patch centres of an input.
+        centers: (K,) patch centers of an input.
     """
 
     def __init__(self, regime: Regime, seed: int = 0) -> None:
@@ -85,7 +85,7 @@ class Scene:
         self._direction = torch.randn(channels, generator=draw)
         self._couple = torch.randn(channels, channels, generator=draw) / math.sqrt(channels)
         self._place = torch.randn(grid, grid, channels, generator=draw)
-        self.centres = patch_centres(grid * 16, 16, 16)
+        self.centers = patch_centers(grid * 16, 16, 16)
         self.artifacts = self._artifact_map(draw)
 
     def semantics(self, xs: Tensor, ys: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Scene:
 
     def view(self, views: Views, index: int) -> Tensor:
         """The features (K, K, C) of one view; the same whatever was asked for before."""
-        xs, ys = view_axes(views[index : index + 1], self.centres)
+        xs, ys = view_axes(views[index : index + 1], self.centers)
         regime, draw = self.regime, torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + index)
         semantics = self.semantics(xs[0], ys[0])
         features = semantics + self.artifacts
@@ -128,7 +128,7 @@ class Scene:
     def _artifact_map(self, draw: torch.Generator) -> Tensor:
         regime = self.regime
         grid, channels = regime.grid, regime.channels
-        place = torch.stack(torch.meshgrid(self.centres, self.centres, indexing="ij"), -1).float()
+        place = torch.stack(torch.meshgrid(self.centers, self.centers, indexing="ij"), -1).float()
         if regime.artifacts == "none":
             return torch.zeros(grid, grid, channels)
         if regime.artifacts == "low":

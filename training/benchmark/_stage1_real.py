@@ -19,12 +19,12 @@ from training.benchmark._hardware import hardware, waiting
 from training.common.backbone import FeatureReader
 from training.common.models import pick_device
 from training.common.views import render_views
-from training.evaluate.tasks.position import position_share
+from training.evaluate.position.share import position_share
 from training.stage1.decompose import Stage1Settings, decompose, image_views
 
 
 def photographs() -> dict[str, Tensor]:
-    """The colour photographs that scikit-image and scikit-learn install, as (3, H, W) in [0, 1]."""
+    """The color photographs that scikit-image and scikit-learn install, as (3, H, W) in [0, 1]."""
     from skimage import data
     from sklearn.datasets import load_sample_image
 

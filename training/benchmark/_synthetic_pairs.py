@@ -31,7 +31,7 @@ class World:
         """raw, clean and artifacts (K, K, C) of an image."""
         regime, backbone = self.regime, self._backbone
         draw = torch.Generator().manual_seed(1000 * self.seed + image)
-        clean = Scene(regime, 1000 * self.seed + image).semantics(backbone.centres, backbone.centres)
+        clean = Scene(regime, 1000 * self.seed + image).semantics(backbone.centers, backbone.centers)
         artifacts = backbone.artifacts * (1 + self.variation * torch.randn(1, generator=draw))
         residual = regime.residual * backbone.entanglement(clean)
         noise = regime.noise * torch.randn(clean.shape, generator=draw)

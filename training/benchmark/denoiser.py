@@ -17,7 +17,7 @@ from typing import Any
 import timm
 import torch
 
-from timm_dvt.denoiser import ARCHITECTURES
+from timm_dvt.architectures import ARCHITECTURES
 from training import train_denoiser
 from training.benchmark._scenes import REGIMES, relative_error
 from training.benchmark._synthetic_pairs import MODELS, World
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seconds", type=float, default=120, help="of training, for each (120)")
-    parser.add_argument("--archs", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--archs", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument(
         "--regime",
         choices=list(REGIMES),
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         errors = {}
         for arch in args.archs:
             steps = 1
-            if arch != "static":
+            if ARCHITECTURES[arch].trains:
                 rate = train(where / f"{arch}-trial", where / "pairs", model, arch, 5, options)
                 steps = max(5, round(args.seconds * rate / 64))
             rate = train(where / arch, where / "pairs", model, arch, steps, options)

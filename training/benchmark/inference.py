@@ -24,6 +24,7 @@ from torch import nn
 
 import timm_dvt
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import UserError
 from timm_dvt.registry import VARIANTS
 from training.benchmark._hardware import hardware, waiting
 from training.common.models import pick_device
@@ -50,7 +51,7 @@ class Published(nn.Module):
         super().__init__()
         ours = model.denoiser
         if len(ours.blocks) != 1 or ours.pos_embed is None:
-            raise ValueError("the published arrangement has one block and a position embedding")
+            raise UserError("the published arrangement has one block and a position embedding")
         self.backbone = backbone
         self.grid_size = ours.grid_size
         self.pos_embed = nn.Parameter(ours.pos_embed.detach().clone())
@@ -102,7 +103,7 @@ HEAD = f"  {'ratio':28} {'median':>7}   {'quartiles':14}   {'bar':>8}"
 def interleaved(
     calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round. The order moves on by one a round, so that no call has a fixed neighbour."""
+    """Seconds of each call in each round. The order moves on by one a round, so that no call has a fixed neighbor."""
     for _ in range(WARM_UP):
         for call in calls.values():
             call()
@@ -239,7 +240,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     for name in args.models:
         if name not in VARIANTS or VARIANTS[name].distilled:
-            parser.error(f"--models: {name!r} is not a variant with a denoiser; python -m timm_dvt list prints them")
+            parser.error(f"--models: {name!r} is not a variant with a denoiser; timm-dvt list prints them")
     if min(args.rounds, args.threads, *args.batch_sizes, *(args.size or [1])) < 1:
         parser.error("--rounds, --threads, --batch-sizes and --size take numbers from 1 on")
 

@@ -50,7 +50,7 @@ def measure(method: str, regime_name: str, views: int, seed: int, steps: int) ->
     before = _peak_megabytes()
     regime = REGIMES[regime_name]
     scene = Scene(regime, seed)
-    truth = scene.semantics(scene.centres, scene.centres)
+    truth = scene.semantics(scene.centers, scene.centers)
     artifacts = torch.zeros_like(truth)
     seconds = 0.0
     if method == "raw":
@@ -72,7 +72,7 @@ def measure(method: str, regime_name: str, views: int, seed: int, steps: int) ->
 
 def _run_linear(scene: Scene, count: int, with_artifacts: bool) -> tuple[Tensor, Tensor, float]:
     views = scene.views(count)
-    xs, ys = view_axes(views, scene.centres)
+    xs, ys = view_axes(views, scene.centers)
     settings = LinearSettings(artifacts=with_artifacts)
     solver = LinearSolver(scene.regime.grid, scene.regime.channels, settings)
     seconds = 0.0
@@ -83,13 +83,13 @@ def _run_linear(scene: Scene, count: int, with_artifacts: bool) -> tuple[Tensor,
         seconds += time.perf_counter() - start
     start = time.perf_counter()
     fit = solver.solve()
-    semantics = fit.semantics(scene.centres, scene.centres)
+    semantics = fit.semantics(scene.centers, scene.centers)
     return semantics, fit.artifacts, seconds + time.perf_counter() - start
 
 
 def _run_field(scene: Scene, count: int, seed: int, steps: int) -> tuple[Tensor, Tensor, float]:
     views = scene.views(count)
-    xs, ys = view_axes(views, scene.centres)
+    xs, ys = view_axes(views, scene.centers)
     grid, channels = scene.regime.grid, scene.regime.channels
     features = torch.empty(count, grid * grid, channels)
     for index in range(count):
@@ -106,8 +106,8 @@ def _run_field(scene: Scene, count: int, seed: int, steps: int) -> tuple[Tensor,
             seed=seed,
             progress=bar.update,
         )
-    centres = scene.centres.float()
-    at = torch.stack(torch.meshgrid(centres, centres, indexing="ij"), -1).flip(-1)
+    centers = scene.centers.float()
+    at = torch.stack(torch.meshgrid(centers, centers, indexing="ij"), -1).flip(-1)
     return fit.semantics(at), fit.artifacts, time.perf_counter() - start
 
 

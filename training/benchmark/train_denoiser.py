@@ -27,7 +27,7 @@ from training.benchmark._synthetic_pairs import MODELS, World
 from training.common.memory import keep_freed_memory
 from training.common.models import pick_device
 from training.loop.distance import norm_distance
-from training.loop.optimisation import make_adamw, set_learning_rate
+from training.loop.optimization import make_adamw, set_learning_rate
 from training.loop.order import positions
 from training.loop.settings import Pace
 from training.pairs import reader as pairs_reader

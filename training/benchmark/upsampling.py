@@ -22,8 +22,8 @@ from torch.nn.functional import interpolate, normalize, one_hot
 from timm_dvt.bars import tqdm
 from training.common.images import load_image
 from training.common.models import load_model, pick_device
-from training.evaluate.datasets import open_dataset
-from training.evaluate.segmentation import resize_mask
+from training.evaluate.data.datasets import open_dataset
+from training.evaluate.segmentation.score import resize_mask
 from training.stage1.decompose import Stage1Settings, decompose
 
 METHODS = ("F between the patches", "F, bilinear", "raw - G, bilinear", "raw, bilinear")

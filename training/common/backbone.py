@@ -14,9 +14,10 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from timm_dvt.errors import UserError
 from timm_dvt.layouts import check_rgb, layout_of
 from timm_dvt.reading import final_tokens, fit_to
-from training.common.views import patch_centres
+from training.common.views import patch_centers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -39,10 +40,10 @@ class FeatureReader:
         depth: number of blocks of the model.
         input_size, patch, stride: pixels.
         grid: K, patches along one side: (input_size - patch) // stride + 1 (paper A.1).
-        centres: (K,) patch centres as fractions of the input's side.
+        centers: (K,) patch centers as fractions of the input's side.
         channels: C.
         device: where images go.
-        mean, std: (1, 3, 1, 1) by which images are normalised, the model's own.
+        mean, std: (1, 3, 1, 1) by which images are normalized, the model's own.
     """
 
     def __init__(
@@ -76,14 +77,14 @@ class FeatureReader:
         self.layout: Any = cast(Any, getattr(model, "layout", None) or layout_of(model))  # its sizes are known
         resizable = isinstance(model, (VisionTransformer, Eva)) and isinstance(model.patch_embed, PatchEmbed)
         if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+            raise UserError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
         if resizable:
             patch_height, patch_width = whole.patch_embed.patch_size
         else:
             made_for, grid = (tuple(pair) for pair in (self.layout.img_size, self.layout.grid))
             patch_height, patch_width = (pixels // patches for pixels, patches in zip(made_for, grid))
         if patch_height != patch_width:
-            raise ValueError(f"model must have square patches, got {patch_height} x {patch_width}")
+            raise UserError(f"model must have square patches, got {patch_height} x {patch_width}")
         self.patch = int(patch_height)
         self.depth = self.layout.maps
         self.layers = _resolve_layers(layers, self.depth)
@@ -91,14 +92,14 @@ class FeatureReader:
         self.input_size = own if input_size is None else input_size
         self.stride = self.patch if stride is None else stride
         if not 1 <= self.stride <= self.patch:
-            raise ValueError(f"stride must be from 1 to the patch size {self.patch}, got {self.stride}")
+            raise UserError(f"stride must be from 1 to the patch size {self.patch}, got {self.stride}")
         if self.input_size < self.patch or self.input_size % self.patch:
-            raise ValueError(
+            raise UserError(
                 f"input_size must be a multiple of the patch size {self.patch}, got {self.input_size}; "
                 f"nearest: {max(1, round(self.input_size / self.patch)) * self.patch}"
             )
-        self.centres = patch_centres(self.input_size, self.patch, self.stride)
-        self.grid = len(self.centres)
+        self.centers = patch_centers(self.input_size, self.patch, self.stride)
+        self.grid = len(self.centers)
         self.channels = self.layout.channels
         self.dtype = DTYPES[dtype]
         self._model = _copy_for_grid(model, self.grid, self.stride) if resizable else raw_copy(model)
@@ -116,7 +117,7 @@ class FeatureReader:
         """Patch tokens of a batch, with gradients off.
 
         Args:
-            images: (B, 3, input_size, input_size) in [0, 1], not normalised; moved to the model's device.
+            images: (B, 3, input_size, input_size) in [0, 1], not normalized; moved to the model's device.
 
         Returns:
             {layer: (B, K, K, C) float32}, in row, column order, one entry for each of `layers`.
@@ -131,7 +132,7 @@ class FeatureReader:
             (B, prefix, C) float32, final norm applied if the last block is read; {layer: (B, K, K, C)}.
         """
         if images.ndim != 4 or images.shape[-2:] != (self.input_size, self.input_size):
-            raise ValueError(f"images must be (B, 3, {self.input_size}, {self.input_size}), got {tuple(images.shape)}")
+            raise UserError(f"images must be (B, 3, {self.input_size}, {self.input_size}), got {tuple(images.shape)}")
         weight = next(self._model.parameters())
         images = (images.to(self.device, torch.float32) - self.mean) / self.std
         with autocasting(weight, self.dtype):
@@ -157,9 +158,9 @@ class FeatureReader:
 
     def _check_whole(self, name: str) -> None:
         if self.layers != (self.depth - 1,):
-            raise ValueError(f"layers must be the last one alone for a {name}, got {self.layers}")
+            raise UserError(f"layers must be the last one alone for a {name}, got {self.layers}")
         if self.stride != self.patch:
-            raise ValueError(f"stride must be the patch size, {self.patch}, for a {name}, got {self.stride}")
+            raise UserError(f"stride must be the patch size, {self.patch}, for a {name}, got {self.stride}")
         self.layout = fit_to(self._model, self.input_size)
 
     def _final_norm(self) -> nn.Module:
@@ -177,7 +178,7 @@ def default_input_size(patch: int) -> int:
 def _resolve_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
     wanted = (depth - 1,) if layers is None else tuple(layers)
     if not wanted or any(not -depth <= layer < depth for layer in wanted):
-        raise ValueError(f"layers must be block indices from {-depth} to {depth - 1}, got {wanted}")
+        raise UserError(f"layers must be block indices from {-depth} to {depth - 1}, got {wanted}")
     return tuple(sorted({layer % depth for layer in wanted}))
 
 

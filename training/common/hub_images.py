@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import UserError
 from training.common.shared_folder import SharedFolder, write_atomically
 
 SCHEME = "hf:"
@@ -37,7 +38,7 @@ def fetch_images(name: str, most: int, folder: Path) -> Path:
             found = _images(name)
             first = next(found, None)  # what cannot be read is told before the folder is the data set's
             if first is None:
-                raise ValueError(f"{name} holds no images")
+                raise UserError(f"{name} holds no images")
             missing = chain([first], found)
         shared.settle({"data_set": name, "images": most})
         for number, data in enumerate(tqdm(islice(missing, most), "images", most, leave=False, unit="image")):
@@ -54,13 +55,13 @@ def _images(name: str) -> Iterator[bytes]:
         import datasets
         import fsspec
     except ImportError:
-        raise ValueError(f"{name} needs the package datasets: pip install datasets") from None
+        raise UserError(f"{name} needs the package datasets: pip install datasets") from None
     try:
         where, config, split = _parts(name, datasets)
         stream: Any = datasets.load_dataset(where, config, split=split, streaming=True)
         columns = [key for key, kind in (stream.features or {}).items() if isinstance(kind, datasets.Image)]
         if not columns:
-            raise ValueError(f"there is no column of images among {', '.join(stream.features or ()) or 'none'}")
+            raise UserError(f"there is no column of images among {', '.join(stream.features or ()) or 'none'}")
         for row in stream.cast_column(columns[0], datasets.Image(decode=False)):
             image = row[columns[0]] or {}
             if image.get("bytes") is not None:
@@ -70,7 +71,7 @@ def _images(name: str) -> Iterator[bytes]:
                     yield file.read()
     except Exception as error:  # the client, the network and the file formats each raise their own kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{name} cannot be read as a data set: {reason}") from error
+        raise UserError(f"{name} cannot be read as a data set: {reason}") from error
 
 
 def _parts(name: str, datasets: Any) -> tuple[str, str | None, str]:
@@ -79,9 +80,9 @@ def _parts(name: str, datasets: Any) -> tuple[str, str | None, str]:
     configs = datasets.get_dataset_config_names(where)
     named = rest.pop(0) if len(rest) > 1 or (rest and rest[0] in configs) else None
     if named not in (None, *configs) or len(rest) > 1:
-        raise ValueError(
+        raise UserError(
             f"{named!r} is none of its configs {', '.join(configs)}: {SCHEME}{where}:CONFIG:SPLIT names one"
         )
     if named is None and len(configs) > 1 and datasets.get_dataset_default_config_name(where) is None:
-        raise ValueError(f"it has the configs {', '.join(configs)}: {SCHEME}{where}:CONFIG names one")
+        raise UserError(f"it has the configs {', '.join(configs)}: {SCHEME}{where}:CONFIG names one")
     return where, named, rest[0] if rest else "train"

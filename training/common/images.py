@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from timm_dvt.bars import tqdm
-from timm_dvt.images import SUFFIXES, ImageError, image_names, to_array, upright
+from timm_dvt.errors import ImageError, UserError
+from timm_dvt.images import SUFFIXES, image_names, to_array, upright
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +59,22 @@ def list_images(where: str | Path, limit: int | None = None) -> list[Source]:
     """
     where = Path(where)
     if limit is not None and limit < 1:
-        raise ValueError(f"limit must be 1 or more, got {limit}")
+        raise UserError(f"limit must be 1 or more, got {limit}")
     if where.is_dir():
         sources = [Source(name, where) for name in sorted(image_names(where))]
         if not sources:
-            raise ValueError(f"no images below the folder {where}: looked for {' '.join(sorted(SUFFIXES))}")
+            raise UserError(f"no images below the folder {where}: looked for {' '.join(sorted(SUFFIXES))}")
     elif where.suffix.lower() == ".txt" and where.is_file():
         # By line feeds alone: a name may hold what else Python takes for the end of a line.
         lines = where.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
         names = dict.fromkeys(_name_of(line.removesuffix("\r"), where.parent) for line in lines if line.strip())
         sources = [Source(name, where.parent) for name in names]
         if not sources:
-            raise ValueError(f"the list {where} names no images: it should hold one path a line")
+            raise UserError(f"the list {where} names no images: it should hold one path a line")
     elif where.is_file():
         sources = [Source(where.name, where.parent)]
     else:
-        raise ValueError(f"images must be a folder, an image or a .txt list; {where} does not exist")
+        raise UserError(f"images must be a folder, an image or a .txt list; {where} does not exist")
     return sources[:limit]
 
 

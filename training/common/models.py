@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 import timm_dvt  # noqa: F401  registers the *_dvt names
+from timm_dvt.attach import Denoised, check_supported, remove_denoiser
+from timm_dvt.errors import UserError
 from timm_dvt.layouts import check_rgb, input_size
 from timm_dvt.loading import create_model, did_you_mean
-from timm_dvt.model import Denoised, check_supported, remove_denoiser
 from timm_dvt.reading import fit_to
-from timm_dvt.saving import recorded_arguments
+from timm_dvt.weights.saving import recorded_arguments
 
 DENOISER = "denoiser."  # how the names of a denoiser's weights begin; stage 1 reads a backbone without it
 
@@ -36,8 +37,8 @@ def load_model(name: str, *, pretrained: bool = True, seed: int = 0, **options: 
         model = create_model(name, pretrained, **options).eval()
     except Exception as error:  # timm, its hub client and torch each raise their own kinds
         if not pretrained:
-            raise ValueError(f"timm makes no model {name!r}: {error}{did_you_mean(name)}") from error
-        raise ValueError(
+            raise UserError(f"timm makes no model {name!r}: {error}{did_you_mean(name)}") from error
+        raise UserError(
             f"timm loads no model {name!r} with pretrained weights: {error}\nWithout a network, name a "
             f"folder that holds it (local-dir:FOLDER), or take random weights (--no-pretrained){did_you_mean(name)}"
         ) from error
@@ -88,9 +89,9 @@ def load_pairs_model(name: str, pretrained: bool, made_with: Mapping[str, Any], 
     if "weights" in made_with:
         if made_with["weights"] != weights_digest(model, without=DENOISER):
             kind = "" if made_with.get("pretrained", True) else " with random weights (--no-pretrained)"
-            raise ValueError(f"{origin}{kind}, whose weights are not those of --model {name}")
+            raise UserError(f"{origin}{kind}, whose weights are not those of --model {name}")
     elif "model" in made_with and made_with["model"] != name:
-        raise ValueError(f"{origin}, not with --model {name}")
+        raise UserError(f"{origin}, not with --model {name}")
     return model
 
 
@@ -145,4 +146,4 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be one that torch has here, got {name!r}: {error}") from error
+        raise UserError(f"device must be one that torch has here, got {name!r}: {error}") from error

@@ -20,7 +20,7 @@ A dash says that the source is silent; then ours stands.
     residual (Eq. 8)     2-norm, 1-norm            mean squared error, mean of    the paper's
                                                    absolute values
     G starts at          -                         normal, 0.02                   0
-    coordinates          -                         corner-aligned                 patch centres
+    coordinates          -                         corner-aligned                 patch centers
     kept for stage 2     the whole image           the whole image                8 crops too
 
     stage 2              paper (4.3, A.2)          repository                     ours, the default
@@ -63,7 +63,7 @@ STAGE1: Recipes = {
     "paper": {"solver": "field", "views": 768, "crops": 0},
     "repository": {"solver": "field", "views": 769, "crops": 0, "field_steps": 25_000},  # 768 and the whole image
 }
-_OPTIMISATION = {  # the repository's, of stages 2 and 3
+_OPTIMIZATION = {  # the repository's, of stages 2 and 3
     "base_lr": 2e-4,
     "warmup": "15%",
     "min_lr": 1e-6,
@@ -84,7 +84,7 @@ STAGE2: Recipes = {
     "repository": {
         "steps": 50_000,
         "batch_size": 128,
-        **_OPTIMISATION,
+        **_OPTIMIZATION,
         "start": "random",
         "whole": 1.0,
         "blank_gate": False,
@@ -95,7 +95,7 @@ STAGE3: Recipes = {
     "repository": {
         "epochs": 5,
         "batch_size": 512,
-        **_OPTIMISATION,
+        **_OPTIMIZATION,
         "augment": "flip",
         "tokens": "patches",
     },

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from timm_dvt.files import write_whole
+from timm_dvt.weights.files import write_whole
 
 Self = TypeVar("Self", bound="SharedFolder")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

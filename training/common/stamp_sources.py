@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from timm_dvt.errors import UserError
+
 PACKAGES = (
     "tuxpaint-stamps-default dataset-fashion-mnist mate-backgrounds gnome-backgrounds plasma-workspace-wallpapers "
     "ukui-wallpapers lomiri-wallpapers-16.04 lomiri-wallpapers-20.04"
@@ -85,7 +87,7 @@ def load_sources(split: str, share: str | Path = SHARE, size: int = 518) -> Sour
         SourcesMissing: a package is not installed; the message says which to install.
     """
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
+        raise UserError(f"split must be one of {list(SPLITS)}, got {split!r}")
     share = Path(share)
     photos = [p for folder in PHOTOS for p in _photo_files(_need(share / folder))]
     stamps = _stamp_files(_need(share / STAMPS))

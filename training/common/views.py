@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from timm_dvt.errors import UserError
+
 
 @dataclass(frozen=True)
 class Views:
@@ -57,13 +59,13 @@ def sample_views(
         ValueError: an argument is out of its range.
     """
     if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+        raise UserError(f"count must be at least 1, got {count}")
     if not 0 < area[0] <= area[1] <= 1:
-        raise ValueError(f"area must be (smallest, largest) within (0, 1], got {area}")
+        raise UserError(f"area must be (smallest, largest) within (0, 1], got {area}")
     if not 0 < aspect[0] <= aspect[1]:
-        raise ValueError(f"aspect must be (smallest, largest), both positive, got {aspect}")
+        raise UserError(f"aspect must be (smallest, largest), both positive, got {aspect}")
     if not 0 <= flip <= 1:
-        raise ValueError(f"flip must be a probability, got {flip}")
+        raise UserError(f"flip must be a probability, got {flip}")
     # A fixed number of draws a view, row by row: a longer run begins with the shorter run's views.
     draws = np.random.default_rng(seed).random((count, 5))
     share = area[0] + (area[1] - area[0]) * draws[:, 0]
@@ -119,26 +121,26 @@ def render_views(image: Tensor, views: Views, size: int) -> Tensor:
     return torch.cat(rendered)
 
 
-def patch_centres(size: int, patch: int, stride: int) -> Tensor:
-    """(K,) float64: centres of the patches along one side of a square input, as fractions of that side.
+def patch_centers(size: int, patch: int, stride: int) -> Tensor:
+    """(K,) float64: centers of the patches along one side of a square input, as fractions of that side.
 
-    With K = (size - patch) // stride + 1 (paper A.1), patch i's centre is (i * stride + patch / 2) / size.
+    With K = (size - patch) // stride + 1 (paper A.1), patch i's center is (i * stride + patch / 2) / size.
     """
     count = (size - patch) // stride + 1
     return (torch.arange(count, dtype=torch.float64) * stride + patch / 2) / size
 
 
-def view_axes(views: Views, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each view's patch centres lie in the whole image; crops are axis-aligned, so two axes say it all.
+def view_axes(views: Views, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each view's patch centers lie in the whole image; crops are axis-aligned, so two axes say it all.
 
     Args:
         views: V views.
-        centres: (K,) patch centres within an input, from `patch_centres`.
+        centers: (K,) patch centers within an input, from `patch_centers`.
 
     Returns:
         xs (V, K), ys (V, K) float64, fractions of the whole image: the patch in row i and column j of view v
-        has its centre at (xs[v, j], ys[v, i]). A flipped view's xs run from right to left.
+        has its center at (xs[v, j], ys[v, i]). A flipped view's xs run from right to left.
     """
     x0, y0, x1, y1 = views.boxes[:, :, None].unbind(1)
-    across = torch.where(views.flips[:, None], 1 - centres, centres)
-    return x0 + (x1 - x0) * across, y0 + (y1 - y0) * centres
+    across = torch.where(views.flips[:, None], 1 - centers, centers)
+    return x0 + (x1 - x0) * across, y0 + (y1 - y0) * centers

@@ -16,14 +16,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from timm_dvt.errors import UserError
 from training.common.backbone import DTYPES
 from training.common.command import add_model_arguments, complain, flush_subnormals, help_from, positive
 from training.common.models import load_model, pick_device
-from training.evaluate.datasets import DATASETS, kinds_of
-from training.evaluate.features import Extractor
-from training.evaluate.registry import PROTOCOLS, TASKS, load_task, task_settings, tasks_of
+from training.evaluate.data.datasets import DATASETS, kinds_of
+from training.evaluate.features.cached import Extractor
 from training.evaluate.runner import Request, evaluate, open_splits
 from training.evaluate.tables import result_table
+from training.evaluate.tasks import PROTOCOLS, TASKS, load_task, task_settings, tasks_of
 from training.loop.checkpoints import Diverged
 
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """What the parsed arguments ask for."""
     bad = [tag for tag in args.tag if "=" not in tag]
     if bad:
-        raise ValueError(f"--tag takes NAME=VALUE, got {bad[0]!r}")
+        raise UserError(f"--tag takes NAME=VALUE, got {bad[0]!r}")
     names = [args.task]
     if args.task == "all":
         kinds = kinds_of(args.dataset, args.data)
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             result, path = evaluate(request, model, extractor, opened)
         except FileNotFoundError as error:  # an image or mask that a list names
             layout = DATASETS[args.dataset].layout
-            raise ValueError(f"there is no file {error.filename}\nExpected layout:\n{layout}") from error
+            raise UserError(f"there is no file {error.filename}\nExpected layout:\n{layout}") from error
         if args.json:
             print(json.dumps(result), flush=True)
         else:

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from timm_dvt.bars import tqdm
-from timm_dvt.colors import map_correlation
-from timm_dvt.panel import Shown, draw
-from training.common.images import ImageError, Source, load_image
+from timm_dvt.errors import ImageError, UserError
+from timm_dvt.viewer.colors import map_correlation
+from timm_dvt.viewer.panel import Shown, draw
+from training.common.images import Source, load_image
 from training.common.shared_folder import write_atomically
-from training.evaluate.features import Extractor
-from training.evaluate.tasks.blank import COLORS, spread, token_reader
-from training.evaluate.tasks.position import PositionStatistics
+from training.evaluate.features.cached import Extractor
+from training.evaluate.position.blank import COLORS, spread, token_reader
+from training.evaluate.position.share import PositionStatistics
 from training.figures.page import Picture, Section, Table, Text, page
 
 PICTURES = 4
@@ -26,7 +27,7 @@ WORDS = {
     "zero": "correlation with the map of a blank image",
     "blank": "pattern in images of one color, % of that with the denoiser off",
 }
-GRAY = "grey"  # of COLORS, the blank image that is shown
+GRAY = "gray"  # of COLORS, the blank image that is shown
 MEANING = (
     "What depends on the place of a patch and not on the image is noise, so all are better the nearer they are to 0. "
     "Measured on {count} images that were held out."
@@ -105,7 +106,7 @@ def measure(
         if len(pictures) < PICTURES:
             pictures.append((draw_png(image, raw[0], denoised[0]), Path(source.name).name))
     if statistics["raw"].count < 2:
-        raise ValueError("fewer than two of the images held out can be read")
+        raise UserError("fewer than two of the images held out can be read")
     numbers = {
         state: {"share": 100 * one.share(), "zero": map_correlation(zero.cpu().numpy(), one.mean_map().numpy())}
         for state, one in statistics.items()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from training.evaluate.runner import Run
+from training.evaluate.run import Run
 from training.evaluate.tables import write_json
 from training.loop.log import TrainingLog
 from training.loop.order import positions
@@ -68,7 +68,7 @@ def train(
         label: of the progress bar.
         read: image indices, a random generator for each that follows from seed and place, and the step -> a batch. Run
             ahead in threads where a GPU would wait for it.
-        adjust: optimiser and step, called when the gradients are there and the step is about to be taken.
+        adjust: optimizer and step, called when the gradients are there and the step is about to be taken.
         validations: numbers of the head after some of the steps.
 
     Raises:

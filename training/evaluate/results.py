@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from timm_dvt.published import Key
-from training.evaluate import pair_features
-from training.evaluate.datasets import DATASETS
-from training.evaluate.registry import TASKS, load_task
+from timm_dvt.errors import UserError
+from timm_dvt.publish.published import Key
+from training.evaluate.data.datasets import DATASETS
+from training.evaluate.features import pairs as pair_features
+from training.evaluate.tasks import TASKS, load_task
 
 # The tasks of the paper's tables in their order (Tabs. 2, 3, 4, S3, 5, 1, and Fig. 3 in a number); others come behind.
 PAPER = ("linear-seg", "depth", "detection", "discovery", "attentive-probe", "knn-seg", "mic", "position")
@@ -63,7 +64,7 @@ def read_rows(folder: Path) -> list[Row]:
                 spread = summary["std"] if len(summary["values"]) > 1 else None
                 row.cells[(result["task"], result["dataset"], name)] = (summary["mean"], spread, whole)
     if not rows:
-        raise ValueError(f"no results in {folder}: python -m training.evaluate TASK --out {folder} writes them")
+        raise UserError(f"no results in {folder}: python -m training.evaluate TASK --out {folder} writes them")
     return sorted(rows.values(), key=lambda row: (row.model, sorted(row.tags.items()), _place(row.state, STATES)))
 
 
@@ -71,7 +72,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no result, nor any other JSON: {error}; remove it") from error
+        raise UserError(f"{path} is no result, nor any other JSON: {error}; remove it") from error
     return record if isinstance(record, dict) else {}
 
 

@@ -11,33 +11,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from timm_dvt.errors import UserError
 from timm_dvt.version import __version__
-from training.evaluate.datasets import open_dataset
-from training.evaluate.features import Extractor, Features
-from training.evaluate.pair_features import SAME, STATES, pair_data
-from training.evaluate.registry import TASKS, load_task, task_settings
-from training.evaluate.splits import Split
-from training.evaluate.tables import summarise, write_json
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a task is told beside its data and settings.
-
-    Attributes:
-        state: "raw", "denoised" or "artifacts".
-        seed: of everything random in this run.
-        device: where probes are trained.
-        checkpoint: file for the state of a training that is under way; None to keep none.
-    """
-
-    state: str
-    seed: int = 0
-    device: torch.device = torch.device("cpu")
-    checkpoint: Path | None = None
+from training.evaluate.data.datasets import open_dataset
+from training.evaluate.data.splits import Split
+from training.evaluate.features.cached import Extractor, Features
+from training.evaluate.features.pairs import SAME, STATES, pair_data
+from training.evaluate.run import Run
+from training.evaluate.tables import summarize, write_json
+from training.evaluate.tasks import TASKS, load_task, task_settings
 
 
 @dataclass(frozen=True)
@@ -100,10 +84,10 @@ def evaluate(
     settings = task_settings(request.task, request.dataset, request.settings, request.protocol)
     splits = splits or open_splits([request])[0]
     if request.pairs and request.protocol != "fast":
-        raise ValueError("--pairs holds maps of whole images: it goes with --protocol fast alone")
+        raise UserError("--pairs holds maps of whole images: it goes with --protocol fast alone")
     if request.pairs and not getattr(task, "PAIRS", False):
         able = [name for name in TASKS if getattr(load_task(name), "PAIRS", False)]
-        raise ValueError(f"--pairs is for {', '.join(able)}, not for {request.task}")
+        raise UserError(f"--pairs is for {', '.join(able)}, not for {request.task}")
     groups: list[tuple[Mapping[str, Any], Sequence[str]]]
     if request.pairs:
         parts = {part: split for part, split in splits.items() if part == "val" or task.KIND != "images"}
@@ -214,7 +198,7 @@ def _label(state: str, model: str, extractor: Extractor) -> str:
 
 
 def _summaries(numbers: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    return {name: summarise([run[name] for run in numbers]) for name in numbers[0]}
+    return {name: summarize([run[name] for run in numbers]) for name in numbers[0]}
 
 
 def _difference(states: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
@@ -223,7 +207,7 @@ def _difference(states: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str
         return {}
     raw, denoised = states["raw"], states[after]
     shared = [name for name in raw[0] if name in denoised[0]]
-    return {name: summarise([b[name] - a[name] for a, b in zip(raw, denoised)]) for name in shared}
+    return {name: summarize([b[name] - a[name] for a, b in zip(raw, denoised)]) for name in shared}
 
 
 def _key(facts: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from timm_dvt.files import write_whole
+from timm_dvt.weights.files import write_whole
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
@@ -18,7 +18,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text))
 
 
-def summarise(values: Sequence[float]) -> dict[str, Any]:
+def summarize(values: Sequence[float]) -> dict[str, Any]:
     """Mean, spread (sample standard deviation, 0 for one value) and the values themselves."""
     return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "values": list(values)}
 

@@ -1,6 +1,6 @@
 """The paper's figures of features: stage 1 of images (Figs. 5, S4 to S10), and what position does (3, S1).
 
-Colours, scales and marks are those of the demo's picture and of the page (`timm_dvt.looks`, `timm_dvt.panel`).
+Colors, scales and marks are those of the demo's picture and of the page (`timm_dvt.viewer`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from timm_dvt import looks
-from timm_dvt.colors import fit_projection, heat, map_correlation, norms
+from timm_dvt.viewer import pairs as looks
+from timm_dvt.viewer.colors import fit_projection, heat, map_correlation, norms
 from training.figures.sheet import Sheet
 
 Maps = Mapping[int, np.ndarray]
@@ -20,11 +20,11 @@ STAGE1 = (
     "What stage 1 makes of an image",
     "Each square is one patch of the image. Raw features, as the model gives them, are taken apart into clean features "
     "F, which stay with the image wherever a crop puts it; artifacts G, which stay with the place whatever is there; "
-    "and a rest. Colours and groups are each map's own; lengths in a row share a scale, and so do similarities.",
+    "and a rest. Colors and groups are each map's own; lengths in a row share a scale, and so do similarities.",
 )
 POSITION = (
     "What position does to features",
-    "A blank image shows nothing: its features are position alone. In a column colours are comparable.",
+    "A blank image shows nothing: its features are position alone. In a column colors are comparable.",
 )
 
 
@@ -49,16 +49,16 @@ class Row:
 def draw_stage1(rows: Sequence[Row], clusters: int = looks.CLUSTERS) -> Figure:
     """One row for each of `rows`, with the columns of the paper's Figs. S4 to S10.
 
-    Each map is coloured by its own principal components and clusters, as in the paper; F's take the order, signs and
-    colours of the raw ones that they are most alike. The framed patch is the one that the others are compared with.
+    Each map is colored by its own principal components and clusters, as in the paper; F's take the order, signs and
+    colors of the raw ones that they are most alike. The framed patch is the one that the others are compared with.
     """
     four = [
-        ("as colours", "3 main components"),
+        ("as colors", "3 main components"),
         ("in groups", f"{clusters}, by k-means"),
         ("length", "of a patch's vector"),
         ("similarity", "to the framed patch"),
     ]
-    removed = [("artifacts G", "as colours"), ("the rest", "its length"), ("both", "as colours")]
+    removed = [("artifacts G", "as colors"), ("the rest", "its length"), ("both", "as colors")]
     groups = [(1, 4, "raw features"), (5, 8, "clean features F"), (9, 11, "taken off: raw - F")]
     sheet = Sheet([row.label for row in rows], [("image", ""), *four, *four, *removed], groups, *STAGE1)
     for i, row in enumerate(rows):
@@ -66,17 +66,17 @@ def draw_stage1(rows: Sequence[Row], clusters: int = looks.CLUSTERS) -> Figure:
         sheet.frame(i, 0, len(row.raw))
         raw = _repeated(row.raw, len(row.clean))
         pairs = {
-            1: (looks.colours(raw, row.clean), None),
+            1: (looks.colors(raw, row.clean), None),
             2: (looks.groups(raw, row.clean, clusters), None),
             3: looks.lengths(raw, row.clean),
-            4: looks.similarities(raw, row.clean, looks.centre(row.clean)),
+            4: looks.similarities(raw, row.clean, looks.center(row.clean)),
         }
         for column, (pair, scale) in pairs.items():
-            for place, colours in zip((column, column + 4), pair):
-                sheet.picture(i, place, colours, scale)
+            for place, colors in zip((column, column + 4), pair):
+                sheet.picture(i, place, colors, scale)
         for column, grid in ((4, len(row.raw)), (8, len(row.clean))):
             sheet.frame(i, column, grid)
-        artifacts, both = looks.colours(row.artifacts, row.artifacts + row.residual)
+        artifacts, both = looks.colors(row.artifacts, row.artifacts + row.residual)
         sheet.picture(i, 9, artifacts)
         sheet.picture(i, 10, *_length(row.residual))
         sheet.picture(i, 11, both)
@@ -103,15 +103,15 @@ def draw_positional(layers: Sequence[int], images: int, zero: Maps, mean: Maps, 
         maps = [m - m.mean(axis=(0, 1)) for m in (zero[layer], mean[layer], one[layer])]
         # The components of the first two, at equal weight: the question is what they have in common.
         projection = fit_projection(np.stack([m / max(m.std(), 1e-12) for m in maps[:2]]))
-        for i, centred in zip((0, 2, 3), maps):
-            sheet.picture(i, column, projection.ranged_on(centred).colors(centred))
+        for i, centered in zip((0, 2, 3), maps):
+            sheet.picture(i, column, projection.ranged_on(centered).colors(centered))
         sheet.picture(1, column, *_length(zero[layer]))
         sheet.note(2, column, f"correlation {map_correlation(zero[layer], mean[layer]):.2f}")
     return sheet.figure
 
 
 def _length(features: np.ndarray) -> tuple[np.ndarray, looks.Scale]:
-    """The lengths of a map as colours, and the scale that they are on."""
+    """The lengths of a map as colors, and the scale that they are on."""
     scale = looks.scale_of([norms(features)])
     return heat(norms(features), *scale), scale
 

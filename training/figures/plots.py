@@ -9,11 +9,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from timm_dvt.colors import PALETTE
-from timm_dvt.panel import FAINT, INK
+from timm_dvt.viewer.colors import PALETTE
+from timm_dvt.viewer.panel import FAINT, INK
 
-# Those of the palette that are dark enough for a line on white, neighbours far from each other.
-COLOURS = [tuple(PALETTE[i]) for i in (0, 6, 2, 4, 8, 3, 7)]
+# Those of the palette that are dark enough for a line on white, neighbors far from each other.
+COLORS = [tuple(PALETTE[i]) for i in (0, 6, 2, 4, 8, 3, 7)]
 ACROSS = 3  # plots beside each other
 MARKERS = "osD^vP*"
 
@@ -23,7 +23,7 @@ class Line:
     """Points of one kind of models in one state.
 
     Attributes:
-        family: decides colour and marker, and stands in the legend.
+        family: decides color and marker, and stands in the legend.
         state: stands there too.
         style: of matplotlib's lines.
         faint: for what others measured.
@@ -48,7 +48,7 @@ def draw_lines(plots: Mapping[str, Sequence[Line]], axis: str) -> bytes:
     down = -(-len(plots) // across)
     figure = Figure(figsize=(max(4.2 * across, 5.5), 3.2 * down + 0.6), layout="constrained", facecolor="white")
     families = sorted({line.family for lines in plots.values() for line in lines})
-    ink, faint = (tuple(part / 255 for part in colour) for colour in (INK, FAINT))
+    ink, faint = (tuple(part / 255 for part in color) for color in (INK, FAINT))
     labels: dict[str, Any] = {}
     for place, (title, lines) in enumerate(plots.items(), start=1):
         plot = figure.add_subplot(down, across, place)
@@ -62,7 +62,7 @@ def draw_lines(plots: Mapping[str, Sequence[Line]], axis: str) -> bytes:
                 marker=MARKERS[kind % len(MARKERS)],
                 markersize=5,
                 capsize=3,
-                color=COLOURS[kind % len(COLOURS)],
+                color=COLORS[kind % len(COLORS)],
                 linestyle=line.style,
                 alpha=0.55 if line.faint else 1,
             )

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from timm_dvt.colors import fit_projection
+from timm_dvt.viewer.colors import fit_projection
 
 CELL = 160  # pixels of one map
 
 
 def draw_rows(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray | None:
-    """Each row's (K, K, C) maps beside each other, coloured by the last one's components: (H, W, 3) uint8.
+    """Each row's (K, K, C) maps beside each other, colored by the last one's components: (H, W, 3) uint8.
 
-    So raw | predicted | target differ in colour where, and only where, they differ. Rows with a value that is not
-    finite are left out; None if no row is left, or maps have too few channels for colours.
+    So raw | predicted | target differ in color where, and only where, they differ. Rows with a value that is not
+    finite are left out; None if no row is left, or maps have too few channels for colors.
     """
     drawn = []
     for maps in rows:

@@ -12,17 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from timm_dvt.colors import heat
-from timm_dvt.looks import Scale
-from timm_dvt.panel import FAINT, INK, MARK
+from timm_dvt.viewer.colors import heat
+from timm_dvt.viewer.pairs import Scale
+from timm_dvt.viewer.panel import FAINT, INK, MARK
 
 CELL, GAP, GROUP_GAP, ROW_GAP = 1.42, 0.09, 0.30, 0.42  # inches
 LEFT, TITLES, GROUPS, RIGHT, BOTTOM = 0.42, 0.44, 0.36, 0.16, 0.36
-BAR = 0.055  # height of a colour scale
+BAR = 0.055  # height of a color scale
 HEAD, LINE, LETTER = 0.42, 0.18, 0.078  # a heading, a line of words below it, and the width of a letter of these
 NARROWEST = 4.9  # a figure of one column has words above it too
 DPI = 110
-_INK, _FAINT, _MARK = (tuple(part / 255 for part in colour) for colour in (INK, FAINT, MARK))
+_INK, _FAINT, _MARK = (tuple(part / 255 for part in color) for color in (INK, FAINT, MARK))
 
 
 class Sheet:
@@ -76,9 +76,9 @@ class Sheet:
             short = label if len(label) <= 22 else f"{label[:12]}…{label[-9:]}"
             self._text(LEFT - 0.12, y + CELL / 2, short, 9, ha="right", va="center", rotation=90)
 
-    def picture(self, row: int, column: int, colours: np.ndarray, scale: Scale | None = None) -> None:
-        """Draw (H, W, 3) colours in [0, 1], patches as squares; below them what the ends of their scale stand for."""
-        self._axes(row, column, CELL).imshow(colours, interpolation="nearest", aspect="auto")
+    def picture(self, row: int, column: int, colors: np.ndarray, scale: Scale | None = None) -> None:
+        """Draw (H, W, 3) colors in [0, 1], patches as squares; below them what the ends of their scale stand for."""
+        self._axes(row, column, CELL).imshow(colors, interpolation="nearest", aspect="auto")
         if scale is None:
             return
         ramp = heat(np.linspace(0, 1, 256)[None], 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Videos of features: frame, raw and denoised side by side, in one colour projection (paper Fig. 3c)."""
+"""Videos of features: frame, raw and denoised side by side, in one color projection (paper Fig. 3c)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from timm_dvt.colors import fit_projection
+from timm_dvt.errors import UserError
+from timm_dvt.viewer.colors import fit_projection
 from training.common.images import decode_image, list_images, read_file
 
-FITTED_FRAMES = 8  # as many frames, evenly spread, decide the colours
+FITTED_FRAMES = 8  # as many frames, evenly spread, decide the colors
 CAPTIONS = ("frame", "raw features", "denoised")
 Maps = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -31,12 +32,12 @@ def read_frames(source: str | Path) -> Iterator[np.ndarray]:
             try:
                 yield to_bytes(decode_image(read_file(image.path)[0]))
             except ValueError as error:
-                raise ValueError(f"frame {image.name}: {error}") from error
+                raise UserError(f"frame {image.name}: {error}") from error
         return
     try:
         reader: Any = imageio.v2.get_reader(source)
     except Exception as error:  # imageio's plugins each raise their own kinds
-        raise ValueError(f"{source} is no folder of frames and no video that can be read: {error}") from error
+        raise UserError(f"{source} is no folder of frames and no video that can be read: {error}") from error
     with reader:
         for frame in reader:
             yield np.asarray(Image.fromarray(np.asarray(frame)).convert("RGB"))
@@ -110,7 +111,7 @@ def draw_video(
 def check_suffix(out: str | Path) -> Path:
     """Where a video goes. Raises ValueError unless it can be written there by its suffix."""
     if Path(out).suffix.lower() not in (".mp4", ".gif"):
-        raise ValueError(f"out must end in .mp4 or .gif, got {out}")
+        raise UserError(f"out must end in .mp4 or .gif, got {out}")
     return Path(out)
 
 
@@ -120,12 +121,12 @@ def count_frames(source: str | Path, limit: int | None = None) -> int:
         return len(list_images(source, limit))
     count = sum(1 for i, _ in enumerate(read_frames(source)) if limit is None or i < limit)
     if count == 0:
-        raise ValueError(f"{source} has no frames")
+        raise UserError(f"{source} has no frames")
     return count
 
 
 def side_by_side(frame: np.ndarray, raw: np.ndarray, clean: np.ndarray, height: int) -> np.ndarray:
-    """Three pictures under their captions: frame (H, W, 3) uint8, colours (K, K, 3) in [0, 1] -> uint8.
+    """Three pictures under their captions: frame (H, W, 3) uint8, colors (K, K, 3) in [0, 1] -> uint8.
 
     Maps take the frame's shape, patches unsmoothed. Sides are even, as video codecs want them.
     """

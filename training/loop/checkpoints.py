@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.optim import Optimizer
 
+from timm_dvt.errors import UserError
 from training.common.shared_folder import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -38,7 +39,7 @@ class BadCheckpoint(ValueError):
 def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, step: int, facts: dict[str, Any]) -> None:
     """Write what a run needs to continue after `step` steps.
 
-    That is weights, the optimiser's moments and torch's random state; the data's order and the learning rate are
+    That is weights, the optimizer's moments and torch's random state; the data's order and the learning rate are
     functions of the step. Tensors alone: no pickle, so reading a checkpoint runs nothing.
 
     Args:
@@ -64,7 +65,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, step: in
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
-    """Put a checkpoint's state into model and optimiser; returns `step` and the facts, or None if there is no file.
+    """Put a checkpoint's state into model and optimizer; returns `step` and the facts, or None if there is no file.
 
     Raises:
         BadCheckpoint: the file is damaged or belongs to another model.
@@ -77,7 +78,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
         known = facts.pop("checksum", None)  # none in those of older versions
         if known is not None and known != _checksum(facts, tensors):
-            raise ValueError("it is damaged, its checksum is another")
+            raise UserError("it is damaged, its checksum is another")
         model.load_state_dict(_below("model.", tensors))
         states: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in _below("optimizer.", tensors).items():

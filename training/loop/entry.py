@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_dvt import CheckpointError
+from timm_dvt.errors import UserError
 from training.common.command import complain, flush_subnormals
 from training.common.memory import keep_freed_memory
 from training.common.shared_folder import OutputError, SharedFolder, explain
@@ -55,7 +56,7 @@ def only_run(
     """
     with SharedFolder(out) as folder, claim(folder, processes) as mine:
         if not mine:
-            raise ValueError(f"another process is training into {out}")
+            raise UserError(f"another process is training into {out}")
         if processes.first:
             folder.settle(describe(), () if (folder.path / LOG).exists() else undecided, begun=CHECKPOINT)
         processes.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from timm_dvt.errors import UserError
 from training.common.backbone import DTYPES
 from training.common.command import at_least_zero, positive, whole
 from training.loop.distance import DISTANCES
@@ -48,7 +49,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, of: str, defaults: T
     length.add_argument(
         "--epochs", type=positive, default=10, action=_Instead, instead_of="steps", help="(default: the paper's 10)"
     )
-    length.add_argument("--steps", type=positive, metavar="N", help="optimiser steps, instead of epochs")
+    length.add_argument("--steps", type=positive, metavar="N", help="optimizer steps, instead of epochs")
     group.add_argument(
         "--batch-size",
         type=positive,
@@ -123,15 +124,15 @@ def training_settings(
         ValueError: a fraction or warm-up that cannot be, or no sample is left to train on.
     """
     if not 0 <= args.val_fraction < 1:
-        raise ValueError(f"val_fraction must be at least 0 and below 1, got {args.val_fraction}")
+        raise UserError(f"val_fraction must be at least 0 and below 1, got {args.val_fraction}")
     training, _ = split_places(count, args.val_fraction, args.seed)
     if not training:
-        raise ValueError(f"{found}: too few for --val-fraction {args.val_fraction}")
+        raise UserError(f"{found}: too few for --val-fraction {args.val_fraction}")
     batch_size = args.batch_size * processes.count
     steps = args.steps or -(-args.epochs * len(training) // batch_size)
     warmup = int(args.warmup * steps) if isinstance(args.warmup, float) else args.warmup
     if warmup >= steps:
-        raise ValueError(f"warmup must be from 0 to below the {steps} steps of the run, got {warmup}")
+        raise UserError(f"warmup must be from 0 to below the {steps} steps of the run, got {warmup}")
     if args.base_lr is not None:
         lr = args.base_lr * (batch_size / 256) ** 0.5
     return {

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from training.loop.checkpoints import Diverged, load_checkpoint, save_checkpoint
 from training.loop.distributed import ALONE, Processes
 from training.loop.log import TrainingLog
-from training.loop.optimisation import set_learning_rate
+from training.loop.optimization import set_learning_rate
 from training.loop.schedule import Schedule
 from training.loop.settings import USUAL_PACE, Pace
 
@@ -20,7 +20,7 @@ LOG_EVERY = 10  # steps
 
 
 def resume(checkpoint: Path | None, module: nn.Module, optimizer: Optimizer) -> int:
-    """Put the state of a checkpoint into module and optimiser, if there is one; returns how many steps are done.
+    """Put the state of a checkpoint into module and optimizer, if there is one; returns how many steps are done.
 
     Raises:
         BadCheckpoint: the file is damaged or belongs to another model.

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from timm_dvt.errors import UserError
+
 
 def cosine(done: float) -> float:
     """A decay from 1 to 0 along half a wave, of the fraction done."""
@@ -27,7 +29,7 @@ class Schedule:
     """How long a training is, and its learning rate.
 
     Attributes:
-        steps: of the optimiser; 0 for what needs none.
+        steps: of the optimizer; 0 for what needs none.
         peak: the highest learning rate.
         warmup: steps of the straight rise that comes first.
         decay: fraction done -> factor of the peak.
@@ -48,13 +50,13 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.steps < 0:
-            raise ValueError(f"steps must be 0 or more, got {self.steps}")
+            raise UserError(f"steps must be 0 or more, got {self.steps}")
         if not 0 <= self.peak < math.inf:
-            raise ValueError(f"lr must be 0 or more and finite, got {self.peak}")
+            raise UserError(f"lr must be 0 or more and finite, got {self.peak}")
         if not 0 <= self.floor <= self.peak:
-            raise ValueError(f"min_lr must be from 0 to lr ({self.peak:g}), got {self.floor}")
+            raise UserError(f"min_lr must be from 0 to lr ({self.peak:g}), got {self.floor}")
         if self.warmup < 0:
-            raise ValueError(f"warmup must be 0 or more, got {self.warmup}")
+            raise UserError(f"warmup must be 0 or more, got {self.warmup}")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

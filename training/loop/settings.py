@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 
+from timm_dvt.errors import UserError
 from training.common.backbone import DTYPES
 from training.loop.distance import DISTANCES
 from training.loop.schedule import Schedule
@@ -37,7 +38,7 @@ class TrainingSettings:
     """What decides the weights that a training ends with, beside its data and its model.
 
     Attributes:
-        steps: optimiser steps.
+        steps: optimizer steps.
         batch_size: samples a step, over all processes.
         loss: of `training.loop.distance.DISTANCES`.
         lr, warmup, min_lr: the schedule's peak, steps to reach it, and where it ends.
@@ -64,15 +65,15 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}")
+            raise UserError(f"batch_size must be 1 or more, got {self.batch_size}")
         if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+            raise UserError(f"weight_decay must be 0 or more, got {self.weight_decay}")
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction must be at least 0 and below 1, got {self.val_fraction}")
+            raise UserError(f"val_fraction must be at least 0 and below 1, got {self.val_fraction}")
         if self.loss not in DISTANCES:
-            raise ValueError(f"loss must be one of {', '.join(DISTANCES)}, got {self.loss!r}")
+            raise UserError(f"loss must be one of {', '.join(DISTANCES)}, got {self.loss!r}")
         _ = self.schedule
 
     @property

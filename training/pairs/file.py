@@ -13,13 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from timm_dvt.errors import UserError
+
 PARTS = ("raw", "clean", "artifacts")
 PRECISIONS = {"half": torch.float16, "full": torch.float32}
 Maps = Mapping[int, Mapping[str, Tensor]]  # {layer: {part: (K, K, C)}}, of N crops {"crops." + part: (N, K, K, C)}
-
-
-class PairError(ValueError):
-    """Pairs that cannot be used; the message names the file or the setting."""
 
 
 class ValueTooLarge(ValueError):
@@ -65,14 +63,14 @@ def read_pair(path: str | Path, layer: int | None = None, parts: Iterable[str] =
 
     Raises:
         ValueError: the pair does not hold that layer, or holds several and none was named.
-        PairError: a map is not what was written.
+        UserError: a map is not what was written.
     """
     with safe_open(path, "np") as file:
         layers = sorted({int(key.split(".")[0]) for key in file.keys()})
         if layer is None and len(layers) == 1:
             layer = layers[0]
         if layer not in layers:
-            raise ValueError(f"layer must be one of {layers}, which {path} holds, got {layer}")
+            raise UserError(f"layer must be one of {layers}, which {path} holds, got {layer}")
         checksums = _header(file).get("checksums", {})
         return {part: _map(file, f"{layer}.{part}", 0, checksums, path) for part in parts}
 
@@ -84,7 +82,7 @@ def read_maps(path: str | Path, layers: Sequence[int], parts: Sequence[str], cro
         crop: 0 is the whole image, k the k-th of its crops, whose artifacts are those of the whole image.
 
     Raises:
-        PairError: a map is not what was written.
+        UserError: a map is not what was written.
     """
     with safe_open(path, "np") as file:
         checksums = _header(file).get("checksums", {})
@@ -107,11 +105,11 @@ def _checksums(maps: np.ndarray) -> int | list[int]:
     return zlib.crc32(np.ascontiguousarray(maps).data) if maps.ndim == 3 else [zlib.crc32(one.data) for one in maps]
 
 
-def damaged(path: str | Path, why: object) -> PairError:
+def damaged(path: str | Path, why: object) -> UserError:
     """The error for a pair that cannot be read, with the remedy."""
-    if isinstance(why, PairError):
+    if isinstance(why, UserError):
         return why
-    return PairError(
+    return UserError(
         f"{path} cannot be read, it is damaged or incomplete ({why}); delete it and make it again, by "
         "training.denoise_images or whichever command did"
     )
@@ -126,7 +124,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """What a pair says of itself: model, settings, seed, source image, hash, version. Reads no maps.
 
     Raises:
-        PairError: it cannot be read.
+        UserError: it cannot be read.
     """
     try:
         with safe_open(path, "np") as file:

@@ -40,6 +40,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from timm_dvt.errors import UserError
 from timm_dvt.version import __version__
 from training.common.images import Fingerprint, Source
 from training.common.shared_folder import SharedFolder, read_lines, write_atomically
@@ -96,7 +97,7 @@ class PairFolder:
             OutputError: the folder cannot be made or written.
         """
         if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
+            raise UserError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
         self.path, self.precision = Path(path), precision
         self.settings = {**settings, "precision": precision}
         self._shared = SharedFolder(path)

@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from timm_dvt.errors import UserError
 from training.loop.order import split_places
 from training.loop.reading_ahead import read_ahead
-from training.pairs.file import PairError, damaged, read_maps
+from training.pairs.file import damaged, read_maps
 from training.pairs.folder import INDEX, read_index, read_settings
 
 
@@ -64,27 +65,27 @@ def open_pairs(folder: str | Path, layers: Sequence[int] | None = None, only: Co
         only: files to take of all that lie there, as far as they do.
 
     Raises:
-        PairError: no pairs, a missing or damaged file, a layer the pairs do not hold, maps of several shapes.
+        UserError: no pairs, a missing or damaged file, a layer the pairs do not hold, maps of several shapes.
     """
     folder = Path(folder)
     try:
         settings = read_settings(folder)
     except FileNotFoundError:
-        raise PairError(
+        raise UserError(
             f"{folder} holds no pairs: there is no settings.json; python -m training.denoise_images makes them"
         ) from None
     except (OSError, ValueError) as error:
-        raise PairError(f"{folder / 'settings.json'} cannot be read: {error}") from error
+        raise UserError(f"{folder / 'settings.json'} cannot be read: {error}") from error
     if not isinstance(settings, dict):
-        raise PairError(f"{folder / 'settings.json'} holds no settings")
+        raise UserError(f"{folder / 'settings.json'} holds no settings")
     try:
         files = tuple(sorted(e.file for e in read_index(folder) if only is None or e.file in only))
     except (KeyError, TypeError, ValueError) as error:
-        raise PairError(
+        raise UserError(
             f"{folder / INDEX} is damaged; training.pairs.folder.rebuild_index repairs it: {error}"
         ) from error
     if not files:
-        raise PairError(
+        raise UserError(
             f"{folder} holds no finished pairs: {INDEX} is missing or empty; "
             "python -m training.denoise_images makes them"
         )
@@ -94,7 +95,7 @@ def open_pairs(folder: str | Path, layers: Sequence[int] | None = None, only: Co
     for file in files:
         _, own = _shape(folder / file, chosen, crops)
         if own != shape:
-            raise PairError(
+            raise UserError(
                 f"mixed grids: {folder / file} holds maps of {_show(own)}, {folder / files[0]} of {_show(shape)}; "
                 "pairs of one folder must be alike"
             )
@@ -104,7 +105,7 @@ def open_pairs(folder: str | Path, layers: Sequence[int] | None = None, only: Co
 def _choose(layers: Sequence[int], held: tuple[int, ...], folder: Path) -> tuple[int, ...]:
     unknown = [layer for layer in layers if layer not in held and not -len(held) <= layer < 0]
     if unknown or not layers:
-        raise PairError(
+        raise UserError(
             f"layers {list(layers)}: the pairs in {folder} hold {_blocks(held)}; "
             "run training.denoise_images with the --layers that you want"
         )
@@ -129,16 +130,16 @@ def _shape(path: Path, layers: tuple[int, ...] | None, crops: int) -> tuple[tupl
             wanted_crops = [key.replace(".", ".crops.") for key in wanted] if crops else []
             missing = [key for key in (*wanted, *wanted_crops) if key not in keys]
             if missing:
-                raise PairError(f"{path} has no map {', '.join(missing)}: it holds {_blocks(held)}")
+                raise UserError(f"{path} has no map {', '.join(missing)}: it holds {_blocks(held)}")
             shapes = {tuple(file.get_slice(key).get_shape()) for key in wanted}
             stacks = {tuple(file.get_slice(key).get_shape()) for key in wanted_crops}
     except (OSError, SafetensorError, ValueError) as error:
         raise damaged(path, error) from error
     shape = next(iter(shapes), ())
     if len(shapes) != 1 or len(shape) != 3:
-        raise PairError(f"{path}: maps must be (K, K, C), all of one shape, got {sorted(shapes)}")
+        raise UserError(f"{path}: maps must be (K, K, C), all of one shape, got {sorted(shapes)}")
     if stacks - {(crops, *shape)}:
-        raise PairError(f"{path}: crops must be {_show((crops, *shape))}, as settings.json says, got {sorted(stacks)}")
+        raise UserError(f"{path}: crops must be {_show((crops, *shape))}, as settings.json says, got {sorted(stacks)}")
     return held, shape
 
 
@@ -165,7 +166,7 @@ class PairReader:
         in that one. Safe in several threads at once.
 
         Raises:
-            PairError: a pair is damaged; names the file.
+            UserError: a pair is damaged; names the file.
         """
         out: Tensor | None = None
         for i, position in enumerate(positions):
@@ -207,7 +208,7 @@ class PairReader:
             maps = read_maps(path, self.pairs.layers, self.parts, position // len(self.pairs.files))
             for one in chain.from_iterable(maps):
                 if one.shape != self._shape:
-                    raise ValueError(f"maps of {_show(one.shape)} where there were {_show(self._shape)} before")
+                    raise UserError(f"maps of {_show(one.shape)} where there were {_show(self._shape)} before")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:  # TypeError: NumPy has no bfloat16
             raise damaged(path, error) from error
         return maps

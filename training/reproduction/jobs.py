@@ -27,9 +27,9 @@ from typing import Any
 
 from timm_dvt.version import __version__
 from training.common.shared_folder import SharedFolder, write_atomically
-from training.evaluate.registry import tasks_of
+from training.evaluate.data.voc import read_voc
 from training.evaluate.tables import write_json
-from training.evaluate.voc import read_voc
+from training.evaluate.tasks import tasks_of
 from training.reproduction.published import Row, evaluated
 
 TRAINING_IMAGES = 10_000  # 5.2: at random of VOC2012 and VOC2007, without those of the evaluation

@@ -20,11 +20,11 @@ from timm_dvt import add_denoiser
 from timm_dvt.bars import tqdm
 from training.common.models import load_backbone, load_model, pick_device
 from training.evaluate.__main__ import make_parser
-from training.evaluate.datasets import named
-from training.evaluate.features import Extractor
-from training.evaluate.pair_features import STATES
-from training.evaluate.registry import load_task, task_settings
+from training.evaluate.data.datasets import named
+from training.evaluate.features.cached import Extractor
+from training.evaluate.features.pairs import STATES
 from training.evaluate.runner import Request, evaluate, open_splits
+from training.evaluate.tasks import load_task, task_settings
 from training.reproduction.jobs import Job
 from training.reproduction.making import seconds_to_make
 

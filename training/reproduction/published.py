@@ -1,6 +1,7 @@
 """The table of what is reproduced: a row a number that the authors published.
 
-Values are those of timm_dvt.published, and for Tabs. 5, 6 and S2 those that only stand here. Tab. S2 gives DeiT-III and
+Values are those of timm_dvt.publish.published, and for Tabs. 5, 6 and S2 those that only stand here.
+Tab. S2 gives DeiT-III and
 CLIP interchanged against Tab. 3, whose order is kept. Of Fig. 7 the authors publish curves, no numbers: its panel (a)
 is the README's small, base and large DINOv2.
 """
@@ -10,8 +11,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from timm_dvt import published
-from timm_dvt.published import CLIP, DEIT3, DINO, DINOV2, EVA02, KNN, MAP, PAPER, PUBLISHED, README, REG, VOC, Key
+from timm_dvt.publish import published
+from timm_dvt.publish.published import (
+    CLIP,
+    DEIT3,
+    DINO,
+    DINOV2,
+    EVA02,
+    KNN,
+    MAP,
+    PAPER,
+    PUBLISHED,
+    README,
+    REG,
+    VOC,
+    Key,
+)
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import SUFFIXES, variant_name
 
@@ -53,7 +68,7 @@ class Row:
 
 
 def _from_tables() -> Iterator[Row]:
-    """The numbers of timm_dvt.published."""
+    """The numbers of timm_dvt.publish.published."""
     for source, models in PUBLISHED.items():
         for (backbone, kind), numbers in models.items():
             state = kind.split("_")[-1]  # voc_denoised -> denoised; raw and artifacts are what they are

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_dvt.defaults import torch_defaults
+from timm_dvt.errors import UserError
 from training.common.backbone import FeatureReader
 from training.common.views import Views, render_views, sample_views, shrink_for_views, view_axes, whole_view
 from training.stage1.conditioning import check_views
@@ -32,14 +33,14 @@ class Stage1Settings:
         solver: "linear" (least squares, streamed) or "field" (the paper's neural fields).
         views: forward passes an image: the whole image, then views - 1 random crops. The whole image takes
             part in the fit, because random crops hardly ever reach the corners.
-        seed: of the crops, and of the field's initialisation.
+        seed: of the crops, and of the field's initialization.
         layers: blocks to decompose, all in one pass; None is the last block alone.
         input_size: side of the square input in pixels; None is the paper's (518 for patch 14, 512 for 16).
         stride: step between patches in pixels; None is the patch size.
         batch_size: views a forward pass; does not change the result.
         dtype: "float32" or "bfloat16", of the forward passes.
         corner_aligned, square_first: as the paper's repository has it, patches' places run from edge to edge of a
-            view instead of from centre to centre, and the image is resized to the input's square before it is cut.
+            view instead of from center to center, and the image is resized to the input's square before it is cut.
         area, aspect, flip: of the crops, see `training.common.views.sample_views`.
         crops: how many of the crops' own maps to keep, with F at their patches: further samples for stage 2, at no
             further forward pass.
@@ -73,7 +74,7 @@ class Decomposition:
 
     Attributes:
         raw: (K, K, C) features of the whole image, as the backbone gives them.
-        semantics: (K, K, C) F at the patch centres of the whole image.
+        semantics: (K, K, C) F at the patch centers of the whole image.
         artifacts: (K, K, C) G, with zero mean over the patches.
         residual: (K, K, C) raw - F - G with the linear solver; h(raw) with the field.
         layer: the block, counted from 0.
@@ -81,7 +82,7 @@ class Decomposition:
         diagnostics: what the solver chose and found.
         field: F at any places, see `at`.
         crop_raw: (N, K, K, C) what the backbone gives for the first N = settings.crops crops; None without crops.
-        crop_semantics: (N, K, K, C) F at their patch centres; None without crops.
+        crop_semantics: (N, K, K, C) F at their patch centers; None without crops.
     All tensors are float32 on the CPU.
     """
 
@@ -97,7 +98,7 @@ class Decomposition:
     crop_semantics: Tensor | None = dataclass_field(default=None, repr=False)
 
     def at(self, height: int, width: int) -> Tensor:
-        """F at the centres of height x width equal cells of the whole image: (height, width, C) float32 on the CPU.
+        """F at the centers of height x width equal cells of the whole image: (height, width, C) float32 on the CPU.
 
         F is a field over the image, seen in crops at every scale, so it can be read between patches: no feature map
         has to be upsampled. Of the linear solver it is bilinear between M x M nodes, M = 2 K by default
@@ -107,9 +108,9 @@ class Decomposition:
             ValueError: a size below 1, or a decomposition whose field was not kept.
         """
         if height < 1 or width < 1:
-            raise ValueError(f"height and width must be 1 or more, got {height} and {width}")
+            raise UserError(f"height and width must be 1 or more, got {height} and {width}")
         if self.field is None:
-            raise ValueError("this decomposition came without its field, so F is known at the patches alone")
+            raise UserError("this decomposition came without its field, so F is known at the patches alone")
         xs, ys = ((torch.arange(count, dtype=torch.float64) + 0.5) / count for count in (width, height))
         return self.field(xs, ys).float().cpu()
 
@@ -149,13 +150,13 @@ def decompose(
     """
     settings = settings or Stage1Settings()
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-        raise ValueError(f"image must be (3, H, W) floating point, got {image.dtype} {tuple(image.shape)}")
+        raise UserError(f"image must be (3, H, W) floating point, got {image.dtype} {tuple(image.shape)}")
     if settings.solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {SOLVERS}, got {settings.solver!r}")
+        raise UserError(f"solver must be one of {SOLVERS}, got {settings.solver!r}")
     if settings.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {settings.batch_size}")
+        raise UserError(f"batch_size must be at least 1, got {settings.batch_size}")
     if not 0 <= settings.crops < settings.views:
-        raise ValueError(f"crops must be from 0 to {settings.views - 1}, one below views, got {settings.crops}")
+        raise UserError(f"crops must be from 0 to {settings.views - 1}, one below views, got {settings.crops}")
     if device is not None:
         model = model.to(device)
     reader = FeatureReader(
@@ -167,11 +168,11 @@ def decompose(
         image = render_views(image, whole_view(), reader.input_size)[0]
     image = shrink_for_views(image, reader.input_size, settings.area, settings.aspect)
     views = image_views(settings, (image.shape[1], image.shape[2]))
-    centres = torch.linspace(0, 1, reader.grid, dtype=torch.float64) if settings.corner_aligned else reader.centres
-    xs, ys = view_axes(views, centres)
+    centers = torch.linspace(0, 1, reader.grid, dtype=torch.float64) if settings.corner_aligned else reader.centers
+    xs, ys = view_axes(views, centers)
     check_views(xs, ys)
     make = _StreamingLinear if settings.solver == "linear" else _CollectingField
-    solvers = {layer: make(reader, centres, xs, ys, settings) for layer in reader.layers}
+    solvers = {layer: make(reader, centers, xs, ys, settings) for layer in reader.layers}
     kept: dict[int, list[Tensor]] = {layer: [] for layer in reader.layers}  # of the whole image, then of crops
     for first in range(0, len(views), settings.batch_size):
         batch = slice(first, first + settings.batch_size)
@@ -205,7 +206,7 @@ def decompose(
 def image_views(settings: Stage1Settings, image_size: tuple[int, int]) -> Views:
     """The views of one image of (height, width) pixels: the whole image first, then random crops."""
     if settings.views < 2:
-        raise ValueError(f"views must be at least 2 (the whole image and a crop), got {settings.views}")
+        raise UserError(f"views must be at least 2 (the whole image and a crop), got {settings.views}")
     whole = whole_view()
     crops = sample_views(
         settings.views - 1, image_size, settings.seed, area=settings.area, aspect=settings.aspect, flip=settings.flip
@@ -217,11 +218,11 @@ class _StreamingLinear:
     """One layer's linear solver: view by view in; F, G and residual of the whole image out."""
 
     def __init__(
-        self, reader: FeatureReader, centres: Tensor, xs: Tensor, ys: Tensor, settings: Stage1Settings
+        self, reader: FeatureReader, centers: Tensor, xs: Tensor, ys: Tensor, settings: Stage1Settings
     ) -> None:
         # The sums need float64, which Apple's GPUs lack.
         self.device = torch.device("cpu") if reader.device.type == "mps" else reader.device
-        self.xs, self.ys, self.centres = (x.to(self.device) for x in (xs, ys, centres))
+        self.xs, self.ys, self.centers = (x.to(self.device) for x in (xs, ys, centers))
         self.solver = LinearSolver(reader.grid, reader.channels, settings.linear, self.device)
         self.diagnostics: dict[str, Any] = {}
         self.field: Field | None = None
@@ -232,7 +233,7 @@ class _StreamingLinear:
     def solve(self, raw: Tensor, progress: Callable[[int], Any] | None) -> tuple[Tensor, Tensor, Tensor]:
         fit = self.solver.solve()
         self.diagnostics = fit.diagnostics
-        semantics = fit.semantics(self.centres, self.centres)
+        semantics = fit.semantics(self.centers, self.centers)
         self.field = lambda xs, ys: fit.semantics(xs.to(self.device), ys.to(self.device))
         return semantics, fit.artifacts, raw.to(self.device) - semantics - fit.artifacts
 
@@ -241,14 +242,14 @@ class _CollectingField:
     """One layer's neural field: all views' features in memory first, then the fit (paper A.1)."""
 
     def __init__(
-        self, reader: FeatureReader, centres: Tensor, xs: Tensor, ys: Tensor, settings: Stage1Settings
+        self, reader: FeatureReader, centers: Tensor, xs: Tensor, ys: Tensor, settings: Stage1Settings
     ) -> None:
-        self.reader, self.centres, self.settings = reader, centres, settings
+        self.reader, self.centers, self.settings = reader, centers, settings
         count = len(xs)
         where = torch.device("cpu")
         if reader.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(reader.device)
-            # Half of what is free: the networks and their optimiser take theirs.
+            # Half of what is free: the networks and their optimizer take theirs.
             where = reader.device if 8 * count * reader.grid**2 * reader.channels < free else where
         self.features = torch.empty(count, reader.grid**2, reader.channels, device=where)
         self.coords = (
@@ -281,4 +282,4 @@ class _CollectingField:
             return fit.semantics(torch.stack(rows, -1).flip(-1))
 
         self.field = field
-        return field(self.centres, self.centres), fit.artifacts, fit.residual(raw)
+        return field(self.centers, self.centers), fit.artifacts, fit.residual(raw)

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import ImageError
 from training.common.backbone import FeatureReader
-from training.common.images import Fingerprint, ImageError, Source, decode_image, read_file
+from training.common.images import Fingerprint, Source, decode_image, read_file
 from training.common.models import DENOISER, weights_digest
 from training.pairs.folder import PairFolder, ValueTooLarge
 from training.stage1.conditioning import IllConditioned

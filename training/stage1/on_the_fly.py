@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from timm_dvt.errors import UserError
 from training.common.backbone import FeatureReader
 from training.common.images import Source, decode_image, read_file
 from training.pairs.folder import PRECISIONS, pair_file, stored_part
-from training.pairs.reader import PairError, PairReader, PairSet
+from training.pairs.reader import PairReader, PairSet
 from training.stage1.decompose import Stage1Settings, decompose
 from training.stage1.many import IMAGE_ERRORS, image_seed, pair_maps
 
@@ -89,6 +90,6 @@ class SolvingReader(PairReader):
                 image = decode_image(data).to(next(self.model.parameters()).device)
                 found = decompose(self.model, image, replace(self.settings, seed=seed))
             except IMAGE_ERRORS as error:
-                raise PairError(f"{source.path}: {error}") from error
+                raise UserError(f"{source.path}: {error}") from error
         assert isinstance(found, dict)  # settings.layers is filled in
         return {layer: pair_maps(part) for layer, part in found.items()}

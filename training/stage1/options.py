@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from timm_dvt.errors import UserError
 from training.common.backbone import DTYPES, FeatureReader
 from training.common.command import at_least, positive, whole
 from training.stage1.conditioning import LEAST_VIEWS
@@ -122,4 +123,4 @@ def _parse_layers(words: Sequence[str] | None, model: nn.Module) -> list[int] | 
     try:
         return [int(number) for word in words for number in word.split(",") if number]
     except ValueError:
-        raise ValueError(f"layers must be block numbers or 'all', got {' '.join(words)}") from None
+        raise UserError(f"layers must be block numbers or 'all', got {' '.join(words)}") from None

@@ -1,4 +1,4 @@
-"""A gate for trained denoisers, by which they know images without content: `timm_dvt.blanks`.
+"""A gate for trained denoisers, by which they know images without content: `timm_dvt.calibration.blanks`.
 
 Blank images among those that a block learns from would teach it the same, one forward pass each. Trials with a
 DINOv2-S: after 300 steps with a quarter of blank images their tokens differ by their places 0.42 times as much as raw
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from timm_dvt.blanks import draw_blank, fit_gate
+from timm_dvt.calibration.blanks import draw_blank, fit_gate
 from timm_dvt.denoiser import Denoiser
 from training.common.backbone import FeatureReader
 from training.pairs.reader import PairReader, PairSet

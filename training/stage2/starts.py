@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
-from timm_dvt.weights import EXTRAS, denoiser_for, read_checkpoint
-from training.pairs.reader import PairError, PairReader, PairSet
+from timm_dvt.errors import UserError
+from timm_dvt.weights.checkpoints import EXTRAS, denoiser_for, read_checkpoint
+from training.pairs.reader import PairReader, PairSet
 from training.stage2.targets import raw_and_target
 
 START_PAIRS = 2000  # the mean of so many correction maps is known to 2% of their spread
@@ -66,9 +67,9 @@ def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backb
     for layer, denoiser in denoisers.items():
         one: Any = by_layer.get(layer)
         if one is None:
-            raise ValueError(f"--init {folder} holds denoisers for blocks {list(by_layer)}, none for {layer}")
+            raise UserError(f"--init {folder} holds denoisers for blocks {list(by_layer)}, none for {layer}")
         if (one.arch, len(one.blocks)) != (denoiser.arch, len(denoiser.blocks)):
-            raise ValueError(
+            raise UserError(
                 f"--init {folder} holds {one.arch} of {len(one.blocks)} blocks, "
                 f"but this run trains {denoiser.arch} of {len(denoiser.blocks)}; see --arch and --blocks"
             )
@@ -87,5 +88,5 @@ def _mean(reader: PairReader, places: Sequence[int], of: Callable[..., Tensor]) 
         total = total + of(*maps).sum(0)
     mean = torch.as_tensor(total) / len(places)
     if not bool(mean.isfinite().all()):
-        raise PairError(f"NaN or infinite features in {', '.join(map(str, reader.not_finite(places)[:3]))}")
+        raise UserError(f"NaN or infinite features in {', '.join(map(str, reader.not_finite(places)[:3]))}")
     return mean.float()

@@ -12,21 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from timm_dvt import save_pretrained
+from timm_dvt.architectures import ARCHITECTURES
+from timm_dvt.attach import attach_denoiser
 from timm_dvt.denoiser import Denoiser, combine
+from timm_dvt.errors import UserError
 from timm_dvt.layouts import layout_of
-from timm_dvt.model import attach_denoiser
 from training.common.models import make_for, weights_digest
 from training.figures.rows import draw_rows
 from training.loop.checkpoints import CHECKPOINT, Diverged
 from training.loop.distance import loss_limit
 from training.loop.distributed import ALONE, Processes
 from training.loop.log import TrainingLog
-from training.loop.optimisation import autocast, make_adamw
+from training.loop.optimization import autocast, make_adamw
 from training.loop.order import positions, with_crops
 from training.loop.reading_ahead import reading_threads
 from training.loop.run import resume, run_steps
 from training.loop.settings import USUAL_PACE, Pace, TrainingSettings
-from training.pairs.reader import PairError, PairReader, PairSet, read_batches
+from training.pairs.reader import PairReader, PairSet, read_batches
 from training.stage2.denoisers import Stage2, Validation, make_denoisers
 from training.stage2.starts import load_init, start_as_static, subtract_mean_artifacts
 from training.stage2.targets import parts_for, raw_and_target
@@ -37,7 +39,7 @@ class Stage2Settings(TrainingSettings):
     """All that decides the weights a run ends with, beside the pairs and the backbone.
 
     Attributes:
-        arch: of `timm_dvt.denoiser.ARCHITECTURES`.
+        arch: of `timm_dvt.architectures.ARCHITECTURES`.
         blocks: transformer blocks of a denoiser.
         target: of `training.stage2.targets.TARGETS`, what is predicted.
         whole: share of whole images among what is learned from; the rest are crops of them, where the pairs hold crops.
@@ -60,19 +62,19 @@ class Stage2Settings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.whole <= 1:
-            raise ValueError(f"whole must be from 0 to 1, a share, got {self.whole}")
+            raise UserError(f"whole must be from 0 to 1, a share, got {self.whole}")
 
 
 def check_fit(model: nn.Module, pairs: PairSet, name: str) -> None:
-    """Raise PairError unless the pairs can be of this model, by its width and number of blocks."""
+    """Raise UserError unless the pairs can be of this model, by its width and number of blocks."""
     layout = layout_of(model)
     if layout.channels != pairs.channels:
-        raise PairError(
+        raise UserError(
             f"{pairs.folder} holds features of {pairs.channels} channels, but --model {name} has {layout.channels}: "
             f"they are of another model ({pairs.settings.get('model', 'unnamed')})"
         )
     if max(pairs.layers) >= layout.maps:
-        raise PairError(
+        raise UserError(
             f"{pairs.folder} holds features of block {max(pairs.layers)}, but the last of --model {name} is "
             f"{layout.maps - 1}: they are of another model ({pairs.settings.get('model', 'unnamed')})"
         )
@@ -118,14 +120,14 @@ def train(
         Denoisers by layer, on the CPU.
 
     Raises:
-        PairError: a pair is damaged or holds NaN; names the file.
+        UserError: a pair is damaged or holds NaN; names the file.
         Diverged: loss or weights are beyond reason; the last checkpoint is left as it is.
         BadCheckpoint, OutputError: see training/loop/checkpoints.py.
     """
     training, validation = pairs.split(settings.val_fraction, settings.seed)
     reader = make_reader(training, parts_for(settings.target))
     denoisers = make_denoisers(pairs, settings.arch, settings.blocks, settings.seed)
-    if settings.arch == "static":
+    if not ARCHITECTURES[settings.arch].trains:
         subtract_mean_artifacts(denoisers, make_reader(training, ("artifacts",)))
         settings = replace(settings, steps=0, warmup=0)  # what follows only validates
     module = Stage2(denoisers, pairs.grid, settings.loss).to(device)
@@ -133,7 +135,7 @@ def train(
     first = resume(folder / CHECKPOINT, module, optimizer)
     if not first and settings.init:
         load_init(denoisers, settings.init, pairs, backbone)
-    elif not first and settings.start == "static" and settings.arch.startswith("block") and processes.first:
+    elif not first and settings.start == "static" and ARCHITECTURES[settings.arch].deep and processes.first:
         start_as_static(denoisers, reader, settings.target)
     model = processes.share(module)
     autocasting = autocast(device, settings.dtype)
@@ -166,7 +168,7 @@ def train(
         if not broken:
             return Diverged.beyond(loss, limit, steps.stop, settings.schedule.rate(steps.stop - 1))
         names = ", ".join(map(str, broken[:3]))
-        return PairError(f"NaN or infinite features in {names}; delete the pair and run training.denoise_images again")
+        return UserError(f"NaN or infinite features in {names}; delete the pair and run training.denoise_images again")
 
     def validate(step: int) -> dict[str, float]:
         numbers, rows = validation_loss(module)
@@ -215,4 +217,4 @@ def _file_digest(folder: str) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise ValueError(f"--init {folder}: {path} cannot be read ({error.strerror or error})") from error
+        raise UserError(f"--init {folder}: {path} cannot be read ({error.strerror or error})") from error

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from timm_dvt.bars import tqdm
-from training.common.images import ImageError, Source, load_image
+from timm_dvt.errors import ImageError, UserError
+from training.common.images import Source, load_image
 from training.common.views import Views, render_views, sample_views, whole_view
 
 AUGMENTS = ("crop", "flip")  # random crops and flips, or whole images with random flips
@@ -65,4 +66,4 @@ class CropReader:
                 if at not in self._named:
                     self._named.add(at)
                     tqdm.write(f"left out {self.sources[at].path}: {error}", file=sys.stderr)
-        raise ValueError(f"none of the {len(self.sources)} images can be read")
+        raise UserError(f"none of the {len(self.sources)} images can be read")

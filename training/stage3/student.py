@@ -71,16 +71,16 @@ class Validation:
         self,
         teacher: Any,
         reader: CropReader,
-        normalise: Callable[[Tensor], Tensor],
+        normalize: Callable[[Tensor], Tensor],
         autocasting: Callable[[], AbstractContextManager],
     ) -> None:
         """
         Args:
             teacher: the denoised model. reader: of the images.
-            normalise: images in [0, 1] to what the teacher takes, on its device.
+            normalize: images in [0, 1] to what the teacher takes, on its device.
             autocasting: makes contexts for forward passes.
         """
-        self.teacher, self.reader, self.normalise, self.autocasting = teacher, reader, normalise, autocasting
+        self.teacher, self.reader, self.normalize, self.autocasting = teacher, reader, normalize, autocasting
 
     @torch.no_grad()
     def __call__(self, student: Student) -> tuple[dict[str, float], list[tuple[np.ndarray, ...]]]:
@@ -94,7 +94,7 @@ class Validation:
         losses: list[Tensor] = []
         rows: list[tuple[np.ndarray, ...]] = []
         for first in range(0, count, CHUNK):
-            images = self.normalise(self.reader.whole(range(first, min(first + CHUNK, count))))
+            images = self.normalize(self.reader.whole(range(first, min(first + CHUNK, count))))
             with self.autocasting():
                 wanted, got = as_tokens(teacher.forward_features(images), teacher.layout), student.tokens(images)
                 with teacher.denoising(False):

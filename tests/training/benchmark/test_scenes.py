@@ -18,14 +18,14 @@ def test_a_scenes_parts_have_their_sizes(name):
     assert float(scene.artifacts.mean((0, 1)).abs().max()) < 1e-5
     size = regime.artifact_size if regime.artifacts != "none" else 0.0
     assert float(scene.artifacts.square().mean().sqrt()) == pytest.approx(size, rel=1e-4)
-    semantics = scene.semantics(scene.centres, scene.centres)
+    semantics = scene.semantics(scene.centers, scene.centers)
     assert 0.6 < float(semantics.square().mean().sqrt()) < 1.4
 
 
 def test_views_show_f_at_their_coordinates_and_g_at_their_patches():
     scene = Scene(Regime(noise=0.0, residual=0.0, grid=6, channels=8))
     views = scene.views(4)
-    xs, ys = view_axes(views, scene.centres)
+    xs, ys = view_axes(views, scene.centers)
     for index in range(4):
         expected = scene.semantics(xs[index], ys[index]) + scene.artifacts
         torch.testing.assert_close(scene.view(views, index), expected)

@@ -22,7 +22,7 @@ def eva(**changes) -> Eva:
     return Eva(**{**SMALL, **rotary, **changes}).eval()
 
 
-def normalised(images: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
+def normalized(images: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
     config = timm.data.resolve_model_data_config(model)
     mean, std = (torch.tensor(config[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     return (images - mean) / std
@@ -36,7 +36,7 @@ def test_features_are_timms_intermediates_at_any_size(make, size):
     features = reader.patch_features(images)
     dynamic = make(dynamic_img_size=True)
     with torch.no_grad():
-        x = normalised(images, dynamic)
+        x = normalized(images, dynamic)
         plain = dynamic.forward_intermediates(x, indices=[0], intermediates_only=True)[0]
         normed = dynamic.forward_intermediates(x, indices=[2], norm=True, intermediates_only=True)[0]
     assert reader.layers == (0, 2) and list(features) == [0, 2]
@@ -60,7 +60,7 @@ def test_the_final_norm_is_applied_where_timm_moved_it_behind_the_pooling():
     torch.nn.init.uniform_(model.fc_norm.weight, 0.5, 2)
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        tokens = model.fc_norm(model.forward_features(normalised(images, model)))[:, 1:]
+        tokens = model.fc_norm(model.forward_features(normalized(images, model)))[:, 1:]
     features = FeatureReader(model, input_size=64).patch_features(images)[2]
     torch.testing.assert_close(features.flatten(1, 2), tokens)
 
@@ -74,7 +74,7 @@ def test_a_dense_stride_sees_the_patches_of_shifted_crops():
     dense = FeatureReader(model, input_size=64, stride=4).patch_features(images)[0]
     assert dense.shape == (1, 13, 13, 48)
     with torch.no_grad():
-        x = normalised(images, model)
+        x = normalized(images, model)
         for row in range(13):
             for column in range(13):
                 patch = x[:, :, 4 * row : 4 * row + 16, 4 * column : 4 * column + 16]

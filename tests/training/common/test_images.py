@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from training.common.images import ImageError, decode_image, list_images, load_image, read_file
+from timm_dvt.errors import ImageError
+from training.common.images import decode_image, list_images, load_image, read_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -80,7 +81,7 @@ def test_sixteen_bit_gray_is_scaled_not_clipped(kind):
     np.testing.assert_allclose(image[1].numpy(), values / 65535, atol=1e-7)
 
 
-def test_sixteen_bit_colour_is_scaled_not_clipped(rgb):
+def test_sixteen_bit_color_is_scaled_not_clipped(rgb):
     png = sixteen_bit_png(rgb.astype(np.uint16) * 257)
     np.testing.assert_allclose(decode_image(png).permute(1, 2, 0).numpy(), rgb / 255, atol=1.1 / 255)
 
@@ -105,7 +106,7 @@ def test_float_pixels_are_taken_in_the_unit_range_and_refused_outside():
             decode_image(encode(Image.fromarray(wrong.astype(np.float32)), "TIFF"))
 
 
-def test_cmyk_comes_back_as_the_colours_it_was_made_of(rgb):
+def test_cmyk_comes_back_as_the_colors_it_was_made_of(rgb):
     image = decode_image(encode(Image.fromarray(rgb).convert("CMYK"), "JPEG", quality=100))
     np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), rgb / 255, atol=8 / 255)
 
@@ -115,7 +116,7 @@ def test_the_first_frame_of_an_animation_is_taken(rgb):
     for kind in ("GIF", "PNG", "WEBP", "TIFF"):
         options = {"lossless": True} if kind == "WEBP" else {}
         image = decode_image(encode(first, kind, save_all=True, append_images=[second], **options))
-        atol = 0.2 if kind == "GIF" else 1e-6  # 256 colours
+        atol = 0.2 if kind == "GIF" else 1e-6  # 256 colors
         np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), rgb / 255, atol=atol)
 
 

@@ -11,7 +11,7 @@ from training import denoise_images, distill, train_denoiser, visualize
 from training.common.views import view_axes
 from training.loop.distance import mse_distance, norm_distance
 from training.loop.distributed import Processes
-from training.loop.optimisation import make_adamw
+from training.loop.optimization import make_adamw
 from training.loop.options import training_settings
 from training.loop.settings import TrainingSettings
 from training.stage1 import decompose as stage1
@@ -73,7 +73,7 @@ def test_the_recipes_of_stage_1():
 
 def test_corner_aligned_places_run_from_edge_to_edge(monkeypatch):
     seen = []
-    monkeypatch.setattr(stage1, "view_axes", lambda views, centres: seen.append(centres) or view_axes(views, centres))
+    monkeypatch.setattr(stage1, "view_axes", lambda views, centers: seen.append(centers) or view_axes(views, centers))
     for corner_aligned in (True, False):
         settings = Stage1Settings(views=12, input_size=64, corner_aligned=corner_aligned, square_first=corner_aligned)
         decompose(timm.create_model("test_vit").eval(), torch.rand(3, 70, 90), settings)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from training.common.views import (
     Views,
-    patch_centres,
+    patch_centers,
     render_views,
     sample_views,
     shrink_for_views,
@@ -17,7 +17,7 @@ from training.common.views import (
 
 
 def coordinate_image(height: int, width: int) -> torch.Tensor:
-    """(3, H, W): red is x, green is y of each pixel's centre, as fractions of the image."""
+    """(3, H, W): red is x, green is y of each pixel's center, as fractions of the image."""
     x = (torch.arange(width) + 0.5) / width
     y = (torch.arange(height) + 0.5) / height
     return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width), torch.zeros(height, width)])
@@ -47,11 +47,11 @@ def test_boxes_lie_between_pixels():
 
 
 @pytest.mark.parametrize("size", [(300, 500), (64, 48), (1200, 900)])
-def test_patch_means_of_coordinate_images_are_the_patch_centres(size):
+def test_patch_means_of_coordinate_images_are_the_patch_centers(size):
     image, views = coordinate_image(*size), sample_views(24, size, seed=1)
     rendered = render_views(image, views, 112)
     means = torch.nn.functional.avg_pool2d(rendered, 16)  # (V, 3, 7, 7)
-    xs, ys = view_axes(views, patch_centres(112, 16, 16))
+    xs, ys = view_axes(views, patch_centers(112, 16, 16))
     sides = views.boxes[:, 2:] - views.boxes[:, :2]
     # In patches of the view: a hundredth inside; at the border resizing repeats the outermost pixels.
     off_x = (means[:, 0] - xs[:, None, :]) / (sides[:, 0, None, None] / 7)
@@ -74,14 +74,14 @@ def test_rendering_agrees_with_pillow():
             torch.testing.assert_close(rendered[index, channel], expected, rtol=0, atol=1e-5)
 
 
-def test_dense_strides_have_the_papers_count_and_centres():
-    centres = patch_centres(28, 14, 7)
-    assert centres.tolist() == [7 / 28, 14 / 28, 21 / 28]
+def test_dense_strides_have_the_papers_count_and_centers():
+    centers = patch_centers(28, 14, 7)
+    assert centers.tolist() == [7 / 28, 14 / 28, 21 / 28]
 
 
 def test_a_flipped_view_runs_from_right_to_left():
     box = torch.tensor([[0.2, 0.1, 0.6, 0.5]], dtype=torch.float64)
-    xs, ys = view_axes(Views(box, torch.tensor([True])), patch_centres(64, 16, 16))
+    xs, ys = view_axes(Views(box, torch.tensor([True])), patch_centers(64, 16, 16))
     torch.testing.assert_close(xs[0], torch.tensor([0.55, 0.45, 0.35, 0.25], dtype=torch.float64))
     torch.testing.assert_close(ys[0], torch.tensor([0.15, 0.25, 0.35, 0.45], dtype=torch.float64))
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.helpers import small_datasets
 from training.evaluate.__main__ import main
-from training.evaluate.datasets import DATASETS, open_dataset
+from training.evaluate.data.datasets import DATASETS, open_dataset
 
 PIXELS = {  # an annotation of val by dataset
     "voc": "VOCdevkit/VOC2012/SegmentationClass/2012_Segmentation_val_001.png",

@@ -10,10 +10,10 @@ from torch import nn
 
 import timm_dvt
 from tests.helpers import small_datasets
-from training.evaluate.datasets import open_dataset
-from training.evaluate.features import Extractor, Features
-from training.evaluate.runner import Run
-from training.evaluate.tasks import blank
+from training.evaluate.data.datasets import open_dataset
+from training.evaluate.features.cached import Extractor, Features
+from training.evaluate.position import blank
+from training.evaluate.run import Run
 
 SIZES = (32, (48, 80))
 NAMES = {*blank.COLORS, "zero", "noise"}

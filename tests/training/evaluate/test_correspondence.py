@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.helpers import small_datasets
-from training.evaluate.datasets import open_dataset
-from training.evaluate.keypoints import PointPair
-from training.evaluate.runner import Run
-from training.evaluate.tasks import correspondence
-from training.evaluate.tasks.correspondence import Settings
+from training.evaluate import correspondence
+from training.evaluate.correspondence import Settings
+from training.evaluate.data.datasets import open_dataset
+from training.evaluate.data.keypoints import PointPair
+from training.evaluate.run import Run
 
 
 def bilinear(maps, x, y):

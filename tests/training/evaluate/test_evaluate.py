@@ -13,10 +13,10 @@ from safetensors import safe_open
 import timm_dvt
 from tests.helpers import small_datasets
 from training.evaluate.__main__ import main
-from training.evaluate.datasets import DATASETS, open_dataset
-from training.evaluate.features import Extractor, Features
-from training.evaluate.registry import TASKS, load_task
-from training.evaluate.tasks import detection
+from training.evaluate.data.datasets import DATASETS, open_dataset
+from training.evaluate.detection import fast as detection
+from training.evaluate.features.cached import Extractor, Features
+from training.evaluate.tasks import TASKS, load_task
 
 ARGS = {"img_size": 64, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 0}
 QUICK = [
@@ -25,7 +25,7 @@ QUICK = [
     "linear-seg.label_size=16",
     "linear-seg.lr=0.01",
     "knn-seg.query_size=16",
-    "knn-seg.neighbours=5",
+    "knn-seg.neighbors=5",
     "mic.images=1",
     "mic.shuffled=1",
     "position.images=8",
@@ -274,8 +274,8 @@ def test_one_missing_mask_is_named(model, data, tmp_path, capsys):
     "words, message",
     [
         (["depth", "--dataset", "voc"], "dataset voc has no depth; those that have: nyu"),
-        (["knn-seg", "--dataset", "stamps", "--set", "neighbors=3"], "knn-seg has the settings neighbours"),
-        (["knn-seg", "--dataset", "stamps", "--set", "neighbours=many"], "'many' is not a value like 20"),
+        (["knn-seg", "--dataset", "stamps", "--set", "nearest=3"], "knn-seg has the settings neighbors"),
+        (["knn-seg", "--dataset", "stamps", "--set", "neighbors=many"], "'many' is not a value like 20"),
         (["knn-seg", "--dataset", "stamps", "--set", "bank_share=0"], "bank_share must be in (0, 1], got 0"),
         (["detection", "--dataset", "stamps", "--set", "finest=3"], "finest must be one of (4, 2, 1), got 3"),
         (["detection", "--dataset", "stamps", "--set", "fixed_pe=all"], "fixed_pe must be one of"),

@@ -7,10 +7,10 @@ import torch
 import timm_dvt
 from tests.helpers import small_datasets
 from training.common.backbone import FeatureReader
-from training.evaluate.datasets import open_dataset
-from training.evaluate.features import SHARD, Extractor, Features
-from training.evaluate.runner import Run
-from training.evaluate.tasks import detection
+from training.evaluate.data.datasets import open_dataset
+from training.evaluate.detection import fast as detection
+from training.evaluate.features.cached import SHARD, Extractor, Features
+from training.evaluate.run import Run
 
 
 def model(name="vit_tiny_patch16_224", **kwargs):

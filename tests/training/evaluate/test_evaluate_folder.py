@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from tests.helpers import small_datasets
-from training.evaluate.datasets import DATASETS, kinds_of, open_dataset
-from training.evaluate.registry import task_settings
+from training.evaluate.data.datasets import DATASETS, kinds_of, open_dataset
+from training.evaluate.tasks import task_settings
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def other_size(where):
     paint(where / "train" / "masks" / "more" / "001.png", np.zeros((64, 32)))
 
 
-def coloured_mask(where):
+def colored_mask(where):
     paint(where / "val" / "masks" / "000.png", np.zeros((64, 64, 3)))
 
 
@@ -127,7 +127,7 @@ def no_class_name(where):
         (missing_mask, r"there is no mask .*val/masks/002.png for the image .*val/images/002.jpg"),
         (class_out_of_range, r"train/masks/002.png: class 4 is out of range: there are 4 classes, 0 to 3"),
         (other_size, r"sizes differ: .*more/001.jpg is 64 x 64, its mask .*more/001.png 32 x 64"),
-        (coloured_mask, r"val/masks/000.png: a mask is a palette or grey PNG .* mode RGB"),
+        (colored_mask, r"val/masks/000.png: a mask is a palette or gray PNG .* mode RGB"),
         (class_named_twice, r"the class 'sky' is named twice"),
         (no_class_name, r"classes.txt: line 1, counted from 0, is empty"),
     ],

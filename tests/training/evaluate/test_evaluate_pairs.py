@@ -11,10 +11,11 @@ from tests.helpers import small_datasets
 from training import denoise_images
 from training.common.images import Fingerprint, Source, read_file
 from training.evaluate.__main__ import main
-from training.evaluate.datasets import open_dataset
-from training.evaluate.features import Extractor
-from training.evaluate.pair_features import STATES, PairFeatures
-from training.evaluate.tasks import mic, position
+from training.evaluate.data.datasets import open_dataset
+from training.evaluate.features.cached import Extractor
+from training.evaluate.features.pairs import STATES, PairFeatures
+from training.evaluate.position import mic
+from training.evaluate.position import share as position
 from training.pairs.folder import PairFolder
 from training.report import main as report
 
@@ -49,7 +50,7 @@ def test_tab_5_from_two_commands(model, data, tmp_path, capsys):
         options = ["--images", str(data / part / "images"), "--out", str(pairs), "--input-size", "64", "--views", "9"]
         assert denoise_images.main(["--model", model, *options]) == 0
     words = ["--model", model, "--data", str(data), "--out", str(out), "--pairs", str(pairs)]
-    words += ["--set", "query_size=16", "neighbours=3"]
+    words += ["--set", "query_size=16", "neighbors=3"]
     assert evaluate("knn-seg", *words) == 0
     header = capsys.readouterr().out.splitlines()
     assert any(line.split() == [*WITH_G, "difference"] for line in header)

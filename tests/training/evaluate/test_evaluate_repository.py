@@ -10,9 +10,9 @@ import training.loop.run as loop
 from tests.helpers import small_datasets
 from training.evaluate import probe
 from training.evaluate.__main__ import main
-from training.evaluate.datasets import open_dataset
-from training.evaluate.registry import tasks_of
-from training.evaluate.repository import linear_seg
+from training.evaluate.data.datasets import open_dataset
+from training.evaluate.segmentation import repository as linear_seg
+from training.evaluate.tasks import tasks_of
 from training.loop.checkpoints import save_checkpoint
 
 ARGS = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 64, "num_heads": 2, "num_classes": 0}

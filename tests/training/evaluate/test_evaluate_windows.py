@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from training.evaluate import augment
-from training.evaluate.windows import (
+from training.evaluate.data import augment
+from training.evaluate.segmentation.windows import (
     pad_below,
     patch_padding,
     resize_labels,
@@ -157,8 +157,8 @@ def test_saturation_and_hue_are_those_of_hsv_and_order_follows_the_draw():
         for pixel, want in zip(found.flatten(1).T.tolist(), image.flatten(1).T.tolist()):
             hue, saturation, value = colorsys.rgb_to_hsv(*want)
             assert pixel == pytest.approx(colorsys.hsv_to_rgb(hue, min(1, factor * saturation), value), abs=1e-5)
-    grey = torch.full((3, 2, 2), 0.4)
-    assert torch.allclose(augment.saturate(grey, 1.5), grey) and not augment.saturate(0 * grey, 1.5).any()
+    gray = torch.full((3, 2, 2), 0.4)
+    assert torch.allclose(augment.saturate(gray, 1.5), gray) and not augment.saturate(0 * gray, 1.5).any()
 
 
 def test_photometric_distortion_follows_the_seed_and_leaves_one_image_in_sixteen_alone():
@@ -172,7 +172,7 @@ def test_photometric_distortion_follows_the_seed_and_leaves_one_image_in_sixteen
     assert 3 <= same <= 20  # 160 / 16 = 10
 
 
-def test_recolour_is_a_power_of_values_up_to_255():
+def test_recolor_is_a_power_of_values_up_to_255():
     class Fixed:
         def random(self):
             return 0.0
@@ -182,7 +182,7 @@ def test_recolour_is_a_power_of_values_up_to_255():
 
     image = torch.rand(3, 4, 4) / 4
     want = (image.double() * 255) ** 1.1 * 1.25 * torch.tensor([0.9, 1.0, 1.1]).view(3, 1, 1)
-    assert torch.allclose(augment.recolour(image, Fixed()).double(), want.clamp(0, 255) / 255, atol=1e-5)
+    assert torch.allclose(augment.recolor(image, Fixed()).double(), want.clamp(0, 255) / 255, atol=1e-5)
 
 
 def test_image_and_depth_turn_together():
@@ -195,9 +195,9 @@ def test_image_and_depth_turn_together():
     assert not torch.equal(augment.turn(image, image[0], draw(1))[0], augment.turn(image, image[0], draw(2))[0])
 
 
-def test_normalisation_is_imagenets():
+def test_normalization_is_imagenets():
     image = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) + torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    assert torch.allclose(augment.normalise(image), torch.ones(3, 1, 1), atol=1e-3)
+    assert torch.allclose(augment.normalize(image), torch.ones(3, 1, 1), atol=1e-3)
 
 
 def test_the_first_beta_falls_and_rises_in_one_cycle():

@@ -7,10 +7,10 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from tests.helpers import small_datasets
-from training.evaluate.datasets import open_dataset
-from training.evaluate.runner import Run
-from training.evaluate.tasks import propagation
-from training.evaluate.tasks.propagation import Settings
+from training.evaluate import propagation
+from training.evaluate.data.datasets import open_dataset
+from training.evaluate.propagation import Settings
+from training.evaluate.run import Run
 
 # ---- J and F
 
@@ -96,7 +96,7 @@ def dino_loop(maps, labels, near, settings):
                 for q in range(len(other))
                 if near[p, q]
             ]
-            best = sorted(similar, key=lambda pair: -pair[0])[: settings.neighbours]
+            best = sorted(similar, key=lambda pair: -pair[0])[: settings.neighbors]
             present.append(sum(w * label for w, label in best) / sum(w for w, _ in best))
         out.append(np.stack(present))
         queue = [*queue, (target, out[-1])][-settings.context :]
@@ -190,7 +190,7 @@ def test_frames_and_strides_are_chosen_and_two_are_too_few(videos):
     assert every_third != propagation.run(videos, Settings(frames=3), Run("raw"))
     with pytest.raises(ValueError, match="the video one has 2 frames .of 7, stride 4.: it takes 3"):
         propagation.run(videos, Settings(stride=4), Run("raw"))
-    with pytest.raises(ValueError, match="neighbours and stride must be 1 or more"):
+    with pytest.raises(ValueError, match="neighbors and stride must be 1 or more"):
         propagation.run(videos, Settings(stride=0), Run("raw"))
 
 

@@ -10,13 +10,15 @@ from torch.nn.functional import interpolate, pad
 
 import timm_dvt
 from tests.helpers import small_datasets
-from training.evaluate.detector import MapDetector
-from training.evaluate.features import Extractor
-from training.evaluate.live import LiveFeatures
+from training.evaluate.depth import repository as depth
+from training.evaluate.detection import repository as detection
+from training.evaluate.detection.detector import MapDetector
+from training.evaluate.features.cached import Extractor
+from training.evaluate.features.live import LiveFeatures
 from training.evaluate.probe import Validations
-from training.evaluate.repository import depth, detection, linear_seg
-from training.evaluate.runner import Run
-from training.evaluate.segmentation import SegmentationScore
+from training.evaluate.run import Run
+from training.evaluate.segmentation import repository as linear_seg
+from training.evaluate.segmentation.score import SegmentationScore
 
 ARGS = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 64, "num_heads": 2, "num_classes": 0}
 
@@ -149,7 +151,7 @@ def test_the_best_validation_counts_and_survives_a_kill(tmp_path):
 # ---- depth
 
 
-def test_depths_are_a_linearly_normalised_mixture_of_bin_edges():
+def test_depths_are_a_linearly_normalized_mixture_of_bin_edges():
     head = depth.DepthHead(6, depth.Settings(bins=5, least=1.0, most=9.0))
     assert head.depths.tolist() == [1, 3, 5, 7, 9]
     maps, token = torch.randn(1, 2, 3, 4), torch.randn(1, 2)
@@ -260,8 +262,8 @@ def test_anchors_sit_on_the_cells_that_they_belong_to(rows, columns, left_out):
     for level, stride, side in zip(levels, strides, sides, strict=True):
         count = 3 * level.shape[-2] * level.shape[-1]
         own = anchors[start : start + count].view(level.shape[-2], level.shape[-1], 3, 4)
-        centres = (own[..., :2] + own[..., 2:]) / 2
-        assert torch.allclose(centres[0, :, 0, 0], stride * torch.arange(float(level.shape[-1])), atol=0.6)
+        centers = (own[..., :2] + own[..., 2:]) / 2
+        assert torch.allclose(centers[0, :, 0, 0], stride * torch.arange(float(level.shape[-1])), atol=0.6)
         square = own[0, 0, 1]
         assert (square[2:] - square[:2]).tolist() == [side, side]
         start += count

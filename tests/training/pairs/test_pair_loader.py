@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tests.helpers.pair_folders import change_pair, make_maps, write_pairs
+from timm_dvt.errors import UserError
 from training.loop.order import positions, with_crops
 from training.pairs.folder import pair_file, read_pair
-from training.pairs.reader import PairError, PairReader, open_pairs, read_batches
+from training.pairs.reader import PairReader, open_pairs, read_batches
 
 
 def test_every_epoch_visits_every_pair_once_in_another_order_that_step_and_seed_decide():
@@ -55,7 +56,7 @@ def test_crops_that_are_not_as_many_as_the_settings_say_name_the_file(tmp_path):
     pairs = write_pairs(tmp_path, count=3, crops=2)
     file = open_pairs(pairs).files[1]
     change_pair(pairs / file, **{"crops.clean": torch.zeros(1, 4, 4, 64).half()})
-    with pytest.raises(PairError, match=f"{file}: crops must be 2 x 4 x 4 x 64, as settings.json says"):
+    with pytest.raises(UserError, match=f"{file}: crops must be 2 x 4 x 4 x 64, as settings.json says"):
         open_pairs(pairs)
 
 
@@ -98,7 +99,7 @@ def test_one_flipped_bit_of_a_pair_is_noticed_wherever_it_is(tmp_path):
         path.write_bytes(flipped(whole, place))
         try:
             assert torch.equal(PairReader(open_pairs(tmp_path), parts).read(places), wanted)  # in what nobody reads
-        except PairError as error:
+        except UserError as error:
             noticed += 1
             assert str(path) in str(error) and "delete it and make it again" in str(error)
     body = len(whole) - 8 - int.from_bytes(whole[:8], "little")
@@ -111,7 +112,7 @@ def test_a_damaged_map_is_noticed_by_all_that_read_pairs(tmp_path):
     (file,) = open_pairs(write_pairs(tmp_path, count=1)).files
     whole = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(flipped(whole, len(whole) - 7))
-    with pytest.raises(PairError, match=f"{file} cannot be read, it is damaged"):
+    with pytest.raises(UserError, match=f"{file} cannot be read, it is damaged"):
         read_pair(tmp_path / file)
 
 

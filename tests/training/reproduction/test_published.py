@@ -6,11 +6,11 @@ from statistics import fmean
 
 import pytest
 
-from timm_dvt.published import DINOV2, KNN, MAP, PAPER, PUBLISHED, README
-from training.evaluate import pair_features
+from timm_dvt.publish.published import DINOV2, KNN, MAP, PAPER, PUBLISHED, README
 from training.evaluate.__main__ import make_parser
-from training.evaluate.datasets import DATASETS
-from training.evaluate.registry import load_task, task_settings
+from training.evaluate.data.datasets import DATASETS
+from training.evaluate.features import pairs as pair_features
+from training.evaluate.tasks import load_task, task_settings
 from training.reproduction.jobs import Job, Options, job_of
 from training.reproduction.published import BACKBONES, ROWS, TABLES, select
 

@@ -9,7 +9,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from training.common.views import patch_centres
+from training.common.views import patch_centers
 from training.stage1.conditioning import IllConditioned
 from training.stage1.decompose import Decomposition, NonFiniteFeatures, Stage1Settings, decompose
 from training.stage1.field.fit import FieldSettings
@@ -17,7 +17,7 @@ from training.stage1.field.hashgrid import HashGridSettings
 
 
 def patch_means(pos_scale: float = 0.0, pixels: int = 64) -> VisionTransformer:
-    """A ViT whose features are its patches' mean colours and zeros, plus a position embedding."""
+    """A ViT whose features are its patches' mean colors and zeros, plus a position embedding."""
     torch.manual_seed(0)
     model = VisionTransformer(
         img_size=pixels,
@@ -64,8 +64,8 @@ def photograph() -> torch.Tensor:
 def test_features_that_are_coordinates_come_back_as_coordinates(size, stride):
     settings = Stage1Settings(views=48, input_size=64, stride=stride)
     result = decompose(patch_means(), coordinate_image(*size), settings)
-    centres = patch_centres(64, 8, stride or 8).float()
-    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    centers = patch_centers(64, 8, stride or 8).float()
+    y, x = torch.meshgrid(centers, centers, indexing="ij")
     truth = torch.stack([x, y, torch.full_like(x, 0.5)] + 13 * [torch.zeros_like(x)], -1)
     error = (result.semantics - truth).abs()
     patch = 1 / 8
@@ -122,10 +122,10 @@ def test_a_position_embedding_comes_back_as_g():
     position = model.pos_embed.detach().view(8, 8, 16)
     truth = position - position.mean((0, 1))
     assert float((result.artifacts - truth).norm() / truth.norm()) < 0.02
-    centres = patch_centres(64, 8, 8).float()
+    centers = patch_centers(64, 8, 8).float()
     semantics = result.semantics - position.mean((0, 1))
-    assert float((semantics[..., 0] - centres).abs().max()) < 0.02
-    assert float((semantics[..., 1] - centres[:, None]).abs().max()) < 0.02
+    assert float((semantics[..., 0] - centers).abs().max()) < 0.02
+    assert float((semantics[..., 1] - centers[:, None]).abs().max()) < 0.02
 
 
 def test_the_batch_size_changes_nothing():
@@ -160,13 +160,13 @@ def test_the_field_gives_the_same_kind_of_answer():
     settings = Stage1Settings(solver="field", views=24, input_size=64, field=field)
     steps = []
     result = decompose(patch_means(), coordinate_image(96, 96), settings, fit_progress=steps.append)
-    centres = patch_centres(64, 8, 8).float()
+    centers = patch_centers(64, 8, 8).float()
     assert sum(steps) == 200
     assert result.semantics.shape == result.residual.shape == (8, 8, 16)
     # F rows and columns must not be swapped: x varies along columns, y along rows.
     semantics = result.semantics - result.semantics.mean((0, 1))
-    assert float((semantics[..., 0] - (centres - 0.5)).abs().mean()) < 0.1
-    assert float((semantics[..., 1] - (centres[:, None] - 0.5)).abs().mean()) < 0.1
+    assert float((semantics[..., 0] - (centers - 0.5)).abs().mean()) < 0.1
+    assert float((semantics[..., 1] - (centers[:, None] - 0.5)).abs().mean()) < 0.1
 
 
 @pytest.mark.parametrize("solver", ["linear", "field"])

@@ -97,13 +97,13 @@ class Scene:
         self.mixing = torch.randn(8, channels, generator=generator) / 2
         artifacts = torch.randn(k, k, channels, generator=generator)
         self.artifacts = artifacts - artifacts.mean(dim=(0, 1))
-        centres = (torch.arange(k) + 0.5) / k
+        centers = (torch.arange(k) + 0.5) / k
         size = 0.3 + 0.4 * torch.rand(views, 1, generator=generator)
         corner = (1 - size) * torch.rand(views, 2, generator=generator)
-        xs, ys = (corner[:, axis, None] + size * centres for axis in (0, 1))
+        xs, ys = (corner[:, axis, None] + size * centers for axis in (0, 1))
         xs[::2] = xs[::2].flip(1)
         self.coords = self._mesh(xs, ys).reshape(-1, 2)
-        self.image_coords = self._mesh(centres[None], centres[None])[0]
+        self.image_coords = self._mesh(centers[None], centers[None])[0]
         self.patches = torch.arange(k * k).repeat(views)
         self.features = self.semantics(self.coords) + self.artifacts.view(k * k, channels)[self.patches]
 

@@ -98,7 +98,7 @@ def test_in_float32_a_place_is_off_by_its_rounding_alone(case):
     grid, _, coords = case
     encoded = grid(coords).detach()
     exact = grid.double()(coords.double()).detach()
-    # Product and sum round to 2^-24 of a place below 2 * scale; neighbours in either direction are at most 2e-4 apart.
+    # Product and sum round to 2^-24 of a place below 2 * scale; neighbors in either direction are at most 2e-4 apart.
     off = 4 * 2.0**-24 * grid.scale.max().item() * 2 * 2e-4
     # The sums themselves: a handful of roundings of numbers below 1e-4.
     torch.testing.assert_close(encoded.double(), exact, rtol=0, atol=off + 16 * 2.0**-24 * 1e-4)

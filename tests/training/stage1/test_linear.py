@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from training.benchmark._scenes import Regime, Scene, relative_error
-from training.common.views import Views, patch_centres, sample_views, view_axes, whole_view
+from training.common.views import Views, patch_centers, sample_views, view_axes, whole_view
 from training.stage1.conditioning import IllConditioned, check_views
 from training.stage1.linear.banded import BandedFactor, roughness, roughness_diagonals, roughness_probes
 from training.stage1.linear.evidence import Strengths, factorise, solve
@@ -57,7 +57,7 @@ def rough_rows(nodes: int) -> np.ndarray:
 def problem():
     """Views of random features: the equations, and the same as one explicit weighted design matrix."""
     views = sample_views(9, (400, 300), seed=5)
-    xs, ys = view_axes(views, patch_centres(64, 16, 16))
+    xs, ys = view_axes(views, patch_centers(64, 16, 16))
     draw = torch.Generator().manual_seed(0)
     equations = NormalEquations(NODES, GRID, CHANNELS)
     rows, targets = [], []
@@ -120,10 +120,10 @@ def test_freedoms_and_noise_are_those_of_dense_algebra(problem):
     assert solution.noise == pytest.approx(misfit / left / CHANNELS, rel=1e-5)
 
 
-def test_the_chosen_strengths_maximise_the_evidence():
+def test_the_chosen_strengths_maximize_the_evidence():
     scene = Scene(Regime("smooth", "high", noise=0.5, residual=0.0, grid=GRID, channels=40), seed=1)
     views = scene.views(12)
-    xs, ys = view_axes(views, scene.centres)
+    xs, ys = view_axes(views, scene.centers)
     equations, rows, targets = NormalEquations(NODES, GRID, 40), [], []
     for v in range(len(views)):
         features = scene.view(views, v)
@@ -140,7 +140,7 @@ def test_the_chosen_strengths_maximise_the_evidence():
     rough = rough_rows(NODES).T @ rough_rows(NODES)
 
     def evidence(smooth, ridge):
-        """Twice the log evidence, dense, noise maximised out; constants and ramps have a wide prior."""
+        """Twice the log evidence, dense, noise maximized out; constants and ramps have a wide prior."""
         precision = np.zeros((design.shape[1], design.shape[1]))
         precision[: NODES**2, : NODES**2] = smooth * rough + 1e-9 * np.eye(NODES**2)
         precision[NODES**2 :, NODES**2 :] = ridge * np.eye(GRID**2)
@@ -190,15 +190,15 @@ def run(regime: Regime, count: int = 32, seed: int = 0, **settings):
     """(raw error, F error, G error or norm, fit) of the solver on a scene."""
     scene = Scene(regime, seed)
     views = scene.views(count)
-    xs, ys = view_axes(views, scene.centres)
+    xs, ys = view_axes(views, scene.centers)
     solver = LinearSolver(regime.grid, regime.channels, LinearSettings(**settings))
     for v in range(count):
         solver.add(xs[v], ys[v], scene.view(views, v))
         assert len(solver._buffer) <= solver.settings.first_views
     assert count < 16 or not solver._buffer
     fit = solver.solve()
-    truth = scene.semantics(scene.centres, scene.centres)
-    semantics = fit.semantics(scene.centres, scene.centres)
+    truth = scene.semantics(scene.centers, scene.centers)
+    semantics = fit.semantics(scene.centers, scene.centers)
     known = regime.artifacts != "none"
     artifacts = relative_error(fit.artifacts, scene.artifacts) if known else float(fit.artifacts.norm())
     raw = relative_error(scene.view(views, 0), truth)
@@ -225,7 +225,7 @@ def test_without_artifacts_f_is_as_good_as_the_view_average(count, noise):
 
 def test_sums_of_a_sketch_are_those_of_the_sketched_features():
     views = sample_views(5, (400, 300), seed=5)
-    xs, ys = view_axes(views, patch_centres(64, 16, 16))
+    xs, ys = view_axes(views, patch_centers(64, 16, 16))
     draw = torch.Generator().manual_seed(0)
     mixing = torch.randn(CHANNELS, 2, generator=draw)
     whole, expected = NormalEquations(NODES, GRID, CHANNELS), NormalEquations(NODES, GRID, 2)
@@ -272,7 +272,7 @@ def test_more_views_are_better():
 def axes(boxes, flips=None):
     boxes = torch.tensor(boxes, dtype=torch.float64)
     flips = torch.zeros(len(boxes), dtype=torch.bool) if flips is None else torch.tensor(flips)
-    return view_axes(Views(boxes, flips), patch_centres(64, 16, 16))
+    return view_axes(Views(boxes, flips), patch_centers(64, 16, 16))
 
 
 def test_equal_crops_are_refused_with_what_to_change():

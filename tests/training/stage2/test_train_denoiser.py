@@ -1,4 +1,4 @@
-"""Claims about stage 2: what is optimised, and what comes of it."""
+"""Claims about stage 2: what is optimized, and what comes of it."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from tests.helpers.pair_folders import change_pair, make_maps, pair_path, write_
 from tests.helpers.processes import same, weights
 from tests.helpers.stage2_runs import denoiser_weights, run
 from training.loop.distance import norm_distance as distance
-from training.loop.optimisation import make_adamw
+from training.loop.optimization import make_adamw
 from training.loop.order import positions
 from training.pairs.reader import open_pairs
 from training.stage2.targets import raw_and_target
@@ -87,7 +87,7 @@ def test_position_embedding_norms_and_biases_are_not_decayed():
 
 
 def test_one_step_is_plain_adamw_on_plain_eq_11(pairs, tmp_path):
-    """The first update, recomputed with torch's own optimiser from the start that --start random gives."""
+    """The first update, recomputed with torch's own optimizer from the start that --start random gives."""
     assert run(pairs, tmp_path / "out", "--steps", "1", "--start", "random", "--val-fraction", "0", "--seed", "5") == 0
     torch.manual_seed(5)
     from timm_dvt.denoiser import Denoiser

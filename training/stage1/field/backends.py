@@ -5,6 +5,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from timm_dvt.errors import UserError
 from training.stage1.field.hashgrid import HashGrid, HashGridSettings
 
 BACKENDS = ("auto", "torch", "tinycudann")
@@ -17,7 +18,7 @@ def make_encoding(settings: HashGridSettings, backend: str, device: torch.device
     ValueError for another one, ImportError where tinycudann is asked for and does not import.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise UserError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     grid = HashGrid(settings).to(device)
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return grid

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.loop.optimisation import set_learning_rate
+from timm_dvt.errors import UserError
+from training.loop.optimization import set_learning_rate
 from training.loop.schedule import Schedule, straight
 from training.stage1.field.backends import make_encoding
 from training.stage1.field.hashgrid import HashGridSettings
@@ -95,7 +96,7 @@ def fit_field(
 ) -> FieldResult:
     """Trains F, G and h on the patch features of one image's views (paper 4.2, Eqs. 5 to 10).
 
-    coords: (P, 2), a patch's centre as x and y in [0, 1] of the whole image. patches: (P,) int64, its place
+    coords: (P, 2), a patch's center as x and y in [0, 1] of the whole image. patches: (P,) int64, its place
     in the view's patch grid, row by row. features: (P, C) raw features y; they may stay on another device
     than `device` and in half precision. grid: K or (Kh, Kw) patches. progress: called with the number of
     steps done since the last call (tqdm's `update` fits).
@@ -116,7 +117,7 @@ def fit_field(
     with torch.random.fork_rng(devices=[]):  # on the CPU: the same start on every device
         torch.manual_seed(seed)
         networks = Networks(features.shape[1], shape[0] * shape[1], settings, device)
-    optimizer, schedule = _optimiser(networks, settings, device)
+    optimizer, schedule = _optimizer(networks, settings, device)
     mean = settings.recipe == "repository"
     generator = torch.Generator(features.device).manual_seed(seed)
     losses = torch.zeros(settings.steps, device=device)
@@ -152,7 +153,7 @@ def fit_field(
     return FieldResult(networks.requires_grad_(False), networks.artifacts.view(*shape, -1), losses)
 
 
-def _optimiser(networks: Networks, settings: FieldSettings, device: torch.device) -> tuple[torch.optim.Adam, Schedule]:
+def _optimizer(networks: Networks, settings: FieldSettings, device: torch.device) -> tuple[torch.optim.Adam, Schedule]:
     """Adam and its learning rates: a line to 0 (A.1), or the repository's rise over a tenth and cosine to a tenth."""
     fused = device.type in ("cpu", "cuda")
     if settings.recipe == "paper":
@@ -174,20 +175,20 @@ def _mlp(*widths: int) -> nn.Sequential:
 
 def _check(coords: Tensor, patches: Tensor, features: Tensor, positions: int, settings: FieldSettings) -> None:
     if features.ndim != 2 or features.shape[0] < 1 or features.shape[1] < 4:
-        raise ValueError(f"features must be (P, C) with P >= 1 and C >= 4, got {tuple(features.shape)}")
+        raise UserError(f"features must be (P, C) with P >= 1 and C >= 4, got {tuple(features.shape)}")
     count = len(features)
     if coords.shape != (count, 2) or not coords.is_floating_point():
         given = f"{tuple(coords.shape)} {coords.dtype}"
-        raise ValueError(f"coords must be ({count}, 2) floats, one a feature, got {given}")
+        raise UserError(f"coords must be ({count}, 2) floats, one a feature, got {given}")
     if not bool(((coords >= 0) & (coords <= 1)).all()):
-        raise ValueError("coords must lie in [0, 1] of the whole image")
+        raise UserError("coords must lie in [0, 1] of the whole image")
     if patches.shape != (count,) or patches.dtype != torch.int64:
-        raise ValueError(f"patches must be ({count},) int64, got {tuple(patches.shape)} {patches.dtype}")
+        raise UserError(f"patches must be ({count},) int64, got {tuple(patches.shape)} {patches.dtype}")
     if int(patches.min()) < 0 or int(patches.max()) >= positions:
         given = f"{int(patches.min())} to {int(patches.max())}"
-        raise ValueError(f"patches must lie in 0 to {positions - 1} for this grid, got {given}")
+        raise UserError(f"patches must lie in 0 to {positions - 1} for this grid, got {given}")
     if settings.recipe not in ("paper", "repository"):
-        raise ValueError(f"recipe must be paper or repository, got {settings.recipe!r}")
+        raise UserError(f"recipe must be paper or repository, got {settings.recipe!r}")
     for name, least in (("steps", 2), ("batch", 1), ("lr", 0), ("alpha", 0), ("beta", 0)):
         if not getattr(settings, name) >= least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(settings, name)}")
+            raise UserError(f"{name} must be at least {least}, got {getattr(settings, name)}")

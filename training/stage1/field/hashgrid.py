@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_dvt.errors import UserError
+
 PRIME = 2654435761
 
 
@@ -47,7 +49,7 @@ def grid_levels(settings: HashGridSettings) -> list[Level]:
     """The levels of a grid, coarse to fine. Raises ValueError where the settings describe none."""
     for name in ("levels", "features", "log2_hashmap_size", "base_resolution", "per_level_scale"):
         if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+            raise UserError(f"{name} must be at least 1, got {getattr(settings, name)}")
     log2_scale = np.log2(np.float32(settings.per_level_scale))
     levels, offset = [], 0
     for index in range(settings.levels):

@@ -1,4 +1,4 @@
-"""Symmetric matrices that couple an M x M grid's near neighbours: their factor, and the roughness penalty."""
+"""Symmetric matrices that couple an M x M grid's near neighbors: their factor, and the roughness penalty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Solves the summed normal equations of F and G, and chooses both regularisation strengths from the data."""
+"""Solves the summed normal equations of F and G, and chooses both regularization strengths from the data."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def factorise(equations: NormalEquations, strengths: Strengths, with_artifacts: 
 
 
 def solve(equations: NormalEquations, factors: Factors) -> Solution:
-    """Minimise sum w |y - F - G|^2 + smoothness * f'Rf + artifacts * |G|^2, and re-estimate the strengths.
+    """Minimize sum w |y - F - G|^2 + smoothness * f'Rf + artifacts * |G|^2, and re-estimate the strengths.
 
     The strengths that come back are one step of MacKay's fixed point for the evidence of the Gaussian model
-    in which noise has variance s^2 and the penalised quantities s^2 / strength; to repeat the step is to
-    maximise the evidence.
+    in which noise has variance s^2 and the penalized quantities s^2 / strength; to repeat the step is to
+    maximize the evidence.
     """
     smooth, ridge = factors.strengths.smoothness, factors.strengths.artifacts
     channels, patches = equations.channels, len(equations.gg)

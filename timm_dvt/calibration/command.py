@@ -1,0 +1,214 @@
+"""timm-dvt calibrate: a model by name, calibrated, saved as a folder, and drawn before and after."""
+
+import argparse
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+
+from timm_dvt.calibration.calibrate import LEAST_VIEWS, METHODS, Calibration, calibrate, check_arguments
+from timm_dvt.calibration.samples import sources
+from timm_dvt.calibration.views import WINDOWS, ViewReader
+from timm_dvt.errors import CalibrationError
+from timm_dvt.images import PHOTOGRAPHS, read_image
+from timm_dvt.loading import load_model
+from timm_dvt.viewer.panel import Shown, draw
+from timm_dvt.weights.files import write_whole
+from timm_dvt.weights.saving import recorded_arguments, save_pretrained
+
+PANEL, FACTS = "before_after.png", "calibration.json"
+WRITTEN = ("config.json", "model.safetensors", PANEL)
+MOST_SHOWN = 2
+
+
+def add_calibrate(parser: argparse.ArgumentParser) -> None:
+    """Options of `calibrate`."""
+    parser.description = (
+        "Calibrate a denoiser for a timm ViT from images, or from blank ones, and write a folder that "
+        "timm.create_model('local-dir:FOLDER', pretrained=True) loads, with a picture of features before and after."
+    )
+    parser.epilog = "Example: %(prog)s --model vit_base_patch16_siglip_512.v2_webli --images photos --out calibrated"
+    parser.add_argument("--model", metavar="NAME", required=True, help="a timm model, local-dir:FOLDER or hf-hub:REPO")
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="made if it does not exist")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        metavar="PATH",
+        help="image files or folders, 16 images or more of many kinds (default: blank and noise images)",
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="static",
+        help="static: subtract the mean artifact map; project: take out the directions in which position "
+        "shows; leftover: keep the model's denoiser, subtract the mean map that it leaves (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="blocks to denoise, counted from 0, or from the end with a minus (default: the last, or those of the "
+        "model's denoiser)",
+    )
+    parser.add_argument(
+        "--views",
+        type=int,
+        default=256,
+        metavar="N",
+        help=f"forward passes at the most, {LEAST_VIEWS} or more (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep-length", action="store_true", help="clean tokens of the raw ones' length, for what lives on lengths"
+    )
+    parser.add_argument(
+        "--blank-gate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with images: know images without content, and level them (default: yes)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print what was found as JSON, and nothing else; progress goes to stderr"
+    )
+    parser.add_argument("--no-pretrained", action="store_true", help="random weights: fetch nothing")
+    parser.set_defaults(
+        run=lambda args: run(
+            args.model,
+            args.out,
+            args.images,
+            args.method,
+            args.views,
+            not args.no_pretrained,
+            args.json,
+            args.keep_length,
+            args.layers,
+            args.blank_gate,
+        )
+    )
+
+
+def run(
+    name: str,
+    out: str,
+    images: Sequence[str] | None = None,
+    method: str = "static",
+    views: int = 256,
+    pretrained: bool = True,
+    as_json: bool = False,
+    keep_length: bool = False,
+    layers: Sequence[int] | None = None,
+    blank_gate: bool = True,
+) -> Path:
+    """Calibrate a model by name and save it; prints what was found, returns the folder written.
+
+    Raises:
+        CalibrationError: an image, the model or the folder cannot be used; the message says what to do.
+    """
+    check_arguments(method, views)
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / FACTS).exists() and (there := [name for name in WRITTEN if (folder / name).exists()]):
+            raise CalibrationError(f"{out} holds {', '.join(there)}, not written by calibrate; name another --out.")
+        shown = [read_image(Path(one)) for one in _to_show(images)]  # before anything slow
+    except OSError as e:
+        raise CalibrationError(f"cannot write to {out}: {e.strerror or e}; name a folder for --out.") from e
+    model = load_backbone(name, pretrained)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    say = (lambda *words: None) if as_json else print
+    say(f"model: {name} on {device}" + ("" if pretrained else ", random weights, as asked for"))
+    start = time.perf_counter()
+    model.to(device)
+    more: dict[str, Any] = dict(keep_length=keep_length, blank_gate=blank_gate, progress=True)
+    calibrate(model, images, method=method, layers=layers, views=views, **more)
+    of_blocks = {block: denoiser.calibration for block, denoiser in model.denoisers().items()}
+    facts = of_blocks[max(of_blocks)]
+    say(f"calibrated in {time.perf_counter() - start:.0f} s: {describe(facts)}")
+    for block in sorted(of_blocks)[:-1]:
+        say(f"block {block}: {describe(of_blocks[block])}")
+    if max(one.error for one in of_blocks.values()) > 0.5:
+        spent = facts.images * WINDOWS >= views  # so that more images would not be looked at
+        wanted = "views (--views)" if spent else "images"
+        say(f"note: little is known of the artifacts; use {f'more {wanted}' if images else 'images (--images)'}")
+    written = ["config.json", "model.safetensors", FACTS]
+    told = asdict(facts)
+    if len(of_blocks) > 1:
+        told["layers"] = {str(block): asdict(one) for block, one in of_blocks.items()}
+    try:
+        text = json.dumps(told, indent=2) + "\n"
+        write_whole(folder / FACTS, lambda path: path.write_text(text))  # first: by it a folder is known as ours
+        save_pretrained(model, folder, model_args=recorded_arguments(name))
+        if model.in_chans == 3:  # photographs can be shown to it
+            encoded = io.BytesIO()
+            picture(model, shown, f"{name}, before and after: {method}").save(encoded, format="PNG")
+            write_whole(folder / PANEL, lambda path: path.write_bytes(encoded.getvalue()))
+            written.append(PANEL)
+    except OSError as e:
+        raise CalibrationError(f"cannot write to {out}: {e.strerror or e}.") from e
+    say(f"wrote {folder}: {', '.join(written)}")
+    say(f"load it with timm.create_model({f'local-dir:{folder}'!r}, pretrained=True), after import timm_dvt")
+    if as_json:
+        print(json.dumps({"folder": str(folder), **told}))
+    return folder
+
+
+def describe(facts: Calibration) -> str:
+    """The facts in a sentence or two."""
+    looked_at = f"{facts.images} image{'s' * (facts.images != 1)}" if facts.images else "blank and noise images"
+    if facts.images and facts.method == "project":
+        looked_at += " and of blank ones"
+    what = "the mean artifact map"
+    if facts.method == "project":
+        what = f"{facts.components} direction{'s' * (facts.components != 1)} projected out"
+    return (
+        f"{what}, from {facts.views} views of {looked_at}; estimated error of the map {facts.error:.0%}. Position "
+        f"explains {facts.share_before:.2%} of the variance within these views before, {facts.share_after:.2%} after."
+    )
+
+
+def load_backbone(name: str, pretrained: bool) -> Any:
+    """timm's model of that name, for images of any size where its class has them. Raises UserError."""
+    try:
+        return load_model(name, pretrained, dynamic_img_size=True)
+    except TypeError:  # a class without that argument
+        return load_model(name, pretrained)
+
+
+def picture(model: Any, photographs: Sequence[Image.Image], title: str) -> Image.Image:
+    """The features of photographs before and after the last denoiser of a model, drawn side by side."""
+    denoisers = model.denoisers()
+    denoiser = denoisers[max(denoisers)]
+    reader = ViewReader(model, 1)
+    shown = []
+    for photograph in photographs:
+        fitted = ImageOps.fit(photograph, reader.size[::-1], Image.Resampling.BICUBIC)
+        shown.append(_shown(denoiser, reader, fitted))
+    lines = describe(denoiser.calibration).split("; ", 1)
+    return draw(shown, title, lines)
+
+
+def _shown(denoiser: Any, reader: ViewReader, image: Image.Image) -> Shown:
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(denoiser: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        seen.update(off=inputs[0], on=output)
+
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*reader.size, 3).permute(2, 0, 1)
+    hook = denoiser.register_forward_hook(look)
+    try:
+        reader(reader.normalized(pixels / 255)[None])
+    finally:
+        hook.remove()
+    off, on = (seen[state][0].float().cpu().unflatten(0, reader.grid).numpy() for state in ("off", "on"))
+    return Shown(image, off, on, ("", ""))
+
+
+def _to_show(images: Sequence[str] | None) -> Sequence[Any]:
+    return PHOTOGRAPHS if images is None else sources(list(images), MOST_SHOWN)

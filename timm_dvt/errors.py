@@ -1,0 +1,29 @@
+"""What the person at the keyboard, or who calls, can put right: each message names the thing and the remedy."""
+
+
+class UserError(ValueError):
+    """Wrong input, not a bug of ours: a command prints it as one line and ends with an exit code, no traceback."""
+
+
+class UnsupportedModelError(UserError, TypeError):
+    """A model that cannot do what is asked: have a denoiser, be saved, be distilled into.
+
+    Attributes:
+        reason: the why alone, where the message says more.
+    """
+
+    def __init__(self, message: str, reason: str = ""):  # noqa: B042  pickled with its message alone
+        super().__init__(message)
+        self.reason = reason or message
+
+
+class ImageError(UserError):
+    """An image that cannot be used."""
+
+
+class CalibrationError(UserError):
+    """A model or images that a denoiser cannot be calibrated with."""
+
+
+class WeightsNotFoundError(UserError, RuntimeError):
+    """Weights that cannot be had: of the wrong name, without a network, without access."""

@@ -1,0 +1,1 @@
+"""Cards, conversion, publishing on the Hub, published numbers."""

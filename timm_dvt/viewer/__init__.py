@@ -1,0 +1,1 @@
+"""Colors, panels, the demo and the page."""

@@ -1,0 +1,254 @@
+"""A page to play with: an image's features with the denoiser off and on, in a browser.
+
+    timm-dvt app                                            # http://127.0.0.1:7860
+    timm-dvt app --model vit_base_patch14_dinov2.lvd142m_dvt --port 8000
+
+An upload's file is deleted as soon as it is read; of what was computed, the last looks stay in memory. The only module
+that imports Gradio (extra `app`).
+"""
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from timm_dvt.errors import UserError
+from timm_dvt.images import PHOTOGRAPHS
+from timm_dvt.variants import DEFAULT_MODEL
+from timm_dvt.viewer import page
+from timm_dvt.viewer import pairs as looks
+from timm_dvt.viewer.studio import Studio
+from timm_dvt.viewer.uploads import KEPT, MAX_PIXELS, SWEEPING, Uploads
+
+INSTALL = 'pip install "gradio>=6.31,<7"'  # what the extra app holds
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+try:
+    import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.requests import Request
+    from starlette.responses import PlainTextResponse, Response
+    from starlette.routing import Route
+
+    from timm_dvt.viewer.guard import MEGABYTES, Guard, check_address, names_of
+except ModuleNotFoundError as e:
+    raise UserError(f"the page needs Gradio, and {e.name} is not installed; run: {INSTALL}") from e
+
+LIMITS = f"Your image (up to {MEGABYTES} MB and {MAX_PIXELS / 1e6:.0f} megapixels)"
+WAITING = 30  # visitors in the queue
+CLUSTERS = (2, 10)
+CACHE = (SWEEPING, KEPT)  # seconds: how often uploads that nobody took are looked for, and how old those are
+# Gradio's settings of an event. Models compute one at a time; what is only drawn does not wait for them, and of two
+# visitors the one whose look is computed already gets it while the other's is.
+HEAVY: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 2, "api_visibility": "private"}
+LIGHT: dict[str, Any] = {
+    "concurrency_id": "drawing",
+    "concurrency_limit": 2,
+    "api_visibility": "private",
+    "show_progress": "hidden",
+    "trigger_mode": "always_last",
+}
+
+
+def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = None) -> None:
+    """Serve the page until it is interrupted.
+
+    Args:
+        model: the variant that is chosen first, or local-dir:FOLDER or hf-hub:REPO; default `DEFAULT_MODEL`.
+        port: default the first free one from 7860.
+
+    Raises:
+        UserError: the model cannot be loaded, or the address cannot be used.
+    """
+    check_address(host, port)
+    print("loading the model, and showing it the first example ...", flush=True)
+    studio = Studio(model or DEFAULT_MODEL)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C, so that the folder below is removed
+    folders = (tempfile.TemporaryDirectory(prefix=f"timm_dvt_{name}_") for name in ("app", "gradio"))
+    with next(folders) as folder, next(folders) as other:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio writes uploads; read when blocks are made, not on import
+        gr.routes.DEFAULT_TEMP_DIR = other  # but this was, and Gradio makes a folder in it that it leaves behind
+        uploads = Uploads(Path(folder))
+        threading.Thread(target=uploads.keep_clean, daemon=True).start()
+        blocks = build(studio, uploads)
+        try:
+            _, address, _ = blocks.launch(
+                server_name=host,
+                server_port=port,
+                share=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                footer_links=[],
+                run_history=False,
+                allowed_paths=[],
+                max_file_size=f"{MEGABYTES}mb",
+                ssr_mode=False,
+                mcp_server=False,
+                pwa=False,
+                enable_monitoring=False,
+                state_session_capacity=256,
+                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+                css=f":root {{ --dvt-scale: {page.gradient()}; }}\n{_asset('app.css')}",
+                app_kwargs={
+                    "routes": [Route("/dvt/{key}/{name}", download(studio))],
+                    "middleware": [Middleware(Guard, uploads, names_of(host))],
+                    "docs_url": None,
+                    "redoc_url": None,
+                    "openapi_url": None,
+                },
+            )
+        except OSError as e:
+            where = f"{host}:{port or '7860 or above'}"
+            raise UserError(f"cannot serve on {where}: it is in use, or not an address of this machine") from e
+        print(f"the page is at {address} (end it with Ctrl+C)", flush=True)
+        blocks.block_thread()
+
+
+def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
+    """The page over a studio, the first look drawn already."""
+    first, count = studio.find(studio.first_look), looks.CLUSTERS
+    start = _parts(studio.first_look, first, count)
+    with gr.Blocks(title="timm-dvt", analytics_enabled=False, fill_width=True) as blocks:
+        key, patch = gr.State(start.pop(0)), gr.State(start.pop(0))
+        gr.HTML(page.intro(), js_on_load=None)
+        with gr.Row():
+            upload = gr.File(label=LIMITS, file_types=["image"], height=130, elem_id="upload")
+            _read_by(upload, _path)  # Gradio's own reading leaves an empty file for each upload
+            with gr.Column():
+                variant = gr.Dropdown(studio.names, value=studio.first, label="Variant", elem_id="variant")
+                with gr.Row(elem_classes="dvt-examples"):
+                    examples = [gr.Button(f"Example: {p.stem}", size="sm", min_width=120) for p in PHOTOGRAPHS]
+        notice = gr.HTML(js_on_load=_asset("notice.js").replace("MEGABYTES", MEGABYTES), elem_id="notice")
+        overview = gr.HTML(start.pop(0), js_on_load=_asset("app.js"), elem_id="overview")
+        alike = gr.HTML(start.pop(0), js_on_load=_asset("app.js"), elem_id="alike")
+        with gr.Row(elem_classes="dvt-groups"):
+            with gr.Column(scale=1, min_width=240):
+                gr.HTML(page.heading("groups", "Patches with alike features, found in each map by k-means."))
+                clusters = gr.Slider(*CLUSTERS, count, step=1, label="Number of groups", elem_id="clusters")
+                _read_by(clusters, _count)  # Gradio's own fails at an emptied field
+            with gr.Column(scale=2, min_width=320):
+                groups = gr.HTML(start.pop(0), js_on_load=None, elem_id="groups")
+        rest = gr.HTML(start.pop(0), js_on_load=None, elem_id="rest")
+        files = gr.HTML(start.pop(0), js_on_load=None, elem_id="files")
+
+    everything = [notice, key, patch, overview, alike, groups, rest, files]
+
+    def show(make: Callable[[], str], count: int) -> list[Any]:
+        def parts() -> list[Any]:
+            new = make()
+            return _parts(new, studio.find(new), count)
+
+        return _told(parts, everything)
+
+    def uploaded(path: str, name: str, count: int) -> list[Any]:
+        # None: the field is free for the next file.
+        return [None, *show(lambda: studio.look_once(uploads.take(path), name), count)]
+
+    def changed(old: str, name: str, count: int) -> list[Any]:
+        return show(lambda: studio.look_once(studio.find(old).original, name), count)
+
+    def example(number: int) -> Callable[[str, int], list[Any]]:
+        return lambda name, count: show(lambda: studio.example(number, name), count)
+
+    def chosen(old: str, count: int, event: gr.EventData) -> list[Any]:
+        def parts() -> list[Any]:
+            look = studio.find(old)
+            at = look.clamped(event.row, event.column)
+            return [at, page.alike(look, at), page.downloads(old, at, count)]
+
+        return _told(parts, [notice, patch, alike, files])
+
+    def counted(old: str, at: tuple[int, int], count: int) -> list[Any]:
+        def parts() -> list[Any]:
+            return [page.groups(studio.find(old), count), page.downloads(old, at, count)]
+
+        return _told(parts, [notice, groups, files])
+
+    with blocks:
+        upload.upload(uploaded, [upload, variant, clusters], [upload, *everything], show_progress_on=overview, **HEAVY)
+        variant.input(changed, [key, variant, clusters], everything, show_progress_on=overview, **HEAVY)
+        for number, button in enumerate(examples):
+            button.click(example(number), [variant, clusters], everything, show_progress_on=overview, **HEAVY)
+        alike.select(chosen, [key, clusters], [notice, patch, alike, files], **LIGHT)
+        clusters.input(counted, [key, patch, clusters], [notice, groups, files], **LIGHT)
+    return blocks.queue(max_size=WAITING)
+
+
+def _parts(key: str, look: page.Look, count: int) -> list[Any]:
+    """What a new look changes: its key, the patch chosen, and the parts of the page."""
+    at = looks.center(look.off)
+    parts = [page.overview(look), page.alike(look, at), page.groups(look, count), page.rest(look)]
+    return [key, at, *parts, page.downloads(key, at, count)]
+
+
+def _count(asked: Any) -> int:
+    """The number of groups nearest to what was asked for; an emptied field asks for none."""
+    return round(min(max(asked, CLUSTERS[0]), CLUSTERS[1])) if isinstance(asked, (int, float)) else looks.CLUSTERS
+
+
+def _told(make: Callable[[], list[Any]], outputs: list[Any]) -> list[Any]:
+    """An event's outputs, no notice first; or what is wrong, and all else as it was."""
+    try:
+        return ["", *make()]
+    except UserError as e:
+        told = _sentence(e)
+    except Exception as e:  # whatever it is, a visitor reads what to do, and who serves the page where it came from
+        traceback.print_exc(file=sys.stderr)
+        told = _unforeseen(e)
+    return [page.notice(told), *[gr.skip()] * (len(outputs) - 1)]
+
+
+def _unforeseen(error: Exception) -> str:
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "not enough memory" in str(error):
+        return "The machine that serves this page has too little memory for this. Take a smaller variant or image."
+    return (
+        f"This went wrong ({type(error).__name__}; the server's terminal says more). Try again, or take another image."
+    )
+
+
+def _sentence(error: UserError) -> str:
+    text = " ".join(str(error).split())
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _read_by(field: Any, read: Callable[[Any], Any]) -> None:
+    """Have what a browser sends for a field read by a function of ours. To subclass makes Gradio write a file."""
+    field.preprocess = read
+
+
+def _path(payload: Any) -> str:
+    """Where an upload lies: Gradio has made sure that it is in the folder for them."""
+    return payload.path if payload else ""
+
+
+def _asset(name: str) -> str:
+    return (resources.files("timm_dvt") / "assets" / name).read_text(encoding="utf-8")
+
+
+def download(studio: Studio) -> Callable[[Request], Response]:
+    """The route that serves `page.KINDS` of a look, made in memory when they are asked for."""
+
+    def answer(request: Request) -> Response:
+        name, asked = request.path_params["name"], request.query_params
+        row, column, count = (
+            int(t) if (t := asked.get(k, ""))[:4].isdecimal() and len(t) < 5 else None
+            for k in ("row", "column", "clusters")
+        )
+        try:
+            look = studio.find(request.path_params["key"])
+        except UserError as e:
+            return PlainTextResponse(_sentence(e), 404)
+        if name not in page.KINDS:
+            return PlainTextResponse("There is no such file.", 404)
+        count = _count(count)
+        headers = {"Content-Disposition": f'attachment; filename="{name}"', "Cache-Control": "no-store"}
+        content = page.file(look, name, look.clamped(row, column), count)
+        return Response(content, media_type="application/octet-stream", headers=headers)
+
+    return answer

@@ -1,0 +1,294 @@
+"""Weights: reading published checkpoints and our own, finding them on the Hub, loading all or nothing."""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from timm_dvt.architectures import architecture_of
+from timm_dvt.denoiser import Denoiser, LayerDenoisers
+from timm_dvt.errors import UnsupportedModelError, UserError
+from timm_dvt.variants import ROWS
+from timm_dvt.weights.fetching import WEIGHTS_NAME, first_line, printable
+from timm_dvt.weights.limits import MAX_TENSORS
+from timm_dvt.weights.pickles import DTYPES, RefusedError, read_pickle
+
+State = dict[str, torch.Tensor]
+Grid = tuple[int, int]
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A file that cannot be loaded: damaged, not a checkpoint, or made for another model. Names the file."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))  # in which names are that come from the file
+
+
+class ConfigError(CheckpointError, TypeError):
+    """A config.json that no model can be made by. Names the file; what is wrong with an argument in it is its cause.
+
+    It stays what timm and torch raise for wrong arguments, as these may also be the caller's.
+    """
+
+
+@dataclass
+class Checkpoint:
+    """What a file holds: a ViT's state dict, a denoiser's (keys as in `Denoiser` or `LayerDenoisers`), or both."""
+
+    path: str
+    backbone: State = field(default_factory=dict)
+    denoiser: State = field(default_factory=dict)
+    made_for: str | None = None  # the backbone's name, where the file or its name says so
+    grids: dict[str, Grid] = field(default_factory=dict)  # of the denoiser's embeddings by key, where the file says so
+
+
+def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Read a published `.pth` (denoiser of one or n blocks, without PE, distilled; old keys too) or our safetensors.
+
+    Nothing in the file is executed (`timm_dvt.weights.pickles`), and nothing of it is mapped: it may change meanwhile.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds something else.
+    """
+    path = str(path)
+    if os.path.isdir(path):
+        path = os.path.join(path, WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: no such file.")
+    try:
+        if path.endswith(".safetensors"):
+            metadata, content = _read_safetensors(path)
+        else:
+            metadata, content = {}, read_pickle(path)
+    except RefusedError as e:
+        raise CheckpointError(
+            f"{path}: refused. It is damaged, or a pickle that holds more than tensors; such a file could run code "
+            f"when read, so it is never opened any other way. (It holds {first_line(e)}.)"
+        ) from e
+    except Exception as e:  # a damaged archive can raise anything from zipfile, torch or safetensors
+        raise CheckpointError(f"{path}: damaged, incomplete or not a checkpoint. ({first_line(e)})") from e
+    stem = Path(path).stem
+    named = stem if stem in {row.backbone for row in ROWS} else None
+    # A file of ours says what grids the embeddings are of, as "4x9".
+    sides = {key: re.fullmatch(r"(\d{1,4})x(\d{1,4})", metadata.get(key, "")) for key in ("pos_embed", "pos_embed_out")}
+    grids = {key: (int(found[1]), int(found[2])) for key, found in sides.items() if found}
+    return Checkpoint(path, *_split(_unwrap(content, path), path), metadata.get("backbone") or named, grids)
+
+
+def _read_safetensors(path: str) -> tuple[dict, State]:
+    """Metadata and tensors of a file. Raises ValueError for more than any model has, SafetensorError for others."""
+    content = Path(path).read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    if len(header) > MAX_TENSORS:
+        raise UserError(f"{len(header)} tensors, which no model has")
+    return header.get("__metadata__") or {}, safetensors.torch.load(content)
+
+
+def from_state_dict(state: State, path: str = "state_dict") -> Checkpoint:
+    """A checkpoint from a state dict in memory, in any of the layouts."""
+    return Checkpoint(path, *_split(_unwrap(state, path), path))
+
+
+def _unwrap(content: object, path: str) -> State:
+    """The state dict inside a training checkpoint."""
+    for key in ("model", "denoiser"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict.")
+    strange = [str(k) for k, v in content.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
+    if strange:
+        raise CheckpointError(
+            f"{path}: no state dict under 'denoiser' or 'model', and these entries are no tensors: {_some(strange)}."
+        )
+    if others := [f"{key} of {odd}" for key, tensor in content.items() if (odd := _oddity(tensor))]:
+        raise CheckpointError(f"{path}: no plain tensors of numbers as weights are: {_some(others)}.")
+    return content
+
+
+def _oddity(tensor: torch.Tensor) -> str:
+    """What makes a tensor none of plain numbers; empty for one that is."""
+    if tensor.is_meta or tensor.dtype not in DTYPES.values():
+        return "no memory" if tensor.is_meta else str(tensor.dtype)
+    return "" if tensor.layout == torch.strided and not tensor.is_nested else str(tensor.layout)
+
+
+def _renamed(state: State, rename: Callable[[str], str], path: str) -> State:
+    """The same under other keys. Raises CheckpointError where two would be one."""
+    new = {rename(key): tensor for key, tensor in state.items()}
+    if len(new) < len(state):
+        twice = [key for key, count in Counter(map(rename, state)).items() if count > 1]
+        raise CheckpointError(f"{path}: holds these twice, under two names each: {_some(twice)}.")
+    return new
+
+
+def _split(state: State, path: str) -> tuple[State, State]:
+    """Backbone and denoiser of a state dict, its keys as our models name them."""
+    state = _renamed(state, lambda key: key.removeprefix("module."), path)
+    if all(key.startswith("model.") for key in state):  # distilled
+        return _renamed(state, lambda key: key.removeprefix("model."), path), {}
+    ours = any(re.match(r"denoiser\.(layers\.\d|blocks\.\d|pos_embed$)", key) for key in state)
+    published = not ours and any(key.startswith("denoiser.") for key in state)
+    if published:  # a published denoiser comes alone: what is beside it is unexpected
+        return {}, _renamed(state, _ours, path)
+    denoiser = {key.removeprefix("denoiser."): t for key, t in state.items() if key.startswith("denoiser.")}
+    return {key: tensor for key, tensor in state.items() if not key.startswith("denoiser.")}, denoiser
+
+
+def _ours(key: str) -> str:
+    """Our name of a published denoiser's key: denoiser.norm1 is of the only block, denoiser.1.norm1 of the second."""
+    name = key.removeprefix("denoiser.")
+    return name if name == key else f"blocks.{name}" if re.match(r"\d+\.", name) else f"blocks.0.{name}"
+
+
+def denoiser_for(
+    checkpoint: Checkpoint,
+    dim: int,
+    grid_size: Grid,
+    num_heads: int | None = None,
+    backbone: str = "",
+    depth: int | None = None,
+    out_grid: Grid | None = None,
+) -> Denoiser | LayerDenoisers:
+    """A denoiser with the checkpoint's weights, for a ViT of width `dim`.
+
+    The backbone's blocks that have a denoiser, its architecture, number of blocks and grids are the file's. One that
+    names no grids, as no published one does, must be of `grid_size`, its output embedding of `out_grid` or a square.
+
+    Args:
+        backbone, depth: the backbone's name and number of blocks, where the caller knows them.
+
+    Raises:
+        CheckpointError: keys are missing or too many, shapes differ, or the file is for another backbone.
+    """
+    path, state = checkpoint.path, checkpoint.denoiser
+    if checkpoint.made_for and backbone and checkpoint.made_for != backbone:
+        raise CheckpointError(f"{path}: made for {checkpoint.made_for}, not for {backbone}.")
+    if not state:
+        raise CheckpointError(f"{path}: holds no denoiser (keys: {_some(checkpoint.backbone)}).")
+    new = partial(Denoiser, dim, num_heads=num_heads, device="meta")
+    grids = {"pos_embed": grid_size, "pos_embed_out": out_grid or grid_size, **checkpoint.grids}
+    layers = sorted({int(m[1]) for m in (re.match(r"layers\.(\d{1,9})\.", key) for key in state) if m})
+    if not layers:
+        return _one_denoiser(state, new, grids, path, "denoiser.")
+    if layers[-1] >= (last := (depth or 1024)):
+        raise CheckpointError(f"{path}: holds a denoiser for block {layers[-1]}; the backbone's last is {last - 1}.")
+    stray = [key for key in state if not re.match(r"layers\.\d{1,9}\.", key)]
+    if stray:
+        raise CheckpointError(f"{path}: unexpected keys: {_some(stray)}.")
+    denoisers = {}
+    for block in layers:
+        prefix = f"layers.{block}."
+        own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+        denoisers[block] = _one_denoiser(own, new, grids, path, f"denoiser.{prefix}")
+    return LayerDenoisers(denoisers, (depth or layers[-1] + 1) - 1)
+
+
+# What a denoiser of any architecture can have beside its own.
+EXTRAS = {"keeps_length", "pos_embed_out", "blank_gate.weight", "blank_gate.bias"}
+
+
+def _one_denoiser(state: State, new: Callable[..., Denoiser], grids: dict, path: str, prefix: str) -> Denoiser:
+    """What `new` makes, with these weights; the keys tell its architecture and number of blocks."""
+    numbers = [int(m[1]) for m in (re.match(r"blocks\.(\d{1,9})\.", key) for key in state) if m]
+    depth = 1 if "blocks.0.weight" in state else 1 + max(numbers, default=0)
+    if depth > 64:
+        raise CheckpointError(f"{path}: block {depth - 1} of a denoiser is beyond reason; the file is damaged.")
+    arch = architecture_of({key: tensor for key, tensor in state.items() if key not in EXTRAS})
+    out = "pos_embed_out" in state and _out_grid(state["pos_embed_out"], grids["pos_embed_out"])
+    more = dict(keep_length="keeps_length" in state, blank_gate="blank_gate.weight" in state, pos_embed_out=out)
+    denoiser = new(grids["pos_embed"], depth=depth, arch=arch, **more)
+    check_state(denoiser, state, path, prefix=prefix)
+    dtype = next(iter(state.values())).dtype  # check_state has seen to it that it is a floating one
+    denoiser.to_empty(device="cpu").to(dtype).load_state_dict(state)
+    return denoiser
+
+
+def _out_grid(embedding: torch.Tensor, expected: Grid) -> Grid:
+    """The grid of an output embedding (1, H*W, C): the expected one, or a square one if it has other places."""
+    side = math.isqrt(places := embedding.shape[1] if embedding.ndim == 3 else 0)
+    return expected if places == math.prod(expected) or side * side != places or not side else (side, side)
+
+
+def check_state(
+    model: nn.Module,
+    state: State,
+    path: str,
+    prefix: str = "",
+    optional: Iterable[str] = (),
+    adapts: Iterable[str] = (),
+) -> None:
+    """Compare a state dict with a model before anything is loaded.
+
+    Args:
+        optional: keys that may be missing, or too many. adapts: keys that timm brings to another shape itself.
+
+    Raises:
+        CheckpointError: names the file and the keys that are missing, unexpected or of a wrong shape.
+    """
+    wanted = model.state_dict()
+    whole = {key for key, tensor in wanted.items() if not tensor.is_floating_point()}  # a batch norm's counter
+    missing = [prefix + key for key in wanted if key not in state and key not in optional]
+    unexpected = [prefix + key for key in state if key not in wanted and key not in optional]
+    shapes = [
+        f"{prefix}{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and key not in adapts and key not in optional and state[key].shape != wanted[key].shape
+    ]
+    strange = [f"{prefix}{key} of {x.dtype}" for key, x in state.items() if x.is_floating_point() == (key in whole)]
+    found = {
+        "missing keys": missing,
+        "unexpected keys": unexpected,
+        "wrong shapes": shapes,
+        "numbers of another kind than the model's": strange,
+    }
+    problems = [f"{what}: {_some(keys)}" for what, keys in found.items() if keys]
+    if problems:
+        raise CheckpointError(f"{path}: not weights for this model; nothing was loaded. {'; '.join(problems)}.")
+
+
+def load_denoiser(model: Any, path: str | os.PathLike) -> nn.Module:
+    """Load a denoiser's weights into a denoised model, all or nothing, and return the model.
+
+    Args:
+        model: a `*_dvt` model, or one that went through `timm_dvt.add_denoiser`.
+        path: a published `.pth`, a safetensors file, or a folder of `timm_dvt.save_pretrained`. Its backbone weights,
+            if any, are left alone. Architecture, number of blocks, grids and denoised layers become the file's.
+
+    Raises:
+        CheckpointError: names the file and what is wrong with it; the model is as it was.
+    """
+    if getattr(model, "denoiser", None) is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no denoiser to load into; see timm_dvt.add_denoiser.")
+    before = model.denoisers()
+    old = before[max(before)]
+    heads, last = old.num_heads, model.final_block
+    name, checkpoint = model.backbone_name, read_checkpoint(path)
+    new = denoiser_for(checkpoint, old.dim, old.learned_grid, heads, name, last + 1, old.out_grid_size)
+    some = next(old.parameters())
+    new.requires_grad_(some.requires_grad).train(model.training)
+    model.denoiser = new.to(device=some.device, dtype=some.dtype)
+    after = model.denoisers()
+    model.denoises_final = last in after
+    for denoiser in after.values():
+        denoiser.grad_checkpointing = old.grad_checkpointing
+    if last in before and last in after:
+        after[last].norm = before[last].norm
+    return model
+
+
+def _some(keys: Iterable[str], most: int = 8) -> str:
+    keys = [str(key)[:200] for key in keys]
+    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + rest

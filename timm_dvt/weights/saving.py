@@ -1,0 +1,180 @@
+"""Saving a model as a folder that timm.create_model("local-dir:FOLDER") loads."""
+
+import inspect
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from timm_dvt.architectures import ARCHITECTURES
+from timm_dvt.attach import Denoised
+from timm_dvt.errors import UnsupportedModelError, UserError
+from timm_dvt.layouts import input_size, meant_size, unwrapping
+from timm_dvt.timm_private import save_config_for_hf
+from timm_dvt.variants import saved_architecture
+from timm_dvt.version import __version__
+from timm_dvt.weights.fetching import WEIGHTS_NAME
+from timm_dvt.weights.files import Write, write_together
+
+
+def save_pretrained(
+    model: nn.Module, folder: str | os.PathLike, denoiser_only: bool = False, model_args: dict | None = None
+) -> Path:
+    """Write `config.json` (timm's format) and `model.safetensors`, both or neither; returns the folder.
+
+    Args:
+        model: a denoised model.
+        folder: made if it does not exist.
+        denoiser_only: leave the backbone's weights out (8% of the size for a ViT-B). The folder names the backbone,
+            whose own published weights are fetched when it is loaded: not for a backbone that was fine-tuned.
+        model_args: arguments the backbone was created with beyond its image size, channels, classes and pooling
+            (those are known), where timm has not recorded them itself.
+
+    Raises:
+        TypeError: the model has no denoiser (timm.models.save_for_hf saves a plain one).
+        ValueError: timm does not know the backbone by a name.
+    """
+    if not isinstance(model, Denoised) or model.denoiser is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no denoiser to save; timm.models.save_for_hf saves plain models."
+            f"{unwrapping(model)}"
+        )
+    if not model.backbone_name:
+        raise UserError("The model's backbone has no timm name, so nothing could rebuild it; use timm.create_model.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict()
+    if denoiser_only:
+        state = {key: tensor for key, tensor in state.items() if key.startswith("denoiser.")}
+    metadata = {"format": "pt", "backbone": str(model.backbone_name), "timm_dvt": __version__, **_grids(model)}
+    tensors = _apart(state)
+    return _write_folder(folder, tensors, metadata, lambda path: _write_config(model, path, model_args or {}))
+
+
+def _write_folder(folder: Path, tensors: dict, metadata: dict[str, str], write_config: Write) -> Path:
+    """Both files of a model, so that those of two models never stand beside each other; returns the folder."""
+    write_weights = partial(write_tensors, tensors, metadata=metadata)
+    write_together({folder / WEIGHTS_NAME: write_weights, folder / "config.json": write_config})
+    return folder
+
+
+def _grids(model: Any) -> dict[str, str]:
+    """The grids of the denoisers' position embeddings: how many places there are does not tell 4 x 9 from 6 x 6."""
+    one = next(iter(model.denoisers().values()))  # all are of one kind
+    own = {"pos_embed": one.grid_size, "pos_embed_out": one.out_grid_size}
+    return {key: f"{rows}x{columns}" for key, (rows, columns) in own.items() if getattr(one, key) is not None}
+
+
+def recorded_arguments(name: str) -> dict[str, Any]:
+    """Arguments that a local folder's config.json gives its model, as `model_args` of `save_pretrained`.
+
+    Older timm versions do not keep them on the model. Of any other name than local-dir:FOLDER there are none.
+    """
+    scheme, _, folder = name.partition(":")
+    if scheme != "local-dir":
+        return {}
+    return json.loads((Path(folder) / "config.json").read_text()).get("model_args") or {}
+
+
+def save_plain(model: nn.Module, folder: str | os.PathLike, name: str) -> Path:
+    """Write a plain ViT, a distilled one say, as a folder that timm alone loads; returns the folder.
+
+    Args:
+        model: without a denoiser.
+        folder: made if it does not exist.
+        name: the model's timm name, ARCH or ARCH.TAG.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, architecture = _apart(model.state_dict()), name.split(".")[0]
+    return _write_folder(
+        folder, tensors, {"format": "pt"}, lambda path: _write(model, path, architecture, _arguments(model))
+    )
+
+
+def _apart(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as safetensors takes them: on the CPU, and each with memory of its own, where CoaT shares layers."""
+    seen: set[int] = set()
+    tensors = {}
+    for key, tensor in state.items():
+        plain = tensor.detach().cpu().contiguous()
+        tensors[key] = plain.clone() if plain.data_ptr() in seen else plain
+        seen.add(plain.data_ptr())
+    return tensors
+
+
+def _write_config(model: Any, path: Path, model_args: dict) -> None:
+    denoisers = model.denoisers()
+    denoiser = denoisers[max(denoisers)]  # all are of one kind
+    arguments = {
+        **_arguments(model, model_args),
+        "backbone": model.backbone_name,
+        "denoiser": {
+            "grid_size": list(denoiser.grid_size),
+            "depth": len(denoiser.blocks) if ARCHITECTURES[denoiser.arch].deep else 1,
+            "num_heads": denoiser.num_heads,
+            "arch": denoiser.arch,
+            **({"keep_length": True} if denoiser.keep_length else {}),
+            **({} if denoiser.blank_gate is None else {"blank_gate": True}),
+            **({} if denoiser.pos_embed_out is None else {"pos_embed_out": list(denoiser.out_grid_size)}),
+            **({} if list(denoisers) == [model.final_block] else {"layers": list(denoisers)}),
+        },
+    }
+    _write(model, path, saved_architecture(model.backbone_name.split(".")[0]), arguments)
+
+
+def _arguments(model: Any, more: dict | None = None) -> dict:
+    """What a timm model was created with, and what it is now."""
+    made_with = getattr(model, "_model_args", {})
+    kept = {key: value for key, value in made_with.items() if not key.endswith("drop_rate")} | (more or {})
+    takes = inspect.signature(getattr(type(model), "_backbone_class", type(model)).__init__).parameters
+    now = {key: getattr(model, key, None) for key in ("in_chans", "num_classes", "global_pool", "dynamic_img_size")}
+    now["img_size"] = list(input_size(model))
+    known = {key: value for key, value in now.items() if isinstance(value, (int, str, list))}
+    return kept | {key: value for key, value in known.items() if key in takes or key in kept}
+
+
+def _write(model: Any, path: Path, architecture: str, arguments: dict) -> None:
+    """timm's config.json of a model, under another architecture and for images of the size that it is meant for now."""
+    cfg = model.pretrained_cfg
+    size = [model.in_chans, *meant_size(model)]
+    saved = {**cfg, "architecture": architecture, "input_size": size, "num_classes": model.num_classes}
+    try:
+        model.pretrained_cfg = saved
+        save_config_for_hf(model, path, model_args=arguments)
+    finally:
+        model.pretrained_cfg = cfg
+    _leave_classes_to_pretrained_cfg(path)
+
+
+def write_tensors(tensors: dict, path: Path, metadata: dict[str, str]) -> None:
+    """Write safetensors, such that equal tensors and metadata make equal files.
+
+    The library writes metadata in an order of its own each time; here they are put in order. It could write the file
+    itself, but through one of a name of its own, which stays where the process is killed.
+    """
+    content = memoryview(safetensors.torch.save(tensors, metadata))
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8 : 8 + length]))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+    with open(path, "wb") as file:
+        file.write(content[:8])
+        file.write(ordered if len(ordered) == length else content[8 : 8 + length])
+        file.write(content[8 + length :])
+
+
+def _leave_classes_to_pretrained_cfg(path: Path) -> None:
+    """Take `num_classes`, which a config.json has in two more places, out of its model_args.
+
+    transformers' TimmWrapperModel makes a model without a head: it passes num_classes itself, beside the model_args.
+    """
+    config = json.loads(path.read_text())
+    config["model_args"].pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""Depth from a linear head: the paper's protocol and the repository's."""

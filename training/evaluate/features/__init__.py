@@ -1,0 +1,1 @@
+"""The features that tasks are given: cached, live, or from pairs."""

@@ -1,0 +1,1 @@
+"""What features tell of their position, in photographs and in images without content."""

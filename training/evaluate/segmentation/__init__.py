@@ -1,0 +1,1 @@
+"""Semantic segmentation: linear head, nearest neighbors, the repository's protocol."""

@@ -1,0 +1,104 @@
+"""The tasks: a table of their names, and their settings.
+
+A task is a module with
+
+    KIND                what annotation it needs: a kind of data/datasets.py
+    Settings            a frozen dataclass: the paper's protocol
+    SMALL               the same, sized for datasets that are `small` and two cores (may be left out)
+    STATES              which of "raw", "denoised", "artifacts" it is for; those that the model has are run
+    PAIRS               True if --pairs says something for it (may be left out)
+    NUMBERS, MEANING    what training.report shows of it: {number: heading}, where a name that ends in "/" stands for
+                        all that begin with it, and a sentence for who has not read the paper (left out: all numbers)
+    run(data, settings, run) -> {name: number}
+
+where `data` is {part: Features} and `run` a `Run`. Numbers called mIoU, CorLoc, ... are percentages.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from timm_dvt.errors import UserError
+from training.evaluate.data.datasets import named
+
+# A task by its protocols. fast: features extracted once, from whole images resized to a square; repository: as the
+# authors' code evaluates.
+TASKS = {
+    "attentive-probe": {"fast": "attentive_probe"},
+    "blank": {"fast": "position.blank"},
+    "correspondence": {"fast": "correspondence"},
+    "depth": {"fast": "depth.linear", "repository": "depth.repository"},
+    "detection": {"fast": "detection.fast", "repository": "detection.repository"},
+    "discovery": {"fast": "discovery"},
+    "knn-seg": {"fast": "segmentation.knn"},
+    "linear-seg": {"fast": "segmentation.linear", "repository": "segmentation.repository"},
+    "mic": {"fast": "position.mic"},
+    "position": {"fast": "position.share"},
+    "propagation": {"fast": "propagation"},
+}
+PROTOCOLS = ("fast", "repository")
+
+
+def tasks_of(protocol: str) -> tuple[str, ...]:
+    """The tasks that a protocol is there for."""
+    return tuple(name for name, modules in TASKS.items() if protocol in modules)
+
+
+def load_task(name: str, protocol: str = "fast") -> Any:
+    """The module of a task by its name.
+
+    Raises:
+        ValueError: no such task, or not by this protocol.
+    """
+    if name not in TASKS:
+        raise UserError(f"task must be one of {', '.join(TASKS)}, or all, got {name!r}")
+    if name not in tasks_of(protocol):
+        raise UserError(f"--protocol {protocol} is for {', '.join(tasks_of(protocol))}, not for {name}")
+    return importlib.import_module(f"training.evaluate.{TASKS[name][protocol]}")
+
+
+def task_settings(name: str, dataset: str, words: Sequence[str] = (), protocol: str = "fast") -> Any:
+    """A task's settings for a dataset, with `NAME=VALUE` or `TASK.NAME=VALUE` overriding them.
+
+    Raises:
+        ValueError: no such dataset or setting, or a value of the wrong type; a `TASK.` of another task is left alone.
+    """
+    task = load_task(name, protocol)
+    settings = getattr(task, "SMALL", task.Settings()) if named(dataset).small else task.Settings()
+    known = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    changes = {}
+    for word in words:
+        match = re.fullmatch(r"(?:([a-z-]+)\.)?(\w+)=(.*)", word)
+        if match is None:
+            raise UserError(f"--set takes NAME=VALUE or TASK.NAME=VALUE, got {word!r}")
+        owner, key, text = match.groups()
+        if owner is not None and owner not in TASKS:
+            raise UserError(f"--set {word}: there is no task {owner!r}; tasks are {', '.join(TASKS)}")
+        if owner not in (None, name):
+            continue
+        if key not in known:
+            raise UserError(f"--set {word}: {name} has the settings {', '.join(known) or 'none'}")
+        changes[key] = _parse(word, text, known[key])
+    return replace(settings, **changes)
+
+
+def _parse(word: str, text: str, default: Any) -> Any:
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise UserError(f"--set {word}: {text!r} is not a value like {default!r}") from None
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if (
+        value is not None
+        and default is not None
+        and (not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)))
+    ):
+        raise UserError(f"--set {word}: must be {type(default).__name__}, like {default!r}, got {text!r}")
+    return value
