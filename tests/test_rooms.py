@@ -12,6 +12,7 @@ FLOORS = (
     {"loop", "figures"},
     {"pairs"},
     {"stage1", "stage2", "stage3", "evaluate"},
+    {"reproduction"},
     {"commands", "benchmark", "rivals"},
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

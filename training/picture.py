@@ -21,11 +21,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 import timm_dvt
 from timm_dvt.errors import UserError
+from timm_dvt.image_files import list_images
 from timm_dvt.variants import DEFAULT_MODEL
 from timm_dvt.viewer.demo import load_denoised
 from timm_dvt.weights.files import write_whole
 from training.common.command import complain, help_from, positive
-from training.common.images import list_images
 
 SCALE = 2  # pixels of the file a pixel of a repository's page, for screens of twice the density
 WIDTH, TILE, GAP, MARGIN = 838, 190, 8, 15

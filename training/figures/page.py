@@ -25,14 +25,19 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells below a row of headings; the first `words` columns are words, the others are numbers."""
+    """Rows of cells below a row of headings; the first `words` columns are words, the others are numbers.
+
+    Rows whose numbers are in `green` are.
+    """
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: int = 1
+    green: Sequence[int] = ()
 
     def html(self) -> str:
-        lines = [_row("th", self.headings, self.words), *(_row("td", row, self.words) for row in self.rows)]
+        lines = [_row("th", self.headings, self.words)]
+        lines += [_row("td", row, self.words, number in self.green) for number, row in enumerate(self.rows)]
         return '<div class="wide"><table>' + "".join(lines) + "</table></div>"
 
 
@@ -67,7 +72,11 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> bytes:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{"".join(body)}</body></html>\n'.encode()
 
 
-def _row(tag: str, cells: Sequence[str], words: int) -> str:
+def _row(tag: str, cells: Sequence[str], words: int, green: bool = False) -> str:
     number = ' class="number"'
     marked = ((cell, "" if place < words else number) for place, cell in enumerate(cells))
-    return "<tr>" + "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for cell, mark in marked) + "</tr>"
+    return (
+        ('<tr class="green">' if green else "<tr>")
+        + "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for cell, mark in marked)
+        + "</tr>"
+    )

@@ -40,8 +40,8 @@ class Split:
         images: paths.
         classes: names; empty where there are none.
         annotation: i -> what belongs to image i: a mask (h, w) uint8 with 255 to ignore, `Boxes`, a class
-            index, a depth map (h, w) float32 in meters with 0 for unknown, or, of videos, the `Split` of the frames;
-            None for images alone.
+            index, a depth map (h, w) float32 in meters with 0 for unknown, of videos the `Split` of the frames, a
+            `PointPair`; None for images alone.
     """
 
     name: str
