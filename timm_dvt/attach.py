@@ -89,7 +89,7 @@ def new_denoisers(
     out = pos_embed_out if isinstance(pos_embed_out, bool) else to_2tuple(pos_embed_out)
     rows, columns = to_2tuple(layout.grid if grid_size is None else grid_size)
     weight = next(model.parameters())
-    factory = {"device": weight.device, "dtype": weight.dtype}
+    factory: Any = {"device": weight.device, "dtype": weight.dtype}
     options = (depth, num_heads, pos_embed, arch, keep_length, out, blank_gate)
     new = {
         block: Denoiser(layout.channels, (rows, columns), *options, **factory)
