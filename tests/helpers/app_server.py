@@ -97,14 +97,14 @@ def sent(address: str, content: bytes, name: str = "a.png") -> str:
     return path
 
 
-def shown(address: str, path: str, session: str, groups: int | None = 6) -> str:
+def shown(address: str, path: str, session: str, groups: int | None = 4) -> str:
     """What the page answers when it is asked, as its own script asks, to show the file of a path."""
     config = json.loads(status(f"{address}config")[1])
     (event,) = [e for e in config["dependencies"] if e["targets"][0][1] == "upload"]
     components = {c["id"]: c["props"] for c in config["components"]}
-    variant, clusters = event["inputs"][1:]
-    assert components[clusters]["value"] == 6
-    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, components[variant]["value"], groups]
+    variant, clusters = event["inputs"][1:3]
+    assert components[clusters]["value"] == 4
+    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, components[variant]["value"], groups, None]
     join = {"fn_index": event["id"], "session_hash": session, "data": data}
     status(f"{address}gradio_api/queue/join", json.dumps(join).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash={session}", timeout=PATIENCE) as answer:

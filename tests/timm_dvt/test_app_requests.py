@@ -1,6 +1,7 @@
 """The page without a browser: what its server reads, keeps and answers, whoever asks and however slowly."""
 
 import io
+import json
 import os
 import socket
 import tempfile
@@ -103,9 +104,9 @@ def test_an_upload_outlives_the_longest_queue(monkeypatch):
     assert app.CACHE[1] >= app.WAITING * 120
 
 
-def test_an_emptied_number_of_groups_is_six_of_them(server):
+def test_an_emptied_number_of_groups_is_four_of_them(server):
     answer = shown(server[0], sent(server[0], png(64, 80)), "none", groups=None)
-    assert is_look(answer) and "clusters=6" in answer
+    assert is_look(answer) and "clusters=4" in answer
 
 
 def test_whatever_goes_wrong_is_told_and_leaves_the_page_as_it_was(capsys):
@@ -121,7 +122,7 @@ def test_whatever_goes_wrong_is_told_and_leaves_the_page_as_it_was(capsys):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: not enough memory"), "too little memory"),
         (MemoryError(), "too little memory"),
     ):
-        told, *others = app._told(lambda error=error: fail(error), [None] * 3)
+        ((told, *others),) = app._told(lambda error=error: fail(error), lambda: [gradio.skip()] * 2)
         assert words in told and "/a/path" not in told and others == [gradio.skip()] * 2
         assert type(error).__name__ in capsys.readouterr().err
 
@@ -236,11 +237,33 @@ def test_what_is_computed_already_is_not_computed_again(folder, monkeypatch):
     from timm_dvt.viewer import studio
 
     made = studio.Studio(f"local-dir:{folder}")
-    key = made.look_once(noise(64, 64), made.first)
+    key = made.look(noise(64, 64), made.first)
     with monkeypatch.context() as patched, made.lock:  # another visitor's is being computed
-        patched.setattr(studio, "measure", None)
-        assert made.look_once(noise(64, 64), made.first) == key
-    assert made.look_once(noise(64, 80), made.first) != key
+        patched.setattr(studio, "patch_tokens", None)
+        assert made.look(noise(64, 64), made.first) == key
+    assert made.look(noise(64, 80), made.first) != key
+
+
+def test_a_full_queue_says_how_long_it_will_take():
+    """In an answer whose words Gradio's page shows; those of its own refusal, a 503, it does not."""
+    import asyncio
+    from types import SimpleNamespace
+
+    from timm_dvt.viewer import app
+    from timm_dvt.viewer.guard import Guard
+
+    waiting, studio = SimpleNamespace(_queue=[0] * app.WAITING), SimpleNamespace(seconds=9.0)
+    assert "30 visitors are waiting, about 4 minutes" in app.busy(waiting, studio)
+    assert app.busy(SimpleNamespace(_queue=[]), studio) == ""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/queue/join", "headers": []}
+    guard = Guard(None, None, None, lambda: app.busy(waiting, studio))
+    asyncio.run(guard(scope, None, send))
+    assert sent[0]["status"] == 429 and "about 4 minutes" in json.loads(sent[1]["body"])["detail"]
 
 
 def test_a_busy_port_is_told_before_the_model_is_loaded(server, capsys):

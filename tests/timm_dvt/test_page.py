@@ -1,5 +1,6 @@
 """What the page is made of, without a browser: pictures, files, limits, and visitors who come at once."""
 
+import base64
 import dataclasses
 import io
 import threading
@@ -19,9 +20,10 @@ from timm_dvt.errors import UserError
 from timm_dvt.viewer import page, studio
 from timm_dvt.viewer import pairs as looks
 from timm_dvt.viewer.colors import PALETTE
+from timm_dvt.viewer.examples import EXAMPLES, gray, on_position, wall
 from timm_dvt.viewer.page import Look
 from timm_dvt.viewer.studio import Studio
-from timm_dvt.viewer.uploads import FORMATS, SIDE, read_upload
+from timm_dvt.viewer.uploads import FORMATS, SIDE, Uploads, read_upload
 
 
 def maps(*grid: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +136,12 @@ def test_every_part_is_whole_and_has_one_pixel_a_patch(look, monkeypatch):
         assert "<b>" not in text
     want = (looks.colors(look.off, look.on)[1] * 255).round()
     assert np.array_equal(Parts(parts["overview"][0]).pictures()[2], want)
-    for text in (page.intro(), page.downloads("key", (1, 2), 4), page.heading("groups", "text")):
+    for text in (
+        page.intro(),
+        page.downloads("key", "a", "b", (1, 2), 4),
+        page.pending(look.image),
+        page.heading("groups", "text"),
+    ):
         Parts(text)
 
 
@@ -179,7 +186,7 @@ def content(image: Image.Image, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "HEIF"])  # which cannot be written
 def test_an_upload_is_rgb_and_of_bounded_size(kind):
     assert read_upload(content(Image.new("RGB", (60, 40)), kind)).size == (60, 40)
     big = read_upload(content(Image.new("L", (3000, 1000)), kind))
@@ -201,6 +208,39 @@ def test_an_upload_is_rgb_and_of_bounded_size(kind):
 def test_what_is_no_image_to_take_is_told(bad):
     with pytest.raises(UserError, match="^This file: "):
         read_upload(bad)
+
+
+HEIC = (  # 64 x 48 pixels of one color, made for this test
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAX1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAACJpbG9jAA"
+    "AAAERAAAEAAQAAAAABoQABAAAAAAAAABkAAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAAAA5waXRtAAAAAAABAAAA/WlwcnAA"
+    "AADdaXBjbwAAAHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AAAAMAkA"
+    "AAAwAAAwAeoCCBBZbq5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFzwIkAAAATY29scm5jbHgAAQANAAaAAAAAFGlzcGUAAAAAAAAAQAAAAEAA"
+    "AAAoY2xhcAAAAEAAAAABAAAAMAAAAAEAAAAAAAAAAv////AAAAACAAAAEHBpeGkAAAAAAwgICAAAABhpcG1hAAAAAAAAAAEAAQWBAgMFhAAAAC"
+    "FtZGF0AAAAFSgBrwtg9eWDr//pwd+9Qg5YRT/UOA=="
+)
+
+
+def test_a_phones_heic_is_read_or_refused_with_the_remedy(monkeypatch):
+    heic = base64.b64decode(HEIC)
+    if "HEIF" in FORMATS:
+        assert np.abs(np.asarray(read_upload(heic), int) - (200, 60, 40)).max() < 5
+    monkeypatch.setattr("timm_dvt.viewer.uploads.FORMATS", ("JPEG",))
+    with pytest.raises(UserError, match="pi-heif"):
+        read_upload(heic)
+    with pytest.raises(UserError, match="Pillow 11.3"):
+        read_upload(b"\0\0\0\x1cftypavif" + bytes(99))
+
+
+def test_an_upload_that_is_sent_twice_is_decoded_once(tmp_path, monkeypatch):
+    path = tmp_path / "digest" / "a.png"
+    uploads, images = Uploads(tmp_path), []
+    for _ in range(2):
+        path.parent.mkdir()
+        path.write_bytes(content(gray()))
+        images.append(uploads.take(str(path)))
+        assert not path.exists()
+        monkeypatch.setattr("timm_dvt.viewer.uploads.read_upload", None)
+    assert images[0] is images[1]
 
 
 def test_a_huge_image_is_refused_before_it_is_decoded(monkeypatch):
@@ -235,20 +275,47 @@ def test_visitors_at_once_get_their_own_and_memory_is_bounded(folder, monkeypatc
         assert np.array_equal(shared.find(key).on, want.on) and shared.find(key).original is images[number]
     assert len(shared.looks) == len({*keys.values()}) == 4
     oldest = next(iter(shared.looks))
-    for _ in range(2):
-        shared.look(images[0], shared.first)
+    for i in (1, 2):
+        shared.look(Image.new("RGB", (64, 64 + 16 * i)), shared.first)
     assert len(shared.looks) == 5 and shared.find(shared.first_look)  # with which each visit starts
     with pytest.raises(UserError, match="no longer kept"):
         shared.find(oldest)
 
 
-def test_an_example_is_computed_once_for_all_and_again_after_it_had_to_go(folder):
+def test_the_first_example_is_kept_for_all_and_another_image_until_it_has_to_go(folder):
     shared = Studio(f"local-dir:{folder}")
-    assert shared.example(0, shared.first) == shared.first_look and not shared.looks
-    key = shared.example(1, shared.first)
-    assert shared.find(shared.example(1, shared.first)) is shared.find(key)
+    assert shared.look(EXAMPLES["cat"](), shared.first) == shared.first_look and not shared.looks
+    key = shared.look(gray(), shared.first)
+    assert shared.look(gray(), shared.first) == key
     before = shared.looks.pop(key)
-    assert np.array_equal(shared.find(shared.example(1, shared.first)).on, before.on)
+    assert np.array_equal(shared.find(shared.look(gray(), shared.first)).on, before.on)
+
+
+def test_a_look_comes_off_first(folder):
+    shared = Studio(f"local-dir:{folder}")
+    off, key = shared.steps(gray(), shared.first)
+    assert np.array_equal(off, shared.find(key).off) and not np.array_equal(off, shared.find(key).on)
+    assert "denoiser on ..." in page.pending(gray(), off) and "denoiser off ..." in page.pending(gray())
+    assert [len(Parts(page.pending(gray(), maps)).pictures()) for maps in (None, off)] == [1, 2]
+
+
+def test_a_variant_that_cannot_be_had_is_one_sentence_and_the_terminal_says_more(folder, monkeypatch, capsys):
+    shared = Studio(f"local-dir:{folder}")
+    monkeypatch.setattr(studio, "load_denoised", lambda name: (_ for _ in ()).throw(UserError("unset HF_HUB_OFFLINE")))
+    with pytest.raises(UserError, match=r"^\S+ cannot be loaded by this server; its terminal says why$"):
+        shared.look(gray(), shared.names[1])
+    assert "unset HF_HUB_OFFLINE" in capsys.readouterr().err
+
+
+def test_what_is_position_is_told_where_the_image_is_blank_and_the_drawn_wall_nearly_is():
+    assert "All patches" in on_position(gray()) and "hardly differs" in on_position(wall())
+    assert not on_position(EXAMPLES["cat"]())
+    assert np.asarray(wall()).std((0, 1)).min() > 3 and wall().size == gray().size
+
+
+def test_downloads_are_named_after_image_and_variant():
+    links = [a for tag, a in Parts(page.downloads("key", 'my "cat"', "hf-hub:a/b_dvt", (1, 2), 4)).found if tag == "a"]
+    assert [link["download"] for link in links] == [f"my-cat-_hf-hub-a-b_dvt_{name}" for name in page.KINDS]
 
 
 def test_models_are_kept_up_to_a_number_and_only_variants_are_loaded(folder, monkeypatch):
@@ -261,8 +328,8 @@ def test_models_are_kept_up_to_a_number_and_only_variants_are_loaded(folder, mon
     monkeypatch.setattr(studio, "load_denoised", load)
     shared = Studio(f"local-dir:{folder}")
     names = [shared.first, *shared.names[1:3]]
-    for name in (*names, names[2], names[1], names[0]):
-        shared.look(Image.new("RGB", (64, 64)), name)
+    for i, name in enumerate((*names, names[2], names[1], names[0])):
+        shared.look(Image.new("RGB", (64, 64 + i)), name)
     assert loaded == [*names, names[0]] and len(shared.models) == studio.MODELS
     for name in ("local-dir:/etc", "hf-hub:a/b", "vit_tiny_patch16_224"):
         with pytest.raises(UserError, match="not one of the variants"):

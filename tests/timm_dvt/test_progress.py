@@ -13,6 +13,7 @@ from timm_dvt.bars import tqdm
 from timm_dvt.publish import cards
 from timm_dvt.registry import VARIANTS
 from timm_dvt.viewer.demo import DEFAULT_MODEL
+from timm_dvt.viewer.examples import gray
 from timm_dvt.viewer.studio import Studio
 
 
@@ -59,9 +60,9 @@ def test_the_pages_first_example_and_no_visitors_look(tmp_path, capsys):
     from tests.helpers.app_server import small_folder
 
     studio = Studio(f"local-dir:{small_folder(tmp_path)}")
-    assert has_bar(capsys.readouterr().err, "round", 3)
-    studio.example(1, studio.first)
-    assert "round" not in capsys.readouterr().err
+    assert has_bar(capsys.readouterr().err, "state", 2)
+    studio.look(gray(), studio.first)
+    assert "state" not in capsys.readouterr().err
 
 
 class Terminal(io.StringIO):

@@ -1,7 +1,29 @@
 // Runs once for each HTML part of the page. `element`, `trigger` and `watch` are what Gradio gives to it.
 
+function divide(bar) { // whole columns of patches: none is seen in both states
+  const { style, classList } = bar.parentElement;
+  const [value, end] = [Number(bar.value), Number(bar.max)];
+  style.setProperty("--at", `${(100 * value) / end}%`);
+  classList.toggle("dvt-off", value === end);
+  classList.toggle("dvt-on", value === 0);
+}
+
+function flip() { // the whole map, on and then off, in place
+  const bar = element.querySelector(".dvt-bar");
+  if (!bar) return;
+  bar.value = Number(bar.value) === 0 ? bar.max : 0;
+  divide(bar);
+}
+
 element.addEventListener("input", (event) => {
-  if (event.target.matches(".dvt-bar")) event.target.parentElement.style.setProperty("--at", `${event.target.value}%`);
+  if (event.target.matches(".dvt-bar")) divide(event.target);
+});
+element.addEventListener("click", (event) => {
+  if (event.target.closest(".dvt-toggle")) flip();
+});
+document.addEventListener("keydown", (event) => {
+  const typing = event.target.closest?.("input:not([type=range]), textarea, [contenteditable]");
+  if (event.key === "t" && !typing && !event.ctrlKey && !event.metaKey && !event.altKey) flip();
 });
 
 const maps = () => [...element.querySelectorAll(".dvt-pick")];

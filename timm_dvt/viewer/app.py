@@ -13,20 +13,22 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from timm_dvt.errors import UserError
-from timm_dvt.images import PHOTOGRAPHS
 from timm_dvt.variants import DEFAULT_MODEL
 from timm_dvt.viewer import page
 from timm_dvt.viewer import pairs as looks
+from timm_dvt.viewer.examples import EXAMPLES
 from timm_dvt.viewer.studio import Studio
-from timm_dvt.viewer.uploads import KEPT, MAX_PIXELS, SWEEPING, Uploads
+from timm_dvt.viewer.uploads import KEPT, MAX_PIXELS, SUFFIXES, SWEEPING, Uploads
 
-INSTALL = 'pip install "gradio>=6.31,<7"'  # what the extra app holds
+INSTALL = 'pip install "gradio>=6.31,<7" pi-heif'  # what the extra app holds
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 try:
@@ -46,7 +48,12 @@ CLUSTERS = (2, 10)
 CACHE = (SWEEPING, KEPT)  # seconds: how often uploads that nobody took are looked for, and how old those are
 # Gradio's settings of an event. Models compute one at a time; what is only drawn does not wait for them, and of two
 # visitors the one whose look is computed already gets it while the other's is.
-HEAVY: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 2, "api_visibility": "private"}
+HEAVY: dict[str, Any] = {
+    "concurrency_id": "model",
+    "concurrency_limit": 2,
+    "api_visibility": "private",
+    "show_progress": "minimal",  # the place in the queue: what is drawn meanwhile must be seen
+}
 LIGHT: dict[str, Any] = {
     "concurrency_id": "drawing",
     "concurrency_limit": 2,
@@ -97,7 +104,7 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
                 css=f":root {{ --dvt-scale: {page.gradient()}; }}\n{_asset('app.css')}",
                 app_kwargs={
                     "routes": [Route("/dvt/{key}/{name}", download(studio))],
-                    "middleware": [Middleware(Guard, uploads, names_of(host))],
+                    "middleware": [Middleware(Guard, uploads, names_of(host), lambda: busy(blocks, studio))],
                     "docs_url": None,
                     "redoc_url": None,
                     "openapi_url": None,
@@ -113,17 +120,18 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
 def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
     """The page over a studio, the first look drawn already."""
     first, count = studio.find(studio.first_look), looks.CLUSTERS
-    start = _parts(studio.first_look, first, count)
+    title = next(iter(EXAMPLES))
+    start = _parts(studio.first_look, title, first, count)
     with gr.Blocks(title="timm-dvt", analytics_enabled=False, fill_width=True) as blocks:
-        key, patch = gr.State(start.pop(0)), gr.State(start.pop(0))
+        shown, patch = gr.State(start.pop(0)), gr.State(start.pop(0))
         gr.HTML(page.intro(), js_on_load=None)
         with gr.Row():
-            upload = gr.File(label=LIMITS, file_types=["image"], height=130, elem_id="upload")
+            upload = gr.File(label=LIMITS, file_types=["image", *SUFFIXES], height=130, elem_id="upload")
             _read_by(upload, _path)  # Gradio's own reading leaves an empty file for each upload
             with gr.Column():
                 variant = gr.Dropdown(studio.names, value=studio.first, label="Variant", elem_id="variant")
                 with gr.Row(elem_classes="dvt-examples"):
-                    examples = [gr.Button(f"Example: {p.stem}", size="sm", min_width=120) for p in PHOTOGRAPHS]
+                    examples = [gr.Button(f"Example: {name}", size="sm", min_width=120) for name in EXAMPLES]
         notice = gr.HTML(js_on_load=_asset("notice.js").replace("MEGABYTES", MEGABYTES), elem_id="notice")
         overview = gr.HTML(start.pop(0), js_on_load=_asset("app.js"), elem_id="overview")
         alike = gr.HTML(start.pop(0), js_on_load=_asset("app.js"), elem_id="alike")
@@ -137,54 +145,91 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
         rest = gr.HTML(start.pop(0), js_on_load=None, elem_id="rest")
         files = gr.HTML(start.pop(0), js_on_load=None, elem_id="files")
 
-    everything = [notice, key, patch, overview, alike, groups, rest, files]
+    everything = [notice, variant, shown, patch, overview, alike, groups, rest, files]
 
-    def show(make: Callable[[], str], count: int) -> list[Any]:
-        def parts() -> list[Any]:
-            new = make()
-            return _parts(new, studio.find(new), count)
+    def show(take: Callable[[], Image.Image], title: str, old: tuple, name: str, count: int) -> Iterator[list[Any]]:
+        """What `everything` becomes, as it comes; after a failure the look, and the variant, that were there before."""
 
-        return _told(parts, everything)
+        def parts() -> Iterator[list[Any]]:
+            image = take()
+            yield [*_meanwhile(page.pending(image))]
+            for step in studio.steps(image, name):
+                if not isinstance(step, str):
+                    yield [*_meanwhile(page.pending(image, step))]
+                    continue
+                yield ["", gr.skip(), *_parts(step, title, studio.find(step), count)]
 
-    def uploaded(path: str, name: str, count: int) -> list[Any]:
-        # None: the field is free for the next file.
-        return [None, *show(lambda: studio.look_once(uploads.take(path), name), count)]
+        def before() -> list[Any]:
+            look = studio.find(old[0])
+            return [look.model, *[gr.skip()] * 2, page.overview(look), *[gr.skip()] * 4]
 
-    def changed(old: str, name: str, count: int) -> list[Any]:
-        return show(lambda: studio.look_once(studio.find(old).original, name), count)
+        yield from _told(parts, before)
 
-    def example(number: int) -> Callable[[str, int], list[Any]]:
-        return lambda name, count: show(lambda: studio.example(number, name), count)
+    def uploaded(path: str, name: str, count: int, old: tuple) -> Iterator[list[Any]]:
+        for parts in show(lambda: uploads.take(path), Path(path).stem, old, name, count):
+            yield [None, *parts]  # None: the field is free for the next file
 
-    def chosen(old: str, count: int, event: gr.EventData) -> list[Any]:
-        def parts() -> list[Any]:
-            look = studio.find(old)
+    def changed(old: tuple, name: str, count: int) -> Iterator[list[Any]]:
+        try:
+            same = studio.find(old[0]).model == name
+        except UserError:  # which is told below
+            same = False
+        if same:  # a list that was opened and closed sends an event too
+            yield [gr.skip()] * len(everything)
+        else:
+            yield from show(lambda: studio.find(old[0]).original, old[1], old, name, count)
+
+    def example(title: str) -> Callable[[tuple, str, int], Iterator[list[Any]]]:
+        def shown_by(old: tuple, name: str, count: int) -> Iterator[list[Any]]:  # no lambda: Gradio asks for `yield`
+            yield from show(EXAMPLES[title], title, old, name, count)
+
+        return shown_by
+
+    def chosen(old: tuple, count: int, event: gr.EventData) -> Iterator[list[Any]]:
+        def parts() -> Iterator[list[Any]]:
+            look = studio.find(old[0])
             at = look.clamped(event.row, event.column)
-            return [at, page.alike(look, at), page.downloads(old, at, count)]
+            yield ["", at, page.alike(look, at), page.downloads(*old, look.model, at, count)]
 
-        return _told(parts, [notice, patch, alike, files])
+        yield from _told(parts, lambda: [gr.skip()] * 3)
 
-    def counted(old: str, at: tuple[int, int], count: int) -> list[Any]:
-        def parts() -> list[Any]:
-            return [page.groups(studio.find(old), count), page.downloads(old, at, count)]
+    def counted(old: tuple, at: tuple[int, int], count: int) -> Iterator[list[Any]]:
+        def parts() -> Iterator[list[Any]]:
+            look = studio.find(old[0])
+            yield ["", page.groups(look, count), page.downloads(*old, look.model, at, count)]
 
-        return _told(parts, [notice, groups, files])
+        yield from _told(parts, lambda: [gr.skip()] * 2)
 
     with blocks:
-        upload.upload(uploaded, [upload, variant, clusters], [upload, *everything], show_progress_on=overview, **HEAVY)
-        variant.input(changed, [key, variant, clusters], everything, show_progress_on=overview, **HEAVY)
-        for number, button in enumerate(examples):
-            button.click(example(number), [variant, clusters], everything, show_progress_on=overview, **HEAVY)
-        alike.select(chosen, [key, clusters], [notice, patch, alike, files], **LIGHT)
-        clusters.input(counted, [key, patch, clusters], [notice, groups, files], **LIGHT)
+        upload.upload(
+            uploaded, [upload, variant, clusters, shown], [upload, *everything], show_progress_on=overview, **HEAVY
+        )
+        variant.input(changed, [shown, variant, clusters], everything, show_progress_on=overview, **HEAVY)
+        for title, button in zip(EXAMPLES, examples):
+            button.click(example(title), [shown, variant, clusters], everything, show_progress_on=overview, **HEAVY)
+        alike.select(chosen, [shown, clusters], [notice, patch, alike, files], **LIGHT)
+        clusters.input(counted, [shown, patch, clusters], [notice, groups, files], **LIGHT)
     return blocks.queue(max_size=WAITING)
 
 
-def _parts(key: str, look: page.Look, count: int) -> list[Any]:
-    """What a new look changes: its key, the patch chosen, and the parts of the page."""
+def _parts(key: str, title: str, look: page.Look, count: int) -> list[Any]:
+    """What a new look changes: its key and name, the patch chosen, and the parts of the page."""
     at = looks.center(look.off)
     parts = [page.overview(look), page.alike(look, at), page.groups(look, count), page.rest(look)]
-    return [key, at, *parts, page.downloads(key, at, count)]
+    return [(key, title), at, *parts, page.downloads(key, title, look.model, at, count)]
+
+
+def _meanwhile(overview: str) -> list[Any]:
+    return ["", *[gr.skip()] * 3, overview, *[gr.skip()] * 4]
+
+
+def busy(blocks: gr.Blocks, studio: Studio) -> str:
+    """What a visitor is told for whom the queue has no place; nothing while it has."""
+    waiting = len(blocks._queue)
+    if waiting < WAITING:
+        return ""
+    minutes = max(1, round(waiting * studio.seconds / 60))
+    return f"{waiting} visitors are waiting, about {minutes} minute{'s' * (minutes > 1)} in all. Try again after that."
 
 
 def _count(asked: Any) -> int:
@@ -192,16 +237,21 @@ def _count(asked: Any) -> int:
     return round(min(max(asked, CLUSTERS[0]), CLUSTERS[1])) if isinstance(asked, (int, float)) else looks.CLUSTERS
 
 
-def _told(make: Callable[[], list[Any]], outputs: list[Any]) -> list[Any]:
+def _told(make: Callable[[], Iterator[list[Any]]], before: Callable[[], list[Any]]) -> Iterator[list[Any]]:
     """An event's outputs, no notice first; or what is wrong, and all else as it was."""
     try:
-        return ["", *make()]
+        yield from make()
+        return
     except UserError as e:
         told = _sentence(e)
     except Exception as e:  # whatever it is, a visitor reads what to do, and who serves the page where it came from
         traceback.print_exc(file=sys.stderr)
         told = _unforeseen(e)
-    return [page.notice(told), *[gr.skip()] * (len(outputs) - 1)]
+    try:
+        rest = before()
+    except UserError:  # no longer kept
+        rest = [gr.skip()] * 8
+    yield [page.notice(told), *rest]
 
 
 def _unforeseen(error: Exception) -> str:
@@ -247,7 +297,8 @@ def download(studio: Studio) -> Callable[[Request], Response]:
         if name not in page.KINDS:
             return PlainTextResponse("There is no such file.", 404)
         count = _count(count)
-        headers = {"Content-Disposition": f'attachment; filename="{name}"', "Cache-Control": "no-store"}
+        # No name here: the page's link has it, so that what one visitor calls an image reaches no other.
+        headers = {"Content-Disposition": "attachment", "Cache-Control": "no-store"}
         content = page.file(look, name, look.clamped(row, column), count)
         return Response(content, media_type="application/octet-stream", headers=headers)
 

@@ -2,12 +2,13 @@
 
 import asyncio
 import socket
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 
 from timm_dvt.errors import UserError
 from timm_dvt.viewer.uploads import Uploads
@@ -29,10 +30,11 @@ class Guard:
     Args:
         hosts: names under which it may be asked for, or a page from elsewhere could bring a browser to ask here in its
             own name; None for any.
+        busy: says what is answered while nobody else can be taken into the queue; nothing while somebody can.
     """
 
-    def __init__(self, app: Any, uploads: Uploads, hosts: set[str] | None):
-        self.app, self.uploads, self.hosts = app, uploads, hosts
+    def __init__(self, app: Any, uploads: Uploads, hosts: set[str] | None, busy: Callable[[], str]):
+        self.app, self.uploads, self.hosts, self.busy = app, uploads, hosts, busy
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -46,6 +48,9 @@ class Guard:
             return await PlainTextResponse("This page has another name.", 421)(scope, receive, send)
         if scope["method"] not in ("GET", "HEAD") and not path.endswith(POSTS):
             return await PlainTextResponse("There is no such page.", 404)(scope, receive, send)
+        if path.endswith("/queue/join") and (told := self.busy()):
+            # Gradio's page shows what a 429 says; of the 503 with which Gradio itself refuses, it does not.
+            return await JSONResponse({"detail": told}, 429)(scope, receive, send)
         if coming > room:
             return await TOO_LARGE(scope, receive, send)
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -9,14 +10,16 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+from timm_dvt.version import REPOSITORY
 from timm_dvt.viewer import pairs as looks
-from timm_dvt.viewer.colors import SCALE
+from timm_dvt.viewer.colors import SCALE, principal_colors
 from timm_dvt.viewer.demo import EXPLANATION, resizing
+from timm_dvt.viewer.examples import on_position
 from timm_dvt.viewer.panel import Shown, as_image, draw
 
 STATES = ("denoiser off", "denoiser on")
 KINDS = {"picture.png": "Picture", "maps.npy": "Maps, .npy", "maps.safetensors": "Maps, .safetensors"}
-SOURCE = "https://arxiv.org/abs/2401.02957"
+SOURCE, TIMM = "https://arxiv.org/abs/2401.02957", "https://github.com/huggingface/pytorch-image-models"
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,11 @@ class Look:
 
 
 def intro() -> str:
+    links = {"Paper (ECCV 2024)": SOURCE, "timm": TIMM} | ({} if "/OWNER/" in REPOSITORY else {"Code": REPOSITORY})
+    listed = " ".join(f'<a href="{address}">{name}</a>' for name, address in links.items())
     return (
-        f'<header class="dvt-intro"><h1>What a Vision Transformer sees, with its noise and without</h1>'
-        f'<p>{" ".join(EXPLANATION)} (<a href="{SOURCE}">Denoising Vision Transformers</a>, ECCV 2024)</p></header>'
+        f'<header class="dvt-intro"><h1>timm-dvt</h1><p>{" ".join(EXPLANATION)}</p>'
+        f"<p><code>pip install git+{REPOSITORY}</code> {listed}</p></header>"
     )
 
 
@@ -64,7 +69,10 @@ def notice(text: str) -> str:
 
 
 def overview(look: Look) -> str:
-    """The photograph with the facts, and both maps in one frame with a bar to drag."""
+    """The photograph with the facts, and both maps in one frame with a bar to drag and a button that flips them.
+
+    The bar stands between two columns of patches, so that no patch is seen in both states.
+    """
     off, on = (url(as_image(colors)) for colors in looks.colors(look.off, look.on))
     rows, columns = look.grid
     change = resizing(look.original, look.image)
@@ -72,18 +80,41 @@ def overview(look: Look) -> str:
         "variant": look.model,
         "image": f"{look.image.width} x {look.image.height} pixels{f' ({change})' if change else ''}",
         "features": f"{rows} x {columns} patches, {look.off.shape[2]} channels",
+        "computed": f"on {look.device}",
     }
-    return (
-        f'<section class="dvt-row dvt-overview"><div class="dvt-text">{_photograph(look)}<dl>'
-        + "".join(f"<dt>{escape(name)}</dt><dd>{_breakable(value)}</dd>" for name, value in facts.items())
-        + f'</dl></div><div><div class="dvt-compare dvt-map" style="--at: 50%; {_aspect(look)}">'
+    middle = columns // 2
+    maps = (
+        f'<div class="dvt-compare dvt-map" style="--at: {100 * middle / columns:.4f}%; {_aspect(look.image)}">'
         f'<img src="{off}" alt="Features as colors, {STATES[0]}">'
         f'<img class="dvt-over" src="{on}" alt="Features as colors, {STATES[1]}">'
-        f'<input class="dvt-bar" type="range" min="0" max="100" value="50" aria-label="Divider, in percent of the '
-        f'width: left of it the denoiser is off, right of it on"><span class="dvt-line"></span>'
+        f'<input class="dvt-bar" type="range" min="0" max="{columns}" value="{middle}" aria-label="Divider, in columns '
+        f'of patches: left of it the denoiser is off, right of it on"><span class="dvt-line"></span>'
         f'<span class="dvt-left">{STATES[0]}</span><span class="dvt-right">{STATES[1]}</span></div>'
-        f'<p class="dvt-hint">Features as colors: the three principal '
-        f"components of both maps together. Drag the bar, or use the arrow keys.</p></div></section>"
+        '<p class="dvt-flip"><button class="dvt-toggle" type="button">Flip off and on <kbd>t</kbd></button></p>'
+    )
+    position = on_position(look.image)
+    hint = (
+        f"<strong>{position}</strong> " if position else ""
+    ) + "Features as colors: the three principal components of both maps together. Drag the bar, or use the arrow keys."
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{_breakable(value)}</dd>" for name, value in facts.items())
+    return _overview(_photograph(look.image), f"<dl>{listed}</dl>", maps, hint)
+
+
+def pending(image: Image.Image, off: np.ndarray | None = None) -> str:
+    """What is seen of an overview meanwhile: the photograph, the map with the denoiser off once it is there."""
+    waits, maps = STATES[0], ""
+    if off is not None:
+        waits = STATES[1]
+        picture = f'<img src="{url(as_image(principal_colors(off)))}" alt="Features as colors, {STATES[0]}">'
+        maps = f'<div class="dvt-map" style="{_aspect(image)}">{picture}<span class="dvt-left">{STATES[0]}</span></div>'
+    bar = f'<progress max="3" value="{1 if off is None else 2}" aria-label="Progress"></progress>'
+    return _overview(_photograph(image), "", f"{maps}{bar}", f"Computing with the {waits} ...")
+
+
+def _overview(photograph: str, facts: str, maps: str, hint: str) -> str:
+    return (
+        f'<section class="dvt-row dvt-overview"><div class="dvt-text">{photograph}{facts}</div>'
+        f'<div>{maps}<p class="dvt-hint">{hint}</p></div></section>'
     )
 
 
@@ -96,7 +127,7 @@ def alike(look: Look, patch: tuple[int, int]) -> str:
         f'<section class="dvt-row" style="--row: {patch[0]}; --column: {patch[1]}; --rows: {look.grid[0]}; '
         f'--columns: {look.grid[1]}"><div class="dvt-text"><h2>{name}</h2><p>Of every patch to the one in the red '
         f"frame ({at}). Click another in any of the three pictures, or move the frame with the arrow keys.</p>"
-        f"{_pick(_photograph(look), look, 'Photograph', at)}{_scale(scale)}</div>"
+        f"{_pick(_photograph(look.image), look, 'Photograph', at)}{_scale(scale)}</div>"
         + "".join(_figure(_pick(_map(c, look, f"{name}, {s}"), look, s, at), s) for c, s in zip(pair, STATES))
         + "</section>"
     )
@@ -112,8 +143,8 @@ def groups(look: Look, clusters: int) -> str:
     pair, agreement = looks.groups(look.off, look.on, clusters)
     if agreement < looks.AGREEING:
         return (
-            f'<p class="dvt-unsure">k-means finds other groups whenever it starts elsewhere (only {agreement:.0%} of '
-            f"the patches keep theirs), so that {clusters} groups would show chance. Choose another number.</p>"
+            f'<p class="dvt-unsure">k-means finds other groups when it starts elsewhere (only {agreement:.0%} of the '
+            f"patches keep theirs), so that {clusters} groups would show chance. Choose another number.</p>"
         )
     return f'<section class="dvt-pair">{_both(look, pair, STATES, f"{clusters} groups")}</section>'
 
@@ -135,10 +166,14 @@ def rest(look: Look) -> str:
     return "".join(parts)
 
 
-def downloads(key: str, patch: tuple[int, int], clusters: int) -> str:
-    """Links to the files of a look; the picture's shows the patch and the clusters that are on the page."""
+def downloads(key: str, title: str, model: str, patch: tuple[int, int], clusters: int) -> str:
+    """Links to the files of a look, named after the image and the variant; the picture's shows the patch and the
+    clusters that are on the page."""
     chosen = f"?row={patch[0]}&column={patch[1]}&clusters={clusters}"
-    links = (f'<a href="dvt/{key}/{file}{chosen}" download>{label}</a>' for file, label in KINDS.items())
+    stem = re.sub(r"[^\w.-]+", "-", f"{title}_{model}")[-150:].strip("-.")
+    links = (
+        f'<a href="dvt/{key}/{file}{chosen}" download="{stem}_{file}">{label}</a>' for file, label in KINDS.items()
+    )
     return f'<nav class="dvt-files" aria-label="Downloads"><span>Download</span>{"".join(links)}</nav>'
 
 
@@ -191,19 +226,20 @@ def _figure(content: str, caption: str) -> str:
 def _map(colors: np.ndarray, look: Look, alt: str) -> str:
     """One pixel a patch; the browser enlarges it without smoothing."""
     picture = f'<img src="{url(as_image(colors))}" alt="{escape(alt)}">'
-    return f'<div class="dvt-map" style="{_aspect(look)}">{picture}</div>'
+    return f'<div class="dvt-map" style="{_aspect(look.image)}">{picture}</div>'
 
 
-def _photograph(look: Look) -> str:
-    picture = f'<img src="{url(look.image, "JPEG")}" alt="The photograph, as the model sees it">'
-    return f'<div class="dvt-photograph" style="{_aspect(look)}">{picture}</div>'
+def _photograph(image: Image.Image) -> str:
+    picture = f'<img src="{url(image, "JPEG")}" alt="The photograph, as the model sees it">'
+    return f'<div class="dvt-photograph" style="{_aspect(image)}">{picture}</div>'
 
 
 def _pick(content: str, look: Look, name: str, at: str) -> str:
     """A picture in which a patch can be chosen, with a frame around the one that is."""
     return (
         f'<div class="dvt-pick" tabindex="0" role="application" aria-label="{escape(name)}. Patch in {at}. Arrow keys '
-        f'choose another." data-rows="{look.grid[0]}" data-columns="{look.grid[1]}">{content}'
+        f'choose another." data-rows="{look.grid[0]}" data-columns="{look.grid[1]}" style="{_ratio(look.image)}">'
+        f"{content}"
         f'<span class="dvt-frame"></span></div>'
     )
 
@@ -218,5 +254,10 @@ def _breakable(name: str) -> str:
     return escape(name).replace("_", "_<wbr>").replace(".", ".<wbr>")
 
 
-def _aspect(look: Look) -> str:
-    return f"aspect-ratio: {look.image.width} / {look.image.height}"
+def _aspect(image: Image.Image) -> str:
+    return f"aspect-ratio: {image.width} / {image.height}; {_ratio(image)}"
+
+
+def _ratio(image: Image.Image) -> str:
+    """What the style sheet bounds a portrait's width by, so that it fits the screen."""
+    return f"--ratio: {image.width / image.height:.4f}"

@@ -2,17 +2,22 @@
 
 import hashlib
 import secrets
+import sys
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
+from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError
-from timm_dvt.images import PHOTOGRAPHS, read_image
 from timm_dvt.registry import VARIANTS
-from timm_dvt.viewer.demo import load_denoised, measure, prepare
+from timm_dvt.viewer.demo import load_denoised, patch_tokens, prepare
+from timm_dvt.viewer.examples import EXAMPLES
 from timm_dvt.viewer.page import Look
 
 LOOKS, MODELS = 16, 2  # kept in memory; a look is 9 MB with a ViT-S and 17 MB with a ViT-L
@@ -22,7 +27,7 @@ class Studio:
     """What all visitors share: the models, one of which computes at a time, and the last looks.
 
     Args:
-        model: the variant that is chosen first; loaded at once, and shown the first photograph for the page's start.
+        model: the variant that is chosen first; loaded at once, and shown the first example for the page's start.
 
     Raises:
         UserError: it cannot be loaded.
@@ -31,51 +36,47 @@ class Studio:
     def __init__(self, model: str):
         self.first = model
         self.lock = threading.Lock()
-        self.models: OrderedDict[str, nn.Module] = OrderedDict()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.models: OrderedDict[str, nn.Module] = OrderedDict({model: load_denoised(model).to(self.device)})
         self.looks: OrderedDict[str, Look] = OrderedDict()
         self.kept: dict[str, Look] = {}
         self.keys: OrderedDict[tuple, str] = OrderedDict()  # of the looks, by image and variant
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.seconds = 0.0  # that the last look took
         self.names = [v.name for v in VARIANTS.values() if not v.distilled and v.source != "no weights"]
         if model not in self.names:
             self.names.insert(0, model)
-        self.first_look = self.example(0, model, "first example")
+        steps = self.steps(next(iter(EXAMPLES.values()))(), model)
+        *_, self.first_look = tqdm(steps, "first example", unit="state", total=2, leave=False)
         self.kept[self.first_look] = self.looks.pop(self.first_look)  # each visit starts with it
 
-    def example(self, number: int, name: str, label: str = "") -> str:
-        """The key of a look at one of the package's photographs, computed once for all visitors; see `look`."""
-        key = f"{PHOTOGRAPHS[number].stem}-{self.names.index(name)}"
-        if key not in self.looks and key not in self.kept:
-            self.look(read_image(PHOTOGRAPHS[number]), name, key, label)
-        return key
+    def steps(self, image: Image.Image, name: str) -> Iterator[np.ndarray | str]:
+        """Show an image to a variant: its features (H, W, C) with the denoiser off, as soon as they are there, and
+        then the key of what it saw, which nobody can guess.
 
-    def look(self, image: Image.Image, name: str, key: str | None = None, label: str = "") -> str:
-        """Show an image to a variant; returns the key of what it saw, which nobody can guess.
-
-        Args:
-            key: one that may be guessed. label: of a progress bar on stderr; none without.
+        What is kept of the same image, whoever sent it, is not computed again and waits for nobody.
 
         Raises:
             UserError: there is no such variant, or it cannot be loaded.
         """
         if name not in self.names:
             raise UserError(f"{name!r} is not one of the variants")
-        key = key or secrets.token_urlsafe(16)
-        with self.lock:
-            model = self._model(name)
-            resized, pixels = prepare(model, image)
-            off, on = (one.features.numpy() for one in measure(model, pixels.to(self.device), 0, label))
-            _keep(self.looks, key, Look(name, self.device, image, resized, off, on), LOOKS)
-        return key
-
-    def look_once(self, image: Image.Image, name: str) -> str:
-        """As `look`; what is kept of the same image, whoever sent it, is not computed again and waits for nobody."""
         content = (hashlib.sha256(image.tobytes()).digest(), image.size, name)
-        key = self.keys.get(content)
-        if key is None or key not in self.looks:
-            key = self.look(image, name)
-            _keep(self.keys, content, key, LOOKS)
-        return key
+        key = self.keys.get(content, "")
+        if key not in self.looks and key not in self.kept:
+            start = time.perf_counter()
+            _, off = self._features(image, name, False)
+            yield off
+            resized, on = self._features(image, name, True)
+            key = secrets.token_urlsafe(16)
+            _keep(self.looks, key, Look(name, self.device, image, resized, off, on), LOOKS)
+            _keep(self.keys, content, key, 2 * LOOKS)
+            self.seconds = time.perf_counter() - start
+        yield key
+
+    def look(self, image: Image.Image, name: str) -> str:
+        """The key of what a variant saw of an image; see `steps`."""
+        *_, key = self.steps(image, name)
+        return str(key)
 
     def find(self, key: str) -> Look:
         """The look of a key. Raises UserError where it had to make room for others."""
@@ -84,11 +85,26 @@ class Studio:
             raise UserError("This image is no longer kept, because others came since. Choose it again")
         return found
 
+    @torch.inference_mode()
+    def _features(self, image: Image.Image, name: str, state: bool) -> tuple[Image.Image, np.ndarray]:
+        """An image as the model sees it, and its features. The lock is not held from one state to the next: a visitor
+        may be gone before."""
+        with self.lock:
+            model = self._model(name)
+            resized, pixels = prepare(model, image)
+            with model.denoising(state):
+                return resized, patch_tokens(model, pixels.to(self.device)).numpy()
+
     def _model(self, name: str) -> nn.Module:
         if name not in self.models:
             while len(self.models) >= MODELS:  # before the next one is there, or memory would hold one more
                 self.models.popitem(last=False)
-            _keep(self.models, name, load_denoised(name).to(self.device), MODELS)
+            try:
+                model = load_denoised(name)
+            except UserError as e:
+                print(f"{name} cannot be loaded: {e}", file=sys.stderr, flush=True)
+                raise UserError(f"{name} cannot be loaded by this server; its terminal says why") from e
+            _keep(self.models, name, model.to(self.device), MODELS)
         self.models.move_to_end(name)
         return self.models[name]
 

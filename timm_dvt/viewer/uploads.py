@@ -8,12 +8,26 @@ from io import BytesIO
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, features
 
 from timm_dvt.errors import UserError
 from timm_dvt.images import decode
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # not EPS, say, for which Pillow starts another program
+try:
+    from pi_heif import register_heif_opener  # of the extra app: Pillow reads AVIF, and not HEIC
+
+    register_heif_opener()
+    HEIF = ["HEIF"]
+except ImportError:
+    HEIF = []
+
+# Not EPS, say, for which Pillow starts another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else []), *HEIF)
+SUFFIXES = (".heic", ".heif", ".avif")  # which browsers do not all know for images
+REMEDIES = {  # of a file that begins so, where it cannot be read
+    b"avif": "Pillow 11.3 or later reads AVIF",
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"), "pip install pi-heif, to read HEIC"),
+}
 MAX_PIXELS = 25e6
 SIDE = 1536  # pixels of the longer side of what is kept of an image; models see about 518
 ABANDONED = 600  # seconds since its last byte after which a part of an upload is one that nobody goes on sending
@@ -42,11 +56,12 @@ class Uploads:
             UserError: it is no image that can be taken, or no longer here.
         """
         self._sweep()
+        if path in self.taken:  # the folder is named after the content: decoded already
+            _delete(Path(path), self.folder)
+            return self.taken[path]
         try:
             content = Path(path).read_bytes()
         except OSError as e:
-            if path in self.taken:  # the same content under the same name is one file, taken for who came first
-                return self.taken[path]
             raise UserError("This upload is no longer here; choose it again") from e
         _delete(Path(path), self.folder)
         self.taken[path] = read_upload(content)
@@ -99,6 +114,9 @@ def _delete(path: Path, folder: Path) -> None:
 
 def read_upload(content: bytes) -> Image.Image:
     """The image in a file's content, made smaller. Raises UserError."""
+    remedy = REMEDIES.get(content[8:12]) if content[4:8] == b"ftyp" else None
+    if remedy and ("AVIF" if content[8:12] == b"avif" else "HEIF") not in FORMATS:
+        raise UserError(f"This file: this server cannot read its format; save it as JPEG, or there: {remedy}")
     try:
         image = decode(BytesIO(content), "This file", list(FORMATS), MAX_PIXELS)
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
