@@ -15,12 +15,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from timm_dvt.image_files import list_images
+from timm_dvt.shared_folder import OutputError
 from training.common.command import add_model_arguments, complain, help_from, positive
-from training.common.images import list_images
 from training.common.memory import keep_freed_memory
 from training.common.models import load_model, pick_device
 from training.common.recipes import STAGE1, add_recipe
-from training.common.shared_folder import OutputError
 from training.pairs.folder import FAILURES, PRECISIONS, PairFolder
 from training.stage1.many import CROPS, VIEWS, denoise_images, describe_pairs
 from training.stage1.options import add_stage1_arguments, stage1_settings

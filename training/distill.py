@@ -35,10 +35,10 @@ from torch import Tensor, nn
 
 from timm_dvt.attach import remove_denoiser
 from timm_dvt.errors import UnsupportedModelError, UserError
+from timm_dvt.image_files import Source, images_digest, list_images
 from timm_dvt.layouts import meant_size
 from timm_dvt.weights.saving import save_plain
 from training.common.command import add_model_arguments, help_from, positive
-from training.common.images import Source, images_digest, list_images
 from training.common.models import load_model, make_for, pick_device, weights_digest
 from training.common.recipes import STAGE3, add_recipe
 from training.figures.rows import draw_rows

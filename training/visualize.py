@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError, UserError
+from timm_dvt.image_files import Source, decode_image, list_images, read_file
 from timm_dvt.viewer.colors import PALETTE
 from training.common.backbone import FeatureReader
 from training.common.command import add_model_arguments, complain, help_from, positive
-from training.common.images import Source, decode_image, list_images, read_file
 from training.common.models import load_model, pick_device
 from training.common.recipes import STAGE1, add_recipe
 from training.common.views import render_views, whole_view

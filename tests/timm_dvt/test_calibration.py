@@ -15,7 +15,7 @@ from timm_dvt.__main__ import main
 from timm_dvt.calibration.calibrate import calibrate
 from timm_dvt.calibration.samples import blank, canvas, sources
 from timm_dvt.errors import CalibrationError
-from training.common.images import list_images
+from timm_dvt.image_files import list_images
 
 SMALL = {"depth": 2, "img_size": 96, "dynamic_img_size": True}
 

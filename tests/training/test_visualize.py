@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
+from timm_dvt.image_files import list_images, load_image
 from timm_dvt.viewer import pairs as looks
 from timm_dvt.viewer.colors import fit_projection
 from training import visualize
 from training.common.backbone import FeatureReader
-from training.common.images import list_images, load_image
 from training.common.models import load_model
 from training.figures import video
 from training.figures.panels import Row, draw_positional, draw_stage1

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from timm_dvt.viewer.colors import PALETTE, cluster_labels, fit_projection, heat, norms, similarity
+from timm_dvt.viewer.colors import PALETTE, Projection, cluster_labels, fit_projection, heat, norms, similarity
 
 Pair = tuple[np.ndarray, np.ndarray]  # denoiser off and on
 Scale = tuple[float, float]  # the values at the two ends of the color scale
@@ -28,6 +28,17 @@ def colors(off: np.ndarray, on: np.ndarray) -> Pair:
     both = np.stack(centered(off, on))
     first, second = fit_projection(both).colors(both)
     return first, second
+
+
+def patterns(maps: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[Projection]]:
+    """Maps (H, W, C), each without its mean, and their colors' projections, so that equal patterns look equal.
+
+    The components are those of the first two, at equal weight, for the question is what these have in common; the
+    contrast of each projection is stretched to its map.
+    """
+    centered = [one - one.mean(axis=(0, 1)) for one in maps]
+    projection = fit_projection(np.stack([one / max(one.std(), 1e-12) for one in centered[:2]]))
+    return centered, [projection.ranged_on(one) for one in centered]
 
 
 def groups(off: np.ndarray, on: np.ndarray, clusters: int = CLUSTERS) -> tuple[Pair, float]:

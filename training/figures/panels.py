@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from timm_dvt.viewer import pairs as looks
-from timm_dvt.viewer.colors import fit_projection, heat, map_correlation, norms
+from timm_dvt.viewer.colors import heat, map_correlation, norms
 from training.figures.sheet import Sheet
 
 Maps = Mapping[int, np.ndarray]
@@ -100,11 +100,8 @@ def draw_positional(layers: Sequence[int], images: int, zero: Maps, mean: Maps, 
     words = f"{POSITION[1]} Below the mean: its correlation with the blank image, 1 where it is position alone."
     sheet = Sheet(labels, [(f"block {layer}", "") for layer in layers], [], POSITION[0], words)
     for column, layer in enumerate(layers):
-        maps = [m - m.mean(axis=(0, 1)) for m in (zero[layer], mean[layer], one[layer])]
-        # The components of the first two, at equal weight: the question is what they have in common.
-        projection = fit_projection(np.stack([m / max(m.std(), 1e-12) for m in maps[:2]]))
-        for i, centered in zip((0, 2, 3), maps):
-            sheet.picture(i, column, projection.ranged_on(centered).colors(centered))
+        for i, centered, projection in zip((0, 2, 3), *looks.patterns([zero[layer], mean[layer], one[layer]])):
+            sheet.picture(i, column, projection.colors(centered))
         sheet.picture(1, column, *_length(zero[layer]))
         sheet.note(2, column, f"correlation {map_correlation(zero[layer], mean[layer]):.2f}")
     return sheet.figure

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError
+from timm_dvt.image_files import Fingerprint, Source, decode_image, read_file
 from training.common.backbone import FeatureReader
-from training.common.images import Fingerprint, Source, decode_image, read_file
 from training.common.models import DENOISER, weights_digest
 from training.pairs.folder import PairFolder, ValueTooLarge
 from training.stage1.conditioning import IllConditioned

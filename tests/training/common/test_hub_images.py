@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from timm_dvt.shared_folder import OutputError, SettingsDiffer
 from training.common.hub_images import fetch_images
-from training.common.shared_folder import OutputError, SettingsDiffer
 
 datasets = pytest.importorskip("datasets", reason="needs datasets, of the extra test")
 
