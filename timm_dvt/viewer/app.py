@@ -150,16 +150,21 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
     def show(take: Callable[[], Image.Image], title: str, old: tuple, name: str, count: int) -> Iterator[list[Any]]:
         """What `everything` becomes, as it comes; after a failure the look, and the variant, that were there before."""
 
+        taken: list[Image.Image] = []
+
         def parts() -> Iterator[list[Any]]:
             image = take()
-            yield [*_meanwhile(page.pending(image))]
+            taken.append(image)
+            yield _meanwhile(page.pending(image))
             for step in studio.steps(image, name):
                 if not isinstance(step, str):
-                    yield [*_meanwhile(page.pending(image, step))]
+                    yield _meanwhile(page.pending(image, step))
                     continue
                 yield ["", gr.skip(), *_parts(step, title, studio.find(step), count)]
 
         def before() -> list[Any]:
+            if not taken:  # nothing was drawn yet
+                return [gr.skip()] * 8
             look = studio.find(old[0])
             return [look.model, *[gr.skip()] * 2, page.overview(look), *[gr.skip()] * 4]
 
@@ -243,28 +248,15 @@ def _told(make: Callable[[], Iterator[list[Any]]], before: Callable[[], list[Any
         yield from make()
         return
     except UserError as e:
-        told = _sentence(e)
+        told = page.sentence(e)
     except Exception as e:  # whatever it is, a visitor reads what to do, and who serves the page where it came from
         traceback.print_exc(file=sys.stderr)
-        told = _unforeseen(e)
+        told = page.unforeseen(e)
     try:
         rest = before()
     except UserError:  # no longer kept
         rest = [gr.skip()] * 8
     yield [page.notice(told), *rest]
-
-
-def _unforeseen(error: Exception) -> str:
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "not enough memory" in str(error):
-        return "The machine that serves this page has too little memory for this. Take a smaller variant or image."
-    return (
-        f"This went wrong ({type(error).__name__}; the server's terminal says more). Try again, or take another image."
-    )
-
-
-def _sentence(error: UserError) -> str:
-    text = " ".join(str(error).split())
-    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _read_by(field: Any, read: Callable[[Any], Any]) -> None:
@@ -293,7 +285,7 @@ def download(studio: Studio) -> Callable[[Request], Response]:
         try:
             look = studio.find(request.path_params["key"])
         except UserError as e:
-            return PlainTextResponse(_sentence(e), 404)
+            return PlainTextResponse(page.sentence(e), 404)
         if name not in page.KINDS:
             return PlainTextResponse("There is no such file.", 404)
         count = _count(count)

@@ -10,6 +10,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+from timm_dvt.errors import UserError
 from timm_dvt.version import REPOSITORY
 from timm_dvt.viewer import pairs as looks
 from timm_dvt.viewer.colors import SCALE, principal_colors
@@ -66,6 +67,21 @@ def intro() -> str:
 def notice(text: str) -> str:
     """A message that a screen reader reads out; nothing for no text."""
     return f'<p class="dvt-notice" role="alert">{escape(text)}</p>' if text else ""
+
+
+def sentence(error: UserError) -> str:
+    """A message as a sentence in one line."""
+    text = " ".join(str(error).split())
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def unforeseen(error: Exception) -> str:
+    """What a visitor can do about an error that nobody thought of."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "not enough memory" in str(error):
+        return "The machine that serves this page has too little memory for this. Take a smaller variant or image."
+    return (
+        f"This went wrong ({type(error).__name__}; the server's terminal says more). Try again, or take another image."
+    )
 
 
 def overview(look: Look) -> str:
