@@ -25,7 +25,7 @@ def command_lines():
     for package in (training, timm_dvt):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             source = Path(importlib.util.find_spec(module.name).origin).read_text()
-            if "ArgumentParser(" in source and "def main(" in source:
+            if re.search(r"(ArgumentParser|command_parser)\(", source) and "def main(" in source:
                 yield module.name
 
 
