@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import timm_dvt.__main__ as plug_in
-from timm_dvt.viewer.demo import PHOTOGRAPHS
+from timm_dvt.images import PHOTOGRAPHS
+from timm_dvt.verbs import parser_for
 
 ROOT = Path(__file__).parents[1]
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "training/README.md", "CONTRIBUTING.md")}
+PAGES = {
+    name: (ROOT / name).read_text()
+    for name in ("README.md", "training/README.md", "training/RESULTS.md", "CONTRIBUTING.md")
+}
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -48,7 +51,7 @@ def test_there_are_commands_of_both_packages():
 def test_every_command_of_the_pages_parses_and_the_photographs_it_names_are_there(module, arguments):
     assert all((ROOT / name).is_file() for name in arguments if name.endswith(".jpg"))
     if module == "timm_dvt":
-        plug_in._parser().parse_args(arguments)
+        parser_for(arguments).parse_args(arguments)
     elif module == "training.benchmark":
         assert find_spec(f"training.benchmark.{arguments[0]}")
     elif module == "training.report":

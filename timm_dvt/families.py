@@ -1,4 +1,4 @@
-"""Which of timm's model classes can have a denoiser, found out from timm's registry: `python -m timm_dvt families`."""
+"""Which of timm's model classes can have a denoiser, found out from timm's registry: `timm-dvt families`."""
 
 import re
 import sys

@@ -222,6 +222,6 @@ def refuse(model: nn.Module, reason: str) -> NoReturn:
     raise UnsupportedModelError(
         "A denoiser can be added to timm's VisionTransformer (ViT, DeiT, CLIP, DINO, DINOv2, SigLIP, ...) and Eva "
         "(EVA-02, DINOv3, ...), and to every timm model whose final features are the patches of one grid (for "
-        f"all: python -m timm_dvt families), not to {type(model).__name__}: {reason}.{unwrapping(model)}",
+        f"all: timm-dvt families), not to {type(model).__name__}: {reason}.{unwrapping(model)}",
         reason,
     )

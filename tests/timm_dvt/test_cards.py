@@ -26,7 +26,7 @@ def written(name: str) -> str:
 
 
 def test_the_cards_there_are_those_that_would_be_written():
-    assert stale_cards(FOLDER) == [], "run python -m timm_dvt cards"
+    assert stale_cards(FOLDER) == [], "run timm-dvt cards"
 
 
 def test_stale_cards_are_named(tmp_path, capsys, monkeypatch):

@@ -169,5 +169,5 @@ def test_the_list_is_the_table(capsys):
 
 
 def test_a_model_without_a_denoiser_that_cannot_be_fetched_is_told_which_have_one(hub):
-    with pytest.raises(UserError, match=r"Could not fetch timm/resnet50.*; python -m timm_dvt list prints"):
-        demo.create("resnet50", pretrained=True)
+    with pytest.raises(UserError, match=r"Could not fetch timm/resnet50.*; timm-dvt list prints"):
+        demo.load_denoised("resnet50", pretrained=True)

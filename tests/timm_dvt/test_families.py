@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import timm_dvt
+from timm_dvt.errors import UnsupportedModelError
 from timm_dvt.families import examples
-from timm_dvt.layouts import Refused, layout_of
+from timm_dvt.layouts import layout_of
 
 README = Path(__file__).parents[2] / "training" / "README.md"
 
@@ -133,7 +134,7 @@ def sweep(folder, most: float) -> tuple[set[str], dict[str, str]]:
         kind = type(sketch).__name__
         try:
             layout_of(sketch)
-        except Refused as e:
+        except UnsupportedModelError as e:
             refused[kind] = e.reason
             continue
         supported.add(kind)

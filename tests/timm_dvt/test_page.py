@@ -240,9 +240,9 @@ def test_models_are_kept_up_to_a_number_and_only_variants_are_loaded(folder, mon
 
     def load(name):
         loaded.append(name)
-        return timm.create_model(f"local-dir:{folder}", pretrained=True), ""
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
 
-    monkeypatch.setattr(studio, "load_model", load)
+    monkeypatch.setattr(studio, "load_denoised", load)
     shared = Studio(f"local-dir:{folder}")
     names = [shared.first, *shared.names[1:3]]
     for name in (*names, names[2], names[1], names[0]):

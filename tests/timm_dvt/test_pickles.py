@@ -10,7 +10,8 @@ import torch
 
 import timm_dvt
 from tests.helpers import authors, reference
-from timm_dvt.weights import pickles, read_checkpoint
+from timm_dvt.weights import pickles
+from timm_dvt.weights.checkpoints import read_checkpoint
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Every command line says how it is used: a stray % or a broken option would only show when a user asks."""
 
-import argparse
 import configparser
 import importlib
 import importlib.util
@@ -15,9 +14,7 @@ import pytest
 import timm_dvt
 import training
 from timm_dvt import __main__ as commands
-
-(_VERBS,) = (a for a in commands._parser()._actions if isinstance(a, argparse._SubParsersAction))
-VERBS = list(_VERBS.choices)
+from timm_dvt.verbs import VERBS, parser_for
 
 
 def command_lines():
@@ -25,7 +22,7 @@ def command_lines():
     for package in (training, timm_dvt):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             source = Path(importlib.util.find_spec(module.name).origin).read_text()
-            if re.search(r"(ArgumentParser|command_parser)\(", source) and "def main(" in source:
+            if re.search(r"(ArgumentParser|parser_for|command_parser)\(", source) and "def main(" in source:
                 yield module.name
 
 
@@ -40,6 +37,15 @@ def test_help_exits_with_0_and_names_its_options(name, capsys, monkeypatch):
         importlib.import_module(name).main(["--help"])
     assert leaving.value.code == 0
     assert "--help" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_of_the_command_need_no_torch(option):
+    code = (
+        f"import sys; sys.argv = ['timm-dvt', {option!r}]; sys.modules.update(torch=None, timm=None); import timm_dvt"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr) == (0, "") and "timm-dvt" in answer.stdout
 
 
 IN = ["--images", "photos", "--out", "OUT", "--model", "nobody_s_model"]
@@ -104,7 +110,7 @@ def test_the_help_of_a_verb_shows_an_example_that_the_command_line_takes(verb, c
         commands.main([verb, "--help"])
     assert leaving.value.code == 0
     (example,) = re.findall(r"^Example: timm-dvt (.*)$", capsys.readouterr().out, re.MULTILINE)
-    assert commands._parser().parse_args(example.split()).command == verb
+    assert parser_for(example.split()).parse_args(example.split()).command == verb
 
 
 def test_the_installed_command_and_the_module_are_the_same():

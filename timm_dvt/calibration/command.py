@@ -1,4 +1,4 @@
-"""python -m timm_dvt calibrate: a model by name, calibrated, saved as a folder, and drawn before and after."""
+"""timm-dvt calibrate: a model by name, calibrated, saved as a folder, and drawn before and after."""
 
 import argparse
 import io

@@ -25,7 +25,7 @@ from timm_dvt.weights.files import write_whole
 NAMESPACE = "NAMESPACE"
 NOTE = (
     f"> `{NAMESPACE}` stands for the account this card is published under: nothing is on the Hub before somebody runs\n"
-    "> `python -m timm_dvt push`, which fills it in."
+    "> `timm-dvt push`, which fills it in."
 )
 TAGS = ["timm", "timm-dvt", "vision-transformer", "dense-features", "denoising-vision-transformers"]
 DATASETS = {"PASCAL VOC": "pascal-voc", "ImageNet-1k": "ILSVRC/imagenet-1k"}

@@ -69,7 +69,7 @@ def _cards(args: argparse.Namespace) -> None:
     if not args.check:
         print(f"wrote {len(write_cards(args.out, progress=True))} cards to {args.out}")
     elif stale := stale_cards(args.out, progress=True):
-        raise UserError(f"stale in {args.out}: {', '.join(stale)}; run python -m timm_dvt cards --out {args.out}")
+        raise UserError(f"stale in {args.out}: {', '.join(stale)}; run timm-dvt cards --out {args.out}")
 
 
 def _push(args: argparse.Namespace) -> None:

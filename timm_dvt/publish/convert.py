@@ -37,10 +37,7 @@ def convert(source: str | None, model: str, out: str | os.PathLike, denoiser_onl
     if out.exists() and not out.is_dir():
         raise UserError(f"cannot write {out}: it is a file, and a folder is needed")
     overlay: Any = {} if source is None else {"pretrained_cfg_overlay": {"file": find(source)}}
-    try:
-        network = timm.create_model(model, pretrained=True, **overlay)
-    except ValueError as e:
-        raise UserError(f"{model} cannot be made: {e}") from e
+    network = timm.create_model(model, pretrained=True, **overlay)
     try:
         if variant.distilled:
             save_plain(network, out, variant.backbone)
@@ -57,8 +54,7 @@ def known_variant(name: str) -> Variant:
     """The variant of that name. Raises UserError for one that is not there, or has no weights."""
     if name not in VARIANTS:
         raise UserError(
-            f"{name!r} is not a variant; python -m timm_dvt list prints the names there are"
-            f"{did_you_mean(name, list(VARIANTS))}"
+            f"{name!r} is not a variant; timm-dvt list prints the names there are{did_you_mean(name, list(VARIANTS))}"
         )
     return VARIANTS[name]
 

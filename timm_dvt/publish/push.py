@@ -51,7 +51,7 @@ def push(
     is_folder = Path(target).is_dir()
     if not is_folder and target not in VARIANTS:
         raise UserError(
-            f"{target!r} is neither a folder nor a variant; python -m timm_dvt list prints the variants"
+            f"{target!r} is neither a folder nor a variant; timm-dvt list prints the variants"
             f"{did_you_mean(target, list(VARIANTS))}"
         )
     if not is_folder and not has_weights(VARIANTS[target]):
@@ -179,7 +179,7 @@ def _gather(folder: Path, repo_id: str, temporary: Path) -> dict[str, Path]:
     """The files to publish, by their names in the repo; the card gets the repo's id. Raises UserError."""
     for name in FILES:
         if not is_inside(folder, name) and name != "README.md":
-            raise UserError(f"{folder} has no {name}; timm_dvt.save_pretrained or python -m timm_dvt convert makes one")
+            raise UserError(f"{folder} has no {name}; timm_dvt.save_pretrained or timm-dvt convert makes one")
     try:
         with safetensors.safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
             denoiser_only = all(key.startswith("denoiser.") for key in file.keys())

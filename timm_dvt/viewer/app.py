@@ -1,7 +1,7 @@
 """A page to play with: an image's features with the denoiser off and on, in a browser.
 
-    python -m timm_dvt app                                            # http://127.0.0.1:7860
-    python -m timm_dvt app --model vit_base_patch14_dinov2.lvd142m_dvt --port 8000
+    timm-dvt app                                            # http://127.0.0.1:7860
+    timm-dvt app --model vit_base_patch14_dinov2.lvd142m_dvt --port 8000
 
 An upload's file is deleted as soon as it is read; of what was computed, the last looks stay in memory. The only module
 that imports Gradio (extra `app`).

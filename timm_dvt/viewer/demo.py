@@ -16,9 +16,10 @@ from torch import nn
 
 from timm_dvt.attach import Denoised
 from timm_dvt.bars import tqdm
-from timm_dvt.errors import UserError
+from timm_dvt.errors import UserError, WeightsNotFoundError
 from timm_dvt.images import PHOTOGRAPHS, read_image
-from timm_dvt.loading import load_model
+from timm_dvt.loading import SCHEMES, load_model
+from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import DEFAULT_MODEL
 from timm_dvt.viewer.panel import Shown, draw
 from timm_dvt.weights.files import write_whole
@@ -114,7 +115,13 @@ def check_output(out: str) -> tuple[Path, str]:
 
 def load_denoised(name: str, pretrained: bool = True) -> nn.Module:
     """A model of that name that has a denoiser to switch. Raises UserError."""
-    model = load_model(name, pretrained)
+    try:
+        model = load_model(name, pretrained)
+    except WeightsNotFoundError as error:
+        if name in VARIANTS or name.startswith(SCHEMES):
+            raise
+        text = str(error).rstrip(".")
+        raise UserError(f"{text}; timm-dvt list prints the models that have a denoiser") from error
     if not isinstance(model, Denoised) or model.denoiser is None:
         raise UserError(f"{name!r} has no denoiser to switch; timm-dvt list prints those that have")
     if model.in_chans != 3:

@@ -27,14 +27,14 @@ State = dict[str, torch.Tensor]
 Grid = tuple[int, int]
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A file that cannot be loaded: damaged, not a checkpoint, or made for another model. Names the file."""
 
     def __init__(self, message: str):
         super().__init__(printable(message))  # in which names are that come from the file
 
 
-class ConfigError(CheckpointError, ValueError, TypeError):
+class ConfigError(CheckpointError, TypeError):
     """A config.json that no model can be made by. Names the file; what is wrong with an argument in it is its cause.
 
     It stays what timm and torch raise for wrong arguments, as these may also be the caller's.

@@ -236,7 +236,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     for name in args.models:
         if name not in VARIANTS or VARIANTS[name].distilled:
-            parser.error(f"--models: {name!r} is not a variant with a denoiser; python -m timm_dvt list prints them")
+            parser.error(f"--models: {name!r} is not a variant with a denoiser; timm-dvt list prints them")
     if min(args.rounds, args.threads, *args.batch_sizes, *(args.size or [1])) < 1:
         parser.error("--rounds, --threads, --batch-sizes and --size take numbers from 1 on")
 

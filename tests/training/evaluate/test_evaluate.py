@@ -272,7 +272,7 @@ def test_one_missing_mask_is_named(model, data, tmp_path, capsys):
     "words, message",
     [
         (["depth", "--dataset", "voc"], "dataset voc has no depth; those that have: nyu"),
-        (["knn-seg", "--dataset", "stamps", "--set", "neighbors=3"], "knn-seg has the settings neighbors"),
+        (["knn-seg", "--dataset", "stamps", "--set", "nearest=3"], "knn-seg has the settings neighbors"),
         (["knn-seg", "--dataset", "stamps", "--set", "neighbors=many"], "'many' is not a value like 20"),
         (["knn-seg", "--dataset", "stamps", "--set", "bank_share=0"], "bank_share must be in (0, 1], got 0"),
         (["detection", "--dataset", "stamps", "--set", "finest=3"], "finest must be one of (4, 2, 1), got 3"),

@@ -17,9 +17,9 @@ from training.evaluate.detection.average_precision import Detections, voc_map
 from training.evaluate.detection.detector import SimplePyramid, fixed_positions
 from training.evaluate.discovery import is_correct, lost
 from training.evaluate.position import share as position
+from training.evaluate.segmentation import knn as knn_seg
+from training.evaluate.segmentation import linear as linear_seg
 from training.evaluate.segmentation.score import SegmentationScore
-from training.evaluate.segmentation.score import knn as knn_seg
-from training.evaluate.segmentation.score import linear as linear_seg
 
 # ---- segmentation
 

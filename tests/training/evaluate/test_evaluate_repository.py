@@ -11,7 +11,7 @@ from tests.helpers import small_datasets
 from training.evaluate import probe
 from training.evaluate.__main__ import main
 from training.evaluate.data.datasets import open_dataset
-from training.evaluate.segmentation.score import repository as linear_seg
+from training.evaluate.segmentation import repository as linear_seg
 from training.evaluate.tasks import tasks_of
 from training.loop.checkpoints import save_checkpoint
 

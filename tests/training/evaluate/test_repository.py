@@ -17,8 +17,8 @@ from training.evaluate.features.cached import Extractor
 from training.evaluate.features.live import LiveFeatures
 from training.evaluate.probe import Validations
 from training.evaluate.run import Run
+from training.evaluate.segmentation import repository as linear_seg
 from training.evaluate.segmentation.score import SegmentationScore
-from training.evaluate.segmentation.score import repository as linear_seg
 
 ARGS = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 64, "num_heads": 2, "num_classes": 0}
 
