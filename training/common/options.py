@@ -8,6 +8,7 @@ from dataclasses import MISSING, field, fields, is_dataclass, replace
 from inspect import get_annotations
 from typing import Any
 
+from timm_dvt.errors import UserError
 from training.common.command import at_least
 
 
@@ -78,3 +79,13 @@ def build(settings: Any, args: argparse.Namespace, within: bool = False) -> Any:
             given = getattr(args, dest)
             changes[item.name] = tuple(given) if isinstance(given, list) else given
     return settings(**changes) if isinstance(settings, type) else replace(settings, **changes)
+
+
+def check(settings: Any) -> None:
+    """Raise UserError if a field's value is none of its choices, or below the smallest: what a command line refuses."""
+    for item in fields(settings):
+        value, choices, least = getattr(settings, item.name), item.metadata.get("choices"), item.metadata.get("least")
+        if choices is not None and value not in choices:
+            raise UserError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
+        if least is not None and value != item.default and not value >= least:
+            raise UserError(f"{item.name} must be {least} or more, got {value}")

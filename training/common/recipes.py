@@ -1,7 +1,8 @@
 """Recipes: the settings of all three stages as the paper has them, as its repository has them, and as ours.
 
-`--recipe paper` and `--recipe repository` set the defaults of a command; every other option still overrides. The
-repository is github.com/Jiawei-Yang/Denoising-ViT at its newest commit: main_img_denoising.py (stage 1),
+`--recipe paper` and `--recipe repository` set the defaults of a command; every other option still overrides. As
+instances of their data classes they are in stage1/settings.py, stage2/train.py and stage3/train.py. The repository is
+github.com/Jiawei-Yang/Denoising-ViT at its newest commit: main_img_denoising.py (stage 1),
 main_denoiser.py and sample_scripts/stage2.sh (stage 2), main_distillation.py and sample_scripts/stage3.sh (stage 3).
 A dash says that the source is silent; then ours stands.
 

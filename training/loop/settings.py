@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from timm_dvt.errors import UserError
 from training.common.backbone import DTYPES
 from training.common.command import whole
-from training.common.options import option
+from training.common.options import check, option
 from training.loop.distance import DISTANCES
 from training.loop.distributed import Processes
 from training.loop.order import split_places
@@ -107,16 +107,9 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be 1 or more, got {self.batch_size}")
-        if self.weight_decay < 0:
-            raise UserError(f"weight_decay must be 0 or more, got {self.weight_decay}")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check(self)
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"val_fraction must be at least 0 and below 1, got {self.val_fraction}")
-        if self.loss not in DISTANCES:
-            raise UserError(f"loss must be one of {', '.join(DISTANCES)}, got {self.loss!r}")
         if not isinstance(self.lr, AtBatch256):
             _ = self.schedule
 

@@ -146,12 +146,12 @@ class Stage2Training(FolderTraining):
         """
         training, validation = pairs.split(settings.val_fraction, settings.seed)
         self.denoisers = make_denoisers(pairs, settings.arch, settings.blocks, settings.seed)
-        if not ARCHITECTURES[settings.arch].trains:
-            subtract_mean_artifacts(self.denoisers, make_reader(training, ("artifacts",)))
-            settings = replace(settings, steps=0, warmup=0)  # what follows only validates
         self.settings, self.backbone = settings, backbone
         module = Stage2(self.denoisers, pairs.grid, settings.loss).to(device)
         super().__init__(module, settings, len(training.files), device, processes)
+        if not ARCHITECTURES[settings.arch].trains:
+            subtract_mean_artifacts(self.denoisers, make_reader(training, ("artifacts",)))
+            self.steps, self.schedule = 0, replace(self.schedule, steps=0, warmup=0)  # what follows only validates
         self.reader = make_reader(training, parts_for(settings.target))
         shown = make_reader(validation if validation.files else training, parts_for(settings.target))
         self.validation = Validation(shown, settings.target, device, self.autocasting)
