@@ -29,7 +29,6 @@ from torch import nn
 from timm_dvt import calibrate, save_pretrained
 from timm_dvt.attach import timm_name
 from timm_dvt.errors import ImageError, UserError
-from training.common.backbone import FeatureReader
 from training.common.command import add_model_arguments, at_least, command_parser, positive
 from training.common.hub_images import SCHEME, fetch_images
 from training.common.images import Source, list_images, load_image
@@ -77,10 +76,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--limit", type=at_least(LEAST_IMAGES), default=IMAGES, help="at most so many images (%(default)s)"
     )
-    add_options(parser, Stage1Settings, "views", "input_size", "dtype")
+    add_options(parser, Stage1Settings, "input_size", "dtype", views="forward passes an image (%(default)s)")
     parser.add_argument("--steps", type=positive, help="of stage 2 (default: 15 epochs at 8, 150 at least)")
     keep_length = "bring clean tokens to the length of the raw ones (default: yes)"
-    add_options(parser, Stage2Settings, "target", "blank_gate", keep_length=keep_length)
+    add_options(parser, Stage2Settings, "blank_gate", target="of stage 2 (%(default)s)", keep_length=keep_length)
     parser.add_argument(
         "--leftover",
         action=argparse.BooleanOptionalAction,
@@ -107,10 +106,7 @@ def run(args: argparse.Namespace) -> None:
     with join_processes(device) as processes:
         stage2 = stage2_settings(args, len(seen), processes)
         if processes.first:
-            print(
-                cost(stage1.reader(model), stage1, stage2, len(seen), processes.count, args.leftover, args.pairs),
-                flush=True,
-            )
+            print(cost(model, stage1, stage2, len(seen), processes.count, args.leftover, args.pairs), flush=True)
         # Until stage 2 begins, nothing has come of these images but pairs, each of one image alone.
         undecided = ("pairs",) if args.steps else ("pairs", "steps")
         with only_run(
@@ -202,7 +198,7 @@ def pairs_on_disk(
 
 
 def cost(
-    reader: FeatureReader,
+    model: nn.Module,
     stage1: Stage1Settings,
     stage2: Stage2Settings,
     images: int,
@@ -211,6 +207,7 @@ def cost(
     on_disk: bool,
 ) -> str:
     """What the run will take here, in words, from a timed batch of the backbone and of a denoiser."""
+    reader = stage1.reader(model)
     each = seconds_a_view(reader, stage1.batch_size)
     grid = (reader.grid, reader.grid)
     pairs = PairSet(Path(), (), (0,), grid, reader.channels, {})
