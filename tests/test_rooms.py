@@ -12,7 +12,8 @@ FLOORS = (
     {"loop", "figures"},
     {"pairs"},
     {"stage1", "stage2", "stage3", "evaluate"},
-    {"commands", "benchmark"},
+    {"reproduction"},
+    {"commands", "benchmark", "rivals"},
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -68,13 +69,14 @@ def test_no_command_imports_a_command():
 # Of the plug-in: a flat core, and rooms that stand on it. A module may import those of its own floor and of lower ones.
 PLUG_IN = (
     {"errors", "version", "verbs", "interrupts", "bars", "defaults", "timm_private"},
-    {"images", "layouts", "variants", "architectures", "denoiser"},
+    {"images", "image_files", "layouts", "variants", "architectures", "denoiser"},
     {"feature_methods", "denoised", "attach", "reading", "families"},
     {"weights"},
-    {"building", "registry", "loading"},
+    {"building", "registry", "loading", "shared_folder"},
     {"viewer", "listing"},
+    {"extraction"},
     {"calibration"},  # draws its picture with the viewer's panel
-    {"publish"},
+    {"publish", "inspection"},
     {"__init__", "__main__"},
 )
 FLOOR_IN_PLUG_IN = {name: number for number, names in enumerate(PLUG_IN) for name in names}

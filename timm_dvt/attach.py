@@ -89,9 +89,10 @@ def new_denoisers(
     out = pos_embed_out if isinstance(pos_embed_out, bool) else to_2tuple(pos_embed_out)
     rows, columns = to_2tuple(layout.grid if grid_size is None else grid_size)
     weight = next(model.parameters())
-    options: Any = (depth, num_heads, pos_embed, arch, keep_length, out, blank_gate)
+    factory: Any = {"device": weight.device, "dtype": weight.dtype}
+    options = (depth, num_heads, pos_embed, arch, keep_length, out, blank_gate)
     new = {
-        block: Denoiser(layout.channels, (rows, columns), *options, device=weight.device, dtype=weight.dtype)
+        block: Denoiser(layout.channels, (rows, columns), *options, **factory)
         for block in sorted({block % count for block in wanted})
     }
     return combine(new, final=count - 1)

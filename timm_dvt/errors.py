@@ -25,5 +25,9 @@ class CalibrationError(UserError):
     """A model or images that a denoiser cannot be calibrated with."""
 
 
+class InspectionError(UserError):
+    """A model or images that cannot be inspected."""
+
+
 class WeightsNotFoundError(UserError, RuntimeError):
     """Weights that cannot be had: of the wrong name, without a network, without access."""

@@ -1,11 +1,14 @@
 """Models by their names: timm.create_model with its files checked, one error for all that fails, help with a typo."""
 
 import difflib
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 from timm_dvt.building import checked_file
 from timm_dvt.errors import UserError, WeightsNotFoundError
@@ -71,3 +74,34 @@ def did_you_mean(name: str, names: list[str] | None = None) -> str:
     names = names or [*timm.list_models(), *timm.list_pretrained()]
     near = [] if name in names or name.startswith(SCHEMES) else difflib.get_close_matches(name, names)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def weights_digest(model: nn.Module, without: str | None = None) -> str:
+    """sha256 over names, shapes, types and values of all weights, so that two checkpoints differ.
+
+    Args:
+        without: leave out weights whose names begin so.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if without is not None and name.startswith(without):
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; "auto" is this process's GPU (torchrun's LOCAL_RANK) if there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        return torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device must be one that torch has here, got {name!r}: {error}") from error

@@ -13,11 +13,19 @@ from timm_dvt.version import __version__
 VERBS = {
     "demo": ("draw features with the denoiser off and on", "timm_dvt.viewer.command:add_demo"),
     "app": ("serve a page to play with in a browser", "timm_dvt.viewer.command:add_app"),
+    "inspect": (
+        "tell what kind of artifacts a timm ViT has, how much, and what helps",
+        "timm_dvt.inspection.command:add_inspect",
+    ),
     "families": ("print which of timm's classes can have a denoiser", "timm_dvt.listing:add_families"),
     "list": ("print the variants and where their weights come from", "timm_dvt.listing:add_list"),
     "calibrate": (
         "give any supported timm ViT a denoiser, without training",
         "timm_dvt.calibration.command:add_calibrate",
+    ),
+    "extract": (
+        "write clean features of a folder, a data set or a video",
+        "timm_dvt.extraction.command:add_extract",
     ),
     "convert": (
         "write a variant's published weights as a folder of safetensors",

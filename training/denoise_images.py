@@ -15,19 +15,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from timm_dvt.image_files import list_images
+from timm_dvt.shared_folder import OutputError
 from training.common.command import add_model_arguments, command_parser, complain, positive
-from training.common.images import list_images
 from training.common.memory import keep_freed_memory
 from training.common.models import load_model, pick_device
 from training.common.options import add_options, build
 from training.common.recipes import add_recipe
-from training.common.shared_folder import OutputError
 from training.pairs.folder import FAILURES, PRECISIONS, PairFolder
-from training.stage1.many import CROPS, VIEWS, denoise_images, describe_pairs
+from training.stage1.many import STAGE1, denoise_images, describe_pairs
 from training.stage1.progress import is_first_process
-from training.stage1.settings import Stage1Settings, stage1_recipes
-
-RECIPES = stage1_recipes(Stage1Settings(views=VIEWS, crops=CROPS))
+from training.stage1.settings import Stage1Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sources = list_images(args.images, args.limit)
         device = pick_device(args.device)
         model = load_model(args.model, pretrained=args.pretrained, seed=args.seed)
-        settings = build(RECIPES[args.recipe], args).settled(model)
+        settings = build(STAGE1[args.recipe], args).settled(model)
         folder = PairFolder(args.out, describe_pairs(args.model, args.pretrained, model, settings), args.precision)
     except OutputError as error:
         return complain(3, error)
@@ -67,7 +65,7 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="half", help="of the maps on disk (default: %(default)s)"
     )
-    add_recipe(parser, RECIPES, argv)
+    add_recipe(parser, STAGE1, argv)
     return parser
 
 

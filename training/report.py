@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from timm_dvt.publish.published import SEVEN, Key, Numbers, Source, numbers_for
+from timm_dvt.shared_folder import OutputError, write_atomically
 from timm_dvt.variants import SUFFIXES
 from training.common.command import help_from
-from training.common.shared_folder import OutputError, write_atomically
 from training.evaluate.results import OF_PAIRS, Row, columns_of, heading, meaning, read_rows
 from training.evaluate.tasks import TASKS, load_task
 from training.figures.page import Picture, Section, Table, Text, page

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.common.images import Fingerprint, Source
+from timm_dvt.image_files import Fingerprint, Source
 from training.pairs.folder import PairFolder, pair_file
 
 MODEL = ["--model", "test_vit", "--no-pretrained"]  # 6 blocks of 64 channels, patches of 16 pixels

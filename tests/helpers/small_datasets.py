@@ -157,6 +157,45 @@ def davis(folder: Path, train: int, val: int) -> None:
             save(folder / "Annotations" / "480p" / name / f"{frame:05d}.png", mask)
 
 
+def spair(folder: Path, train: int, val: int) -> None:
+    """Pairs of a square each, whose corners correspond; boxes lack a strip of it, so that they have a longer side."""
+    names = []
+    for i, (source, target) in enumerate(_pairs(val)):
+        for name, scene in (("s", source), ("t", target)):
+            save(folder / "JPEGImages" / "bird" / f"{i}{name}.jpg", scene.image)
+        names.append(f"{i:06d}-{i}s-{i}t:bird")
+        (box, other) = (scene.objects[0][1] for scene in (source, target))
+        points = {
+            "src_kps": _corners(box),
+            "trg_kps": _corners(other),
+            "trg_bndbox": [*other[:3], other[3] - 8],
+            "category": "bird",
+        }
+        record = {"src_imname": f"{i}s.jpg", "trg_imname": f"{i}t.jpg", **points}
+        write(folder / "PairAnnotation" / "test" / f"{names[-1]}.json", json.dumps(record))
+    write(folder / "Layout" / "large" / "test.txt", "\n".join(names))
+
+
+def pfpascal(folder: Path, train: int, val: int) -> None:
+    rows = ["source_image,target_image,class,XA,YA,XB,YB"]
+    for i, pair in enumerate(_pairs(val)):
+        names = [f"PF-dataset-PASCAL/JPEGImages/{i}{side}.jpg" for side in "ab"]
+        for name, scene in zip(names, pair):
+            save(folder / name, scene.image)
+        axes = [";".join(map(str, axis)) for scene in pair for axis in zip(*_corners(scene.objects[0][1]))]
+        rows.append(",".join([*names, "3", *axes]))
+    write(folder / "PF-dataset-PASCAL" / "test_pairs_pf_pascal.csv", "\n".join(rows) + "\n")
+
+
+def _pairs(count: int) -> list[tuple[Scene, Scene]]:
+    return [(Scene(i), Scene(i + 3 * count)) for i in range(count)]
+
+
+def _corners(box: list[int]) -> list[list[int]]:
+    x0, y0, x1, y1 = box
+    return [[x0, y0], [x1 - 1, y0], [x0, y1 - 1], [x1 - 1, y1 - 1], [(x0 + x1) // 2, (y0 + y1) // 2]]
+
+
 def imagefolder(folder: Path, train: int, val: int) -> None:
     for part, count in (("train", train), ("val", val)):
         for i, scene in enumerate(scenes(part, count)):

@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from timm_dvt.__main__ import main
 from timm_dvt.calibration.calibrate import calibrate
 from timm_dvt.calibration.samples import blank, canvas, sources
 from timm_dvt.errors import CalibrationError
-from training.common.images import list_images
+from timm_dvt.image_files import list_images
 
 SMALL = {"depth": 2, "img_size": 96, "dynamic_img_size": True}
 
@@ -239,18 +237,18 @@ def test_a_folder_is_walked_as_training_walks_it_and_broken_files_are_left_out_a
         sources([folder / "a.png", folder / "none.jpg"], 9)
 
 
-def test_the_command_leaves_broken_files_out_and_names_them(tmp_path):
+def test_the_command_leaves_broken_files_out_and_names_them(tmp_path, caplog, capsys):
     (tmp_path / "photos").mkdir()
     for i, image in enumerate(photographs(4)):
         image.save(tmp_path / "photos" / f"{i}.png")
     (tmp_path / "photos" / "0.jpg").write_bytes(b"no image")
-    command = [sys.executable, "-m", "timm_dvt", "calibrate", "--model", "test_vit", "--no-pretrained", "--views", "32"]
+    command = ["calibrate", "--model", "test_vit", "--no-pretrained", "--views", "32"]
     for images in ([tmp_path / "photos"], sorted((tmp_path / "photos").iterdir())):
         words = [*command, "--images", *map(str, images), "--out", str(tmp_path / f"out{len(images)}")]
-        told = subprocess.run(words, capture_output=True, text=True)
-        assert told.returncode == 0, told.stderr
-        assert f"left out {tmp_path / 'photos' / '0.jpg'}: not an image" in told.stderr
-        assert "of 4 images" in told.stdout
+        caplog.clear()
+        assert main(words) == 0
+        assert f"left out {tmp_path / 'photos' / '0.jpg'}: not an image" in caplog.text
+        assert "of 4 images" in capsys.readouterr().out
 
 
 def test_blank_images_are_normalized_and_none_like_another():

@@ -71,7 +71,7 @@ def killed_at(replacement: int, folder: Path) -> None:
     assert run.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("replacement", [1, 2])
+@pytest.mark.parametrize("replacement", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_saving_over_a_folder_and_killed_leaves_none_that_mixes_two_models(replacement, tmp_path):
     folder = save(denoised(0), tmp_path / "m")
     killed_at(replacement, folder)

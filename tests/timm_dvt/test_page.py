@@ -12,12 +12,13 @@ import safetensors.numpy
 import timm
 import torch
 from PIL import Image
+from sklearn.decomposition import PCA
 
 import timm_dvt
 from timm_dvt.errors import UserError
 from timm_dvt.viewer import page, studio
 from timm_dvt.viewer import pairs as looks
-from timm_dvt.viewer.colors import PALETTE, fit_projection
+from timm_dvt.viewer.colors import PALETTE
 from timm_dvt.viewer.page import Look
 from timm_dvt.viewer.studio import Studio
 from timm_dvt.viewer.uploads import FORMATS, SIDE, read_upload
@@ -31,7 +32,7 @@ def maps(*grid: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture
 def look():
     image = Image.new("RGB", (128, 96), "gray")
-    return Look("a<b>_dvt", "cpu", image, image, *maps(6, 8), (10.0, 11.0))
+    return Look("a<b>_dvt", "cpu", image, image, *maps(6, 8))
 
 
 @pytest.fixture(scope="module")
@@ -69,35 +70,44 @@ class Parts(HTMLParser):
 # ---- looks
 
 
-def test_colors_keep_their_meaning_from_map_to_map():
-    """The strongest component of one map is the weakest of the other, and has one color in both."""
-    draw = np.random.default_rng(0)
-    centered = draw.normal(size=(48, 3))
-    meanings = np.linalg.qr(centered - centered.mean(0))[0]
-    axes = np.linalg.qr(draw.normal(size=(16, 3)))[0].T
-    off, on = ((meanings * strength @ axes).reshape(6, 8, 16) for strength in ([3, 2, 1], [1, 2, 3]))
+def test_equal_features_have_equal_colors_in_both_states():
+    """By one projection, which sklearn's of both maps together is, and not by one of each."""
+    off, on = maps(6, 8)
+    on[:3] = off[:3]
+    on += off.mean((0, 1)) - on.mean((0, 1))  # equal features, also after the means are taken off
     first, second = looks.colors(off, on)
-    np.testing.assert_allclose(first, fit_projection(off).colors(off))
-    np.testing.assert_allclose(second, first, atol=1e-6)
+    equal = (off == on).all(-1)
+    assert not equal.all() and np.abs(first[equal] - second[equal]).max(initial=0) < 1e-6
+    both = np.concatenate([m.reshape(-1, 16) - m.mean((0, 1)) for m in (off, on)])
+    values = PCA(3, svd_solver="full").fit(both).transform(both)
+    colors = np.concatenate([first.reshape(-1, 3), second.reshape(-1, 3)])
+    inside = ((colors > 0) & (colors < 1)).all(1)
+    assert (np.abs(np.corrcoef(values[inside], colors[inside], rowvar=False)[:3, 3:].diagonal()) > 0.9999).all()
+
+
+def test_a_map_that_hardly_varies_is_not_stretched_to_full_colors():
+    off, on = maps(6, 8)
+    first, second = looks.colors(off, on / 100)
+    assert first.std((0, 1)).min() > 0.15 and second.std((0, 1)).max() < 0.01
 
 
 def test_groups_of_equal_maps_are_equal_and_of_the_palette():
     off, _ = maps(6, 8)
-    first, second = looks.groups(off, off.copy(), 3)
+    (first, second), agreement = looks.groups(off, off.copy(), 3)
     assert np.array_equal(first, second)
     colors = {tuple(c) for c in first.reshape(-1, 3)}
-    assert len(colors) == 3 and colors <= {tuple(c) for c in PALETTE}
+    assert 0 <= agreement <= 1 and len(colors) == 3 and colors <= {tuple(c) for c in PALETTE}
 
 
-def test_similarity_is_the_cosine_and_both_maps_share_its_scale():
+def test_similarity_is_the_cosine_without_the_mean_and_both_maps_share_its_scale():
     off, on = maps(6, 8)
     (first, second), (low, high) = looks.similarities(off, on, (1, 2))
-    values = [
-        torch.nn.functional.cosine_similarity(torch.from_numpy(m), torch.from_numpy(m[1, 2]), dim=-1) for m in (off, on)
-    ]
-    want = np.percentile(torch.stack(values).numpy(), (1, 99))
-    np.testing.assert_allclose((low, high), want, atol=1e-5)
+    centered = [torch.from_numpy(m - m.mean((0, 1))) for m in (off, on)]
+    values = [torch.nn.functional.cosine_similarity(m, m[1, 2], dim=-1) for m in centered]
+    np.testing.assert_allclose((low, high), np.percentile(torch.stack(values).numpy(), (1, 99)), atol=1e-5)
     assert (first[1, 2] == second[1, 2]).all() and (first.max((0, 1)) <= 1).all()
+    for moved in ((off + 100, on), (off, on + 100)):  # what all patches share does not count
+        np.testing.assert_allclose(looks.similarities(*moved, (1, 2))[0], (first, second), atol=1e-3)
 
 
 def test_nothing_removed_is_one_color():
@@ -110,7 +120,8 @@ def test_nothing_removed_is_one_color():
 # ---- parts of the page
 
 
-def test_every_part_is_whole_and_has_one_pixel_a_patch(look):
+def test_every_part_is_whole_and_has_one_pixel_a_patch(look, monkeypatch):
+    monkeypatch.setattr(looks, "AGREEING", 0)
     parts = {
         "overview": (page.overview(look), 2),
         "alike": (page.alike(look, (1, 2)), 2),
@@ -127,12 +138,17 @@ def test_every_part_is_whole_and_has_one_pixel_a_patch(look):
         Parts(text)
 
 
-def test_of_a_denoiser_that_keeps_lengths_one_map_of_them_is_shown_and_that_is_said(look):
-    said = "This denoiser keeps lengths."
-    assert said not in page.rest(look) and len(Parts(page.rest(look)).pictures()) == 4
+def test_lengths_that_the_denoiser_keeps_are_not_shown(look):
+    assert "norm" in page.rest(look) and len(Parts(page.rest(look)).pictures()) == 4
     lengths = np.linalg.norm(look.off, axis=-1, keepdims=True) / np.linalg.norm(look.on, axis=-1, keepdims=True)
     kept = dataclasses.replace(look, on=look.on * lengths)
-    assert said in page.rest(kept) and len(Parts(page.rest(kept)).pictures()) == 3
+    assert "norm" not in page.rest(kept) and len(Parts(page.rest(kept)).pictures()) == 2
+
+
+def test_groups_that_chance_makes_are_not_shown(look, monkeypatch):
+    assert "Choose another number" in page.groups(look, 4)
+    monkeypatch.setattr(looks, "AGREEING", 0)
+    assert len(Parts(page.groups(look, 4)).pictures()) == 2
 
 
 def test_a_notice_says_what_it_is_given_and_runs_none_of_it():
@@ -150,8 +166,8 @@ def test_files_hold_the_maps_bit_for_bit_and_the_demos_picture(look):
     assert both.dtype == np.float32 and np.array_equal(both[0], look.off) and np.array_equal(both[1], look.on)
     named = safetensors.numpy.load(page.file(look, "maps.safetensors", (1, 2), 4))
     assert np.array_equal(named["off"], look.off) and np.array_equal(named["on"], look.on)
-    pictures = [page.file(look, "picture.png", patch, n) for patch, n in (((1, 2), 4), ((5, 7), 4), ((1, 2), 5))]
-    assert len(set(pictures)) == 3 and Image.open(io.BytesIO(pictures[0])).format == "PNG"
+    pictures = [page.file(look, "picture.png", patch, n) for patch, n in (((1, 2), 4), ((5, 7), 4))]
+    assert len(set(pictures)) == 2 and Image.open(io.BytesIO(pictures[0])).format == "PNG"
 
 
 # ---- limits

@@ -146,6 +146,7 @@ def contents(out):
     return {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [("--limit", "6"), ()])
 def test_after_a_stop_in_stage_1_other_images_give_what_they_give_in_a_new_folder(images, tmp_path, monkeypatch, more):
     out, fresh = tmp_path / "out", tmp_path / "fresh"
@@ -157,7 +158,13 @@ def test_after_a_stop_in_stage_1_other_images_give_what_they_give_in_a_new_folde
     assert run(images, out) == 2  # trained on others by now
 
 
-@pytest.mark.parametrize("options", [("--views", "9"), ("--steps", "13"), ("--target", "mean"), ("--seed", "1")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--steps", "13"),
+        *(pytest.param(o, marks=pytest.mark.slow) for o in (("--views", "9"), ("--target", "mean"), ("--seed", "1"))),
+    ],
+)
 def test_other_settings_are_refused_before_anything_is_written(images, made, tmp_path, monkeypatch, capsys, options):
     before = contents(made)
     assert run(images, made, *options) == 2 and run(others(images, tmp_path / "others"), made) == 2
@@ -188,6 +195,7 @@ FAMILIES = {  # a class of each kind that is no VisionTransformer or Eva, and wh
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("more", [(), ("--no-pairs",)])
 def test_every_class_of_backbone_goes_through_all_stages(images, tmp_path, name, more):
@@ -204,6 +212,7 @@ def test_every_class_of_backbone_goes_through_all_stages(images, tmp_path, name,
     assert type(timm.create_model(f"local-dir:{distilled}", pretrained=True)) is type(plain)
 
 
+@pytest.mark.slow
 def test_a_class_takes_another_size_where_it_can(images, tmp_path):
     name = "beit_base_patch16_224"
     if not hasattr(timm.create_model(name, **SMALL_MODEL), "set_input_size"):
@@ -216,6 +225,7 @@ def test_a_class_takes_another_size_where_it_can(images, tmp_path):
     assert resolve_model_data_config(made)["input_size"] == (3, 96, 96)
 
 
+@pytest.mark.slow
 def test_a_model_that_has_a_denoiser_gets_another_one_of_its_backbone(images, made, tmp_path):
     assert run(images, tmp_path / "again", "--model", f"local-dir:{made}", "--pretrained") == 0
     first, again = (load_file(out / "model.safetensors") for out in (made, tmp_path / "again"))

@@ -31,6 +31,15 @@ TURNS = ((), (1,), (0,), (0, 1))  # by turns
 SPLITS = 20  # into two halves, whose differences say what noise alone would look like
 
 
+def without_noise(square: float, own: float, evenness: float) -> float:
+    """|G|^2 without the noise of its estimates G_g of weights w_g, unbiased, so that it may be below 0.
+
+    Args:
+        square: |sum of w_g G_g|^2. own: the sum of |w_g G_g|^2. evenness: the sum of w_g^2, below 1.
+    """
+    return (square - own) / (1 - evenness)
+
+
 @dataclass(frozen=True)
 class Windows:
     """How each canvas is cut: rows and columns of patches from its corner, and the axes (H, W) that are reversed.
@@ -120,7 +129,7 @@ class Position:
         self._mean_map = self._weighted.sum(0)
         self._scale = float(1 - weights.square().sum())
         found = float(self._mean_map.square().sum())
-        signal = (found - float(self._weighted.square().sum())) / self._scale
+        signal = without_noise(found, float(self._weighted.square().sum()), float(weights.square().sum()))
         # |G|^2 is told by a few groups only: where they see none of it, there may still be some.
         self._signal = max(signal, LEAST * found)
         self._noise = max(found - self._signal, 0.0)
@@ -182,11 +191,13 @@ class PositionSums:
         windows: how the canvases are cut.
         groups: of images, up to `MOST_GROUPS`. Their estimates are compared, so images of different groups must not
             have their content in common.
+        directions: sum up the covariance too, which `estimate` needs and `of_groups` does not.
     """
 
-    def __init__(self, windows: Windows, groups: int) -> None:
-        self.windows = windows
+    def __init__(self, windows: Windows, groups: int, directions: bool = True) -> None:
+        self.windows, self.directions = windows, directions
         self.canvases = [0] * groups
+        self.variances = [0.0] * groups
         self.sums: list[Any] = [None] * groups
         self.tokens: Any = 0.0
         self.covariance: Any = 0.0
@@ -201,19 +212,26 @@ class PositionSums:
         tokens = maps.flatten(1, 2)
         self.tokens = self.tokens + tokens.mean((0, 1))
         tokens = (tokens - tokens.mean(1, keepdim=True)).flatten(0, 1)
-        self.covariance = self.covariance + tokens.T @ tokens / len(tokens)
+        self.variances[group] += float(tokens.square().sum()) / len(tokens)
+        if self.directions:
+            self.covariance = self.covariance + tokens.T @ tokens / len(tokens)
+
+    def of_groups(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """G as each group tells it (groups, H, W, C), the groups' weights, and the variance within their views.
+
+        All float64, on the CPU. Groups without a canvas are left out; at least two must have some.
+        """
+        told = [group for group, count in enumerate(self.canvases) if count]
+        counts = torch.tensor([self.canvases[group] for group in told], dtype=torch.float64)
+        right = torch.stack([self.sums[group] / self.canvases[group] for group in told])
+        variances = torch.tensor([self.variances[group] for group in told], dtype=torch.float64) / counts
+        return self.windows.solve(right).cpu().double(), counts / counts.sum(), variances
 
     def estimate(self) -> Position:
-        """What the canvases so far tell; at least two groups must have some."""
-        told = [group for group, count in enumerate(self.canvases) if count]
+        """What the canvases so far tell."""
+        maps, weights, _ = self.of_groups()
         count = sum(self.canvases)
-        right = torch.stack([self.sums[group] / self.canvases[group] for group in told])
-        return Position(
-            self.windows.solve(right).cpu().double(),
-            torch.tensor([self.canvases[group] / count for group in told], dtype=torch.float64),
-            (self.tokens / count).cpu().double(),
-            (self.covariance / count).cpu().double(),
-        )
+        return Position(maps, weights, *(sums.cpu().double() / count for sums in (self.tokens, self.covariance)))
 
 
 def _dims(axes: tuple[int, ...]) -> list[int]:

@@ -79,7 +79,7 @@ def look(
     check = groups
     with tqdm(total=most, unit="image", desc="calibrate", disable=not progress) as bar:
         for visit in range(most):
-            image, inputs = _inputs(reader, windows, found, visit)
+            image, inputs = view_inputs(reader, windows, found, visit)
             for block, maps in reader(inputs).items():
                 sums[block].add(maps, image % groups)
             bar.update()
@@ -92,7 +92,7 @@ def look(
     return visit + 1, {block: one.estimate() for block, one in sums.items()}
 
 
-def _inputs(reader: ViewReader, windows: Windows, found: list[Source] | None, visit: int) -> tuple[int, torch.Tensor]:
+def view_inputs(reader: Any, windows: Windows, found: list[Source] | None, visit: int) -> tuple[int, torch.Tensor]:
     """The number by which an image is grouped, and its windows as the model's input (V, channels, *size)."""
     if found is None:  # by turns of two kinds: two in a row make a fair sample of blank images
         return visit // 2, blank(reader.channels, reader.size, visit)[None]
@@ -104,6 +104,6 @@ def _inputs(reader: ViewReader, windows: Windows, found: list[Source] | None, vi
     return image, torch.stack([_cut(part, place, reader) for place in windows.places])
 
 
-def _cut(part: torch.Tensor, place: tuple[int, int, tuple[int, ...]], reader: ViewReader) -> torch.Tensor:
+def _cut(part: torch.Tensor, place: tuple[int, int, tuple[int, ...]], reader: Any) -> torch.Tensor:
     y, x = place[0] * reader.patch[0], place[1] * reader.patch[1]
     return part[:, y : y + reader.size[0], x : x + reader.size[1]].flip([axis - 2 for axis in place[2]])

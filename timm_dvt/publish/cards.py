@@ -19,6 +19,7 @@ from timm_dvt.layouts import layout_of, meant_size
 from timm_dvt.publish import published
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import DVT_LICENSE, DVT_REPO, FOCUS, Variant, published_variants
+from timm_dvt.version import REPOSITORY
 from timm_dvt.weights.files import write_whole
 
 # Stands for the account in a card that is not on the Hub yet; `push` puts the repo's real id in its place.
@@ -28,15 +29,15 @@ NOTE = (
     "> `timm-dvt push`, which fills it in."
 )
 TAGS = ["timm", "timm-dvt", "vision-transformer", "dense-features", "denoising-vision-transformers"]
-DATASETS = {"PASCAL VOC": "pascal-voc", "ImageNet-1k": "ILSVRC/imagenet-1k"}
+DATASETS = {"PASCAL VOC": "nateraw/pascal-voc-2012", "ImageNet-1k": "ILSVRC/imagenet-1k"}
 TASKS = {
     "linear-seg": ("image-segmentation", "Semantic segmentation, linear probe"),
     "depth": ("depth-estimation", "Depth estimation, linear probe"),
 }
 PROBES = {  # dataset: type and name for the Hub, name in a heading
-    "voc": ("pascal-voc-2012", "PASCAL VOC 2012", "VOC12"),
-    "ade20k": ("ade20k", "ADE20k", "ADE20k"),
-    "nyu": ("nyu-depth-v2", "NYU Depth v2", "NYUd"),
+    "voc": ("nateraw/pascal-voc-2012", "PASCAL VOC 2012", "VOC12"),
+    "ade20k": ("zhoubolei/scene_parse_150", "ADE20k", "ADE20k"),
+    "nyu": ("sayakpaul/nyu_depth_v2", "NYU Depth v2", "NYUd"),
 }
 METRICS = {  # number: type for the Hub, name, format
     "mIoU": ("mean_iou", "mIoU", "{:.2f}"),
@@ -46,6 +47,7 @@ METRICS = {  # number: type for the Hub, name, format
     "delta1": ("a1", "a1", "{:.2f}"),
 }
 BYTES = 4  # of a weight: float32
+RELATIVE = "timm/vit_small_patch14_dinov2.lvd142m"  # a DINOv2 ViT-S/14 as FOCUS's backbone is, whose own is on no Hub
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,12 @@ def card(
         model: the model, where it is not simply the variant's (on any device, also "meta").
     """
     facts = Facts.of(model if model is not None else timm.create_model(variant.name, device="meta"))
-    base = getattr(get_pretrained_cfg(variant.backbone), "hf_hub_id", None)
+    base = RELATIVE if variant.name == FOCUS.name else getattr(get_pretrained_cfg(variant.backbone), "hf_hub_id", None)
     license = variant.license or "other"
     repo = repo_id or f"{NAMESPACE}/{variant.name}"
     results, images = published.results(variant), published.trained_on(variant)
-    base_link = f"[{base}](https://huggingface.co/{base})" if base else f"`{variant.backbone}`"
+    named = base and variant.name != FOCUS.name
+    base_link = f"[{base}](https://huggingface.co/{base})" if named else f"`{variant.backbone}`"
     content = "backbone and denoiser" if not variant.distilled else "the whole ViT"
     if denoiser_only:
         content = f"the denoiser; the backbone's own weights are fetched from {base_link}"
@@ -140,6 +143,8 @@ def card(
         content=content,
         columns=[f"{PROBES[dataset][2]} {METRICS[number][1]}" for _, dataset, number in published.SEVEN],
         results=[(features, source, _cells(numbers)) for features, source, numbers in results],
+        measured=published.MEASURED if variant.name == FOCUS.name else (),
+        repository=REPOSITORY,
     )
     return text
 
@@ -155,7 +160,9 @@ def _cells(numbers: published.Numbers) -> list[str]:
 def _data(variant: Variant, license: str, base: str | None, images: str | None, results: list) -> ModelCardData:
     scores = []
     for features, source, numbers in results:
-        if source != published.README:  # the Hub takes one number a metric: that of the checkpoint that can be had
+        # The Hub takes one number a metric, of this model: that of the checkpoint that can be had. What the backbone
+        # has stands in the text.
+        if source != published.README or features == "raw":
             continue
         for (task, dataset, number), value in numbers.items():
             kind, title, _ = PROBES[dataset]
@@ -173,7 +180,8 @@ def _data(variant: Variant, license: str, base: str | None, images: str | None, 
                 )
             )
     return ModelCardData(
-        library_name="timm",
+        # The snippet that the Hub shows for "timm" lacks `import timm_dvt`: only timm's own models can be loaded by it.
+        library_name="timm" if variant.distilled else "timm-dvt",
         pipeline_tag="image-feature-extraction",
         license=license,
         tags=TAGS,

@@ -21,6 +21,7 @@ from timm_dvt.publish.cards import NAMESPACE, NOTE, Facts, card, has_weights, pu
 from timm_dvt.publish.convert import convert
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import Variant
+from timm_dvt.version import REPOSITORY
 from timm_dvt.weights.checkpoints import CheckpointError
 from timm_dvt.weights.fetching import WEIGHTS_NAME, explain, first_line, git_hash, sha256
 
@@ -91,6 +92,8 @@ def commit(
     if not new:
         say(f"{repo_id}: nothing to do, all files are there with equal hashes")
         return False
+    if "/OWNER/" in REPOSITORY:
+        say("note: the repository's address is not set yet, and cards link to it; CONTRIBUTING.md says how to set it")
     sizes = ", ".join(f"{name} ({readable(content.stat().st_size)})" for name, content in new.items())
     if dry_run:
         say(f"{repo_id}: would {'create the repo and ' if there is None else ''}commit {sizes}")

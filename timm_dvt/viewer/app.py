@@ -129,7 +129,7 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
         alike = gr.HTML(start.pop(0), js_on_load=_asset("app.js"), elem_id="alike")
         with gr.Row(elem_classes="dvt-groups"):
             with gr.Column(scale=1, min_width=240):
-                gr.HTML(page.heading("groups", "Patches with alike features, found in each map by k-means."))
+                gr.HTML(page.heading("groups", "Patches with alike features, found by k-means in both maps together."))
                 clusters = gr.Slider(*CLUSTERS, count, step=1, label="Number of groups", elem_id="clusters")
                 _read_by(clusters, _count)  # Gradio's own fails at an emptied field
             with gr.Column(scale=2, min_width=320):

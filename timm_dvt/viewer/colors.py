@@ -9,7 +9,7 @@ import numpy as np
 
 from timm_dvt.errors import UserError
 
-STARTS = 4  # of k-means, the best of which counts
+SEEDS, STARTS, COMPONENTS = 8, 16, 16  # of k-means
 PERCENTILES = (1.0, 99.0)  # a few outlier tokens must not decide the contrast of all others
 
 # Ten colors that are told apart easily, by color-blind readers too (Paul Tol's, muted).
@@ -63,32 +63,6 @@ class Projection:
         scaled = (self.components(features) - self.low) / np.where(flat, 1, span)
         return np.where(flat, 0.5, scaled.clip(0, 1))
 
-    def matched_to(self, other: Projection, ours: np.ndarray, theirs: np.ndarray) -> Projection:
-        """The same three components, ordered and signed as those of `other` that they are most alike.
-
-        Two maps of one image get their colors from components of their own; this makes the same thing red in
-        both, where it is a component of both.
-
-        Args:
-            other: the projection to follow.
-            ours, theirs: (..., C) features at the same places, for this projection and for the other.
-        """
-        mine, others = (x.reshape(-1, 3) for x in (self.components(ours), other.components(theirs)))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            alike = np.nan_to_num(np.corrcoef(mine, others, rowvar=False)[:3, 3:])
-        axes = np.empty_like(self.axes)
-        for own, place in _best_pairs(np.abs(alike)):
-            axes[:, place] = self.axes[:, own] * (-1 if alike[own, place] < 0 else 1)
-        return replace(self, axes=axes).ranged_on(ours)
-
-    def no_narrower_than(self, other: Projection, share: float) -> Projection:
-        """The same components, each with at least this share of the range that `other` gives its own.
-
-        A map that hardly varies must not be stretched until it looks like one that does.
-        """
-        lacking = (share * (other.high - other.low) - (self.high - self.low)).clip(min=0) / 2
-        return replace(self, low=self.low - lacking, high=self.high + lacking)
-
     def ranged_on(self, features: np.ndarray) -> Projection:
         """The same axes, with the contrast stretched to other features."""
         values = self.components(features).reshape(-1, 3)
@@ -122,39 +96,55 @@ def principal_colors(features: np.ndarray) -> np.ndarray:
     return fit_projection(features).colors(features)
 
 
-def cluster_labels(features: np.ndarray, clusters: int = 6, seed: int = 0) -> np.ndarray:
-    """k-means of (K, K, C) features: (K, K) labels by falling size, so that equal maps get equal ones.
+def cluster_labels(features: np.ndarray, clusters: int = 6, seed: int = 0) -> tuple[np.ndarray, float]:
+    """k-means of (..., C) features in their first 16 principal components, with many starts.
+
+    k-means stops at whichever solution is near its start. So that chance is not shown as a finding, it is run from
+    `SEEDS` seeds, each with the best of `STARTS` starts, and what is shown should be what all of them find.
+
+    Returns:
+        labels (...) by falling size, so that equal maps get equal ones, and the agreement: the share of places that
+        keep their label in the seed that differs most, 1 where all find the same.
 
     Raises:
-        ValueError: not between 1 and 10 clusters.
+        UserError: not between 1 and 10 clusters.
     """
     if not 1 <= clusters <= len(PALETTE):
         raise UserError(f"clusters must be from 1 to {len(PALETTE)}, got {clusters}")
     rows = np.asarray(features, dtype=np.float64).reshape(-1, features.shape[-1])
-    clusters = min(clusters, len(np.unique(rows, axis=0)))
-    draw = np.random.default_rng(seed)
-    labels, _ = min((_lloyd(rows, clusters, draw) for _ in range(STARTS)), key=lambda found: found[1])
+    rows = rows - rows.mean(0)
+    rows = rows @ np.linalg.eigh(rows.T @ rows)[1][:, : -COMPONENTS - 1 : -1]
+    clusters = min(clusters, len(np.unique(rows.round(9), axis=0)))
+    solutions = [_lloyd(rows, clusters, np.random.default_rng([seed, i])) for i in range(SEEDS)]
+    labels, _ = min(solutions, key=lambda solution: solution[1])
+    agreement = min(float((matched_labels(other, labels) == labels).mean()) for other, _ in solutions)
     by_size = np.argsort(-np.bincount(labels, minlength=clusters), kind="stable")
-    return np.argsort(by_size)[labels].reshape(features.shape[:-1])
+    return np.argsort(by_size)[labels].reshape(features.shape[:-1]), agreement
 
 
 def _lloyd(rows: np.ndarray, clusters: int, draw: np.random.Generator) -> tuple[np.ndarray, float]:
-    """k-means of (N, C) rows from one k-means++ start: labels (N,), and the sum of squared distances to the means."""
-    squares = (rows**2).sum(1)
-    means = rows[[draw.integers(len(rows))]]
-    for _ in range(clusters - 1):  # each further start is drawn by its squared distance to those there are
-        nearest = (squares[:, None] - 2 * rows @ means.T + (means**2).sum(1)).min(1).clip(0)
-        means = np.concatenate([means, rows[[draw.choice(len(rows), p=nearest / nearest.sum())]]])
-    labels = np.full(len(rows), -1)
+    """The best of `STARTS` k-means of (N, C) rows: labels (N,), and the sum of squared distances to the means."""
+    squares = (rows**2).sum(1)[:, None]
+
+    def distances(means: np.ndarray) -> np.ndarray:  # (S, K, C) to (S, N, K)
+        return (squares - 2 * rows @ means.swapaxes(1, 2) + (means**2).sum(2)[:, None]).clip(0)
+
+    means = rows[draw.integers(len(rows), size=STARTS)][:, None]
+    for _ in range(clusters - 1):  # k-means++: each further start is drawn by its squared distance to those there are
+        mass = distances(means).min(2).cumsum(1)
+        places = (mass < draw.random((STARTS, 1)) * mass[:, -1:]).sum(1).clip(max=len(rows) - 1)
+        means = np.concatenate([means, rows[places][:, None]], axis=1)
+    labels = np.full((STARTS, len(rows)), -1)
     for _ in range(100):
-        distances = squares[:, None] - 2 * rows @ means.T + (means**2).sum(1)
-        before, labels = labels, distances.argmin(1)
+        to_means = distances(means)
+        before, labels = labels, to_means.argmin(2)
         if (before == labels).all():
             break
-        members = np.eye(clusters)[labels]
-        sizes = members.sum(0)
-        means = np.where(sizes[:, None] > 0, members.T @ rows / sizes.clip(1)[:, None], means)
-    return labels, float(distances.min(1).sum())
+        members = (labels[:, None] == np.arange(clusters)[:, None]).astype(float)
+        sizes = members.sum(2, keepdims=True)
+        means = np.where(sizes > 0, members @ rows / sizes.clip(1), means)
+    costs = to_means.min(2).sum(1)
+    return labels[costs.argmin()], float(costs.min())
 
 
 def matched_labels(labels: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -193,11 +183,6 @@ def similarity(features: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
     rows = np.asarray(features, dtype=np.float64)
     unit = rows / np.maximum(norms(rows)[..., None], 1e-12)
     return unit @ unit[patch]
-
-
-def center_similarity(features: np.ndarray) -> np.ndarray:
-    """Cosine similarity (K, K) of every patch of a (K, K, C) map to the patch in the middle, K // 2."""
-    return similarity(features, (features.shape[0] // 2, features.shape[1] // 2))
 
 
 def map_correlation(first: np.ndarray, second: np.ndarray) -> float:

@@ -4,7 +4,7 @@ import io
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from timm_dvt.viewer.panel import Shown, draw
 from timm_dvt.weights.files import write_whole
 
 MAX_ASPECT = 3.0  # longer images are cropped around their middle
+ROUNDS, STEADY = 5, 0.25  # timed forwards without which no time is claimed; of their median, how far apart they may be
 EXPLANATION = (
     "Each square is one patch of the image. A Vision Transformer mixes the position of a patch into its features;",
     "the denoiser takes that pattern out again and leaves what the image shows.",
@@ -34,10 +35,19 @@ NOT_ASKED = "random weights, as asked for: no learned denoiser; the picture show
 
 @dataclass(frozen=True)
 class Measured:
-    """Patch tokens (H, W, C), float32 on the CPU, and the milliseconds of a forward."""
+    """Patch tokens (H, W, C), float32 on the CPU, and the seconds that each timed forward took."""
 
     features: torch.Tensor
-    milliseconds: float
+    seconds: Sequence[float]
+
+    @property
+    def time(self) -> str:
+        """The median, or no claim: after few rounds, or where they differ as they do on a busy machine."""
+        if len(self.seconds) < ROUNDS:
+            return ""
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        middle = statistics.median(self.seconds)
+        return f"{middle * 1e3:.0f} ms" if high - low <= STEADY * middle else ""
 
 
 def run(
@@ -46,7 +56,7 @@ def run(
     out: str = "dvt_demo.png",
     pretrained: bool = True,
     size: int | None = None,
-    rounds: int = 3,
+    rounds: int = ROUNDS,
 ) -> Path:
     """Draw a model's features of images with its denoiser off and on; prints what it did, returns the file written.
 
@@ -56,7 +66,7 @@ def run(
         out: the picture to write; its suffix says the format.
         pretrained: False for random weights.
         size: images are resized to about size x size pixels in area; default the model's own resolution.
-        rounds: forwards of each state, of which the median time is given.
+        rounds: timed forwards of each state; of few, or of unlike ones, no time is given (`Measured.time`).
 
     Raises:
         UserError: an image, the model or the output cannot be used.
@@ -72,18 +82,21 @@ def run(
     network = network.to(device)
     name = model or DEFAULT_MODEL
     print(f"model:  {name} on {device}")
-    shown = []
+    shown, changes = [], []
     for source, photograph in zip(sources, photographs):
         resized, pixels = prepare(network, photograph, size)
-        off, on = measure(network, pixels.to(device), rounds, label=source.name)
+        off, on = measure(network, pixels.to(device), rounds, source.name)
         rows, columns, channels = on.features.shape
+        times = (off.time, on.time) if off.time and on.time else ("", "")
+        timed = f"denoiser off {times[0]}, on {times[1]}" if times[0] else "no times: few rounds, or a busy machine"
+        change = resizing(photograph, resized)
+        changes += [f"{source.name}: {change}."] if change else []
         print(
-            f"{source.name}: {resized.width} x {resized.height} pixels, {rows} x {columns} patch tokens of {channels} "
-            f"channels; denoiser off {off.milliseconds:.0f} ms, on {on.milliseconds:.0f} ms (median of {rounds})"
+            f"{source.name}: {resized.width} x {resized.height} pixels{f' ({change})' if change else ''}, "
+            f"{rows} x {columns} patch tokens of {channels} channels; {timed}"
         )
-        times = (f"{off.milliseconds:.0f} ms", f"{on.milliseconds:.0f} ms")
         shown.append(Shown(resized, off.features.numpy(), on.features.numpy(), times))
-    sheet = draw(shown, f"What {name} sees, patch by patch", EXPLANATION, note)
+    sheet = draw(shown, f"timm-dvt: {name}", [*EXPLANATION, *changes], note)
     picture = io.BytesIO()
     sheet.save(picture, format=kind)
     try:
@@ -132,6 +145,15 @@ def load_denoised(name: str, pretrained: bool = True) -> nn.Module:
 # ---- features
 
 
+def resizing(original: Image.Image, resized: Image.Image) -> str:
+    """What `prepare` did to an image beside making it smaller, in words; nothing where it did nothing else."""
+    scale = max(resized.width / original.width, resized.height / original.height)
+    kept = resized.width * resized.height / (original.width * original.height * scale**2)
+    words = [f"enlarged from {original.width} x {original.height}"] if scale > 1 else []
+    words += [f"{max(1 - kept, 0.01):.0%} cropped"] if kept < 0.995 else []
+    return ", ".join(words)
+
+
 def prepare(model: Any, image: Image.Image, size: int | None = None) -> tuple[Image.Image, torch.Tensor]:
     """The image resized to whole patches, its aspect ratio kept, and as the model's input (1, 3, h, w)."""
     config = resolve_model_data_config(model)
@@ -154,14 +176,12 @@ def measure(
     model: Any,
     pixels: torch.Tensor,
     rounds: int,
-    of: Callable[[Sequence[float]], float] = statistics.median,
     label: str = "",
 ) -> tuple[Measured, Measured]:
     """The patch tokens of an input (1, 3, h, w) with the denoiser off and on, and how long each takes.
 
     Args:
-        rounds: forwards of each state, by turns, behind one that warms up at this size; 0 for no times.
-        of: what counts of their times.
+        rounds: timed forwards of each state, by turns, behind one that warms up at this size.
         label: of a progress bar; none without.
     """
     seconds: dict[bool, list[float]] = {False: [], True: []}
@@ -173,8 +193,7 @@ def measure(
                 features[state] = patch_tokens(model, pixels)
                 if i:  # the first forward warms up
                     seconds[state].append(time.perf_counter() - start)
-    off, on = (Measured(features[state], of(seconds[state] or [0.0]) * 1e3) for state in (False, True))
-    return off, on
+    return Measured(features[False], seconds[False]), Measured(features[True], seconds[True])
 
 
 def patch_tokens(model: Any, pixels: torch.Tensor) -> torch.Tensor:

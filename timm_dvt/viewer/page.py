@@ -11,7 +11,7 @@ from PIL import Image
 
 from timm_dvt.viewer import pairs as looks
 from timm_dvt.viewer.colors import SCALE
-from timm_dvt.viewer.demo import EXPLANATION
+from timm_dvt.viewer.demo import EXPLANATION, resizing
 from timm_dvt.viewer.panel import Shown, as_image, draw
 
 STATES = ("denoiser off", "denoiser on")
@@ -27,7 +27,6 @@ class Look:
         model, device: their names.
         original: what was chosen, reduced. image: as the model saw it.
         off, on: patch tokens (H, W, C).
-        milliseconds: of a forward with the denoiser off and on, at its fastest.
     """
 
     model: str
@@ -36,7 +35,6 @@ class Look:
     image: Image.Image
     off: np.ndarray
     on: np.ndarray
-    milliseconds: tuple[float, float]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -69,14 +67,11 @@ def overview(look: Look) -> str:
     """The photograph with the facts, and both maps in one frame with a bar to drag."""
     off, on = (url(as_image(colors)) for colors in looks.colors(look.off, look.on))
     rows, columns = look.grid
-    before, after = look.milliseconds
+    change = resizing(look.original, look.image)
     facts = {
         "variant": look.model,
-        "image": f"{look.image.width} x {look.image.height} pixels",
+        "image": f"{look.image.width} x {look.image.height} pixels{f' ({change})' if change else ''}",
         "features": f"{rows} x {columns} patches, {look.off.shape[2]} channels",
-        STATES[0]: f"{before:.0f} ms a forward",
-        STATES[1]: f"{after:.0f} ms",
-        "timed": f"on {look.device}, at its fastest",
     }
     return (
         f'<section class="dvt-row dvt-overview"><div class="dvt-text">{_photograph(look)}<dl>'
@@ -88,7 +83,7 @@ def overview(look: Look) -> str:
         f'width: left of it the denoiser is off, right of it on"><span class="dvt-line"></span>'
         f'<span class="dvt-left">{STATES[0]}</span><span class="dvt-right">{STATES[1]}</span></div>'
         f'<p class="dvt-hint">Features as colors: the three principal '
-        f"components of each map. Drag the bar, or use the arrow keys.</p></div></section>"
+        f"components of both maps together. Drag the bar, or use the arrow keys.</p></div></section>"
     )
 
 
@@ -114,24 +109,30 @@ def heading(kind: str, text: str) -> str:
 
 def groups(look: Look, clusters: int) -> str:
     """Both maps in clusters."""
-    pair = looks.groups(look.off, look.on, clusters)
+    pair, agreement = looks.groups(look.off, look.on, clusters)
+    if agreement < looks.AGREEING:
+        return (
+            f'<p class="dvt-unsure">k-means finds other groups whenever it starts elsewhere (only {agreement:.0%} of '
+            f"the patches keep theirs), so that {clusters} groups would show chance. Choose another number.</p>"
+        )
     return f'<section class="dvt-pair">{_both(look, pair, STATES, f"{clusters} groups")}</section>'
 
 
 def rest(look: Look) -> str:
     """The norms, and what was removed."""
-    lengths, length_scale = looks.lengths(look.off, look.on)
-    removed, removed_scale = looks.removed(look.off, look.on)
-    words, maps = "Their norm, both maps on one scale.", dict(zip(STATES, lengths))
-    if looks.have_one_length(look.off, look.on):  # two maps alike would say nothing
-        words, maps = "Their norm. This denoiser keeps lengths.", {"denoiser off and on": lengths[0]}
-    words += " Single bright patches are outlier tokens."
-    return _section("lengths", words, length_scale, _both(look, [*maps.values()], [*maps], "Length")) + _section(
-        "removed",
-        "Off minus on. What depends on the place and not on the image is noise.",
-        removed_scale,
-        _both(look, removed, ("as colors", "its length"), "Removed"),
-    )
+    lengths, removed = looks.lengths(look.off, look.on), looks.removed(look.off, look.on)
+    parts = [
+        _section(
+            "removed",
+            "Off minus on. What depends on the place and not on the image is noise.",
+            removed[1],
+            _both(look, removed[0], ("as colors", "its length"), "Removed"),
+        )
+    ]
+    if not looks.have_one_length(look.off, look.on):  # two maps alike would say nothing
+        words = "Their norm, both maps on one scale. Single bright patches are outlier tokens."
+        parts.insert(0, _section("lengths", words, lengths[1], _both(look, lengths[0], STATES, "Length")))
+    return "".join(parts)
 
 
 def downloads(key: str, patch: tuple[int, int], clusters: int) -> str:
@@ -148,9 +149,8 @@ def file(look: Look, name: str, patch: tuple[int, int], clusters: int) -> bytes:
     """The content of one of `KINDS`: the demo's picture, or both maps, (2, H, W, C) or by name, float32."""
     content = io.BytesIO()
     if name == "picture.png":
-        times = (f"{look.milliseconds[0]:.0f} ms", f"{look.milliseconds[1]:.0f} ms")
-        shown = Shown(look.image, look.off, look.on, times, patch, clusters)
-        draw([shown], f"What {look.model} sees, patch by patch", EXPLANATION).save(content, "PNG")
+        shown = Shown(look.image, look.off, look.on, ("", ""), patch, clusters)
+        draw([shown], f"timm-dvt: {look.model}", EXPLANATION).save(content, "PNG")
         return content.getvalue()
     if name == "maps.npy":
         np.save(content, np.stack([look.off, look.on]))

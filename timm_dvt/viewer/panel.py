@@ -1,4 +1,7 @@
-"""The demo's picture: for each photograph a row with the denoiser off and one with it on, drawn with Pillow."""
+"""The demo's picture: for each photograph a row with the denoiser off and one with it on, drawn with Pillow.
+
+It is drawn twice as large as a repository's page shows it (838 pixels wide), and its words can be read at half of that.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +12,15 @@ from PIL import Image, ImageDraw, ImageFont
 from timm_dvt.viewer import pairs as looks
 from timm_dvt.viewer.colors import heat
 
-CELL_AREA = 300 * 300  # pixels of one map, about, whatever its aspect ratio
-MIN_PITCH = 244  # a column is wide enough for its title
-MARGIN, GAP, HEAD, TITLE, LINE, BAR = 28, 16, 116, 44, 30, 10
-INK, FAINT, PAPER, MARK, WARNING = (20, 22, 26), (100, 105, 112), (255, 255, 255), (235, 45, 60), (176, 60, 0)
+WIDTH, MARGIN, GAP, BAR = 2 * 838, 28, 20, 18
+TALLEST = 1.4  # of a cell's width: a portrait's maps are narrower, so that both states are seen at once
+TITLE, TEXT, LINE = 50, 40, 52  # pixels: sizes of type, and from line to line
+INK, FAINT, PAPER, MARK, WARNING = (20, 22, 26), (86, 91, 98), (255, 255, 255), (235, 45, 60), (176, 60, 0)
+TITLES = {"colors": "colors", "similarities": "similarity", "groups": "groups", "lengths": "length"}
+LEGEND = (
+    "Colors: principal components of both maps together. Similarity: to the patch in the red frame, the mean of each "
+    "map taken off. Groups: k-means of both maps. Removed: off minus on, and its size beside the features' own."
+)
 
 
 @dataclass(frozen=True)
@@ -34,69 +42,70 @@ class Shown:
 
 
 def draw(shown: Sequence[Shown], title: str, lines: Sequence[str], note: str = "") -> Image.Image:
-    """Two rows for each photograph: its features with the denoiser off, and on.
+    """Two rows for each photograph: its features with the denoiser off, and on; beside them, once, the photograph.
 
-    Each map has the colors of its own components and clusters; norms are on one scale a photograph, similarities too
-    (`timm_dvt.viewer.pairs`).
+    Both states have one projection, one scale and one set of groups (`timm_dvt.viewer.pairs`). Groups are left out
+    where k-means finds others from other seeds, lengths where the denoiser keeps them.
 
     Args:
         shown: of one grid or of several.
-        title, lines: above the rows. note: a warning, above them too.
+        title, lines: above the rows, wrapped to the width. note: a warning, above them too.
     """
-    blocks = [_block(one) for one in shown]
-    width = max(block.width for block in blocks)
-    head = HEAD if title or lines else MARGIN // 2
-    sheet = Image.new("RGB", (width, head + sum(block.height for block in blocks)), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, 18), _fitting(pen, title, 24, width - 2 * MARGIN), fill=INK, font=_font(24))
-    inks = [FAINT] * len(lines) + [WARNING]
-    for y, text, ink in zip((52, 74, 96), [*lines, note], inks):
-        pen.text((MARGIN, y), _fitting(pen, text, 16, width - 2 * MARGIN), fill=ink, font=_font(16))
-    top = head
-    for block in blocks:
-        sheet.paste(block, (0, top))
-        top += block.height
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    texts = [(line, TITLE, INK) for line in _wrapped(pen, title, TITLE)] if title else []
+    texts += [(line, TEXT, FAINT) for line in _wrapped(pen, " ".join(lines), TEXT)]
+    texts += [(line, TEXT, WARNING) for line in _wrapped(pen, note, TEXT)]
+    legend = [(line, TEXT, FAINT) for line in _wrapped(pen, LEGEND, TEXT)]
+    parts = [_words(texts), *(_block(one) for one in shown), _words(legend)]
+    sheet = Image.new("RGB", (WIDTH, sum(part.height for part in parts) + MARGIN), PAPER)
+    top = 0
+    for part in parts:
+        sheet.paste(part, (0, top))
+        top += part.height
     return sheet
 
 
 def _block(shown: Shown) -> Image.Image:
-    """A photograph's two rows, with the columns' titles above and scales below."""
+    """A photograph, what was removed of its features below it, and the maps of both states."""
     rows, columns = shown.off.shape[:2]
-    patch = max(1, round((CELL_AREA / (rows * columns)) ** 0.5))  # whole pixels: all patches are drawn alike
-    width, height = patch * columns, patch * rows
-    pitch = max(width, MIN_PITCH) + GAP
-    maps, patch_shown = (shown.off, shown.on), shown.patch or looks.center(shown.off)
-    drawn = {
+    maps, patch = (shown.off, shown.on), shown.patch or looks.center(shown.off)
+    drawn: dict[str, tuple[looks.Pair, looks.Scale | None]] = {
         "colors": (looks.colors(*maps), None),
-        "groups": (looks.groups(*maps, shown.clusters), None),
-        "lengths": looks.lengths(*maps),
-        "similarities": looks.similarities(*maps, patch_shown),
-        "removed": looks.removed(*maps),
+        "similarities": looks.similarities(*maps, patch),
     }
-    if looks.have_one_length(*maps):  # two maps alike would say nothing
-        del drawn["lengths"]
-    titles = [("photograph", "as the model sees it"), *(looks.WORDS[name] for name in drawn)]
-    size = (2 * MARGIN + len(titles) * pitch - GAP, TITLE + 2 * (LINE + height) + LINE + 2 * BAR)
-    sheet = Image.new("RGB", size, PAPER)
+    groups, agreement = looks.groups(*maps, shown.clusters)
+    if agreement >= looks.AGREEING:
+        drawn["groups"] = groups, None
+    if not looks.have_one_length(*maps):  # two maps alike would say nothing
+        drawn["lengths"] = looks.lengths(*maps)
+    pitch = (WIDTH - 2 * MARGIN + GAP) // (1 + len(drawn))
+    side = max(1, min((pitch - GAP) // columns, int((pitch - GAP) * TALLEST) // rows))  # all patches are drawn alike
+    width, height = side * columns, side * rows
+    tops = 2 * LINE, 3 * LINE + height
+    sheet = Image.new("RGB", (WIDTH, tops[1] + height + LINE + 2 * BAR), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for column, (name, explained) in enumerate(titles):
-        pen.text((MARGIN + column * pitch, 4), name, fill=INK, font=_font(17))
-        explained = explained.format(clusters=shown.clusters)
-        pen.text((MARGIN + column * pitch, 25), explained, fill=FAINT, font=_font(14))
-    at_a_patch = (0, 1 + list(drawn).index("similarities"))
-    for row, (state, remark) in enumerate(zip(("denoiser off", "denoiser on"), shown.remarks)):
-        top = TITLE + row * (LINE + height) + LINE
-        pen.text((MARGIN, top - 24), state, fill=INK, font=_font(17))
-        pen.text((MARGIN + pen.textlength(state, _font(17)) + 10, top - 22), remark, fill=FAINT, font=_font(15))
-        sheet.paste(shown.image.resize((width, height), Image.Resampling.LANCZOS), (MARGIN, top))
-        for column, (pair, _) in enumerate(drawn.values(), start=1):
-            cell = as_image(pair[row]).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(cell, (MARGIN + column * pitch, top))
-        for column in at_a_patch:
-            _mark(pen, (MARGIN + column * pitch, top), patch, patch_shown)
-    for column, (_, ends) in enumerate(drawn.values(), start=1):
+    removed = as_image(looks.removed(*maps)[0][0]).resize((width, height), Image.Resampling.NEAREST)
+    first = shown.image.resize((width, height), Image.Resampling.LANCZOS), removed
+    lefts = [MARGIN + i * pitch for i in range(1 + len(drawn))]
+    off, on = looks.centered(*maps)
+    share = float(((off - on) ** 2).sum() / max((off**2).sum(), 1e-30)) ** 0.5
+    states = zip(("denoiser off", "denoiser on"), shown.remarks)
+    for row, (top, words, (state, remark)) in enumerate(zip(tops, ("photograph", f"removed {share:.0%}"), states)):
+        pen.text((lefts[0], top - LINE), words, fill=FAINT, font=_font(TEXT))
+        sheet.paste(first[row], (lefts[0], top))
+        pen.text((lefts[1], top - LINE), state, fill=INK, font=_font(TEXT))
+        pen.text(
+            (lefts[1] + pen.textlength(f"{state}  ", _font(TEXT)), top - LINE), remark, fill=FAINT, font=_font(TEXT)
+        )
+        for left, (name, (pair, _)) in zip(lefts[1:], drawn.items()):
+            sheet.paste(as_image(pair[row]).resize((width, height), Image.Resampling.NEAREST), (left, top))
+            if name == "similarities":
+                _mark(pen, (left, top), side, patch)
+    _mark(pen, (lefts[0], tops[0]), side, patch)
+    for left, (name, (_, ends)) in zip(lefts[1:], drawn.items()):
+        pen.text((left, 0), TITLES[name], fill=INK, font=_font(TEXT))
         if ends is not None:
-            _scale(sheet, pen, (MARGIN + column * pitch, size[1] - LINE - BAR), width, ends)
+            _scale(sheet, pen, (left, tops[1] + height + BAR // 2), width, ends)
     return sheet
 
 
@@ -108,7 +117,7 @@ def as_image(colors: np.ndarray) -> Image.Image:
 def _mark(pen: ImageDraw.ImageDraw, corner: tuple[int, int], side: int, patch: tuple[int, int]) -> None:
     """A frame around a patch (row, column) of a cell."""
     x, y = corner[0] + patch[1] * side, corner[1] + patch[0] * side
-    pen.rectangle([x - 2, y - 2, x + side + 1, y + side + 1], outline=MARK, width=2)
+    pen.rectangle([x - 5, y - 5, x + side + 4, y + side + 4], outline=MARK, width=5)
 
 
 def _scale(
@@ -116,20 +125,35 @@ def _scale(
 ) -> None:
     """A color bar with the values of its ends."""
     sheet.paste(as_image(heat(np.broadcast_to(np.linspace(0, 1, width), (BAR, width)), 0.0, 1.0)), at)
-    low, high = (f"{end:.3g}" for end in ends)
-    y = at[1] + BAR + 3
-    pen.text((at[0], y), low, fill=FAINT, font=_font(14))
-    pen.text((at[0] + width - pen.textlength(high, _font(14)), y), high, fill=FAINT, font=_font(14))
+    low, high = (f"{end:.2g}" for end in ends)
+    y = at[1] + BAR
+    pen.text((at[0], y), low, fill=FAINT, font=_font(TEXT))
+    pen.text((at[0] + width - pen.textlength(high, _font(TEXT)), y), high, fill=FAINT, font=_font(TEXT))
 
 
-def _fitting(pen: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
-    """The text, its middle left out where it is wider than `width` pixels."""
-    kept = len(text)
-    shown = text
-    while kept > 8 and pen.textlength(shown, _font(size)) > width:
-        kept -= 1
-        shown = f"{text[: kept // 2]}...{text[len(text) - kept // 2 :]}"
-    return shown
+def _words(lines: Sequence[tuple[str, int, tuple[int, int, int]]]) -> Image.Image:
+    """Lines of text, their sizes and colors, as a part of the sheet."""
+    part = Image.new("RGB", (WIDTH, MARGIN + sum(size + 12 for _, size, _ in lines)), PAPER)
+    pen, top = ImageDraw.Draw(part), MARGIN // 2
+    for text, size, ink in lines:
+        pen.text((MARGIN, top), text, fill=ink, font=_font(size))
+        top += size + 12
+    return part
+
+
+def _wrapped(pen: ImageDraw.ImageDraw, text: str, size: int) -> list[str]:
+    """The text in lines that fit the width; of a word that alone does not, the middle is left out."""
+    lines: list[str] = []
+    for word in text.split():
+        whole = word
+        while pen.textlength(word, _font(size)) > WIDTH - 2 * MARGIN:
+            half = (len(word) - 4) // 2
+            word = f"{whole[:half]}...{whole[len(whole) - half :]}"
+        if lines and pen.textlength(f"{lines[-1]} {word}", _font(size)) <= WIDTH - 2 * MARGIN:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

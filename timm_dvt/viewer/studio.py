@@ -15,7 +15,6 @@ from timm_dvt.registry import VARIANTS
 from timm_dvt.viewer.demo import load_denoised, measure, prepare
 from timm_dvt.viewer.page import Look
 
-ROUNDS = 2  # timed forwards of each state, behind one that warms up: a visitor waits for all of them
 LOOKS, MODELS = 16, 2  # kept in memory; a look is 9 MB with a ViT-S and 17 MB with a ViT-L
 
 
@@ -36,7 +35,6 @@ class Studio:
         self.looks: OrderedDict[str, Look] = OrderedDict()
         self.kept: dict[str, Look] = {}
         self.keys: OrderedDict[tuple, str] = OrderedDict()  # of the looks, by image and variant
-        self.times: OrderedDict[tuple, tuple[float, float]] = OrderedDict()  # not measured anew while others wait
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.names = [v.name for v in VARIANTS.values() if not v.distilled and v.source != "no weights"]
         if model not in self.names:
@@ -63,16 +61,11 @@ class Studio:
         if name not in self.names:
             raise UserError(f"{name!r} is not one of the variants")
         key = key or secrets.token_urlsafe(16)
-        waited = self.lock.locked()  # others do as well, then
         with self.lock:
             model = self._model(name)
             resized, pixels = prepare(model, image)
-            times = self.times.get((name, pixels.shape)) if waited else None
-            off, on = measure(model, pixels.to(self.device), 0 if times else ROUNDS, min, label)
-            times = times or (off.milliseconds, on.milliseconds)
-            found = Look(name, self.device, image, resized, off.features.numpy(), on.features.numpy(), times)
-            _keep(self.looks, key, found, LOOKS)
-            _keep(self.times, (name, pixels.shape), times, LOOKS)
+            off, on = (one.features.numpy() for one in measure(model, pixels.to(self.device), 0, label))
+            _keep(self.looks, key, Look(name, self.device, image, resized, off, on), LOOKS)
         return key
 
     def look_once(self, image: Image.Image, name: str) -> str:

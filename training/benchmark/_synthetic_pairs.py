@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from timm_dvt.image_files import Fingerprint, Source
 from training.benchmark._scenes import Regime, Scene
-from training.common.images import Fingerprint, Source
 from training.pairs.folder import PairFolder
 
 MODELS = {64: "test_vit", 192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224"}

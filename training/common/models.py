@@ -1,7 +1,5 @@
 """Backbones by name, for the command lines: timm's, from a folder or the hub, or with random weights."""
 
-import hashlib
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +10,7 @@ import timm_dvt  # noqa: F401  registers the *_dvt names
 from timm_dvt.attach import Denoised, check_supported, remove_denoiser
 from timm_dvt.errors import UserError
 from timm_dvt.layouts import check_rgb, input_size
-from timm_dvt.loading import create_model, did_you_mean
+from timm_dvt.loading import create_model, did_you_mean, pick_device, weights_digest  # noqa: F401  handed on
 from timm_dvt.reading import fit_to
 from timm_dvt.weights.saving import recorded_arguments
 
@@ -116,34 +114,3 @@ def make_for(model: Any, size: int | None) -> None:
 def _without_denoiser(model: Any) -> Any:
     """A model as it is without its denoiser, under its backbone's own name."""
     return remove_denoiser(model) if isinstance(model, Denoised) else model
-
-
-def weights_digest(model: nn.Module, without: str | None = None) -> str:
-    """sha256 over names, shapes, types and values of all weights, so that two checkpoints differ.
-
-    Args:
-        without: leave out weights whose names begin so.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if without is not None and name.startswith(without):
-            continue
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def pick_device(name: str) -> torch.device:
-    """A device by name; "auto" is this process's GPU (torchrun's LOCAL_RANK) if there is one, else the CPU.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        return torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device must be one that torch has here, got {name!r}: {error}") from error

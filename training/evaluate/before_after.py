@@ -12,10 +12,10 @@ from PIL import Image
 
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError, UserError
+from timm_dvt.image_files import Source, load_image
+from timm_dvt.shared_folder import write_atomically
 from timm_dvt.viewer.colors import map_correlation
 from timm_dvt.viewer.panel import Shown, draw
-from training.common.images import Source, load_image
-from training.common.shared_folder import write_atomically
 from training.evaluate.features.cached import Extractor
 from training.evaluate.position.blank import COLORS, spread, token_reader
 from training.evaluate.position.share import PositionStatistics
@@ -67,10 +67,18 @@ def before_after(
     write_atomically(folder / "page.html", page(title, lead, sections))
     table = "\n".join(f"| {' | '.join(row)} |" for row in (["", "off", "on"], ["---"] * 3, *rows))
     made = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    card = (
-        f"---\nlibrary_name: timm\ntags:\n- timm\n- dvt\n---\n# {title}\n\n{lead}\n\n{table}\n\n{meaning}\n\n{made}\n\n"
-    )
+    data = f"---\nlibrary_name: timm\n{license_of(model)}tags:\n- timm\n- dvt\n---\n"
+    card = f"{data}# {title}\n\n{lead}\n\n{table}\n\n{meaning}\n\n{made}\n\n"
     write_atomically(folder / "README.md", (card + f"```python\n{code}```\n").encode())
+
+
+def license_of(model: torch.nn.Module) -> str:
+    """The lines of a card's metadata that say the license of a backbone's weights; none where timm does not know it."""
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("license")
+    if not name:
+        return ""
+    # What is nobody else's license has no id on the Hub, but a name.
+    return f"license: other\nlicense_name: {name}\n" if name.endswith("-license") else f"license: {name}\n"
 
 
 def measure(

@@ -31,6 +31,7 @@ from training.evaluate.data.datasets import named
 TASKS = {
     "attentive-probe": {"fast": "attentive_probe"},
     "blank": {"fast": "position.blank"},
+    "correspondence": {"fast": "correspondence"},
     "depth": {"fast": "depth.linear", "repository": "depth.repository"},
     "detection": {"fast": "detection.fast", "repository": "detection.repository"},
     "discovery": {"fast": "discovery"},

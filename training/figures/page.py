@@ -6,22 +6,9 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #16181c; --faint: #646970; --paper: #fff; --line: #dcdfe4 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --faint: #9aa0a6; --paper: #16181c; --line: #3a3f47 } }
-body { margin: 2rem auto; max-width: 76rem; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif;
-       color: var(--ink); background: var(--paper) }
-h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-p { max-width: 46rem } p.faint, figcaption { color: var(--faint) }
-div.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left }
-td.number, th.number { text-align: right } td:not(:last-child), .number { white-space: nowrap }
-figure { margin: 1rem 0 } img { max-width: 100%; background: #fff }
-@media (max-width: 40rem) { td:first-child { white-space: normal !important } figure { overflow-x: auto }
-  img { max-width: none; width: max(100%, 44rem) } }
-pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line) }
-"""
+STYLE = (resources.files("timm_dvt") / "assets" / "page.css").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -38,14 +25,19 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells below a row of headings; the first `words` columns are words, the others are numbers."""
+    """Rows of cells below a row of headings; the first `words` columns are words, the others are numbers.
+
+    Rows whose numbers are in `green` are.
+    """
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: int = 1
+    green: Sequence[int] = ()
 
     def html(self) -> str:
-        lines = [_row("th", self.headings, self.words), *(_row("td", row, self.words) for row in self.rows)]
+        lines = [_row("th", self.headings, self.words)]
+        lines += [_row("td", row, self.words, number in self.green) for number, row in enumerate(self.rows)]
         return '<div class="wide"><table>' + "".join(lines) + "</table></div>"
 
 
@@ -80,7 +72,11 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> bytes:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{"".join(body)}</body></html>\n'.encode()
 
 
-def _row(tag: str, cells: Sequence[str], words: int) -> str:
+def _row(tag: str, cells: Sequence[str], words: int, green: bool = False) -> str:
     number = ' class="number"'
     marked = ((cell, "" if place < words else number) for place, cell in enumerate(cells))
-    return "<tr>" + "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for cell, mark in marked) + "</tr>"
+    return (
+        ('<tr class="green">' if green else "<tr>")
+        + "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for cell, mark in marked)
+        + "</tr>"
+    )

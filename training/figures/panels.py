@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from timm_dvt.viewer import pairs as looks
-from timm_dvt.viewer.colors import fit_projection, heat, map_correlation, norms
+from timm_dvt.viewer.colors import heat, map_correlation, norms
 from training.figures.sheet import Sheet
 
 Maps = Mapping[int, np.ndarray]
@@ -49,8 +49,8 @@ class Row:
 def draw_stage1(rows: Sequence[Row], clusters: int = looks.CLUSTERS) -> Figure:
     """One row for each of `rows`, with the columns of the paper's Figs. S4 to S10.
 
-    Each map is colored by its own principal components and clusters, as in the paper; F's take the order, signs and
-    colors of the raw ones that they are most alike. The framed patch is the one that the others are compared with.
+    Principal components and clusters are of the raw features and F together (the paper's are of each map alone), so
+    that a color means the same in both. The framed patch is the one that the others are compared with.
     """
     four = [
         ("as colors", "3 main components"),
@@ -67,7 +67,7 @@ def draw_stage1(rows: Sequence[Row], clusters: int = looks.CLUSTERS) -> Figure:
         raw = _repeated(row.raw, len(row.clean))
         pairs = {
             1: (looks.colors(raw, row.clean), None),
-            2: (looks.groups(raw, row.clean, clusters), None),
+            2: (looks.groups(raw, row.clean, clusters)[0], None),
             3: looks.lengths(raw, row.clean),
             4: looks.similarities(raw, row.clean, looks.center(row.clean)),
         }
@@ -100,11 +100,8 @@ def draw_positional(layers: Sequence[int], images: int, zero: Maps, mean: Maps, 
     words = f"{POSITION[1]} Below the mean: its correlation with the blank image, 1 where it is position alone."
     sheet = Sheet(labels, [(f"block {layer}", "") for layer in layers], [], POSITION[0], words)
     for column, layer in enumerate(layers):
-        maps = [m - m.mean(axis=(0, 1)) for m in (zero[layer], mean[layer], one[layer])]
-        # The components of the first two, at equal weight: the question is what they have in common.
-        projection = fit_projection(np.stack([m / max(m.std(), 1e-12) for m in maps[:2]]))
-        for i, centered in zip((0, 2, 3), maps):
-            sheet.picture(i, column, projection.ranged_on(centered).colors(centered))
+        for i, centered, projection in zip((0, 2, 3), *looks.patterns([zero[layer], mean[layer], one[layer]])):
+            sheet.picture(i, column, projection.colors(centered))
         sheet.picture(1, column, *_length(zero[layer]))
         sheet.note(2, column, f"correlation {map_correlation(zero[layer], mean[layer]):.2f}")
     return sheet.figure

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import imageio.v2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from timm_dvt.errors import UserError
+from timm_dvt.extraction.video import video_frames, video_rate, write_video
+from timm_dvt.image_files import decode_image, list_images, read_file
 from timm_dvt.viewer.colors import fit_projection
-from training.common.images import decode_image, list_images, read_file
 
 FITTED_FRAMES = 8  # as many frames, evenly spread, decide the colors
 CAPTIONS = ("frame", "raw features", "denoised")
@@ -34,24 +33,14 @@ def read_frames(source: str | Path) -> Iterator[np.ndarray]:
             except ValueError as error:
                 raise UserError(f"frame {image.name}: {error}") from error
         return
-    try:
-        reader: Any = imageio.v2.get_reader(source)
-    except Exception as error:  # imageio's plugins each raise their own kinds
-        raise UserError(f"{source} is no folder of frames and no video that can be read: {error}") from error
-    with reader:
-        for frame in reader:
-            yield np.asarray(Image.fromarray(np.asarray(frame)).convert("RGB"))
+    yield from video_frames(source)
 
 
 def frame_rate(source: str | Path, default: float = 10.0) -> float:
     """Frames a second of a video file; the default for a folder, or where the file does not say."""
     if Path(source).is_dir():
         return default
-    reader: Any = imageio.v2.get_reader(source)
-    with reader:
-        meta = reader.get_meta_data()
-    milliseconds = meta.get("duration") if str(source).lower().endswith(".gif") else None
-    return float(meta.get("fps") or (1000 / milliseconds if milliseconds else default))
+    return video_rate(source, default)
 
 
 def draw_video(
@@ -101,7 +90,7 @@ def draw_video(
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.stem}.unfinished{out.suffix}")
     try:
-        _write(unfinished, pictures(), fps or frame_rate(source))
+        write_video(unfinished, pictures(), fps or frame_rate(source))
         os.replace(unfinished, out)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -154,14 +143,3 @@ def _first(source: str | Path, count: int) -> Iterator[np.ndarray]:
         if i >= count:
             return
         yield frame
-
-
-def _write(path: Path, pictures: Iterator[np.ndarray], fps: float) -> None:
-    if path.suffix.lower() == ".gif":
-        first, rest = Image.fromarray(next(pictures)), (Image.fromarray(picture) for picture in pictures)
-        first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
-        return
-    writer: Any = imageio.v2.get_writer(path, format="FFMPEG", fps=fps, quality=8, macro_block_size=2)
-    with writer:
-        for picture in pictures:
-            writer.append_data(picture)

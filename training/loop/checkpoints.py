@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from timm_dvt.errors import UserError
-from training.common.shared_folder import write_atomically
+from timm_dvt.shared_folder import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
 

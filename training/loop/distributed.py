@@ -11,7 +11,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from training.common.shared_folder import SharedFolder
+from timm_dvt.shared_folder import SharedFolder
 
 
 @dataclass(frozen=True)

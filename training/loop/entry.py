@@ -9,9 +9,9 @@ from typing import Any
 
 from timm_dvt import CheckpointError
 from timm_dvt.errors import UserError
+from timm_dvt.shared_folder import OutputError, SharedFolder, explain
 from training.common.command import complain, flush_subnormals
 from training.common.memory import keep_freed_memory
-from training.common.shared_folder import OutputError, SharedFolder, explain
 from training.loop.checkpoints import CHECKPOINT, Diverged
 from training.loop.distributed import Processes, claim
 from training.loop.log import LOG

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from timm_dvt.bars import tqdm
-from training.common.shared_folder import read_lines, write_atomically
+from timm_dvt.shared_folder import read_lines, write_atomically
 
 LOG = "log.jsonl"
 

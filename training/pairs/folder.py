@@ -4,7 +4,7 @@
     OUT/index.jsonl       one line a finished image: which image, which file
     OUT/failures.jsonl    one line an image that gave no pair, with the reason
     OUT/3f/cat-3f09...safetensors    the maps of one image; in the header, where they come from
-    OUT/.locks            see training/common/shared_folder.py
+    OUT/.locks            see timm_dvt/shared_folder.py
 
 A training run reads settings.json and index.jsonl, and opens a pair only to use it (`read_index`,
 `read_pair`). A pair's file is there, whole, before its line is, so a line never lies. A process killed
@@ -41,9 +41,9 @@ from pathlib import Path
 from typing import Any
 
 from timm_dvt.errors import UserError
+from timm_dvt.image_files import Fingerprint, Source
+from timm_dvt.shared_folder import SharedFolder, read_lines, write_atomically
 from timm_dvt.version import __version__
-from training.common.images import Fingerprint, Source
-from training.common.shared_folder import SharedFolder, read_lines, write_atomically
 from training.pairs.file import (
     PARTS,
     PRECISIONS,

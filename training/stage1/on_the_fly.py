@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from timm_dvt.errors import UserError
+from timm_dvt.image_files import Source, decode_image, read_file
 from training.common.backbone import FeatureReader
-from training.common.images import Source, decode_image, read_file
 from training.pairs.folder import PRECISIONS, pair_file, stored_part
 from training.pairs.reader import PairReader, PairSet
 from training.stage1.decompose import Stage1Settings, decompose

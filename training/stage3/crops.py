@@ -10,7 +10,7 @@ from torch import Tensor
 
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError, UserError
-from training.common.images import Source, load_image
+from timm_dvt.image_files import Source, load_image
 from training.common.views import Views, render_views, sample_views, whole_view
 
 AUGMENTS = ("crop", "flip")  # random crops and flips, or whole images with random flips

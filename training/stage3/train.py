@@ -12,7 +12,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from timm_dvt.attach import remove_denoiser
-from training.common.images import Source
+from timm_dvt.image_files import Source
 from training.common.options import option
 from training.figures.rows import draw_rows
 from training.loop.checkpoints import Diverged

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from timm_dvt.shared_folder import OutputError, SettingsDiffer
 from training.common.hub_images import fetch_images
-from training.common.shared_folder import OutputError, SettingsDiffer
 
 datasets = pytest.importorskip("datasets", reason="needs datasets, of the extra test")
 
@@ -139,6 +139,7 @@ def test_a_full_disk_is_no_fault_of_the_data_set_and_the_next_run_goes_on(source
     assert kept(fetch_images(f"hf:{source}", 3, tmp_path / "kept")) == files
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_share_one_fetch(source, tmp_path):
     files = pictures(40)
     as_files(source, files)

@@ -17,6 +17,7 @@ from training.loop.settings import TrainingSettings
 from training.stage1 import decompose as stage1
 from training.stage1.decompose import Stage1Settings, decompose
 from training.stage1.field.losses import distance_loss, reconstruction_loss
+from training.stage1.many import STAGE1
 from training.stage2.train import STAGE2
 from training.stage3.train import STAGE3
 
@@ -40,7 +41,7 @@ def settings(command, *options, samples=10_000, processes=1):
 
 def stage1_settings(model, *options):
     args = parsed(denoise_images, *options)
-    return build(denoise_images.RECIPES[args.recipe], args).settled(model)
+    return build(STAGE1[args.recipe], args).settled(model)
 
 
 def test_ours_is_the_paper_s_ten_epochs_at_64():

@@ -64,6 +64,8 @@ RUNS = [
     ("detection", "coco", "mAP", None),
     ("attentive-probe", "imagefolder", "top1", 50.0),
     ("propagation", "davis", "J&F", 50.0),
+    ("correspondence", "spair", "PCK/point", None),
+    ("correspondence", "pfpascal", "PCK/image", None),
 ]
 SLOW = {"mic"}
 
@@ -109,7 +111,7 @@ def test_task_runs_raw_and_denoised_and_beats_chance(task, dataset, number, chan
 @pytest.mark.slow
 def test_all_runs_what_the_stamps_have_annotations_for(model, data, tmp_path):
     results = evaluate("all", "stamps", model, data, tmp_path, "--limit", "8")
-    assert set(results) == set(TASKS) - {"depth", "propagation"}
+    assert set(results) == set(TASKS) - {"depth", "propagation", "correspondence"}
     assert set(results["mic"]["states"]) == {"raw", "denoised", "artifacts"}
     assert all(set(result["images"].values()) == {8} for result in results.values())
 

@@ -8,8 +8,8 @@ import torch
 
 import timm_dvt
 from tests.helpers import small_datasets
+from timm_dvt.image_files import Fingerprint, Source, read_file
 from training import denoise_images
-from training.common.images import Fingerprint, Source, read_file
 from training.evaluate.__main__ import main
 from training.evaluate.data.datasets import open_dataset
 from training.evaluate.features.cached import Extractor

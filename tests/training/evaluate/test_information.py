@@ -41,8 +41,8 @@ def exhaustive_mic(values, coordinate, bound):
     [
         ((4, 4), None, False),
         ((4, 4), None, True),
-        ((5, 5), None, False),
-        ((5, 5), None, True),
+        pytest.param((5, 5), None, False, marks=pytest.mark.slow),
+        pytest.param((5, 5), None, True, marks=pytest.mark.slow),
         ((4, 6), 8.5, True),
         ((3, 7), 9.5, True),
     ],

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from timm_dvt.image_files import Source, read_file
 from timm_dvt.version import __version__
-from training.common.images import Source, read_file
 from training.pairs.folder import (
     PairFolder,
     ValueTooLarge,

@@ -14,8 +14,8 @@ from PIL import Image
 
 from tests.helpers.processes import start, torchrun
 from tests.helpers.stage1_runs import SLOW, contents, draw_images, read_lines, run
+from timm_dvt import shared_folder
 from training import denoise_images
-from training.common import shared_folder
 from training.pairs.folder import read_index, read_settings
 from training.stage1 import many
 
@@ -104,7 +104,7 @@ def test_an_image_whose_process_died_is_taken_over(images, tmp_path):
     out = tmp_path / "out"
     script = """
 import os, sys, time
-from training.common.shared_folder import SharedFolder
+from timm_dvt.shared_folder import SharedFolder
 with SharedFolder(sys.argv[1]) as folder, folder.claim("a/0.png"):
     print("claimed", flush=True)
     time.sleep(2)

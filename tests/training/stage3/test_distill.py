@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 
 import timm_dvt
 from tests.helpers.processes import kill_at_random_moments, same, start, torchrun, weights
+from timm_dvt.image_files import list_images
 from training import distill
-from training.common.images import list_images
 from training.stage3.crops import CropReader
 from training.stage3.student import Student
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from timm_dvt.errors import UserError
-from training.common.images import list_images
-from training.evaluate.data import davis, stamps, voc
+from timm_dvt.image_files import list_images
+from training.evaluate.data import davis, keypoints, stamps, voc
 from training.evaluate.data import folder as own_folder
 from training.evaluate.data.annotations import check, coco_split, read_depth, read_mask
 from training.evaluate.data.splits import Split, list_files
@@ -28,7 +28,7 @@ class Dataset:
 
     Attributes:
         read: (folder, kind) -> {part: Split}.
-        kinds: of annotation that it has: images, masks, boxes, discovery, labels, depth, videos.
+        kinds: of annotation that it has: images, masks, boxes, discovery, labels, depth, videos, points.
         layout: what must lie in the folder, for the error message.
         present: folder -> those of the kinds that it has, where that differs from one to the next; None is all.
         title: what training.report calls it; "" is its own name.
@@ -256,6 +256,8 @@ DATASETS = {
         "  DATA/{train,val}/CLASS/*.jpg             any image suffix, subfolders too",
         title="ImageFolder",
     ),
+    "spair": Dataset(keypoints.read_spair, ("images", "points"), keypoints.SPAIR_LAYOUT, title="SPair-71k"),
+    "pfpascal": Dataset(keypoints.read_pf_pascal, ("images", "points"), keypoints.PF_PASCAL_LAYOUT, title="PF-Pascal"),
     "davis": Dataset(davis.read_davis, ("images", "videos"), davis.LAYOUT, title="DAVIS"),
     "stamps": Dataset(
         stamps.read_stamps,

@@ -1,6 +1,6 @@
 """A folder of one's own images with masks, depths, or boxes in COCO's JSON, as a dataset (--dataset folder).
 
-Images may have any suffix of training/common/images.py and lie in subfolders; the mask of train/images/a/b.jpg is
+Images may have any suffix of timm_dvt/image_files.py and lie in subfolders; the mask of train/images/a/b.jpg is
 train/masks/a/b.png, a palette or gray PNG of one class index a pixel, 255 for pixels that do not count. Line i of
 classes.txt (from 0) names class i; without it there are as many classes as the largest index in the masks says.
 train/depths/a/b.png has the depths, 16-bit gray in millimeters.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError
-from training.common.images import list_images
+from timm_dvt.image_files import list_images
 from training.evaluate.data.annotations import coco_split, read_depth, read_mask
 from training.evaluate.data.splits import IGNORE, Split
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from timm_dvt.errors import ImageError, UserError
-from training.common.images import load_image
+from timm_dvt.image_files import load_image
 
 IGNORE = 255
 
@@ -40,8 +40,8 @@ class Split:
         images: paths.
         classes: names; empty where there are none.
         annotation: i -> what belongs to image i: a mask (h, w) uint8 with 255 to ignore, `Boxes`, a class
-            index, a depth map (h, w) float32 in meters with 0 for unknown, or, of videos, the `Split` of the frames;
-            None for images alone.
+            index, a depth map (h, w) float32 in meters with 0 for unknown, of videos the `Split` of the frames, a
+            `PointPair`; None for images alone.
     """
 
     name: str

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from timm_dvt.errors import UserError
-from training.common.images import read_file
+from timm_dvt.image_files import read_file
 from training.evaluate.data.splits import Split
 from training.evaluate.features.cached import Extractor
 from training.pairs.folder import read_index, read_pair, read_settings

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from timm_dvt.bars import tqdm
+from timm_dvt.calibration.positions import without_noise
 from timm_dvt.errors import UserError
 from timm_dvt.viewer.colors import map_correlation
 from training.common.backbone import FeatureReader
@@ -78,8 +79,8 @@ class PositionStatistics:
             raise UserError(f"position's share needs 2 images or more, got {self.count}")
         if self.squares == 0:
             return 0.0
-        explained = float(self.mean_map().square().sum()) * self.count / self.squares
-        return (explained - 1 / self.count) / (1 - 1 / self.count)
+        square, own = float(self.mean_map().square().sum()), self.squares / self.count**2
+        return without_noise(square, own, 1 / self.count) * self.count / self.squares
 
 
 def position_share(maps: Tensor) -> float:

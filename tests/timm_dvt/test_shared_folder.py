@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from training.common import shared_folder
-from training.common.shared_folder import OutputError, SettingsDiffer, SharedFolder, read_lines, write_atomically
+from timm_dvt import shared_folder
+from timm_dvt.shared_folder import OutputError, SettingsDiffer, SharedFolder, read_lines, write_atomically
 
 
 def run(script: str, *args) -> subprocess.Popen:
     """A Python process with this package's folder module at hand; it says "ready" when it is."""
-    script = "import os, sys, time\nfrom training.common.shared_folder import *\n" + script
+    script = "import os, sys, time\nfrom timm_dvt.shared_folder import *\n" + script
     command = [sys.executable, "-c", script, *map(str, args)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from timm_dvt.errors import ImageError
-from training.common.images import decode_image, list_images, load_image, read_file
+from timm_dvt.image_files import decode_image, list_images, load_image, read_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 

@@ -3,10 +3,11 @@
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError, UserError
-from timm_dvt.images import SUFFIXES, image_names, to_array, upright
+from timm_dvt.images import SUFFIXES, image_names, to_array, to_rgb, upright
+
+Pixels = TypeVar("Pixels", np.ndarray, Image.Image)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +130,25 @@ def decode_image(data: bytes) -> Tensor:
         ImageError: not an image, truncated or damaged, larger than Pillow's limit against decompression bombs,
             or of a kind whose scale is unknown.
     """
+    return torch.from_numpy(np.ascontiguousarray(_decoded(data, to_array).transpose(2, 0, 1)))
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """As `decode_image`, as RGB of 8 bits."""
+    return _decoded(data, to_rgb)
+
+
+def _decoded(data: bytes, convert: Callable[[Image.Image], Pixels]) -> Pixels:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            pixels = to_array(upright(image))
+            return convert(upright(image))
     except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
         raise ImageError("not an image, or of a format that Pillow does not know") from error
     except Exception as error:  # on damaged files Pillow raises nearly anything, IndexError included
         raise ImageError(f"cannot be decoded: {error or type(error).__name__}") from error
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def _name_of(line: str, folder: Path) -> str:

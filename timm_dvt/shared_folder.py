@@ -17,7 +17,6 @@ exclude each other, and closing one drops the locks of both. So: one to a proces
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from timm_dvt.weights.files import write_whole
+
+try:
+    import fcntl
+except ImportError:  # Windows: what was written there can be read, and nothing is shared
+    fcntl = None  # type: ignore[assignment]
 
 Self = TypeVar("Self", bound="SharedFolder")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -188,6 +192,8 @@ class SharedFolder:
                 raise explain(error, path, len(line)) from error
 
     def _lock(self, offset: int, wait: bool) -> bool:
+        if fcntl is None:
+            raise OutputError(errno.ENOTSUP, "this system has no POSIX locks; on Windows work in its Linux (WSL)")
         try:
             fcntl.lockf(self._locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, offset)
         except OSError as error:

@@ -1,0 +1,158 @@
+"""Claims about options of `timm-dvt extract`: states of the denoiser, blocks, shapes, a basis, pictures, refusals."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+from timm.data import create_transform, resolve_model_data_config
+
+import timm_dvt
+from tests.helpers.photographs import MODEL, denoised_folder, write_pictures
+from timm_dvt.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("photographs"), 12)
+
+
+@pytest.fixture(scope="module")
+def denoised(tmp_path_factory):
+    return f"local-dir:{denoised_folder(tmp_path_factory.mktemp('model'))}"
+
+
+@pytest.fixture
+def extract(photographs, tmp_path):
+    """Runs the command in float32; gives its features, or its exit code where it failed."""
+
+    def run(*options, model=MODEL, source=photographs, folder="out"):
+        options = ["--model", model, "--dtype", "float32", *options]
+        failed = main(["extract", str(source), "--out", str(tmp_path / folder), *options])
+        return failed or timm_dvt.open_features(tmp_path / folder)
+
+    return run
+
+
+def test_both_gives_the_maps_with_the_denoiser_on_and_off(extract, denoised, photographs, tmp_path):
+    features = extract("--both", model=denoised)
+    raw = timm_dvt.open_features(tmp_path / "out", "features_raw")
+    on, off = (extract(f"--{flag}", model=denoised, folder=flag) for flag in ("denoise", "no-denoise"))
+    model = timm.create_model(denoised, pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    for name in features:
+        with torch.no_grad():
+            tokens = model.forward_features(transform(Image.open(photographs / name).convert("RGB"))[None])[0, 1:]
+        np.testing.assert_allclose(features[name], tokens.unflatten(0, (4, 4)), atol=2e-5)
+        np.testing.assert_array_equal(features[name], on[name])
+        np.testing.assert_array_equal(raw[name], off[name])
+        assert np.abs(on[name] - off[name]).max() > 0.1
+    assert features.settings["denoised"] == [True, False] and off.settings["denoised"] == [False]
+
+
+def test_blocks_are_final_normed_and_the_last_is_what_is_opened(extract, denoised, photographs, tmp_path):
+    features = extract("--blocks", "all", "--no-denoise", model=denoised)
+    plain = extract("--no-denoise", model=denoised, folder="plain")
+    inner = timm_dvt.open_features(tmp_path / "out", "block_0")
+    model = timm.create_model(denoised, pretrained=True).eval()
+    assert features.variable == "block_1"
+    for name in features:
+        np.testing.assert_array_equal(features[name], plain[name])
+        lengths = inner[name] - model.norm.bias.detach().numpy()
+        assert np.linalg.norm(lengths / model.norm.weight.detach().numpy(), axis=-1) == pytest.approx(8, rel=1e-2)
+
+
+def test_keep_aspect_gives_grids_of_the_images_shapes_nothing_distorted(extract, photographs):
+    xarray = pytest.importorskip("xarray")
+    options = ("--keep-aspect", "--size", "64", "--no-pretrained")
+    features = extract(*options)
+    shapes = {Image.open(photographs / name).size: features[name].shape for name in features}
+    assert shapes == {(64, 48): (3, 4, 64), (32, 64): (4, 2, 64)}
+    name = next(name for name in features if features[name].shape[:2] == (4, 2))
+    row = xarray.open_zarr(features.folder / "features.zarr").features.sel(image=name)
+    np.testing.assert_array_equal(row[: int(row.rows), : int(row.columns)], features[name])
+    assert np.isnan(row[:, 2:]).all()
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, dynamic_img_size=True).eval()
+    pixels = torch.from_numpy(np.array(Image.open(photographs / name))).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(features.settings[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        (wanted,) = model.forward_intermediates((pixels - mean) / std, indices=1, norm=True, intermediates_only=True)
+    np.testing.assert_allclose(features[name], wanted[0].permute(1, 2, 0), atol=2e-5)
+    for kind in ("npy", "parquet"):
+        other = extract(*options, "--format", kind, folder=kind)
+        assert all(np.array_equal(other[name], features[name]) for name in features)
+
+
+def test_pca_keeps_the_components_of_one_stored_basis(extract):
+    from sklearn.decomposition import PCA
+
+    options = ("--size", "64", "--no-pretrained", "--class-token")
+    whole, features = extract(*options), extract(*options, "--pca", "3", folder="pca")
+    rows = np.concatenate([whole[name].reshape(-1, 64) for name in whole])
+    wanted = PCA(3).fit(rows)
+    basis = load_file(features.folder / "basis.safetensors")
+    for name in features:
+        found = (whole[name] - basis["features.mean"]) @ basis["features.components"].T
+        np.testing.assert_allclose(features[name], found, atol=1e-4)
+        scores = wanted.transform(whole[name].reshape(-1, 64)).reshape(features[name].shape)
+        np.testing.assert_allclose(np.abs(features[name]), np.abs(scores), atol=1e-3)
+    assert features.variables["class_token"] == (64,)
+
+
+def test_pictures_have_one_basis_for_all(extract, photographs):
+    features = extract("--pictures", "--keep-aspect", "--size", "64", "--no-pretrained")
+    names = {path.relative_to(features.folder / "pictures").as_posix() for path in features.folder.rglob("*.png")}
+    assert names == {f"{name}.png" for name in features}
+    rows, colors = zip(
+        *(
+            (
+                features[name].reshape(-1, 64),
+                _patches(features.folder / "pictures" / f"{name}.png", features[name].shape),
+            )
+            for name in features
+        )
+    )
+    design = np.c_[np.concatenate(rows), np.ones(sum(map(len, rows)))]
+    wanted = np.concatenate(colors)
+    inside = ((wanted > 0) & (wanted < 255)).all(1)  # where colors are not clipped they are linear in the features
+    basis = load_file(features.folder / "basis.safetensors")
+    values = (design[:, :-1] - basis["features.color.mean"]) @ basis["features.color.axes"]
+    low, high = basis["features.color.low"], basis["features.color.high"]
+    np.testing.assert_allclose(wanted[inside], 255 * ((values - low) / (high - low))[inside], atol=0.51)
+
+
+def _patches(path, shape):
+    picture = np.asarray(Image.open(path)).astype(float)
+    times = picture.shape[0] // shape[0]
+    return picture[times // 2 :: times, times // 2 :: times].reshape(-1, 3)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--denoise"], "has no denoiser"),
+        (["--size", "50"], "multiple of 16"),
+        (["--blocks", "77"], "blocks 0 to"),
+        (["--pca", "65"], "have not so many components"),
+        (["--model", "vit_smal_patch16_224"], "did you mean"),
+        (["--model", "resnet18"], "ResNet"),
+        (["--model", "vit_base_patch16_siglip_224", "--class-token", "--size", "32"], "no class token"),
+        (["--device", "cuda:77"], "device"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_line(extract, options, said, capsys):
+    assert extract("--size", "64", "--no-pretrained", *options) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert said in line
+
+
+def test_a_folder_of_other_settings_is_refused_and_one_that_is_none_is_not_opened(extract, capsys, tmp_path):
+    extract("--size", "64", "--no-pretrained")
+    assert extract("--size", "48", "--no-pretrained") == 2
+    assert "size: the folder has [64, 64], this run has [48, 48]" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no folder of `timm-dvt extract`"):
+        timm_dvt.open_features(tmp_path)
+    with pytest.raises(ValueError, match="variable must be one of features; got 'depth'"):
+        timm_dvt.open_features(tmp_path / "out", "depth")

@@ -1,0 +1,98 @@
+"""Claims about what `timm-dvt extract` takes: an image, a list, a video, a streamed data set."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import timm_dvt
+from tests.helpers.photographs import MODEL, write_pictures
+from timm_dvt.__main__ import main
+
+OPTIONS = ["--model", MODEL, "--no-pretrained", "--size", "64"]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("photographs"), 20)
+
+
+@pytest.fixture(scope="module")
+def of_folder(photographs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("features")
+    assert main(["extract", str(photographs), "--out", str(out), *OPTIONS]) == 0
+    return timm_dvt.open_features(out)
+
+
+def extract(source, out, *options):
+    assert main(["extract", str(source), "--out", str(out), *OPTIONS, *options]) == 0
+    return timm_dvt.open_features(out)
+
+
+def same(first, second):
+    return np.allclose(first.astype(np.float32), second.astype(np.float32), atol=2e-3)
+
+
+def test_an_image_and_a_list_of_paths(photographs, of_folder, tmp_path):
+    image = extract(photographs / "0000.png", tmp_path / "image")
+    assert list(image) == ["0000.png"] and same(image["0000.png"], of_folder["0000.png"])
+    (tmp_path / "list.txt").write_text(f"{photographs}/sub/0001.png\nmissing.png\n{photographs}/0002.png\n")
+    listed = extract(tmp_path / "list.txt", tmp_path / "listed", "--format", "npy")
+    assert [os.path.basename(name) for name in listed] == ["0001.png", "0002.png"]
+    assert same(listed[f"{photographs}/sub/0001.png"], of_folder["sub/0001.png"])
+    assert list(listed.errors) == ["missing.png"]
+
+
+def test_a_folder_that_is_filled_within_the_source_is_no_source(photographs, tmp_path):
+    source = write_pictures(tmp_path / "photographs", 3)
+    for _ in range(2):
+        assert len(extract(source, source / "features", "--pictures")) == 3
+
+
+def test_a_video_gives_frames_in_order_and_a_video_of_their_colors(tmp_path):
+    imageio = pytest.importorskip("imageio.v2")
+    frames = [np.full((64, 96, 3), 5 * i, np.uint8) for i in range(40)]
+    with imageio.get_writer(tmp_path / "clip.mp4", fps=20, macro_block_size=2) as writer:
+        for frame in frames:
+            writer.append_data(frame)
+    features = extract(tmp_path / "clip.mp4", tmp_path / "out", "--pictures", "--keep-aspect")
+    assert list(features) == [f"{i:06d}" for i in range(40)] and features["000000"].shape == (3, 4, 64)
+    Image.fromarray(frames[33]).save(tmp_path / "frame.png")
+    still = extract(tmp_path / "frame.png", tmp_path / "still", "--keep-aspect")["frame.png"].astype(float)
+    apart = [float(np.linalg.norm(features[name] - still)) for name in features]
+    assert abs(int(np.argmin(apart)) - 33) <= 1
+    with imageio.get_reader(tmp_path / "out" / "pictures.mp4") as video:
+        assert video.get_meta_data()["fps"] == 20 and sum(1 for _ in video) == 40
+    xarray = pytest.importorskip("xarray")
+    assert xarray.open_zarr(tmp_path / "out" / "features.zarr").features.shape == (40, 4, 4, 64)
+
+
+def test_a_data_set_is_streamed(photographs, of_folder, tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    for path in photographs.glob("*.png"):
+        (tmp_path / "set" / path.name).write_bytes(path.read_bytes())
+    features = extract(f"hf:{tmp_path / 'set'}", tmp_path / "out")
+    names = [name for name in of_folder if "/" not in name]
+    assert list(features) == [f"{i:06d}" for i in range(len(names))]
+    assert all(same(features[number], of_folder[name]) for number, name in zip(features, names))
+
+
+def test_of_a_data_set_that_says_its_length_the_disk_need_is_said_first(photographs, tmp_path, capsys):
+    pytest.importorskip("datasets")
+    picture = (photographs / "0000.png").read_bytes()
+    for i in range(3):
+        (tmp_path / "set" / "data").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / "data" / f"{i}.png").write_bytes(picture)
+    features, splits = "- name: image\n    dtype: image", "- name: train\n    num_examples: 3"
+    said = f"dataset_info:\n  features:\n  {features}\n  splits:\n  {splits}\n"
+    (tmp_path / "set" / "README.md").write_text(f"---\n{said}---\n")
+    assert len(extract(f"hf:{tmp_path / 'set'}", tmp_path / "out")) == 3
+    assert "disk: 3 images of 2.05 KB, 6.14 KB to be written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source, said", [("nowhere", "does not exist"), ("hf:nobody/nothing", "cannot be read")])
+def test_a_source_that_is_none_is_one_clear_line(source, said, tmp_path, capsys):
+    assert main(["extract", source, "--out", str(tmp_path / "out"), *OPTIONS]) == 2
+    assert said in capsys.readouterr().err

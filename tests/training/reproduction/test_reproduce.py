@@ -1,0 +1,241 @@
+"""The command: what it plans, shares, resumes and sets beside what is published, on tiny data sets in real layouts."""
+
+import contextlib
+import io
+import json
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.helpers import processes, small_datasets
+from timm_dvt.publish.published import DINOV2
+from timm_dvt.shared_folder import SharedFolder
+from training.evaluate.__main__ import main as evaluate
+from training.reproduce import main
+from training.reproduction import jobs
+from training.reproduction.jobs import Job, Runner
+from training.reproduction.published import select
+from training.reproduction.results import Outcome, cells, outcome, results_page, results_table
+
+ARGS = {"img_size": 64, "patch_size": 8, "depth": 1, "embed_dim": 64, "num_heads": 1, "num_classes": 0}
+QUICK = "linear-seg.steps=3 linear-seg.label_size=16 depth.steps=3 depth.bins=8".split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small_datasets.saved_model(tmp_path_factory.mktemp("model"), ARGS)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """VOC, ADE, NYU and COCO, and no ImageNet."""
+    base = tmp_path_factory.mktemp("data")
+    for name in ("voc", "ade20k", "nyu", "coco"):
+        getattr(small_datasets, name)(base / name, train=16, val=6)
+    return base
+
+
+def words(model, data, out, *more):
+    command = ["--models", model, "--data", str(data), "--out", str(out), "--protocol", "fast", "--repeats", "2"]
+    return [*command, "--evaluate=--device=cpu", "--set", *QUICK, *more]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Evaluations run here, which saves the imports of each; what was run is listed."""
+    ran = []
+
+    def run(command, stdout, stderr, **more):
+        ran.append(command[3])
+        assert command[1:3] == ["-m", "training.evaluate"]
+        said, told = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(told):
+            code = evaluate(command[3:])
+        stderr.write(told.getvalue().encode())
+        return SimpleNamespace(returncode=code, stdout=said.getvalue().encode())
+
+    monkeypatch.setattr(jobs.subprocess, "run", run)
+    return ran
+
+
+def numbers(out):
+    """All results of a folder, by job."""
+    records = {path.name: json.loads(path.read_text()) for path in (out / "jobs").glob("*.json")}
+    return {name: record["result"]["states"] for name, record in records.items() if "result" in record}
+
+
+@pytest.mark.slow
+def test_numbers_that_can_be_had_stand_beside_reasons_for_the_others(model, data, tmp_path, in_this_process, capsys):
+    out = tmp_path / "out"
+    assert main(words(model, data, out, "--tables", "1", "2", "4", "5")) == 1  # Tab. 1 lacks ImageNet, Tab. 5 --train
+    assert in_this_process == ["linear-seg", "linear-seg", "depth", "discovery", "discovery"]
+    table, page = (out / "RESULTS.md").read_text(), (out / "reproduction.html").read_text()
+    (record,) = (json.loads(p.read_text()) for p in (out / "jobs").glob("depth_*.json"))
+    summary = record["result"]["states"]["denoised"]["delta1"]
+    for text in (f"{summary['mean']:.2f}*", f"± {summary['std']:.2f} (2)", "there is no folder", "needs --train"):
+        assert text in table and text in page
+    assert "18 of 25 numbers" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in (out / "results").rglob("*")}
+    assert main(words(model, data, out, "--tables", "1", "2", "4", "5")) == 1
+    assert len(in_this_process) == 5  # nothing is run again
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "results").rglob("*")}
+
+
+def test_parts_do_all_of_the_work_between_them(data, tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, **more):
+        ran.append(command)
+        found = {"mean": 1.0, "std": 0.0, "values": [1.0]}
+        states = {state: dict.fromkeys(("mIoU", "mAcc", "delta1", "AbsRel"), found) for state in ("raw", "denoised")}
+        return SimpleNamespace(
+            returncode=0, stdout=json.dumps({"states": states, "limit": None, "changed": []}).encode()
+        )
+
+    monkeypatch.setattr(jobs.subprocess, "run", run)
+    for number in (1, 2):
+        code = main(words("m", data, tmp_path / "parts", "--tables", "2", "--part", f"{number}/2"))
+        assert (len(ran), code) == ((2, 1), (3, 0))[number - 1]
+    assert main(words("m", data, tmp_path / "parts", "--tables", "2")) == 0
+    assert len(ran) == 3
+
+
+@pytest.mark.slow
+def test_the_plan_says_what_is_missing_and_how_long_the_rest_takes(model, data, tmp_path, in_this_process, capsys):
+    out = tmp_path / "out"
+    arguments = words(model, data, out, "--tables", "1", "2", "4", "5")
+    assert main([*arguments, "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert not list(out.glob("jobs/*")) and in_this_process == []
+    lines = dict(line.split(": ", 1) for line in said.splitlines() if ": " in line)
+    tasks = {name.split("_")[0]: line for name, line in lines.items()}
+    assert "there is no folder" in tasks["mic"]
+    assert all("about" in tasks[task] for task in ("linear-seg", "depth", "discovery"))
+    assert "6 jobs, 1 of them without data or weights" in said and "needs --train" in said
+    main([*words(model, data, out, "--tables", "4")])
+    capsys.readouterr()
+    main([*arguments, "--plan"])
+    assert capsys.readouterr().out.count(": done") == 2
+
+
+def test_weights_that_are_missing_are_said_in_the_plan(data, tmp_path, capsys):
+    assert main(words("local-dir:nowhere", data, tmp_path / "out", "--tables", "4", "--plan")) == 0
+    assert capsys.readouterr().out.count("missing: timm loads no model") == 2
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--data", "nowhere"], "--data must be a folder of data sets"),
+        (["--models", "nobody_s_model", "--tables", "README"], "say nothing of --models nobody_s_model"),
+    ],
+)
+def test_what_cannot_be_is_refused(more, message, data, tmp_path, capsys):
+    assert main([*words("m", data, tmp_path / "out"), *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_job_that_fails_is_not_tried_by_others_and_again_in_the_next_run(tmp_path, monkeypatch):
+    calls = []
+
+    def run(command, stdout, stderr, **more):
+        calls.append(command)
+        stderr.write(b"50%|....\rerror: the loss diverged\n")
+        return SimpleNamespace(returncode=1, stdout=b"")
+
+    monkeypatch.setattr(jobs.subprocess, "run", run)
+    job = Job("a", ("training.evaluate", "mic"), row=select(["1"], [DINOV2])[0])
+    after = Job("b", ("training.evaluate", "mic"), needs=(job,))
+    with SharedFolder(tmp_path) as folder:
+        first, second = Runner(folder), Runner(folder)
+        first.run([job])
+        second.run([job, after])
+        assert len(calls) == 1
+        assert second.failure(after) == "a: the loss diverged"
+        time.sleep(0.01)
+        Runner(folder).run([job])
+    assert len(calls) == 2
+
+
+# ---- ours beside the published
+
+
+def record(**states):
+    summaries = {
+        state: {"mIoU": {"mean": mean, "std": std, "values": [mean] * count}}
+        for state, (mean, std, count) in states.items()
+    }
+    return {"result": {"states": summaries, "limit": None, "changed": []}}
+
+
+@pytest.mark.parametrize(
+    "mean, std, verdict",
+    [
+        (83.6, 0.0, "within"),
+        (83.649, 0.0, "within"),
+        (83.7, 0.0, "outside"),
+        (83.0, 0.3, "within"),
+        (82.9, 0.3, "outside"),
+    ],
+)
+def test_a_difference_is_within_two_standard_deviations_or_the_rounding(mean, std, verdict):
+    (row,) = (r for r in select(["2"], [DINOV2]) if r.key[1:] == ("voc", "mIoU") and r.state == "raw")
+    one = outcome(row, record(raw=(mean, std, 3)))
+    assert row.value == 83.6 and one.difference == pytest.approx(mean - 83.6)
+    assert one.verdict == verdict == cells(one)[-1]
+    html = results_page([one]).decode()
+    assert ('<tr class="green">' in html) == (verdict == "within")
+    assert f"| {verdict} |" in results_table([one])
+
+
+def test_what_has_no_number_says_why_and_a_trial_is_marked():
+    row = select(["2"], [DINOV2])[0]
+    assert outcome(row, {}).verdict == "not run" and outcome(row, {"error": "no data"}).reason == "no data"
+    assert "it has denoised" in outcome(row, record(denoised=(1.0, 0.0, 1))).reason
+    trial = record(raw=(1.0, 0.0, 1))
+    trial["result"]["limit"] = 4
+    assert cells(outcome(row, trial))[4].endswith("*")
+    assert isinstance(outcome(row, trial), Outcome)
+
+
+# ---- killed and shared
+
+
+@pytest.mark.slow
+def test_killed_and_continued_in_two_processes_it_gives_what_an_uninterrupted_run_gives(model, data, tmp_path):
+    command = {name: words(model, data, tmp_path / name, "--tables", "2", "4") for name in ("whole", "broken")}
+    assert main(command["whole"]) == 0
+    broken, killed = tmp_path / "broken", 0
+    for attempt in range(3):
+        had = len(list(broken.glob("jobs/*")))
+        process = processes.torchrun(29541 + attempt, "training.reproduce", *command["broken"])
+        while process.poll() is None and len(list(broken.glob("jobs/*"))) == had:  # until something is done
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        process.communicate()
+    process = processes.torchrun(29551, "training.reproduce", *command["broken"])
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    assert killed > 1 and len(numbers(broken)) == 5
+    assert numbers(broken) == numbers(tmp_path / "whole")
+    assert (broken / "RESULTS.md").read_text() == (tmp_path / "whole" / "RESULTS.md").read_text()
+
+
+@pytest.mark.slow
+def test_denoisers_are_made_first_by_a_recipe_and_table_5_is_of_maps_that_are_made(model, data, tmp_path, capsys):
+    more = ["--tables", "5", "2", "--train", "paper", "--limit", "4", "--stage2=--epochs=1 --batch-size=2 --device=cpu"]
+    more += ["--stage1=--views=4 --field-steps=4 --device=cpu"]
+    assert main([*words(model, data, tmp_path / "out", *more), "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "pairs_model" in said and "missing" not in said and "about" in said
+    assert main(words(model, data, tmp_path / "out", *more)) == 0
+    table = (tmp_path / "out" / "RESULTS.md").read_text()
+    assert "view-average" in table and "not run" not in table
+    assert len(list((tmp_path / "out" / "denoisers").iterdir())) == 1
+    lists = (tmp_path / "out" / "lists" / "train.txt").read_text()
+    val = Path(data, "voc/VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").read_text().split()
+    assert len(lists.splitlines()) == 4 and not any(name in lists for name in val)

@@ -1,0 +1,312 @@
+"""Each rival takes out what was planted for it, and nothing else, in closed form."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tests.helpers import small_datasets
+from timm_dvt.calibration.samples import canvas
+from training.common.models import load_model
+from training.evaluate.features.cached import Extractor
+from training.evaluate.position import share
+from training.rivals import insid3, mean_map, rasa, registers
+from training.rivals.__main__ import main
+from training.rivals.sample import Moments, Sample, projecting_out
+
+K, C = 8, 24
+
+
+def orthonormal(count):
+    return torch.linalg.qr(torch.randn(C, count, dtype=torch.float64)).Q
+
+
+def cleaned(denoiser, maps):
+    with torch.no_grad():
+        return denoiser(maps.flatten(-3, -2).reshape(-1, K * K, C).float(), (K, K)).double().reshape(maps.shape)
+
+
+# ---- INSID3
+
+
+@pytest.fixture
+def planted_subspace():
+    """A mean token, three directions of position, and a blank image's tokens, all of one length."""
+    basis = orthonormal(4)
+    mean, directions = 5 * basis[:, 0], basis[:, 1:]
+    weights = nn.functional.normalize(torch.randn(K, K, 3, dtype=torch.float64), dim=-1)
+    return mean, directions, mean + weights @ directions.T
+
+
+def test_insid3_takes_out_the_planted_subspace_and_leaves_what_is_orthogonal_to_it(planted_subspace):
+    mean, directions, blank = planted_subspace
+    found = insid3.directions(blank, energy=1)
+    torch.testing.assert_close(found @ found.T, directions @ directions.T)
+    denoiser = projecting_out(found, K)
+    torch.testing.assert_close(cleaned(denoiser, blank), mean.expand(K, K, C), atol=1e-5, rtol=0)
+    content = torch.randn(2, K, K, C, dtype=torch.float64)
+    content -= content @ directions @ directions.T
+    torch.testing.assert_close(cleaned(denoiser, content), content, atol=1e-5, rtol=0)
+
+
+def test_insid3_has_the_cosines_of_its_own_order_of_steps():
+    """Length 1, SVD of the centered blank tokens, projection, length 1: in float64, with NumPy."""
+    blank, tokens = np.random.default_rng(0).normal(size=(2, K * K, C))
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (blank, tokens)]
+    left = np.linalg.svd((unit[0] - unit[0].mean(0)).T)[0][:, : round(500 / 1024 * C)]
+    theirs = unit[1] - unit[1] @ left @ left.T
+    theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
+    basis = insid3.directions(torch.from_numpy(blank).reshape(K, K, C))
+    ours = cleaned(projecting_out(basis, K), torch.from_numpy(tokens).reshape(K, K, C)).flatten(0, 1).numpy()
+    ours /= np.linalg.norm(ours, axis=1, keepdims=True)
+    np.testing.assert_allclose(ours @ ours.T, theirs @ theirs.T, atol=1e-5)
+
+
+def test_insid3_energy_counts_directions_until_they_hold_the_share():
+    directions = orthonormal(3) * torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    weights = torch.linalg.qr(torch.randn(K * K, 4, dtype=torch.float64) + 1).Q
+    weights = torch.linalg.qr(torch.cat([torch.ones(K * K, 1, dtype=torch.float64), weights[:, :3]], 1)).Q[:, 1:]
+    mean = torch.linalg.qr(torch.cat([directions, torch.randn(C, 1, dtype=torch.float64)], 1)).Q[:, 3]
+    blank = (1e4 * mean + weights @ directions.T).reshape(K, K, C)  # so long that lengths are all but equal
+    counts = [insid3.directions(blank, energy).shape[1] for energy in (0.6, 0.7, 0.92, 0.94)]
+    assert counts == [1, 2, 2, 3]  # squares 9, 4, 1 of 14: 0.643, 0.929, 1
+
+
+# ---- RASA
+
+
+def planted_lines(content, along):
+    """Moments of tokens z + row a + column b, for content of covariance `content` and z's mean token."""
+    places = rasa.positions(K, K)
+    mean = torch.randn(C, dtype=torch.float64)
+    mean_map = (mean + places @ along.T).reshape(K, K, C)
+    second = content + torch.outer(mean, mean) + along @ (places.T @ places / K**2) @ along.T
+    return Moments(mean_map, second)
+
+
+def test_rasa_takes_out_the_two_planted_directions_in_its_first_round():
+    along = orthonormal(2) * torch.tensor([2.0, 0.5], dtype=torch.float64)
+    moments = planted_lines(torch.eye(C, dtype=torch.float64) * 0.1, along)
+    # The mean token has no part along them: a map without bias would mix it in.
+    mean = moments.mean_map.mean((0, 1))
+    moments = Moments(moments.mean_map - mean, moments.second - torch.outer(mean, mean))
+    found = rasa.directions(moments)
+    assert found.shape == (C, 2)
+    torch.testing.assert_close(found @ found.T, along @ torch.linalg.pinv(along))
+
+
+def test_a_round_of_rasa_is_the_plane_of_a_regression_without_bias():
+    tokens = torch.randn(9, K * K, C, dtype=torch.float64) @ torch.randn(C, C, dtype=torch.float64) + 1
+    tokens += rasa.positions(K, K) @ torch.randn(2, C, dtype=torch.float64)
+    flat = tokens.flatten(0, 1)
+    moments = Moments(tokens.mean(0).reshape(K, K, C), flat.T @ flat / len(flat))
+    weights = np.linalg.lstsq(flat.numpy(), np.tile(rasa.positions(K, K).numpy(), (9, 1)), rcond=None)[0]
+    found = rasa.directions(moments, rounds=1).numpy()
+    np.testing.assert_allclose(found @ found.T, weights @ np.linalg.pinv(weights), atol=1e-3)  # the ridge's
+
+
+def test_after_rasa_no_regression_predicts_row_or_column_from_tokens():
+    """Content along the planted directions, so that rounds are needed; NumPy regresses tokens not learned from."""
+    along = 2 * orthonormal(2)
+    root = torch.randn(C, C, dtype=torch.float64) / C**0.5
+    moments = planted_lines(root @ root.T, along)
+    mean = moments.mean_map.mean((0, 1))
+    content = mean + torch.randn(60, K * K, C, dtype=torch.float64) @ root.T
+    places = rasa.positions(K, K)
+    tokens = (content + places @ along.T).reshape(60, K, K, C)
+
+    def explained(maps):
+        target = np.tile(places.numpy(), (60, 1))
+        design = np.c_[maps.reshape(-1, C).numpy(), np.ones(60 * K * K)]
+        left = target - design @ np.linalg.lstsq(design, target, rcond=None)[0]
+        return 1 - (left**2).sum(0) / (target**2).sum(0)
+
+    found = rasa.directions(moments, rounds=9)
+    after = explained(cleaned(projecting_out(found, K), tokens))
+    # Regressed with a bias, which finds a little along the mean token, where RASA does not go.
+    assert (explained(tokens) > 0.8).all() and (after < 0.05).all()
+    assert found.shape[1] < C
+
+
+def test_rasa_takes_out_nothing_where_there_is_no_line():
+    moments = planted_lines(torch.eye(C, dtype=torch.float64), torch.zeros(C, 2, dtype=torch.float64))
+    assert rasa.directions(moments).shape == (C, 0)
+
+
+# ---- the mean map, and what all learn from
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("folder")
+    small_datasets.folder(where, train=4, val=3)
+    return where
+
+
+def small(**more):
+    torch.manual_seed(0)
+    options = dict(img_size=64, depth=2, embed_dim=32, num_heads=2, num_classes=0) | more
+    return timm.create_model("vit_tiny_patch16_224", **options).eval()
+
+
+def test_the_moments_are_those_of_the_crops_tokens(folder):
+    model = small()
+    images = sorted((folder / "train" / "images").rglob("*.jpg"))
+    sample = Sample(model, images, 64, views=5, batch_size=2)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    crops = torch.stack([(canvas(images[i % 4], (64, 64), i) - mean) / std for i in range(5)])
+    with torch.no_grad():
+        tokens = model.forward_features(crops)[:, 1:].double()
+        black = model.forward_features(((0 - mean) / std).expand(1, 3, 64, 64))[0, 1:].double()
+    second = sum(torch.outer(x, x) for x in tokens.flatten(0, 1)) / (5 * 16)
+    torch.testing.assert_close(sample.moments.mean_map, tokens.mean(0).reshape(4, 4, 32), atol=1e-5, rtol=0)
+    torch.testing.assert_close(sample.moments.second, second, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sample.black, black.reshape(4, 4, 32), atol=1e-5, rtol=0)
+
+
+def test_the_mean_map_is_subtracted_and_the_mean_token_stays(folder):
+    model = small()
+    images = sorted((folder / "train" / "images").rglob("*.jpg"))
+    sample = Sample(model, images, 64, views=4)
+    crops = torch.cat(list(sample.batches()))
+    raw = sample.maps(crops)
+    mean_map.fit(model, sample)
+    with torch.no_grad():
+        clean = model.denoiser(raw.flatten(1, 2).float(), (4, 4)).double()
+    planted = raw.mean(0) - raw.mean((0, 1, 2))
+    torch.testing.assert_close(clean, (raw - planted).flatten(1, 2), atol=1e-5, rtol=0)
+
+
+# ---- test-time registers
+
+NEURON = (1, 7)
+
+
+def with_outliers(**more):
+    """A ViT whose tokens do not mix, and a neuron of which makes tokens long where a patch is white."""
+    model = small(depth=3, pos_embed="none", **more)
+    model.norm = nn.Identity()
+    for block in model.blocks:
+        nn.init.zeros_(block.attn.proj.weight)
+        nn.init.zeros_(block.attn.proj.bias)
+    block, neuron = NEURON
+    mlp = model.blocks[block].mlp
+    with torch.no_grad():
+        # The first channel is 2 of white patches and about -1.8 of dark ones.
+        model.patch_embed.proj.weight[0], model.patch_embed.proj.bias[0] = 4 / (3 * 16**2), -2
+        mlp.fc1.weight[neuron], mlp.fc1.bias[neuron] = 10 * torch.eye(32)[0], -10.0
+        mlp.fc2.weight[:, neuron] = torch.linspace(-1, 1, 32)
+        # Its neighbor says much, everywhere.
+        mlp.fc1.weight[neuron + 1], mlp.fc1.bias[neuron + 1], mlp.fc2.weight[:, neuron + 1] = 0, 30.0, 0
+    return model
+
+
+def squares():
+    """Two dark images, each with two white patches, and which patches of 16 these are."""
+    images, white = 0.1 * torch.rand(2, 3, 64, 64), torch.zeros(2, 4, 4, dtype=torch.bool)
+    for image, y, x in ((0, 0, 1), (0, 2, 3), (1, 1, 1), (1, 3, 0)):
+        images[image, :, 16 * y : 16 * y + 16, 16 * x : 16 * x + 16] = 1
+        white[image, y, x] = True
+    return images, white.flatten(1)
+
+
+def test_the_planted_neuron_is_found_alone():
+    model, (images, white) = with_outliers(), squares()
+    with torch.no_grad():
+        lengths = model.forward_features(images)[:, 1:].norm(dim=-1)
+    assert lengths[white].min() > 4 * lengths[~white].max()  # it does make outliers
+    assert registers.register_neurons(model, [images]) == [NEURON]
+
+
+@torch.no_grad()
+def test_the_register_takes_what_the_neuron_says_and_other_tokens_stay():
+    model, (images, white) = with_outliers(), squares()
+    before = model.forward_features(images)
+    silenced = with_outliers()
+    silenced.blocks[NEURON[0]].mlp.fc2.weight[:, NEURON[1]] = 0
+    registers.add_register(model, [NEURON])
+    after = model.forward_features(images)
+    patches = after[:, model.num_prefix_tokens :]
+    # Tokens do not mix, so what is left is the model without that neuron.
+    torch.testing.assert_close(patches, silenced.forward_features(images)[:, 1:])
+    torch.testing.assert_close(patches[~white], before[:, 1:][~white], atol=1e-4, rtol=0)
+    torch.testing.assert_close(after[:, 0], before[:, 0])
+    assert (after[:, 1].norm(dim=-1) > 3 * patches.norm(dim=-1).amax(1)).all()  # the register is the outlier now
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("more", [{}, {"no_embed_class": True}, {"class_token": False, "global_pool": "avg"}])
+def test_a_register_without_neurons_is_one_more_token_of_zeros(more):
+    """With attention that is given it, and with nobody's position embedding: the reference is timm's own model."""
+    model, images = small(**more), torch.randn(2, 3, 64, 64)
+    reference = small(reg_tokens=1, **more)
+    prefix = model.num_prefix_tokens
+    state = model.state_dict()
+    if not more.get("no_embed_class"):
+        rows = state["pos_embed"]
+        state["pos_embed"] = torch.cat([rows[:, :prefix], torch.zeros(1, 1, 32), rows[:, prefix:]], 1)
+    reference.load_state_dict({**state, "reg_token": torch.zeros(1, 1, 32)})
+    registers.add_register(model, [])
+    torch.testing.assert_close(model.forward_features(images), reference.forward_features(images))
+
+
+@torch.no_grad()
+def test_features_with_a_register_are_read_at_any_size_for_all_evaluations():
+    model = small(dynamic_img_size=True)
+    registers.add_register(model, [(0, 3), (1, 5)])
+    for size in (64, 96):
+        images = torch.rand(2, 3, size, size)
+        extractor = Extractor(model, size)
+        tokens = model.forward_features((images - extractor.reader.mean) / extractor.reader.std)
+        found = extractor.backbone(images)
+        torch.testing.assert_close(found["raw"].flatten(1, 2), tokens[:, 2:], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found["prefix"], tokens[:, :2], atol=1e-5, rtol=0)
+    assert extractor.states == ("raw",)
+
+
+def test_registers_refuse_what_they_are_not_for():
+    with pytest.raises(registers.NotForThisModel, match="trained with 4 registers"):
+        registers.check(small(reg_tokens=4))
+    with pytest.raises(registers.NotForThisModel, match="ResNet"):
+        registers.check(timm.create_model("resnet18", num_classes=0))
+    with pytest.raises(registers.NotForThisModel, match="3 times as long"):
+        registers.register_neurons(small(), [torch.randn(2, 3, 64, 64)])
+
+
+# ---- the command
+
+
+@pytest.mark.slow
+def test_a_table_of_all_rows_and_nothing_done_twice(folder, tmp_path, monkeypatch, capsys):
+    model = small_datasets.saved_model(
+        tmp_path / "model", dict(img_size=64, depth=1, embed_dim=32, num_heads=2, num_classes=0)
+    )
+    words = ["--model", model, "--images", str(folder / "train" / "images"), "--out", str(tmp_path / "out")]
+    words += ["--views", "32", "--rivals", "mean-map", "insid3", "registers", "static", "denoiser"]
+    words += ["--tasks", f"position:folder:{folder}"]
+    assert main(words) == 0
+    table = (tmp_path / "out" / "rivals.md").read_text()
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:8]] == [
+        "| raw",
+        "| mean-map",
+        "| insid3",
+        "| registers",
+        "| static",
+        "| denoiser",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(share, "run", lambda *_: pytest.fail("evaluated again"))
+        patch.setattr(Sample, "maps", lambda *_: pytest.fail("learned again"))
+        assert main(words) == 0
+    assert (tmp_path / "out" / "rivals.md").read_text() == table
+    loaded = load_model(f"local-dir:{tmp_path / 'out' / 'models' / 'insid3'}")
+    weight = loaded.denoiser.blocks[0].weight.detach().double()
+    torch.testing.assert_close(weight @ weight, weight, atol=1e-5, rtol=0)  # a projection
+    assert round(float(weight.trace())) == 32 - 16
+
+
+def test_a_task_that_is_none_is_refused_with_those_there_are(folder, tmp_path, capsys):
+    words = ["--model", "vit_tiny_patch16_224", "--images", str(folder), "--out", str(tmp_path)]
+    assert main([*words, "--tasks", f"positions:folder:{folder}"]) == 2
+    assert "TASK:DATASET:DIR" in capsys.readouterr().err

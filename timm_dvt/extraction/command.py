@@ -1,0 +1,18 @@
+"""timm-dvt extract: its options; what it does is in timm_dvt/extraction/run.py."""
+
+import argparse
+
+from timm_dvt.extraction.run import run
+from timm_dvt.extraction.settings import add_options, settings_of
+
+
+def add_extract(parser: argparse.ArgumentParser) -> None:
+    """Options of `extract`."""
+    parser.description = (
+        "Write dense features of images for use elsewhere: zarr for xarray, parquet for pandas, safetensors or npy. "
+        "Kill it whenever you like; the same command continues, on any number of processes and machines that see the "
+        "folder. timm_dvt.open_features(FOLDER) reads it."
+    )
+    parser.epilog = "Example: %(prog)s photos --model vit_base_patch14_dinov2.lvd142m_dvt --out features"
+    add_options(parser)
+    parser.set_defaults(run=lambda args: run(settings_of(args)))

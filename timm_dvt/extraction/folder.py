@@ -1,0 +1,98 @@
+"""The folder that an extraction fills: what it was begun with, and which shards are finished.
+
+    OUT/settings.json   what decides the maps, and how they lie
+    OUT/index.jsonl     one line a finished shard: its number, and name, size and grid of each image, or its error
+    OUT/errors.jsonl    one line an image that gave no maps, with the reason
+    OUT/basis.safetensors, OUT/pictures    with --pca and --pictures
+    the maps            see timm_dvt/extraction/formats.py
+
+A shard's files are there, whole, before its line is, so a line never lies; a process killed between the two leaves
+files that the next run writes again, equal. Who does what is settled by locks (timm_dvt/shared_folder.py).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from timm_dvt.errors import UserError
+from timm_dvt.extraction.formats import Layout, Record
+from timm_dvt.shared_folder import read_lines
+
+INDEX, ERRORS, SETTINGS = "index.jsonl", "errors.jsonl", "settings.json"
+SHARD_BYTES = 2**27
+
+
+class Index:
+    """The finished shards of a folder, as far as they were read.
+
+    Attributes:
+        shards: images of each, by its number.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._read_to = folder / INDEX, 0
+        self.shards: dict[int, list[Record]] = {}
+        self.refresh()
+
+    def refresh(self) -> Index:
+        """Read what others finished since."""
+        for line, end in read_lines(self._path, self._read_to):
+            self._read_to = end
+            self.shards[line["shard"]] = line["images"]
+        return self
+
+    def images(self) -> Iterator[tuple[int, int, Record]]:
+        """Shard, place in it, and record of each image, in order."""
+        for shard in sorted(self.shards):
+            for place, record in enumerate(self.shards[shard]):
+                yield shard, place, record
+
+    def padded(self, length: int, count: int | None) -> list[Record]:
+        """Records of all `count` images, or of all up to the last that is known; nameless where there is none yet."""
+        last = max(self.shards, default=0)
+        records: list[Record] = [{"name": ""}] * (count or last * length + len(self.shards.get(last, ())))
+        for shard, place, record in self.images():
+            records[shard * length + place] = record
+        return records
+
+
+def shard_length(image_bytes: int, count: int | None) -> int:
+    """Images of a shard: a power of two, of some 100 MB of maps, from 16 to 256, and few enough to be shared."""
+    most = min(SHARD_BYTES // image_bytes, (count or 2048) // 32)
+    return 1 << max(4, min(8, most.bit_length() - 1))
+
+
+def read_layout(folder: Path) -> tuple[dict[str, Any], Layout]:
+    """The settings of a folder, and how its variables lie. Raises UserError for a folder that is none of extract's."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+        return settings, Layout(settings["shard"], settings["variables"], settings["dtype"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} is no folder of `timm-dvt extract`: it has no {SETTINGS} of one") from error
+
+
+def check_room(out: Path, each: int, count: int | None, done: int, say: Callable[[str], object]) -> None:
+    """Say what the rest of `count` images of `each` bytes needs. Raises UserError where the disk has no such room."""
+    free = shutil.disk_usage(out).free
+    if count is None:
+        say(f"disk: {_amount(each)} an image, {_amount(free)} free")
+        return
+    need = max(0, count - done) * each
+    say(f"disk: {count} images of {_amount(each)}, {_amount(need)} to be written; {_amount(free)} free")
+    if need > free:
+        raise UserError(
+            f"no room in {out}: {_amount(need)} are needed and {_amount(free)} are free; take fewer images, "
+            "--dtype float16, --pca K or a smaller --size"
+        )
+
+
+def _amount(count: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

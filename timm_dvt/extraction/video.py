@@ -1,0 +1,58 @@
+"""Frames of video files, read and written by imageio, of the extra extract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from timm_dvt.errors import UserError
+
+SUFFIXES = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm .wmv".split())
+
+
+def video_frames(source: str | Path) -> Iterator[np.ndarray]:
+    """The frames of a video file, (H, W, 3) uint8, one at a time.
+
+    Raises:
+        UserError: it is none that can be read, or imageio is not installed.
+    """
+    try:
+        import imageio.v2
+
+        reader: Any = imageio.v2.get_reader(source)
+    except ImportError:
+        raise UserError(f"{source} needs the package imageio: pip install imageio[ffmpeg]") from None
+    except Exception as error:  # imageio's plugins each raise their own kinds
+        raise UserError(f"{source} is no folder of frames and no video that can be read: {error}") from error
+    with reader:
+        for frame in reader:
+            yield np.asarray(Image.fromarray(np.asarray(frame)).convert("RGB"))
+
+
+def video_rate(source: str | Path, default: float = 10.0) -> float:
+    """Frames a second of a video file; the default where it does not say."""
+    import imageio.v2
+
+    reader: Any = imageio.v2.get_reader(source)
+    with reader:
+        meta = reader.get_meta_data()
+    milliseconds = meta.get("duration") if str(source).lower().endswith(".gif") else None
+    return float(meta.get("fps") or (1000 / milliseconds if milliseconds else default))
+
+
+def write_video(path: Path, pictures: Iterator[np.ndarray], fps: float) -> None:
+    """Write pictures (H, W, 3) uint8, of even sides, as a .gif or, by ffmpeg, as any other kind."""
+    if path.suffix.lower() == ".gif":
+        first, rest = Image.fromarray(next(pictures)), (Image.fromarray(picture) for picture in pictures)
+        first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+        return
+    import imageio.v2
+
+    writer: Any = imageio.v2.get_writer(path, format="FFMPEG", fps=fps, quality=8, macro_block_size=2)
+    with writer:
+        for picture in pictures:
+            writer.append_data(picture)

@@ -1,0 +1,71 @@
+"""Photographs to inspect a model on, checked to be different ones, and what they are where none are given."""
+
+from collections.abc import Iterable
+
+import torch
+from PIL import Image
+
+from timm_dvt.calibration.samples import Source, canvas, sources
+from timm_dvt.errors import InspectionError
+from timm_dvt.images import PHOTOGRAPHS, read_image
+
+LEAST_IMAGES = 4
+LEAST_TRIED = 8  # half to calibrate on, half to judge by
+ALIKE = 0.03  # root mean square difference of thumbnails with values in [0, 1]
+THUMBNAIL = (16, 16)
+
+
+def photographs(
+    images: Source | Iterable[Source] | None, most: int, channels: int = 3, tried: bool = False
+) -> list[Source] | None:
+    """Up to `most` images, none nearly like another; without images, parts of the package's photographs.
+
+    Args:
+        channels: of the model's inputs; there are no photographs of other than 3, and so None.
+        tried: whether half of them have to judge what is calibrated on the other half.
+
+    Raises:
+        InspectionError: too few of them are different.
+        UserError: one cannot be used.
+    """
+    if channels != 3 and (images is not None or tried):
+        raise InspectionError(f"The model takes images of {channels} channels; leave images out, and a trial.")
+    found = None if channels != 3 else _parts()[:most] if images is None else _different(images, most)
+    if tried and found is not None and len(found) < LEAST_TRIED:
+        raise InspectionError(
+            f"images holds {len(found)} different ones within the views; a trial takes {LEAST_TRIED} (and 8 views for "
+            "each): half of them to calibrate on, half to judge by."
+        )
+    return found
+
+
+def _different(images: Source | Iterable[Source], most: int) -> list[Source]:
+    found = sources(images, most)
+    different: list[Source] = []
+    seen: list[torch.Tensor] = []
+    for one in found:
+        small = canvas(one, THUMBNAIL, 0)
+        if all(float((small - other).square().mean()) > ALIKE**2 for other in seen):
+            different.append(one)
+            seen.append(small)
+    if len(different) >= LEAST_IMAGES:
+        return different
+    what = f"{len(found)} image" + "s" * (len(found) > 1)
+    if len(found) > len(different):
+        what += f", of which only {len(different)} differ{'s' * (len(different) == 1)} from the others"
+    raise InspectionError(
+        f"images holds {what}. What a model adds at a place is told by what different images have in common there: "
+        f"give {LEAST_IMAGES} or more of different scenes, better 16, or none (parts of two photographs that come with "
+        "the package)."
+    )
+
+
+def _parts() -> list[Source]:
+    """The quarters of the package's photographs: eight images of which no two show the same thing."""
+    parts: list[Source] = []
+    for path in PHOTOGRAPHS:
+        image: Image.Image = read_image(path)
+        width, height = image.width // 2, image.height // 2
+        boxes = [(x, y, x + width, y + height) for y in (0, height) for x in (0, width)]
+        parts += [image.crop(box) for box in boxes]
+    return parts

@@ -1,0 +1,128 @@
+"""Ours beside the published: a page and a table in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from training.evaluate.results import heading
+from training.figures.page import Section, Table, Text, page
+from training.reproduction.published import TABLES, Row
+
+TITLES = {
+    "1": "Table 1: how much single channels tell of position",
+    "2": "Table 2: segmentation and depth by linear probes",
+    "3": "Table 3: detection",
+    "4": "Table 4: object discovery",
+    "5": "Table 5: k-NN segmentation by stage 1's maps",
+    "6": "Table 6: architectures of the denoiser",
+    "7": "Figure 7 (a): sizes of DINOv2, by the numbers of the authors' README",
+    "S2": "Table S2: detection with fixed position embeddings",
+    "S3": "Table S3: classification by an attentive probe",
+    "README": "The authors' README",
+}
+HEADINGS = ["model", "state", "number", "published", "ours", "difference", "spread", "verdict"]
+LEAD = (
+    "Means over seeds. A difference is within the spread if it is at most two standard deviations of ours, and the "
+    "rounding of what is published. * is not the full protocol: images were limited or settings changed."
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a row: numbers, or the reason why there are none.
+
+    Attributes:
+        mean, spread: of ours, over `count` seeds.
+        whole: whether it is the full protocol.
+    """
+
+    row: Row
+    reason: str = ""
+    mean: float | None = None
+    spread: float = 0.0
+    count: int = 0
+    whole: bool = True
+
+    @property
+    def difference(self) -> float | None:
+        """Ours - published."""
+        return None if self.mean is None or self.row.value is None else self.mean - self.row.value
+
+    @property
+    def verdict(self) -> str:
+        """In a word or two."""
+        if self.mean is None:
+            return "not run"
+        if self.difference is None:
+            return "not published"
+        digit = 10.0 ** int(Decimal(repr(self.row.value)).as_tuple().exponent)
+        return "within" if abs(self.difference) <= 2 * self.spread + digit / 2 else "outside"
+
+
+def outcome(row: Row, record: Mapping[str, Any]) -> Outcome:
+    """Of a row, from the record of its job."""
+    if "result" not in record:
+        return Outcome(row, record.get("error", "not run yet"))
+    result, number = record["result"], row.key[2]
+    summary = result["states"].get(row.state, {}).get(number)
+    if summary is None:
+        has = ", ".join(result["states"])
+        return Outcome(row, f"the model has no {number} of state {row.state}; it has {has}")
+    whole = not result["limit"] and set(result["changed"]) <= set(row.settings)
+    return Outcome(row, "", summary["mean"], summary["std"], len(summary["values"]), whole)
+
+
+def results_page(outcomes: Sequence[Outcome]) -> bytes:
+    """The page: a section a table, and what could not be run."""
+    sections = []
+    for table, chosen in _by_table(outcomes):
+        green = [i for i, one in enumerate(chosen) if one.verdict == "within"]
+        sections.append(Section(TITLES[table], [Table(HEADINGS, [cells(one) for one in chosen], 3, green)]))
+    if reasons := _reasons(outcomes):
+        sections.append(Section("What could not be run", [Table(["numbers", "why"], reasons, words=2)]))
+    sections.append(Section("Figures", [Text("python -m training.report OUT/results plots them over model size.")]))
+    return page("The paper's numbers, again", LEAD, sections)
+
+
+def results_table(outcomes: Sequence[Outcome]) -> str:
+    """The same in Markdown."""
+    text = f"# The paper's numbers, again\n\n{LEAD}\n"
+    for table, chosen in _by_table(outcomes):
+        text += f"\n## {TITLES[table]}\n\n" + _markdown(HEADINGS, [cells(one) for one in chosen])
+    reasons = _reasons(outcomes)
+    return text + ("\n## What could not be run\n\n" + _markdown(["numbers", "why"], reasons) if reasons else "")
+
+
+def cells(one: Outcome) -> list[str]:
+    """A row of the table, under `HEADINGS`."""
+    row = one.row
+    published = "" if row.value is None else f"{row.value:g} ({row.source})"
+    name = heading(row.key) + "".join(f", {word}" for word in row.settings)
+    made = f" ({row.made})" if row.made not in ("", "pairs") else ""
+    digits = 4 if abs(one.mean or row.value or 0) < 2 else 2
+    ours = "" if one.mean is None else f"{one.mean:.{digits}f}{'' if one.whole else '*'}"
+    difference = "" if one.difference is None else f"{one.difference:+.{digits}f}"
+    spread = "" if one.mean is None else f"± {one.spread:.{digits}f} ({one.count})" if one.count > 1 else "one seed"
+    return [row.backbone, row.state + made, name, published, ours, difference, spread, one.verdict]
+
+
+def _by_table(outcomes: Sequence[Outcome]) -> list[tuple[str, list[Outcome]]]:
+    found = ((table, [one for one in outcomes if one.row.table == table]) for table in TABLES)
+    return [(table, chosen) for table, chosen in found if chosen]
+
+
+def _reasons(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """Each reason once, with what it is of."""
+    reasons: dict[str, dict[str, None]] = {}
+    for one in outcomes:
+        if one.reason:
+            reasons.setdefault(one.reason, {})[f"{one.row.table}: {one.row.backbone} {one.row.key[0]}"] = None
+    return [["; ".join(names), reason] for reason, names in reasons.items()]
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
