@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """What the parsed arguments ask for."""
-    bad = [tag for tag in args.tags if "=" not in tag]
+    bad = [tag for tag in args.tag if "=" not in tag]
     if bad:
         raise UserError(f"--tag takes NAME=VALUE, got {bad[0]!r}")
     names = [args.task]

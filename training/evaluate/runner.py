@@ -55,12 +55,13 @@ class Request:
     seed: int = 0
     repeats: int = option(1, "runs with seeds from --seed on (default: %(default)s)", least=1, metavar="N")
     settings: tuple[str, ...] = option(
-        (), "settings, or TASK.NAME=VALUE", "--set", nargs="+", action="extend", metavar="NAME=VALUE"
+        (), "settings, or TASK.NAME=VALUE", "--set", dest="set", nargs="+", action="extend", metavar="NAME=VALUE"
     )
     tags: tuple[str, ...] = option(
         (),
         "noted in the result; training.report plots over pairs=N and views=N",
         "--tag",
+        dest="tag",
         nargs="+",
         action="extend",
         metavar="NAME=VALUE",

@@ -91,7 +91,7 @@ def _seconds(args: Any, model: nn.Module, extractor: Extractor) -> float:
     counts = _counts(args)
     assert not isinstance(counts, str)
     request = replace(build(Request, args), out=Path(), cache=None, pairs=(), tags=(), seed=0, repeats=1)
-    settings = task_settings(args.task, args.dataset, args.settings, args.protocol)
+    settings = task_settings(args.task, args.dataset, args.set, args.protocol)
     unit = next((field.name for field in fields(settings) if field.name in ("steps", "epochs")), None)
     more = ["validate_every=1000000"] if hasattr(settings, "validate_every") else []
 
