@@ -17,14 +17,15 @@ from collections.abc import Sequence
 
 from timm_dvt.image_files import list_images
 from timm_dvt.shared_folder import OutputError
-from training.common.command import add_model_arguments, complain, help_from, positive
+from training.common.command import add_model_arguments, command_parser, complain, positive
 from training.common.memory import keep_freed_memory
 from training.common.models import load_model, pick_device
-from training.common.recipes import STAGE1, add_recipe
+from training.common.options import add_options, build
+from training.common.recipes import add_recipe
 from training.pairs.folder import FAILURES, PRECISIONS, PairFolder
-from training.stage1.many import CROPS, VIEWS, denoise_images, describe_pairs
-from training.stage1.options import add_stage1_arguments, stage1_settings
+from training.stage1.many import STAGE1, denoise_images, describe_pairs
 from training.stage1.progress import is_first_process
+from training.stage1.settings import Stage1Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sources = list_images(args.images, args.limit)
         device = pick_device(args.device)
         model = load_model(args.model, pretrained=args.pretrained, seed=args.seed)
-        settings = stage1_settings(args, model)
+        settings = build(STAGE1[args.recipe], args).settled(model)
         folder = PairFolder(args.out, describe_pairs(args.model, args.pretrained, model, settings), args.precision)
     except OutputError as error:
         return complain(3, error)
@@ -55,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """The options of this command, with the defaults of the recipe that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m training.denoise_images", **help_from(__doc__))
+    parser = command_parser("denoise_images", __doc__)
     parser.add_argument("--images", required=True, help="a folder, an image or a .txt list of paths")
     parser.add_argument("--out", required=True, help="folder of the pairs; made, or continued if it exists")
     add_model_arguments(parser)
-    add_stage1_arguments(parser, VIEWS, CROPS)
+    add_options(parser.add_argument_group("stage 1"), Stage1Settings)
     parser.add_argument("--limit", type=positive, help="only the first so many images")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="half", help="of the maps on disk (default: %(default)s)"

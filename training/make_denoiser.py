@@ -30,10 +30,10 @@ from timm_dvt import calibrate, save_pretrained
 from timm_dvt.attach import timm_name
 from timm_dvt.errors import ImageError, UserError
 from timm_dvt.image_files import Source, list_images, load_image
-from training.common.backbone import DTYPES, FeatureReader
-from training.common.command import add_model_arguments, at_least, help_from, positive
+from training.common.command import add_model_arguments, at_least, command_parser, positive
 from training.common.hub_images import SCHEME, fetch_images
 from training.common.models import check_backbone, load_backbone, pick_device
+from training.common.options import add_options, build
 from training.evaluate.before_after import before_after
 from training.loop.distributed import Processes, join_processes
 from training.loop.entry import exit_code, only_run
@@ -41,15 +41,13 @@ from training.loop.order import split_places
 from training.loop.settings import Pace
 from training.pairs.folder import PARTS, PRECISIONS, PairFolder
 from training.pairs.reader import PairReader, PairSet, open_pairs
-from training.stage1.conditioning import LEAST_VIEWS
 from training.stage1.cost import describe_cost, seconds_a_view, seconds_of
-from training.stage1.decompose import Stage1Settings
 from training.stage1.many import CROPS, denoise_images, describe_pairs
 from training.stage1.on_the_fly import SolvingReader, pairs_of_images
+from training.stage1.settings import Stage1Settings
 from training.stage2.denoisers import make_denoisers
 from training.stage2.gates import add_gates
-from training.stage2.targets import TARGETS
-from training.stage2.train import Stage2Settings, describe_training, save, train
+from training.stage2.train import Stage2Settings, Stage2Training, describe_training, save
 
 VIEWS, IMAGES = 16, 128
 LEAST_IMAGES = 4  # two to learn from, and two to be judged by
@@ -66,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
-    parser = argparse.ArgumentParser(prog="python -m training.make_denoiser", **help_from(__doc__))
+    parser = command_parser("make_denoiser", __doc__)
     parser.add_argument(
         "--images",
         required=True,
@@ -78,31 +76,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--limit", type=at_least(LEAST_IMAGES), default=IMAGES, help="at most so many images (%(default)s)"
     )
-    parser.add_argument(
-        "--views", type=at_least(LEAST_VIEWS), default=VIEWS, help="forward passes an image (%(default)s)"
-    )
-    parser.add_argument("--input-size", type=positive, metavar="PX", help="(default: 518 for patch 14, 512 for 16)")
+    add_options(parser, Stage1Settings, "input_size", "dtype", views="forward passes an image (%(default)s)")
     parser.add_argument("--steps", type=positive, help="of stage 2 (default: 15 epochs at 8, 150 at least)")
-    parser.add_argument("--target", choices=TARGETS, default=Stage2Settings.target, help="of stage 2 (%(default)s)")
-    parser.add_argument(
-        "--keep-length",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="bring clean tokens to the length of the raw ones (default: yes)",
-    )
+    keep_length = "bring clean tokens to the length of the raw ones (default: yes)"
+    add_options(parser, Stage2Settings, "blank_gate", target="of stage 2 (%(default)s)", keep_length=keep_length)
     parser.add_argument(
         "--leftover",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="take off what the trained denoiser leaves of position, by timm_dvt.calibrate (default: yes)",
     )
-    parser.add_argument(
-        "--blank-gate",
-        action=argparse.BooleanOptionalAction,
-        default=Stage2Settings.blank_gate,
-        help="know images without content (plain colors, noise), and level them (default: yes)",
-    )
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of forward passes (%(default)s)")
+    parser.set_defaults(views=VIEWS, keep_length=True)
     parser.add_argument("--pairs", action=argparse.BooleanOptionalAction, default=True, help="keep pairs in OUT/pairs")
     return parser
 
@@ -116,22 +100,13 @@ def run(args: argparse.Namespace) -> None:
         images = fetch_images(images, args.limit, Path(args.out) / "images")
     seen, held_out = hold_out(readable(spread(list_images(images), args.limit)), args.seed)
     model = load_backbone(args.model, args.pretrained, args.seed).to(device)
-    reader = FeatureReader(model, input_size=args.input_size, dtype=args.dtype)
-    stage1 = Stage1Settings(
-        views=args.views,
-        crops=min(CROPS, args.views - 1),
-        seed=args.seed,
-        layers=reader.layers,
-        input_size=reader.input_size,
-        stride=reader.stride,
-        dtype=args.dtype,
-    )
+    stage1 = build(Stage1Settings(crops=CROPS), args).settled(model)
     made_with = describe_pairs(args.model, args.pretrained, model, stage1)
     pairs, by_file = pairs_of_images(seen, Path(args.out) / "pairs", model, stage1, made_with)
     with join_processes(device) as processes:
         stage2 = stage2_settings(args, len(seen), processes)
         if processes.first:
-            print(cost(reader, stage1, stage2, len(seen), processes.count, args.leftover, args.pairs), flush=True)
+            print(cost(model, stage1, stage2, len(seen), processes.count, args.leftover, args.pairs), flush=True)
         # Until stage 2 begins, nothing has come of these images but pairs, each of one image alone.
         undecided = ("pairs",) if args.steps else ("pairs", "steps")
         with only_run(
@@ -140,20 +115,12 @@ def run(args: argparse.Namespace) -> None:
             make_reader: Any = partial(SolvingReader, sources=by_file, model=model, settings=stage1)
             if args.pairs:
                 pairs, make_reader = pairs_on_disk(model, pairs, by_file, stage1, processes), PairReader
-            denoisers = train(
-                pairs,
-                stage2,
-                folder,
-                device,
-                processes,
-                backbone=timm_name(model),
-                make_reader=make_reader,
-                pace=Pace(None if args.pairs else 0),
-            )
+            training = Stage2Training(pairs, stage2, device, processes, timm_name(model), make_reader)
+            training.run(folder, Pace(None if args.pairs else 0))
             if processes.first:
                 if stage2.blank_gate:
-                    add_gates(denoisers, model.to(device), pairs, make_reader)
-                save(model, denoisers, folder, pairs)
+                    add_gates(training.denoisers, model.to(device), pairs, make_reader)
+                save(model, training.denoisers, folder, pairs)
                 if args.leftover:
                     calibrate(model.to(device), [s.path for s in seen], method="leftover", views=LEFTOVER_VIEWS)
                     save_pretrained(model, folder, model_args=model.recorded_arguments)
@@ -231,7 +198,7 @@ def pairs_on_disk(
 
 
 def cost(
-    reader: FeatureReader,
+    model: nn.Module,
     stage1: Stage1Settings,
     stage2: Stage2Settings,
     images: int,
@@ -240,6 +207,7 @@ def cost(
     on_disk: bool,
 ) -> str:
     """What the run will take here, in words, from a timed batch of the backbone and of a denoiser."""
+    reader = stage1.reader(model)
     each = seconds_a_view(reader, stage1.batch_size)
     grid = (reader.grid, reader.grid)
     pairs = PairSet(Path(), (), (0,), grid, reader.channels, {})

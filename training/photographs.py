@@ -33,7 +33,7 @@ from PIL import Image
 
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError
-from training.common.command import complain, help_from
+from training.common.command import command_parser, complain
 from training.evaluate.data.annotations import image_size
 from training.evaluate.data.splits import IGNORE
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
-    parser = argparse.ArgumentParser(prog="python -m training.photographs", **help_from(__doc__))
+    parser = command_parser("photographs", __doc__)
     parser.add_argument("name", choices=list(DATASETS), metavar="NAME", help=", ".join(DATASETS))
     parser.add_argument("--source", type=Path, required=True, metavar="CHECKOUT", help="the repository, cloned")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")

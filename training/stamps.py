@@ -28,7 +28,7 @@ from PIL import Image, ImageEnhance
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError
 from timm_dvt.shared_folder import OutputError, SettingsDiffer, SharedFolder, write_atomically
-from training.common.command import Help, at_least, whole
+from training.common.command import at_least, command_parser, whole
 from training.common.stamp_sources import CLASSES, SHARE, SPLITS, STAMP_CLASSES, Sources, SourcesMissing, load_sources
 
 PLACES = ("any", "class")
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
-    parser = argparse.ArgumentParser(prog="python -m training.stamps", description=__doc__, formatter_class=Help)
+    parser = command_parser("stamps", __doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--train", type=whole, default=2000, metavar="N", help="training images (%(default)s)")
     parser.add_argument("--val", type=whole, default=500, metavar="N", help="validation images (%(default)s)")

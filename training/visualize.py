@@ -30,21 +30,21 @@ from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError, UserError
 from timm_dvt.image_files import Source, decode_image, list_images, read_file
 from timm_dvt.viewer.colors import PALETTE
-from training.common.backbone import FeatureReader
-from training.common.command import add_model_arguments, complain, help_from, positive
+from training.common.command import add_model_arguments, command_parser, complain, positive
 from training.common.models import load_model, pick_device
-from training.common.recipes import STAGE1, add_recipe
+from training.common.options import add_options, build
+from training.common.recipes import add_recipe
 from training.common.views import render_views, whole_view
 from training.figures.panels import Row, draw_positional, draw_stage1
 from training.figures.sheet import save_figure
 from training.figures.video import Maps, check_suffix, count_frames, draw_video
 from training.stage1.cost import describe_cost, seconds_a_view
-from training.stage1.decompose import Stage1Settings, decompose
+from training.stage1.decompose import decompose
 from training.stage1.many import IMAGE_ERRORS, image_seed
-from training.stage1.options import add_stage1_arguments, stage1_settings
 from training.stage1.progress import Progress
+from training.stage1.settings import Stage1Settings, stage1_recipes
 
-VIEWS = 64  # of an image: a picture shows no more of what 768 would bring
+RECIPES = stage1_recipes(Stage1Settings(views=64))  # a picture shows no more of what 768 would bring
 MOST_ROWS = 100  # a taller picture opens nowhere
 
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = pick_device(args.device)
         sources = [] if check(args).video else [one for where in args.images for one in list_images(where)]
         model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
-        settings = stage1_settings(args, model)
+        settings = build(RECIPES[args.recipe], args).settled(model)
         if args.video:
             return _video(args, model, settings)
         draw = _positional if args.positional else _stage1
@@ -79,7 +79,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 
 def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """The options of this command, with the defaults of the recipe that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m training.visualize", **help_from(__doc__))
+    parser = command_parser("visualize", __doc__)
     parser.add_argument("images", nargs="+", help="images, folders, .txt lists of paths, or a video")
     parser.add_argument("--out", help="picture to write (default: stage1.png or positional.png)")
     parser.add_argument("--positional", action="store_true", help="draw what position does to features")
@@ -91,8 +91,9 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--resolution", type=positive, metavar="N", help="draw F at N x N places instead of at the patches"
     )
-    add_stage1_arguments(parser, VIEWS)
-    add_recipe(parser, STAGE1, argv)
+    fields = "solver views layers input_size stride batch_size dtype area linear field".split()  # crops are of pairs
+    add_options(parser.add_argument_group("stage 1"), Stage1Settings, *fields)
+    add_recipe(parser, RECIPES, argv)
     return parser
 
 
@@ -139,7 +140,7 @@ def positional_maps(
     Raises:
         ValueError: not one image could be read.
     """
-    reader = _reader(model, settings)
+    reader = settings.reader(model)
     gray = torch.tensor(resolve_model_data_config(model)["mean"]).view(1, 3, 1, 1)  # zero, once normalized
     zero = reader.patch_features(gray.expand(1, 3, reader.input_size, reader.input_size))
     total: dict[int, Tensor] = {}
@@ -165,7 +166,7 @@ def positional_maps(
 
 def video_maps(model: Any, settings: Stage1Settings) -> Maps:
     """How a frame gets its raw and denoised maps: by the model's own denoiser, or else by stage 1."""
-    reader = _reader(model, settings)
+    reader = settings.reader(model)
     last = reader.layers[-1]
     if not hasattr(model, "denoising"):
 
@@ -236,15 +237,9 @@ def _save(figure: Figure, out: str, failed: int) -> int:
 
 
 def _say_cost(model: nn.Module, settings: Stage1Settings, images: int) -> None:
-    words = describe_cost(images, settings.views, seconds_a_view(_reader(model, settings), settings.batch_size))
+    words = describe_cost(images, settings.views, seconds_a_view(settings.reader(model), settings.batch_size))
     fits = ", and the fit of a field to each image" if settings.solver == "field" else ""
     print(words + fits, file=sys.stderr, flush=True)
-
-
-def _reader(model: nn.Module, settings: Stage1Settings) -> FeatureReader:
-    return FeatureReader(
-        model, settings.layers, input_size=settings.input_size, stride=settings.stride, dtype=settings.dtype
-    )
 
 
 def _square(image: Tensor, size: int) -> Tensor:

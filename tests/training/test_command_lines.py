@@ -22,7 +22,7 @@ def command_lines():
     for package in (training, timm_dvt):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             source = Path(importlib.util.find_spec(module.name).origin).read_text()
-            if re.search(r"ArgumentParser\(|parser_for\(", source) and "def main(" in source:
+            if re.search(r"(ArgumentParser|parser_for|command_parser)\(", source) and "def main(" in source:
                 yield module.name
 
 

@@ -21,6 +21,7 @@ from timm_dvt.architectures import ARCHITECTURES
 from training import train_denoiser
 from training.benchmark._scenes import REGIMES, relative_error
 from training.benchmark._synthetic_pairs import MODELS, World
+from training.common.command import command_parser
 
 
 def unseen_error(folder: Path | None, world: World, first: int, count: int) -> float:
@@ -49,11 +50,7 @@ def train(folder: Path, pairs: Path, model: str, arch: str, steps: int, options:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.benchmark denoiser",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmark denoiser", __doc__)
     parser.add_argument("--seconds", type=float, default=120, help="of training, for each (120)")
     parser.add_argument("--archs", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument(

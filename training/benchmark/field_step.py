@@ -6,13 +6,13 @@ Processor time is of all threads together; a busy machine disturbs it less. A st
 losses, gradients and Adam over all tables. Each phase's first 50 steps warm up; of the turns, the fastest counts.
 """
 
-import argparse
 import time
 
 import torch
 
 from timm_dvt.bars import tqdm
 from training.benchmark._hardware import hardware
+from training.common.command import command_parser
 from training.common.memory import keep_freed_memory
 from training.common.models import pick_device
 from training.stage1.field.backends import BACKENDS
@@ -35,24 +35,14 @@ def measure_steps(channels: int, grid: int, device: torch.device, backend: str, 
         bar.update(steps)
 
     fit_field(
-        coords,
-        patches,
-        features,
-        grid,
-        FieldSettings(steps=STEPS, backend=backend),
-        device=device,
-        progress=mark,
+        coords, patches, features, grid, FieldSettings(steps=STEPS, backend=backend), device=device, progress=mark
     )
     taken = [[1000 * (b - a) / REPORT_EVERY for a, b in zip(*pair)] for pair in zip(marks, marks[1:])]
     return [(taken[warm][0], taken[warm][1]) for warm in (1, 3)]
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.benchmark field_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmark field_step", __doc__)
     parser.add_argument("--channels", type=int, default=768)
     parser.add_argument("--grid", type=int, default=37)
     parser.add_argument("--rounds", type=int, default=3, help="turns (3)")

@@ -5,7 +5,6 @@ python -m training.benchmark inference --arch static     what timm_dvt.calibrate
 python -m training.benchmark inference --device cuda --dtype bfloat16 --compile --batch-sizes 1 32
 """
 
-import argparse
 import copy
 import functools
 import statistics
@@ -27,6 +26,7 @@ from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError
 from timm_dvt.registry import VARIANTS
 from training.benchmark._hardware import hardware, waiting
+from training.common.command import command_parser
 from training.common.models import pick_device
 
 MODELS = ("vit_small_patch14_dinov2.lvd142m_dvt", "vit_base_patch14_dinov2.lvd142m_dvt")
@@ -215,11 +215,7 @@ def measure_import(rounds: int) -> Comparison:
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print a table with each bar, and return 0; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.benchmark inference",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmark inference", __doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="variants with a denoiser")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], metavar="B")
     parser.add_argument(

@@ -10,7 +10,6 @@ python -m training.benchmark stage1 --real NAME          seed and position depen
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import multiprocessing
 import resource
@@ -24,6 +23,7 @@ from timm_dvt.bars import tqdm
 from training.benchmark import _stage1_real as real
 from training.benchmark._scenes import REGIMES, Scene, relative_error
 from training.common.backbone import DTYPES
+from training.common.command import command_parser
 from training.common.views import view_axes
 from training.stage1.field.fit import FieldSettings, fit_field
 from training.stage1.linear.solver import LinearSettings, LinearSolver
@@ -174,11 +174,7 @@ def curve(names: list[str], seed: int) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.benchmark stage1",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmark stage1", __doc__)
     parser.add_argument(
         "--regimes",
         nargs="+",

@@ -10,7 +10,6 @@ every pair from disk each time, "kept" has read them before, as from the second 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -24,6 +23,7 @@ import torch
 from training.benchmark._hardware import hardware
 from training.benchmark._scenes import REGIMES
 from training.benchmark._synthetic_pairs import MODELS, World
+from training.common.command import command_parser
 from training.common.memory import keep_freed_memory
 from training.common.models import pick_device
 from training.loop.distance import norm_distance
@@ -33,14 +33,14 @@ from training.loop.settings import Pace
 from training.pairs import reader as pairs_reader
 from training.pairs.reader import PairReader, PairSet, open_pairs
 from training.stage2.denoisers import make_denoisers
-from training.stage2.train import Stage2Settings, train
+from training.stage2.train import Stage2Settings, Stage2Training
 
 BAR = 0.95
 
 
 def ours(pairs: PairSet, settings: Stage2Settings, folder: Path, device: torch.device) -> float:
     """Pairs a second of the command's own loop, log, checks and all."""
-    train(pairs, settings, folder, device, pace=Pace(None, 10**9, 10**9))
+    Stage2Training(pairs, settings, device).run(folder, Pace(None, 10**9, 10**9))
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [line["images_per_second"] for line in lines if "images_per_second" in line][-1]
 
@@ -63,11 +63,7 @@ def bare(pairs: PairSet, settings: Stage2Settings, batches: list[torch.Tensor]) 
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.benchmark train_denoiser",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmark train_denoiser", __doc__)
     parser.add_argument("--channels", type=int, choices=list(MODELS), default=192)
     parser.add_argument("--grid", type=int, default=14)
     parser.add_argument("--steps", type=int, default=60, help="of each turn (60)")

@@ -11,7 +11,6 @@ F.at(...) stand F, raw - G and raw of the patches, upsampled bilinearly. The cos
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn.functional import interpolate, normalize, one_hot
 
 from timm_dvt.bars import tqdm
 from timm_dvt.image_files import load_image
+from training.common.command import command_parser
 from training.common.models import load_model, pick_device
 from training.evaluate.data.datasets import open_dataset
 from training.evaluate.segmentation.score import resize_mask
@@ -51,11 +51,7 @@ def upsampled(maps: Tensor, resolution: int) -> Tensor:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.benchmark upsampling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmark upsampling", __doc__)
     parser.add_argument("--data", required=True, metavar="DIR", help="what training.stamps made")
     parser.add_argument("--model", default="vit_small_patch14_dinov2.focus", metavar="NAME")
     parser.add_argument("--no-pretrained", dest="pretrained", action="store_false")

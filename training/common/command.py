@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,11 @@ def help_from(doc: str | None) -> dict[str, Any]:
     """Arguments of an ArgumentParser: a docstring's first paragraph above the options, the rest as it is below."""
     head, _, rest = (doc or "").partition("\n\n")  # there is none under python -OO
     return {"description": head, "epilog": rest, "formatter_class": Help}
+
+
+def command_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m training.NAME` with the help of its module's docstring."""
+    return argparse.ArgumentParser(prog=f"python -m training.{name}", **help_from(doc))
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -59,23 +65,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Makes a type for argparse: whole numbers from `least` on, so that others are refused before anything is done."""
+def at_least(least: int, kind: Callable[[Any], Any] = int) -> Callable[[str], Any]:
+    """Makes a type for argparse: finite numbers from `least` on, so that others are refused before anything is done."""
 
-    def number(text: str) -> int:
-        if int(text) < least:
+    def number(text: str) -> Any:
+        if not least <= kind(text) < math.inf:
             raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
-        return int(text)
+        return kind(text)
 
     number.least = least  # type: ignore[attr-defined]
     return number
 
 
 positive, whole = at_least(1), at_least(0)
-
-
-def at_least_zero(text: str) -> float:
-    """A finite number of at least 0, for argparse."""
-    if not 0 <= float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
-    return float(text)

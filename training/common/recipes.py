@@ -1,7 +1,8 @@
 """Recipes: the settings of all three stages as the paper has them, as its repository has them, and as ours.
 
-`--recipe paper` and `--recipe repository` set the defaults of a command; every other option still overrides. The
-repository is github.com/Jiawei-Yang/Denoising-ViT at its newest commit: main_img_denoising.py (stage 1),
+`--recipe paper` and `--recipe repository` set the defaults of a command; every other option still overrides. As
+instances of their data classes they are in stage1/settings.py, stage2/train.py and stage3/train.py. The repository is
+github.com/Jiawei-Yang/Denoising-ViT at its newest commit: main_img_denoising.py (stage 1),
 main_denoiser.py and sample_scripts/stage2.sh (stage 2), main_distillation.py and sample_scripts/stage3.sh (stage 3).
 A dash says that the source is silent; then ours stands.
 
@@ -52,69 +53,33 @@ block at the best fixed map because a short run would else be over before the ar
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 NAMES = ("ours", "paper", "repository")
-Recipes = Mapping[str, Mapping[str, Any]]
-
-STAGE1: Recipes = {
-    "paper": {"solver": "field", "views": 768, "crops": 0},
-    "repository": {"solver": "field", "views": 769, "crops": 0, "field_steps": 25_000},  # 768 and the whole image
-}
-_OPTIMIZATION = {  # the repository's, of stages 2 and 3
-    "base_lr": 2e-4,
-    "warmup": "15%",
-    "min_lr": 1e-6,
-    "loss": "mse",
-    "weight_decay": 1e-5,
-    "decay_all": True,
-}
-STAGE2: Recipes = {
-    "paper": {
-        "epochs": 10,
-        "batch_size": 64,
-        "lr": 2e-4,
-        "loss": "norm",
-        "start": "random",
-        "whole": 1.0,
-        "blank_gate": False,
-    },
-    "repository": {
-        "steps": 50_000,
-        "batch_size": 128,
-        **_OPTIMIZATION,
-        "start": "random",
-        "whole": 1.0,
-        "blank_gate": False,
-    },
-}
-STAGE3: Recipes = {
-    "paper": {},
-    "repository": {
-        "epochs": 5,
-        "batch_size": 512,
-        **_OPTIMIZATION,
-        "augment": "flip",
-        "tokens": "patches",
-    },
-}
 
 
-def add_recipe(parser: argparse.ArgumentParser, recipes: Recipes, argv: Sequence[str] | None) -> None:
+def add_recipe(parser: argparse.ArgumentParser, recipes: Mapping[str, Any], argv: Sequence[str] | None) -> None:
     """Give a command line --recipe, and the defaults of the one that it names. To be called after all other options.
 
     Args:
-        recipes: recipe -> {option: default}. argv: the command line; None is the process's own.
+        recipes: by each of the names, settings. argv: the command line; None is the process's own.
     """
-    parser.add_argument(
-        "--recipe", choices=NAMES, default="ours", help="defaults of the options above; see training/common/recipes.py"
-    )
     first = argparse.ArgumentParser(add_help=False)  # knows abbreviations, as the other one does
-    first.add_argument("--recipe", choices=NAMES, default="ours")
+    says = "defaults of the options above; see training/common/recipes.py"
+    for each in (parser, first):
+        each.add_argument("--recipe", choices=NAMES, default="ours", help=says)
     known, _ = first.parse_known_args(argv)
-    defaults = dict(recipes.get(known.recipe, {}))
-    if "batch_size" in defaults:  # of all processes here, of each one on a command line
-        defaults["batch_size"] = max(1, defaults["batch_size"] // int(os.environ.get("WORLD_SIZE", 1)))
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**_defaults(recipes[known.recipe]))
+
+
+def _defaults(settings: Any) -> dict[str, Any]:
+    defaults: dict[str, Any] = {}
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if is_dataclass(value):
+            defaults |= _defaults(value)
+        elif item.metadata:
+            defaults[item.metadata.get("dest", item.name)] = value
+    return defaults

@@ -18,13 +18,14 @@ from pathlib import Path
 
 from timm_dvt.errors import UserError
 from training.common.backbone import DTYPES
-from training.common.command import add_model_arguments, complain, flush_subnormals, help_from, positive
+from training.common.command import add_model_arguments, command_parser, complain, flush_subnormals, positive
 from training.common.models import load_model, pick_device
+from training.common.options import add_options, build
 from training.evaluate.data.datasets import DATASETS, kinds_of
 from training.evaluate.features.cached import Extractor
 from training.evaluate.runner import Request, evaluate, open_splits
 from training.evaluate.tables import result_table
-from training.evaluate.tasks import PROTOCOLS, TASKS, load_task, task_settings, tasks_of
+from training.evaluate.tasks import TASKS, load_task, task_settings, tasks_of
 from training.loop.checkpoints import Diverged
 
 
@@ -51,24 +52,9 @@ def run(args: argparse.Namespace) -> int:
     if args.task == "all":
         kinds = kinds_of(args.dataset, args.data)
         names = [name for name in tasks_of(args.protocol) if load_task(name, args.protocol).KIND in kinds]
-    out = Path(args.out)
-    request = Request(
-        task=args.task,
-        model=args.model,
-        dataset=args.dataset,
-        data=Path(args.data),
-        out=out,
-        protocol=args.protocol,
-        cache={"off": None}.get(args.cache, Path(args.cache or out / "features")),
-        pairs=tuple(Path(folder) for folder in args.pairs),
-        settings=tuple(args.set),
-        tags=tuple(args.tag),
-        limit=args.limit,
-        seed=args.seed,
-        repeats=args.repeats,
-        batch_size=args.batch_size,
-    )
-    requests = [replace(request, task=name) for name in names]
+    request = build(Request, args)
+    cache = None if args.cache == Path("off") else args.cache or args.out / "features"
+    requests = [replace(request, task=name, cache=cache) for name in names]
     splits = open_splits(requests)  # before anything slow
     device = pick_device(args.device)
     model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
@@ -89,56 +75,17 @@ def run(args: argparse.Namespace) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     small = ", ".join(name for name, dataset in DATASETS.items() if dataset.small)
-    parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate",
-        **help_from(__doc__),
-    )
+    parser = command_parser("evaluate", __doc__)
     parser.epilog = (
         f"{parser.epilog}\nSettings (--set), the paper's / on {small} where they differ:\n{describe_settings()}"
     )
     parser.add_argument("task", choices=[*TASKS, "all"], metavar="TASK", help=", ".join([*TASKS, "all"]))
     add_model_arguments(parser)
-    parser.add_argument(
-        "--protocol",
-        choices=list(PROTOCOLS),
-        default="fast",
-        help="fast: features extracted once, images squared (default); repository: augmentation, windows and sizes of "
-        "the authors' code, for " + ", ".join(tasks_of("repository")),
-    )
-    parser.add_argument("--dataset", required=True, choices=list(DATASETS))
-    parser.add_argument("--data", required=True, metavar="DIR", help="the dataset in its standard layout")
-    parser.add_argument("--out", default="results", metavar="DIR", help="results and features (default: %(default)s)")
-    parser.add_argument(
-        "--cache", metavar="DIR", help="where features are kept (default: OUT/features); off to keep none"
-    )
-    parser.add_argument(
-        "--pairs",
-        nargs="+",
-        default=[],
-        metavar="DIR",
-        help="evaluate stage 1's outputs instead: raw, F, F + residual = raw - G, mean of both, G (Tabs. 1, 5); a "
-        "second folder, solved without G, adds the view-average",
-    )
-    parser.add_argument("--limit", type=positive, metavar="N", help="at most N images a split, evenly spread over it")
-    parser.add_argument(
-        "--repeats", type=positive, default=1, metavar="N", help="runs with seeds from --seed on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings, or TASK.NAME=VALUE"
-    )
-    parser.add_argument(
-        "--tag",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        help="noted in the result; training.report plots over pairs=N and views=N",
-    )
+    add_options(parser, Request)
     parser.add_argument(
         "--input-size", type=positive, metavar="PX", help="side of the square input (default: the model's)"
     )
     parser.add_argument("--json", action="store_true", help="print results as lines of JSON instead of tables")
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="images in one forward pass")
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="float32", help="of forward passes (default: %(default)s)"
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from training.evaluate.tables import write_json
 from training.loop.log import TrainingLog
 from training.loop.order import positions
 from training.loop.reading_ahead import read_ahead
-from training.loop.run import resume, run_steps
+from training.loop.run import Training, resume, run_steps
 from training.loop.schedule import Schedule
 from training.loop.settings import Pace
 
@@ -78,8 +79,8 @@ def train(
     size = min(recipe.batch_size, count)
     # Every parameter decays, norms and biases among them, as in the published protocols.
     optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    probe = Probe(head, optimizer, schedule, loss, validations)
     first = resume(run.checkpoint, head, optimizer)
-    step_now = first
 
     def batch(step: int) -> Any:
         places = range(step * size, (step + 1) * size)
@@ -89,30 +90,35 @@ def train(
         return read(indices, [np.random.default_rng([run.seed, place]) for place in places], step)
 
     workers = min(8, os.cpu_count() or 1) if read is not None and run.device.type == "cuda" else 0
-    batches = read_ahead((partial(batch, step) for step in range(first, steps)), workers)
-
-    def next_loss(step: int) -> Tensor:
-        nonlocal step_now
-        step_now = step
-        return loss(next(batches))
-
+    probe.batches = read_ahead((partial(batch, step) for step in range(first, steps)), workers)
     if adjust is not None:
-        optimizer.register_step_pre_hook(lambda which, *_: adjust(which, step_now))
+        optimizer.register_step_pre_hook(lambda which, *_: adjust(which, probe.step))
     head.train()
     name = f"{label} ({run.state})"
     with TrainingLog(None, steps, first, batch_size=size, samples=count, label=name) as log:
-        run_steps(
-            head,
-            optimizer,
-            schedule,
-            next_loss,
-            log,
-            first,
-            checkpoint=run.checkpoint,
-            pace=Pace(None, CHECKPOINT_EVERY, None if validations is None else validations.every),
-            validate=validations,
-        )
+        pace = Pace(None, CHECKPOINT_EVERY, None if validations is None else validations.every)
+        run_steps(probe, log, first, run.checkpoint, pace)
     head.eval()
+
+
+@dataclass
+class Probe(Training):
+    """A head on its way: the loss of a batch, and numbers after some of the steps."""
+
+    module: nn.Module
+    optimizer: Optimizer
+    schedule: Schedule
+    batch_loss: Callable[[Any], Tensor]
+    validations: Validations | None
+    batches: Iterator[Any] = iter(())
+    step: int = 0
+
+    def loss(self, step: int) -> Tensor:
+        self.step = step
+        return self.batch_loss(next(self.batches))
+
+    def validate(self, step: int, log: TrainingLog) -> dict[str, float]:
+        return {} if self.validations is None else self.validations(step)
 
 
 class Validations:

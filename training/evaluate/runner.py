@@ -15,33 +15,58 @@ from torch import nn
 
 from timm_dvt.errors import UserError
 from timm_dvt.version import __version__
-from training.evaluate.data.datasets import open_dataset
+from training.common.options import option
+from training.evaluate.data.datasets import DATASETS, open_dataset
 from training.evaluate.data.splits import Split
 from training.evaluate.features.cached import Extractor, Features
 from training.evaluate.features.pairs import SAME, STATES, pair_data
 from training.evaluate.run import Run
 from training.evaluate.tables import summarize, write_json
-from training.evaluate.tasks import TASKS, load_task, task_settings
+from training.evaluate.tasks import PROTOCOLS, TASKS, load_task, task_settings, tasks_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """One evaluation as asked for on the command line; see the options of __main__.py."""
+    """One evaluation as asked for on the command line."""
 
     task: str
     model: str
-    dataset: str
-    data: Path
-    out: Path
-    cache: Path | None
-    protocol: str = "fast"
-    pairs: tuple[Path, ...] = ()
-    settings: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    limit: int | None = None
+    protocol: str = option(
+        "fast",
+        "fast: features extracted once, images squared (default); repository: augmentation, windows and sizes of the "
+        "authors' code, for " + ", ".join(tasks_of("repository")),
+        choices=PROTOCOLS,
+    )
+    dataset: str = option(..., "", choices=list(DATASETS))
+    data: Path = option(..., "the dataset in its standard layout", type=Path, metavar="DIR")
+    out: Path = option(Path("results"), "results and features (default: %(default)s)", type=Path, metavar="DIR")
+    cache: Path | None = option(
+        None, "where features are kept (default: OUT/features); off to keep none", type=Path, metavar="DIR"
+    )
+    pairs: tuple[Path, ...] = option(
+        (),
+        "evaluate stage 1's outputs instead: raw, F, F + residual = raw - G, mean of both, G (Tabs. 1, 5); a second "
+        "folder, solved without G, adds the view-average",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+    )
+    limit: int | None = option(None, "at most N images a split, evenly spread over it", least=1, metavar="N")
     seed: int = 0
-    repeats: int = 1
-    batch_size: int = 16
+    repeats: int = option(1, "runs with seeds from --seed on (default: %(default)s)", least=1, metavar="N")
+    settings: tuple[str, ...] = option(
+        (), "settings, or TASK.NAME=VALUE", "--set", dest="set", nargs="+", action="extend", metavar="NAME=VALUE"
+    )
+    tags: tuple[str, ...] = option(
+        (),
+        "noted in the result; training.report plots over pairs=N and views=N",
+        "--tag",
+        dest="tag",
+        nargs="+",
+        action="extend",
+        metavar="NAME=VALUE",
+    )
+    batch_size: int = option(16, "images in one forward pass", least=1, metavar="N")
 
 
 def open_splits(requests: Sequence[Request]) -> list[dict[str, Split]]:

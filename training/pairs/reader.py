@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from timm_dvt.errors import UserError
 from training.loop.order import split_places
-from training.loop.reading_ahead import read_ahead
 from training.pairs.file import damaged, read_maps
 from training.pairs.folder import INDEX, read_index, read_settings
 
@@ -221,17 +219,6 @@ class PairReader:
         """Which of these pairs hold NaN or infinity."""
         files = {position: Path(self._path(position)) for position in positions}
         return [file for position, file in files.items() if not bool(self.read([position]).isfinite().all())]
-
-
-def read_batches(
-    reader: PairReader, places: Callable[[int], Sequence[int]], steps: range, dtype: torch.dtype, workers: int = 2
-) -> Iterator[Tensor]:
-    """The batches of some steps, `reader.read(places(step), dtype)`, read ahead by threads if there are workers."""
-
-    def read(step: int) -> Tensor:
-        return reader.read(places(step), dtype)
-
-    yield from read_ahead((partial(read, step) for step in steps), workers)
 
 
 def _free_memory() -> int:

@@ -14,14 +14,18 @@ import torch
 from timm_dvt.image_files import list_images
 from training.common.command import add_model_arguments
 from training.common.models import load_backbone, pick_device
-from training.common.recipes import STAGE1, STAGE2, add_recipe
+from training.common.options import add_options, build
+from training.common.recipes import add_recipe
+from training.loop.distributed import ALONE
+from training.loop.settings import TrainingSettings
 from training.pairs.reader import PairSet
 from training.reproduction.jobs import Job
 from training.stage1.cost import seconds_of
 from training.stage1.decompose import decompose
-from training.stage1.many import CROPS, VIEWS
-from training.stage1.options import add_stage1_arguments, stage1_settings
+from training.stage1.many import STAGE1
+from training.stage1.settings import Stage1Settings
 from training.stage2.denoisers import make_denoisers
+from training.stage2.train import STAGE2, Stage2Settings
 
 VIEWS_TIMED, STEPS_TIMED = 8, 20
 BACKWARD = 3  # forward passes that a step costs
@@ -40,9 +44,9 @@ def seconds_to_make(job: Job) -> float:
 
 def _stage1(words: Sequence[str]) -> float:
     """An image takes a + b views + c steps of the field, as three decompositions of noise say."""
-    args = _parse(words, STAGE1, lambda parser: add_stage1_arguments(parser, VIEWS, CROPS))
+    args = _parse(words, STAGE1, Stage1Settings)
     model = load_backbone(args.model, args.pretrained, args.seed).to(pick_device(args.device))
-    settings = stage1_settings(args, model)
+    settings = build(STAGE1[args.recipe], args).settled(model)
     image = torch.rand(3, 375, 500)
 
     def seconds(views: int, steps: int) -> float:
@@ -63,30 +67,26 @@ def _stage1(words: Sequence[str]) -> float:
 
 def _stage2(words: Sequence[str], images: str) -> float:
     """Steps of a denoiser on random tokens."""
-
-    def add(parser: argparse.ArgumentParser) -> None:
-        for name, default in (("--epochs", 10), ("--steps", None), ("--batch-size", 64)):
-            parser.add_argument(name, type=int, default=default)
-        parser.add_argument("--arch", default="block")
-
-    args = _parse(words, STAGE2, add)
+    args = _parse(words, STAGE2, TrainingSettings, Stage2Settings)
+    settings = build(STAGE2[args.recipe], args).settled(len(list_images(images)), images, ALONE)
     device = pick_device(args.device)
     model = load_backbone(args.model, args.pretrained, args.seed)
     grid = (37, 37) if model.patch_embed.patch_size[0] == 14 else (32, 32)  # 518 and 512 pixels
     pairs = PairSet(Path(), (), (0,), grid, model.num_features, {})
-    (denoiser,) = make_denoisers(pairs, args.arch, 1, 0).values()
-    tokens = torch.rand(args.batch_size, grid[0] * grid[1], model.num_features, device=device)
+    (denoiser,) = make_denoisers(pairs, settings.arch, 1, 0).values()
+    tokens = torch.rand(settings.batch_size, grid[0] * grid[1], model.num_features, device=device)
     denoiser = denoiser.to(device)
     step = BACKWARD * seconds_of(lambda: denoiser(tokens, grid).sum().item())
-    return step * (args.steps or max(1, args.epochs * len(list_images(images)) // args.batch_size))
+    return step * settings.steps
 
 
-def _parse(words: Sequence[str], recipes: Any, add: Any) -> argparse.Namespace:
+def _parse(words: Sequence[str], recipes: Any, *settings: type) -> argparse.Namespace:
     """The options of a stage that decide how long it takes, with the defaults of its recipe."""
     parser = argparse.ArgumentParser(add_help=False)
     add_model_arguments(parser)
     parser.add_argument("--images")
-    add(parser)
+    for each in settings:
+        add_options(parser, each)
     add_recipe(parser, recipes, words)
     return parser.parse_known_args(words)[0]
 

@@ -19,6 +19,7 @@ from torch import nn
 from timm_dvt import add_denoiser
 from timm_dvt.bars import tqdm
 from training.common.models import load_backbone, load_model, pick_device
+from training.common.options import build
 from training.evaluate.__main__ import make_parser
 from training.evaluate.data.datasets import named
 from training.evaluate.features.cached import Extractor
@@ -89,17 +90,7 @@ def _seconds(args: Any, model: nn.Module, extractor: Extractor) -> float:
     """Of the whole evaluation, all its states and repeats."""
     counts = _counts(args)
     assert not isinstance(counts, str)
-    request = Request(
-        task=args.task,
-        model=args.model,
-        dataset=args.dataset,
-        data=Path(args.data),
-        out=Path(),
-        cache=None,
-        protocol=args.protocol,
-        settings=tuple(args.set),
-        batch_size=args.batch_size,
-    )
+    request = replace(build(Request, args), out=Path(), cache=None, pairs=(), tags=(), seed=0, repeats=1)
     settings = task_settings(args.task, args.dataset, args.set, args.protocol)
     unit = next((field.name for field in fields(settings) if field.name in ("steps", "epochs")), None)
     more = ["validate_every=1000000"] if hasattr(settings, "validate_every") else []

@@ -15,54 +15,13 @@ from timm_dvt.errors import UserError
 from training.common.backbone import FeatureReader
 from training.common.views import Views, render_views, sample_views, shrink_for_views, view_axes, whole_view
 from training.stage1.conditioning import check_views
-from training.stage1.field.fit import FieldSettings, fit_field
-from training.stage1.linear.solver import LinearSettings, LinearSolver
-
-SOLVERS = ("linear", "field")
+from training.stage1.field.fit import fit_field
+from training.stage1.linear.solver import LinearSolver
+from training.stage1.settings import SOLVERS, Stage1Settings
 
 
 class NonFiniteFeatures(ValueError):
     """The backbone gave NaN or infinite features for this image."""
-
-
-@dataclass(frozen=True)
-class Stage1Settings:
-    """How one image is decomposed.
-
-    Attributes:
-        solver: "linear" (least squares, streamed) or "field" (the paper's neural fields).
-        views: forward passes an image: the whole image, then views - 1 random crops. The whole image takes
-            part in the fit, because random crops hardly ever reach the corners.
-        seed: of the crops, and of the field's initialization.
-        layers: blocks to decompose, all in one pass; None is the last block alone.
-        input_size: side of the square input in pixels; None is the paper's (518 for patch 14, 512 for 16).
-        stride: step between patches in pixels; None is the patch size.
-        batch_size: views a forward pass; does not change the result.
-        dtype: "float32" or "bfloat16", of the forward passes.
-        corner_aligned, square_first: as the paper's repository has it, patches' places run from edge to edge of a
-            view instead of from center to center, and the image is resized to the input's square before it is cut.
-        area, aspect, flip: of the crops, see `training.common.views.sample_views`.
-        crops: how many of the crops' own maps to keep, with F at their patches: further samples for stage 2, at no
-            further forward pass.
-        linear, field: settings of the two solvers.
-    """
-
-    solver: str = "linear"
-    views: int = 768
-    seed: int = 0
-    layers: tuple[int, ...] | None = None
-    input_size: int | None = None
-    stride: int | None = None
-    batch_size: int = 8
-    dtype: str = "float32"
-    area: tuple[float, float] = (0.1, 0.5)
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    crops: int = 0
-    corner_aligned: bool = False
-    square_first: bool = False
-    linear: LinearSettings = LinearSettings()
-    field: FieldSettings = FieldSettings()
 
 
 Field = Callable[[Tensor, Tensor], Tensor]  # xs (w,) and ys (h,) in [0, 1] of the whole image -> F (h, w, C)
@@ -159,9 +118,7 @@ def decompose(
         raise UserError(f"crops must be from 0 to {settings.views - 1}, one below views, got {settings.crops}")
     if device is not None:
         model = model.to(device)
-    reader = FeatureReader(
-        model, settings.layers, input_size=settings.input_size, stride=settings.stride, dtype=settings.dtype
-    )
+    reader = settings.reader(model)
     if reader.device.type == "cuda":
         image = image.to(reader.device)  # which cuts views faster than a CPU can feed it
     if settings.square_first:

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError
 from timm_dvt.image_files import Fingerprint, Source, decode_image, read_file
-from training.common.backbone import FeatureReader
 from training.common.models import DENOISER, weights_digest
 from training.pairs.folder import PairFolder, ValueTooLarge
 from training.stage1.conditioning import IllConditioned
-from training.stage1.decompose import SOLVERS, Decomposition, NonFiniteFeatures, Stage1Settings, decompose
+from training.stage1.decompose import Decomposition, NonFiniteFeatures, decompose
 from training.stage1.progress import Progress, is_first_process
+from training.stage1.settings import SOLVERS, Stage1Settings, stage1_recipes
 
 # Of one image of many. Stage 2 learns the mean over images: of as many forward passes, with DINOv2-S, 48 images of 32
 # views and 96 of 16 gave the best denoisers (README). The paper's is 768 (Stage1Settings.views).
 VIEWS = 32
 CROPS = 8  # of the views, kept for stage 2
+STAGE1 = stage1_recipes(Stage1Settings(views=VIEWS, crops=CROPS))
 
 # What costs one image its pair, while the others go on.
 IMAGE_ERRORS = (ImageError, NonFiniteFeatures, IllConditioned, ValueTooLarge)
@@ -32,7 +33,7 @@ IMAGE_ERRORS = (ImageError, NonFiniteFeatures, IllConditioned, ValueTooLarge)
 
 def describe_pairs(name: str, pretrained: bool, model: nn.Module, settings: Stage1Settings) -> dict[str, Any]:
     """All that decides what the pairs hold, and nothing that does not (device, batch size, images)."""
-    reader = FeatureReader(model, settings.layers, input_size=settings.input_size, stride=settings.stride)
+    reader = settings.reader(model)
     chosen = asdict(settings)
     solver = {name: chosen.pop(name) for name in SOLVERS if name in chosen}
     chosen.pop("batch_size")

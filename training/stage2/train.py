@@ -18,51 +18,77 @@ from timm_dvt.denoiser import Denoiser, combine
 from timm_dvt.errors import UserError
 from timm_dvt.layouts import layout_of
 from training.common.models import make_for, weights_digest
+from training.common.options import option
 from training.figures.rows import draw_rows
-from training.loop.checkpoints import CHECKPOINT, Diverged
+from training.loop.checkpoints import Diverged
 from training.loop.distance import loss_limit
 from training.loop.distributed import ALONE, Processes
 from training.loop.log import TrainingLog
-from training.loop.optimization import autocast, make_adamw
 from training.loop.order import positions, with_crops
-from training.loop.reading_ahead import reading_threads
-from training.loop.run import resume, run_steps
-from training.loop.settings import USUAL_PACE, Pace, TrainingSettings
-from training.pairs.reader import PairReader, PairSet, read_batches
+from training.loop.run import FolderTraining
+from training.loop.settings import REPOSITORY, USUAL_PACE, OverAll, Pace, TrainingSettings
+from training.pairs.reader import PairReader, PairSet
 from training.stage2.denoisers import Stage2, Validation, make_denoisers
 from training.stage2.starts import load_init, start_as_static, subtract_mean_artifacts
-from training.stage2.targets import parts_for, raw_and_target
+from training.stage2.targets import TARGETS, parts_for, raw_and_target
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage2Settings(TrainingSettings):
-    """All that decides the weights a run ends with, beside the pairs and the backbone.
+    """All that decides the weights a run ends with, beside the pairs and the backbone; recipes are in `STAGE2`."""
 
-    Attributes:
-        arch: of `timm_dvt.architectures.ARCHITECTURES`.
-        blocks: transformer blocks of a denoiser.
-        target: of `training.stage2.targets.TARGETS`, what is predicted.
-        whole: share of whole images among what is learned from; the rest are crops of them, where the pairs hold crops.
-        keep_length: whether, once trained, the denoisers bring tokens to the length of the raw ones.
-        blank_gate: whether, once trained, they know images without content, and level them: see
-            training/stage2/gates.py.
-        start: "static" (see `training.stage2.starts.start_as_static`) or "random".
-        init: a folder to start from instead.
-    """
-
-    arch: str = "block"
-    blocks: int = 1
-    target: str = "F"
-    whole: float = 0.25
-    start: str = "static"
-    keep_length: bool = False
-    blank_gate: bool = True
-    init: str | None = None
+    arch: str = option(
+        "block",
+        "the paper's block with position embedding (default), its ablations of Tab. 6, or the mean artifact map "
+        "subtracted, which needs no training",
+        choices=list(ARCHITECTURES),
+    )
+    blocks: int = option(1, "transformer blocks (default: the paper's %(default)s)", least=1)
+    target: str = option(
+        "F",
+        "what to predict: the paper's F, F at the length of raw - G, raw - G, or the mean of the first and the last "
+        "(default: %(default)s); see training/stage2/targets.py",
+        choices=TARGETS,
+    )
+    whole: float = option(
+        0.25,
+        "of whole images among what is learned from, where the pairs hold crops too; 1 leaves crops out, as the paper "
+        "does (default: %(default)s)",
+        metavar="SHARE",
+    )
+    start: str = option(
+        "static",
+        "of a block: from the mean correction, the block an identity (default), or from random weights alone; the "
+        "paper does not say",
+        choices=("static", "random"),
+    )
+    keep_length: bool = option(
+        False,
+        "once trained, bring tokens to the length of the raw ones: for what lives on lengths, as object discovery does "
+        "(default: no, as in the paper)",
+    )
+    blank_gate: bool = option(
+        True, "once trained, know images without content (plain colors, noise) and level them (default: yes)"
+    )
+    init: str | None = option(None, "start from a trained denoiser instead", metavar="FOLDER")
+    val_fraction: float = option(0.05, "of the pairs, held out for the validation loss (default: %(default)s)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.whole <= 1:
             raise UserError(f"whole must be from 0 to 1, a share, got {self.whole}")
+        if self.blocks > 1 and not ARCHITECTURES[self.arch].deep:
+            raise UserError(f"--blocks must be 1 with --arch {self.arch}, got {self.blocks}")
+        if self.init and not ARCHITECTURES[self.arch].trains:
+            raise UserError("--init starts a training, and --arch static needs none; leave out one of the two")
+
+
+PAPER = Stage2Settings(batch_size=OverAll(64), start="random", whole=1.0, blank_gate=False)
+STAGE2 = {
+    "ours": Stage2Settings(),
+    "paper": PAPER,
+    "repository": replace(PAPER, steps=50_000, batch_size=OverAll(128), **REPOSITORY),
+}
 
 
 def check_fit(model: nn.Module, pairs: PairSet, name: str) -> None:
@@ -94,115 +120,92 @@ def describe_training(name: str, model: nn.Module, pairs: PairSet, settings: Sta
     }
 
 
-def train(
-    pairs: PairSet,
-    settings: Stage2Settings,
-    folder: Path,
-    device: torch.device,
-    processes: Processes = ALONE,
-    pace: Pace = USUAL_PACE,
-    backbone: str = "",
-    make_reader: Callable[[PairSet, Sequence[str]], PairReader] = PairReader,
-) -> dict[int, Denoiser]:
-    """Train, or continue to train, denoisers for every layer of some pairs.
+class Stage2Training(FolderTraining):
+    """Denoisers for every layer of some pairs.
 
-    Args:
-        pairs: training and validation pairs together.
-        settings: what to do.
-        folder: gets log, pictures and checkpoint, and is continued from.
-        device: where to compute.
-        processes: this process and the others.
-        pace: what decides nothing of the weights.
-        backbone: by which `settings.init` is checked.
-        make_reader: of some pairs' maps, from a folder or from elsewhere.
-
-    Returns:
-        Denoisers by layer, on the CPU.
-
-    Raises:
-        UserError: a pair is damaged or holds NaN; names the file.
-        Diverged: loss or weights are beyond reason; the last checkpoint is left as it is.
-        BadCheckpoint, OutputError: see training/loop/checkpoints.py.
+    Attributes:
+        denoisers: by layer.
     """
-    training, validation = pairs.split(settings.val_fraction, settings.seed)
-    reader = make_reader(training, parts_for(settings.target))
-    denoisers = make_denoisers(pairs, settings.arch, settings.blocks, settings.seed)
-    if not ARCHITECTURES[settings.arch].trains:
-        subtract_mean_artifacts(denoisers, make_reader(training, ("artifacts",)))
-        settings = replace(settings, steps=0, warmup=0)  # what follows only validates
-    module = Stage2(denoisers, pairs.grid, settings.loss).to(device)
-    optimizer = make_adamw(module, settings.lr, settings.weight_decay, settings.decay_all)
-    first = resume(folder / CHECKPOINT, module, optimizer)
-    if not first and settings.init:
-        load_init(denoisers, settings.init, pairs, backbone)
-    elif not first and settings.start == "static" and ARCHITECTURES[settings.arch].deep and processes.first:
-        start_as_static(denoisers, reader, settings.target)
-    model = processes.share(module)
-    autocasting = autocast(device, settings.dtype)
-    shown = validation if validation.files else training
-    validation_loss = Validation(make_reader(shown, parts_for(settings.target)), settings.target, device, autocasting)
+
+    module: Stage2
+
+    def __init__(
+        self,
+        pairs: PairSet,
+        settings: Stage2Settings,
+        device: torch.device,
+        processes: Processes = ALONE,
+        backbone: str = "",
+        make_reader: Callable[[PairSet, Sequence[str]], PairReader] = PairReader,
+    ) -> None:
+        """
+        Args:
+            pairs: training and validation pairs together.
+            backbone: by which `settings.init` is checked.
+            make_reader: of some pairs' maps, from a folder or from elsewhere.
+        """
+        training, validation = pairs.split(settings.val_fraction, settings.seed)
+        self.denoisers = make_denoisers(pairs, settings.arch, settings.blocks, settings.seed)
+        self.settings, self.backbone = settings, backbone
+        module = Stage2(self.denoisers, pairs.grid, settings.loss).to(device)
+        super().__init__(module, settings, len(training.files), device, processes)
+        if not ARCHITECTURES[settings.arch].trains:
+            subtract_mean_artifacts(self.denoisers, make_reader(training, ("artifacts",)))
+            self.steps, self.schedule = 0, replace(self.schedule, steps=0, warmup=0)  # what follows only validates
+        self.reader = make_reader(training, parts_for(settings.target))
+        shown = make_reader(validation if validation.files else training, parts_for(settings.target))
+        self.validation = Validation(shown, settings.target, device, self.autocasting)
+
+    def run(self, folder: Path, pace: Pace = USUAL_PACE) -> None:
+        super().run(folder, pace)
+        for denoiser in self.denoisers.values():
+            denoiser.cpu()
+            if self.settings.keep_length:
+                denoiser.start_keeping_length()
+
+    def start(self, first: int) -> None:
+        settings = self.settings
+        if not first and settings.init:
+            load_init(self.denoisers, settings.init, self.reader.pairs, self.backbone)
+        elif not first and settings.start == "static" and ARCHITECTURES[settings.arch].deep and self.processes.first:
+            start_as_static(self.denoisers, self.reader, settings.target)
+        # A GPU is sent what the files hold and makes float32 of it faster than a CPU does.
+        on_cpu = self.device.type == "cpu"
+        self.precision = torch.float32 if on_cpu else self.reader.read(self.places(first)[:1]).dtype
 
     # No map is flipped or cropped: artifacts are tied to places, so that a flipped raw map is one that the backbone
     # never gives, and the denoiser would learn the mean of the artifacts and of their mirror image. Crops are of the
     # image, each with the map that the backbone gives for it.
-    def places(step: int) -> list[int]:
-        part, count = processes.part(step, settings.batch_size), len(training.files)
+    def places(self, step: int) -> list[int]:
+        """What this process reads for a step: see `PairReader.read`."""
+        settings, pairs = self.settings, self.reader.pairs
+        part, count = self.processes.part(step, settings.batch_size), len(pairs.files)
         images = positions(count, part.start, part.stop, settings.seed)
-        return with_crops(images, part.start, count, training.crops, settings.whole, settings.seed)
+        return with_crops(images, part.start, count, pairs.crops, settings.whole, settings.seed)
 
-    # A GPU is sent what the files hold and makes float32 of it faster than a CPU does.
-    precision = torch.float32 if device.type == "cpu" else reader.read(places(first)[:1]).dtype
-    workers = reading_threads(device) if pace.workers is None else pace.workers
-    batches = read_batches(reader, places, range(first, settings.steps), precision, workers)
+    def read(self, step: int) -> Tensor:
+        return self.reader.read(self.places(step), self.precision)
 
-    clean = torch.empty(0)  # the target of the last step
+    def loss(self, step: int) -> Tensor:
+        """Of each layer; they share nothing, so each gradient is as if it were alone."""
+        raw, self.clean = raw_and_target(next(self.batches).to(self.device, torch.float32), self.settings.target)
+        with self.autocasting():
+            return self.model(raw, self.clean)
 
-    def loss(step: int) -> Tensor:
-        nonlocal clean
-        raw, clean = raw_and_target(next(batches).to(device, torch.float32), settings.target)
-        with autocasting():
-            return model(raw, clean)  # of each layer; they share nothing, so each gradient is as if it were alone
+    def limit(self) -> float:
+        return loss_limit(self.module.distance, self.clean)
 
-    def not_sane(loss: float, limit: float, steps: range) -> Exception:
-        broken = reader.not_finite([place for step in steps for place in places(step)])
+    def diverged(self, loss: float, limit: float, steps: range) -> Exception:
+        broken = self.reader.not_finite([place for step in steps for place in self.places(step)])
         if not broken:
-            return Diverged.beyond(loss, limit, steps.stop, settings.schedule.rate(steps.stop - 1))
+            return Diverged.beyond(loss, limit, steps.stop, self.schedule.rate(steps.stop - 1))
         names = ", ".join(map(str, broken[:3]))
         return UserError(f"NaN or infinite features in {names}; delete the pair and run training.denoise_images again")
 
-    def validate(step: int) -> dict[str, float]:
-        numbers, rows = validation_loss(module)
+    def validate(self, step: int, log: TrainingLog) -> dict[str, float]:
+        numbers, rows = self.validation(self.module)
         log.picture(step, "raw | predicted | target", draw_rows(rows))
         return numbers
-
-    with TrainingLog(
-        folder,
-        settings.steps,
-        first,
-        batch_size=settings.batch_size,
-        samples=len(training.files),
-        speaks=processes.first,
-    ) as log:
-        run_steps(
-            module,
-            optimizer,
-            settings.schedule,
-            loss,
-            log,
-            first,
-            checkpoint=folder / CHECKPOINT,
-            pace=pace,
-            limit=lambda: loss_limit(module.distance, clean),
-            explain=not_sane,
-            validate=validate,
-            processes=processes,
-        )
-        if settings.steps == 0 and processes.first:
-            log.write(0, **validate(0))
-    if settings.keep_length:
-        for denoiser in denoisers.values():
-            denoiser.start_keeping_length()
-    return {layer: denoiser.cpu() for layer, denoiser in denoisers.items()}
 
 
 def save(model: Any, denoisers: dict[int, Denoiser], folder: Path, pairs: PairSet) -> None:

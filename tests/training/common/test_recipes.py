@@ -1,23 +1,25 @@
 """Claims about --recipe: what the paper and its repository set, and that every other option still overrides."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import timm
 import torch
 
 from training import denoise_images, distill, train_denoiser, visualize
+from training.common.options import build
 from training.common.views import view_axes
 from training.loop.distance import mse_distance, norm_distance
 from training.loop.distributed import Processes
 from training.loop.optimization import make_adamw
-from training.loop.options import training_settings
 from training.loop.settings import TrainingSettings
 from training.stage1 import decompose as stage1
 from training.stage1.decompose import Stage1Settings, decompose
 from training.stage1.field.losses import distance_loss, reconstruction_loss
-from training.stage1.options import stage1_settings
+from training.stage1.many import STAGE1
+from training.stage2.train import STAGE2
+from training.stage3.train import STAGE3
 
 STAGES = {
     train_denoiser: ["--pairs", "p", "--model", "m", "--out", "o"],
@@ -33,7 +35,13 @@ def parsed(command, *options):
 
 def settings(command, *options, samples=10_000, processes=1):
     args = parsed(command, *options)
-    return training_settings(args, samples, "here", Processes(0, processes))
+    recipe = {train_denoiser: STAGE2, distill: STAGE3}[command][args.recipe]
+    return asdict(build(recipe, args).settled(samples, "here", Processes(0, processes)))
+
+
+def stage1_settings(model, *options):
+    args = parsed(denoise_images, *options)
+    return build(STAGE1[args.recipe], args).settled(model)
 
 
 def test_ours_is_the_paper_s_ten_epochs_at_64():
@@ -61,8 +69,7 @@ def test_the_repository_s_stage_3():
 def test_the_recipes_of_stage_1():
     model = timm.create_model("test_vit")
     paper, theirs, ours = (
-        stage1_settings(parsed(denoise_images, "--recipe", name, "--input-size", "64"), model)
-        for name in ("paper", "repository", "ours")
+        stage1_settings(model, "--recipe", name, "--input-size", "64") for name in ("paper", "repository", "ours")
     )
     assert (paper.solver, paper.views, paper.field.steps, paper.field.recipe) == ("field", 768, 20_000, "paper")
     assert (theirs.solver, theirs.views) == ("field", 769)
@@ -96,10 +103,9 @@ def test_the_repository_s_losses_of_stage_1_are_means_over_channels():
     torch.testing.assert_close(reconstruction_loss(y, y_hat, delta, 0.1, 0.02, mean=True), expected)
 
 
-def test_a_recipe_s_batch_is_that_of_all_processes(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert parsed(train_denoiser, "--recipe", "repository").batch_size == 16
+def test_a_recipe_s_batch_is_that_of_all_processes():
     assert settings(train_denoiser, "--recipe", "repository", processes=8)["batch_size"] == 128
+    assert settings(train_denoiser, processes=8)["batch_size"] == 8 * 64
 
 
 @pytest.mark.parametrize(
@@ -164,9 +170,7 @@ def test_settings_that_cannot_be_name_themselves(given):
 
 
 def test_the_view_average_is_an_option_of_stage_1():
-    settings = stage1_settings(
-        parsed(denoise_images, "--no-artifacts", "--input-size", "64"), timm.create_model("test_vit")
-    )
+    settings = stage1_settings(timm.create_model("test_vit"), "--no-artifacts", "--input-size", "64")
     part = decompose(
         timm.create_model("test_vit").eval(), torch.rand(3, 70, 90), replace(settings, views=12, layers=None)
     )

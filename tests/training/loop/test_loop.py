@@ -9,7 +9,7 @@ from torch import nn
 from training.loop.checkpoints import BadCheckpoint, Diverged
 from training.loop.log import TrainingLog
 from training.loop.order import positions, split_places
-from training.loop.run import resume, run_steps
+from training.loop.run import Training, resume, run_steps
 from training.loop.schedule import Schedule, stepped, straight
 from training.loop.settings import Pace
 
@@ -54,7 +54,7 @@ def test_a_split_leaves_nothing_out_and_a_fraction_gives_one_at_least():
     assert len(split_places(7, 0.001, 0)[1]) == 1 and split_places(7, 0.0, 0)[1] == []
 
 
-class Fit:
+class Fit(Training):
     """A linear layer with dropout fitted to noise, so that torch's random state matters."""
 
     def __init__(self, checkpoint, steps=30):
@@ -62,6 +62,7 @@ class Fit:
         self.module = nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 2))
         self.data = torch.randn(50, 10)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1.0)
+        self.schedule = Schedule(steps, 0.05, 3)
         self.checkpoint, self.steps, self.die_at = checkpoint, steps, None
         self.validated: list[int] = []
 
@@ -71,25 +72,14 @@ class Fit:
         batch = self.data[positions(50, 4 * step, 4 * step + 4, seed=0)]
         return (self.module(batch[:, :8]) - batch[:, 8:]).square().mean()
 
-    def validate(self, step):
+    def validate(self, step, log):
         self.validated.append(step)
         return {"val_loss": 0.0}
 
-    def run(self, val_every=None, **more):
+    def run(self, val_every=None):
         first = resume(self.checkpoint, self.module, self.optimizer)
         with TrainingLog(None, self.steps, first, batch_size=4, samples=50) as log:
-            run_steps(
-                self.module,
-                self.optimizer,
-                Schedule(self.steps, 0.05, 3),
-                self.loss,
-                log,
-                first,
-                checkpoint=self.checkpoint,
-                pace=Pace(checkpoint_every=7, val_every=val_every),
-                validate=self.validate,
-                **more,
-            )
+            run_steps(self, log, first, self.checkpoint, Pace(checkpoint_every=7, val_every=val_every))
         return {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
 
 

@@ -19,6 +19,7 @@ def test_reading_ahead_keeps_the_order_and_raises_where_the_error_belongs():
     torch.set_num_threads(threads)  # from now on torch says so to every new thread
     assert set(read_ahead(torch.get_num_threads for _ in range(9))) == {1} and torch.get_num_threads() == threads
     for workers in (0, 1, 3):
+        assert list(read_ahead([], workers)) == []
         found = []
         with pytest.raises(ValueError, match="seven"):
             for value in read_ahead((lambda i=i: task(i) for i in range(20)), workers):

@@ -1,6 +1,7 @@
 """Claims about how training reads pairs: in the order that the seed decides, ahead of time, from memory or disk."""
 
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch
 from tests.helpers.pair_folders import change_pair, make_maps, write_pairs
 from timm_dvt.errors import UserError
 from training.loop.order import positions, with_crops
+from training.loop.reading_ahead import read_ahead
 from training.pairs.folder import pair_file, read_pair
-from training.pairs.reader import PairReader, open_pairs, read_batches
+from training.pairs.reader import PairReader, open_pairs
 
 
 def test_every_epoch_visits_every_pair_once_in_another_order_that_step_and_seed_decide():
@@ -70,17 +72,13 @@ def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(tmp_path, workers):
         return positions(count, 2 * step, 2 * step + 2, seed=1)
 
     seen = 0
-    for step, batch in zip(steps, read_batches(reader, places, steps, torch.float32, workers), strict=True):
+    batches = read_ahead((partial(reader.read, places(step), torch.float32) for step in steps), workers)
+    for step, batch in zip(steps, batches, strict=True):
         time.sleep(0.02)
         assert batch.dtype == torch.float32
         assert torch.equal(batch, reader.read(places(step)).float())
         seen += 1
     assert seen == len(steps)
-
-
-def test_no_steps_are_no_batches(tmp_path):
-    reader = PairReader(open_pairs(write_pairs(tmp_path)))
-    assert list(read_batches(reader, lambda step: [0], range(0), torch.float32)) == []
 
 
 def flipped(data: bytes, place: int) -> bytes:

@@ -16,6 +16,7 @@ from tests.helpers.processes import kill_at_random_moments, same, start, torchru
 from timm_dvt.image_files import list_images
 from training import distill
 from training.stage3.crops import CropReader
+from training.stage3.student import Student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = ("--batch-size", "2", "--lr", "1e-3", "--steps", "12", "--checkpoint-every", "3")
@@ -119,7 +120,7 @@ def test_a_perfect_student_has_no_loss_however_the_model_pools(arguments, tmp_pa
     wanted = teacher.forward_features(images)
     plain = timm.create_model("test_vit", img_size=64, num_classes=7, dynamic_img_size=True, **arguments).eval()
     plain.load_state_dict({k: v for k, v in teacher.state_dict().items() if not k.startswith("denoiser.")})
-    assert distill.Student(plain, teacher.norm_after_pool)(images, wanted) < 1e-4
+    assert Student(plain, teacher.norm_after_pool)(images, wanted) < 1e-4
 
 
 @pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.sweep)])

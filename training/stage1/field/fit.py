@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_dvt.errors import UserError
+from training.common.options import option
 from training.loop.optimization import set_learning_rate
 from training.loop.schedule import Schedule, straight
 from training.stage1.field.backends import make_encoding
@@ -21,12 +22,19 @@ REPORT_EVERY = 50  # steps
 class FieldSettings:
     """Settings of the neural-field solver; the defaults are the paper's (A.1).
 
-    steps: half of them train F and G, the other half F and h. batch: patches a step. lr: Adam's first
+    Half of the steps train F and G, the other half F and h. batch: patches a step. lr: Adam's first
     learning rate. alpha, beta: weights of Eq. 6. backend: "auto", "torch" or "tinycudann". recipe: "paper", or
     "repository" for what the published code does otherwise (training/common/recipes.py, stage 1).
     """
 
-    steps: int = 20_000
+    steps: int = option(
+        20_000,
+        "steps of the field (default: the paper's %(default)s)",
+        "--field-steps",
+        dest="field_steps",
+        least=2,
+        metavar="N",
+    )
     batch: int = 2048
     lr: float = 0.01
     alpha: float = 0.1

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.common.options import option
 from training.stage1.conditioning import IllConditioned, separation, warn_if_inseparable
 from training.stage1.linear.evidence import Solution, Strengths, factorise, solve
 from training.stage1.linear.normal_equations import NormalEquations, interpolate
@@ -43,13 +44,17 @@ class LinearSettings:
         first_views: views held in memory until the first estimate exists (constant memory).
         outlier: tokens whose squared residual lies this many interquartile ranges beyond the upper quartile
             lose weight (Tukey's fence, a far one); inf for never.
-        artifacts: False solves for F alone, the paper's view-average (Tab. 5, row b).
     """
 
     nodes: int | None = None
     first_views: int = 16
     outlier: float = 6.0
-    artifacts: bool = True
+    artifacts: bool = option(
+        True,
+        "linear solver: leave G out, so that F is the view-average (Tab. 5 b)",
+        "--no-artifacts",
+        action="store_false",
+    )
 
 
 @dataclass
@@ -81,11 +86,7 @@ class LinearSolver:
     """
 
     def __init__(
-        self,
-        grid: int,
-        channels: int,
-        settings: LinearSettings | None = None,
-        device: torch.device | str = "cpu",
+        self, grid: int, channels: int, settings: LinearSettings | None = None, device: torch.device | str = "cpu"
     ) -> None:
         """
         Args:

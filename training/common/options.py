@@ -1,0 +1,91 @@
+"""One declaration a setting: a field of a frozen data class is an option, with its help, its default and its limits."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, field, fields, is_dataclass, replace
+from inspect import get_annotations
+from typing import Any
+
+from timm_dvt.errors import UserError
+from training.common.command import at_least
+
+
+def option(default: Any, help: str, *names: str, **more: Any) -> Any:
+    """A field of a data class that is an option too.
+
+    Args:
+        default: of both; ... where the option must be given. One that is a bool is --NAME and --no-NAME, a number says
+            the option's type.
+        help: what --help says.
+        names: of the option; without any it is called as the field.
+        more: further arguments of `add_argument`; `least`, the smallest number that is taken; `beside`, options of
+            which each may be given instead: {name: these arguments}.
+    """
+    return field(default=MISSING if default is ... else default, metadata={"names": names, "help": help, **more})
+
+
+def add_options(where: Any, settings: type, *names: str, **helps: str) -> None:
+    """Give a parser, or a group of one, the options that a data class declares, and those of data classes within it.
+
+    Args:
+        names, helps: the fields, instead of all that the class does not inherit; with another help in this command.
+    """
+    for item in fields(settings):
+        if item.name not in ({*names, *helps} or get_annotations(settings)):
+            continue
+        if is_dataclass(item.default):
+            add_options(where, type(item.default))
+        elif item.metadata:
+            more = {**item.metadata, "dest": item.metadata.get("dest", item.name)}
+            more["help"] = helps.get(item.name, more["help"])
+            default: Any = item.default
+            if more.get("action") == "extend":  # which needs a list of its own
+                default = list(default)
+            more |= {"required": True} if default is MISSING else {"default": default}
+            _add(where, item.name, **more)
+
+
+def _add(
+    where: Any, field_name: str, names: Sequence[str], beside: Mapping[str, Any] | None = None, **more: Any
+) -> None:
+    default = more.get("default")
+    if beside:
+        where = where.add_mutually_exclusive_group()
+        for name, other in beside.items():
+            _add(where, field_name, [name], **{"dest": more["dest"], "default": default, **other})
+    if "least" in more:
+        kind = more.get("type", float if isinstance(default, float) else int)
+        more["type"] = at_least(more.pop("least"), kind)
+    elif isinstance(default, bool):
+        more.setdefault("action", argparse.BooleanOptionalAction)
+    elif isinstance(default, (int, float)):
+        more.setdefault("type", type(default))
+    where.add_argument(*(names or ["--" + field_name.replace("_", "-")]), **more)
+
+
+def build(settings: Any, args: argparse.Namespace, within: bool = False) -> Any:
+    """An instance of a data class, or of the class of another instance, with what a command line says on top.
+
+    Of data classes `within` it, options alone are read: their other fields may bear the name of an argument by chance.
+    """
+    changes = {}
+    for item in fields(settings):
+        value, dest = getattr(settings, item.name, None), item.metadata.get("dest", item.name)
+        if is_dataclass(value):
+            changes[item.name] = build(value, args, within=True)
+        elif dest in args and (item.metadata or not within):
+            given = getattr(args, dest)
+            changes[item.name] = tuple(given) if isinstance(given, list) else given
+    return settings(**changes) if isinstance(settings, type) else replace(settings, **changes)
+
+
+def check(settings: Any) -> None:
+    """Raise UserError if a field's value is none of its choices, or below the smallest: what a command line refuses."""
+    for item in fields(settings):
+        value, choices, least = getattr(settings, item.name), item.metadata.get("choices"), item.metadata.get("least")
+        if choices is not None and value not in choices:
+            raise UserError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
+        if least is not None and value != item.default and not value >= least:
+            raise UserError(f"{item.name} must be {least} or more, got {value}")
