@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_dvt import focus
 from timm_dvt.__main__ import main
+from timm_dvt.weights import focus
 
 PAGE = (Path(__file__).parents[2] / "timm_dvt" / "extraction" / "README.md").read_text()
 
