@@ -104,10 +104,12 @@ def test_an_image_whose_process_died_is_taken_over(images, tmp_path):
     out = tmp_path / "out"
     script = """
 import os, sys, time
+from pathlib import Path
 from timm_dvt.shared_folder import SharedFolder
 with SharedFolder(sys.argv[1]) as folder, folder.claim("a/0.png"):
     print("claimed", flush=True)
-    time.sleep(2)
+    while len(list(Path(sys.argv[1]).rglob("*.safetensors"))) < 5:  # the five other images'
+        time.sleep(0.05)
     os.kill(os.getpid(), 9)
 """
     owner = subprocess.Popen([sys.executable, "-c", script, str(out)], stdout=subprocess.PIPE, text=True)
