@@ -137,6 +137,7 @@ def test_pretrained_weights_are_never_left_out_for_a_device_that_holds_none(fold
     assert timm.create_model(f"local-dir:{folder}", device="meta").pos_embed.is_meta
 
 
+@pytest.mark.slow
 def test_shapes_that_differ_from_the_file_are_found_out_before_memory_is_taken(folder):
     code = (
         "import sys, resource, torch, timm, timm_dvt\n"

@@ -220,6 +220,7 @@ def test_the_command_says_what_cannot_be(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.sweep
 def test_importing_the_package_does_not_enter_the_room():
     code = "import sys, timm_dvt; assert not any('inspection' in m for m in sys.modules); timm_dvt.inspect"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -41,6 +41,7 @@ def test_a_claim_excludes_other_processes_and_dies_with_its_owner(tmp_path):
     owner.wait()
 
 
+@pytest.mark.slow
 def test_a_claim_is_given_back_when_its_block_ends(tmp_path):
     with SharedFolder(tmp_path) as folder:
         with pytest.raises(KeyError), folder.claim("cat.png"):

@@ -63,7 +63,7 @@ def test_its_requirements_are_the_packages_and_its_gradio_is_one_that_the_extra_
     wanted = declared["options"]["install_requires"] + declared["options.extras_require"]["dinov2"]
     assert Path(space.FOLDER, "requirements.txt").read_text().split() == wanted.split()
     card = huggingface_hub.RepoCard.load(Path(space.FOLDER, "README.md")).data
-    gradio = Requirement(declared["options.extras_require"]["app"].strip())
+    gradio = Requirement(declared["options.extras_require"]["app"].split()[0])
     assert gradio.name == card.sdk == "gradio" and card.sdk_version in gradio.specifier
     assert len(card.short_description) <= 60 and Path(space.FOLDER, card.app_file).is_file()  # the Hub's limit
 

@@ -97,6 +97,7 @@ def test_without_posix_locks_training_says_in_one_line_what_it_needs(name):
     assert windows.stderr.startswith("error: training needs the file locks of Linux or macOS")
 
 
+@pytest.mark.slow
 def test_the_plug_in_needs_nothing_that_windows_lacks():
     code = "import sys; sys.modules.update(fcntl=None, resource=None, pwd=None); import timm_dvt.__main__"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -146,7 +146,7 @@ def contents(out):
     return {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("more", [("--limit", "6"), ()])
 def test_after_a_stop_in_stage_1_other_images_give_what_they_give_in_a_new_folder(images, tmp_path, monkeypatch, more):
     out, fresh = tmp_path / "out", tmp_path / "fresh"
@@ -197,7 +197,7 @@ FAMILIES = {  # a class of each kind that is no VisionTransformer or Eva, and wh
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("more", [(), ("--no-pairs",)])
+@pytest.mark.parametrize("more", [(), pytest.param(("--no-pairs",), marks=pytest.mark.sweep)])
 def test_every_class_of_backbone_goes_through_all_stages(images, tmp_path, name, more):
     timm.models.save_for_hf(timm.create_model(name, **FAMILIES[name]), tmp_path / "plain", model_args=FAMILIES[name])
     out, distilled = tmp_path / "out", tmp_path / "distilled"
@@ -249,6 +249,7 @@ def test_it_says_what_it_will_cost_before_it_begins(images, tmp_path, capsys):
     assert float(space) == pytest.approx(lie / 1e9, rel=0.1)
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read_is_left_out(images, made, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()

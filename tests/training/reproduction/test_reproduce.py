@@ -67,7 +67,7 @@ def numbers(out):
     return {name: record["result"]["states"] for name, record in records.items() if "result" in record}
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_numbers_that_can_be_had_stand_beside_reasons_for_the_others(model, data, tmp_path, in_this_process, capsys):
     out = tmp_path / "out"
     assert main(words(model, data, out, "--tables", "1", "2", "4", "5")) == 1  # Tab. 1 lacks ImageNet, Tab. 5 --train
@@ -204,7 +204,7 @@ def test_what_has_no_number_says_why_and_a_trial_is_marked():
 # ---- killed and shared
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_killed_and_continued_in_two_processes_it_gives_what_an_uninterrupted_run_gives(model, data, tmp_path):
     command = {name: words(model, data, tmp_path / name, "--tables", "2", "4") for name in ("whole", "broken")}
     assert main(command["whole"]) == 0
@@ -225,7 +225,7 @@ def test_killed_and_continued_in_two_processes_it_gives_what_an_uninterrupted_ru
     assert (broken / "RESULTS.md").read_text() == (tmp_path / "whole" / "RESULTS.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_denoisers_are_made_first_by_a_recipe_and_table_5_is_of_maps_that_are_made(model, data, tmp_path, capsys):
     more = ["--tables", "5", "2", "--train", "paper", "--limit", "4", "--stage2=--epochs=1 --batch-size=2 --device=cpu"]
     more += ["--stage1=--views=4 --field-steps=4 --device=cpu"]
