@@ -147,7 +147,9 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
 
     everything = [notice, variant, shown, patch, overview, alike, groups, rest, files]
 
-    def show(take: Callable[[], Image.Image], title: str, old: tuple, name: str, count: int) -> Iterator[list[Any]]:
+    def show(
+        take: Callable[[], Image.Image], title: str, old: tuple[str, str], name: str, count: int
+    ) -> Iterator[list[Any]]:
         """What `everything` becomes, as it comes; after a failure the look, and the variant, that were there before."""
 
         taken: list[Image.Image] = []
@@ -174,7 +176,7 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
         for parts in show(lambda: uploads.take(path), Path(path).stem, old, name, count):
             yield [None, *parts]  # None: the field is free for the next file
 
-    def changed(old: tuple, name: str, count: int) -> Iterator[list[Any]]:
+    def changed(old: tuple[str, str], name: str, count: int) -> Iterator[list[Any]]:
         try:
             same = studio.find(old[0]).model == name
         except UserError:  # which is told below
@@ -185,12 +187,14 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
             yield from show(lambda: studio.find(old[0]).original, old[1], old, name, count)
 
     def example(title: str) -> Callable[[tuple, str, int], Iterator[list[Any]]]:
-        def shown_by(old: tuple, name: str, count: int) -> Iterator[list[Any]]:  # no lambda: Gradio asks for `yield`
+        def shown_by(
+            old: tuple[str, str], name: str, count: int
+        ) -> Iterator[list[Any]]:  # no lambda: Gradio asks for `yield`
             yield from show(EXAMPLES[title], title, old, name, count)
 
         return shown_by
 
-    def chosen(old: tuple, count: int, event: gr.EventData) -> Iterator[list[Any]]:
+    def chosen(old: tuple[str, str], count: int, event: gr.EventData) -> Iterator[list[Any]]:
         def parts() -> Iterator[list[Any]]:
             look = studio.find(old[0])
             at = look.clamped(event.row, event.column)
@@ -198,7 +202,7 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
 
         yield from _told(parts, lambda: [gr.skip()] * 3)
 
-    def counted(old: tuple, at: tuple[int, int], count: int) -> Iterator[list[Any]]:
+    def counted(old: tuple[str, str], at: tuple[int, int], count: int) -> Iterator[list[Any]]:
         def parts() -> Iterator[list[Any]]:
             look = studio.find(old[0])
             yield ["", page.groups(look, count), page.downloads(*old, look.model, at, count)]

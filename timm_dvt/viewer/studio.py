@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ class Studio:
         """An image as the model sees it, and its features. The lock is not held from one state to the next: a visitor
         may be gone before."""
         with self.lock:
-            model = self._model(name)
+            model: Any = self._model(name)
             resized, pixels = prepare(model, image)
             with model.denoising(state):
                 return resized, patch_tokens(model, pixels.to(self.device)).numpy()
