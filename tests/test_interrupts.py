@@ -32,7 +32,7 @@ def run(command, at, tmp_path, **more):
     return subprocess.run([sys.executable, *command], **how)
 
 
-@pytest.mark.parametrize("at", ["torch", pytest.param("timm_dvt.publish.push", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("at", ["torch", pytest.param("timm_dvt.registry", marks=pytest.mark.slow)])
 def test_the_plug_ins_command_ends_in_one_line_while_it_imports(at, tmp_path):
     ended = run(["-m", "timm_dvt", "list"], at, tmp_path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
