@@ -86,7 +86,7 @@ def test_the_repository_has_one_address():
     assert found == {REPOSITORY.removeprefix("https://")}
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_python_of_the_readme_runs_top_to_bottom(tmp_path, monkeypatch):
     for package in ("onnx", "onnxscript", "segmentation_models_pytorch", "sklearn", "transformers", "zarr"):
         pytest.importorskip(package)

@@ -15,7 +15,7 @@ from timm_dvt.weights import focus
 PAGE = (Path(__file__).parents[2] / "timm_dvt" / "extraction" / "README.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.skipif(not focus.is_installed(), reason=f"needs the extra dinov2: {focus.INSTALL}")
 def test_the_recipes_cluster_track_and_learn(tmp_path, monkeypatch):
     imageio = pytest.importorskip("imageio.v2")

@@ -176,7 +176,7 @@ def test_other_settings_are_refused_before_anything_is_written(images, made, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--no-pairs",)])
+@pytest.mark.parametrize("more", [(), pytest.param(("--no-pairs",), marks=pytest.mark.sweep)])
 def test_killed_at_random_moments_and_run_again_it_ends_as_if_it_was_not(images, made, tmp_path, more):
     random.seed(0)
     out = tmp_path / "out"
@@ -195,7 +195,7 @@ FAMILIES = {  # a class of each kind that is no VisionTransformer or Eva, and wh
 }
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("more", [(), pytest.param(("--no-pairs",), marks=pytest.mark.sweep)])
 def test_every_class_of_backbone_goes_through_all_stages(images, tmp_path, name, more):
@@ -212,7 +212,7 @@ def test_every_class_of_backbone_goes_through_all_stages(images, tmp_path, name,
     assert type(timm.create_model(f"local-dir:{distilled}", pretrained=True)) is type(plain)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_class_takes_another_size_where_it_can(images, tmp_path):
     name = "beit_base_patch16_224"
     if not hasattr(timm.create_model(name, **SMALL_MODEL), "set_input_size"):
@@ -225,7 +225,7 @@ def test_a_class_takes_another_size_where_it_can(images, tmp_path):
     assert resolve_model_data_config(made)["input_size"] == (3, 96, 96)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_model_that_has_a_denoiser_gets_another_one_of_its_backbone(images, made, tmp_path):
     assert run(images, tmp_path / "again", "--model", f"local-dir:{made}", "--pretrained") == 0
     first, again = (load_file(out / "model.safetensors") for out in (made, tmp_path / "again"))

@@ -103,7 +103,7 @@ def test_parts_do_all_of_the_work_between_them(data, tmp_path, monkeypatch):
     assert len(ran) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_plan_says_what_is_missing_and_how_long_the_rest_takes(model, data, tmp_path, in_this_process, capsys):
     out = tmp_path / "out"
     arguments = words(model, data, out, "--tables", "1", "2", "4", "5")
