@@ -7,18 +7,22 @@ from timm_dvt import interrupts, verbs  # first: what follows takes seconds; --h
 from timm_dvt.attach import Denoised, DenoisedEva, DenoisedVisionTransformer, add_denoiser, freeze_backbone
 from timm_dvt.calibration.calibrate import Calibration, calibrate
 from timm_dvt.errors import CalibrationError, WeightsNotFoundError
-from timm_dvt.extraction.reader import open_features
 from timm_dvt.registry import register, register_all
 from timm_dvt.version import __version__
 from timm_dvt.weights.checkpoints import CheckpointError, load_denoiser
 from timm_dvt.weights.saving import save_pretrained
 
 if TYPE_CHECKING:
+    from timm_dvt.extraction.reader import open_features
     from timm_dvt.extraction.run import extract
     from timm_dvt.inspection import inspect
 
 # Their rooms are entered by those alone who ask for them.
-LATER = {"inspect": "timm_dvt.inspection", "extract": "timm_dvt.extraction.run"}
+LATER = {
+    "inspect": "timm_dvt.inspection",
+    "extract": "timm_dvt.extraction.run",
+    "open_features": "timm_dvt.extraction.reader",
+}
 
 register_all()
 

@@ -62,9 +62,20 @@ def add_denoiser(
         TypeError: the model does not give the patches of one grid (the message says why), or has a denoiser already.
         ValueError: the model drops patches in training, a block does not exist, or a size does not fit.
     """
-    options: Any = dict(layers=layers, keep_length=keep_length, pos_embed_out=pos_embed_out, blank_gate=blank_gate)
     layout = check_supported(model)
-    new = new_denoisers(model, layout, grid_size, depth, num_heads, pos_embed, arch, **options)
+    new = new_denoisers(
+        model,
+        layout,
+        grid_size,
+        layers,
+        depth=depth,
+        num_heads=num_heads,
+        pos_embed=pos_embed,
+        arch=arch,
+        keep_length=keep_length,
+        pos_embed_out=pos_embed_out,
+        blank_gate=blank_gate,
+    )
     return attach_denoiser(model, new, layout)
 
 
@@ -72,29 +83,21 @@ def new_denoisers(
     model: nn.Module,
     layout: Layout,
     grid_size: int | tuple[int, int] | None = None,
-    depth: int = 1,
-    num_heads: int | None = None,
-    pos_embed: bool = True,
-    arch: str = "block",
     layers: Sequence[int] | None = None,
-    keep_length: bool = False,
     pos_embed_out: bool | Sequence[int] = False,
-    blank_gate: bool = False,
+    **options: Any,
 ) -> Denoiser | LayerDenoisers:
-    """New denoisers for a model of this layout, on its device and of its dtype; the rest as for `add_denoiser`."""
+    """New denoisers for a model of this layout, on its device and of its dtype; `options` are those of `Denoiser`."""
     count = layout.maps
     wanted = [-1] if layers is None else list(layers)
     if not wanted or any(not -count <= block < count for block in wanted):
         raise UserError(f"layers must be one or more blocks from {-count} to {count - 1}, got {layers}")
-    out = pos_embed_out if isinstance(pos_embed_out, bool) else to_2tuple(pos_embed_out)
+    options["pos_embed_out"] = pos_embed_out if isinstance(pos_embed_out, bool) else to_2tuple(pos_embed_out)
     rows, columns = to_2tuple(layout.grid if grid_size is None else grid_size)
     weight = next(model.parameters())
-    factory: Any = {"device": weight.device, "dtype": weight.dtype}
-    options = (depth, num_heads, pos_embed, arch, keep_length, out, blank_gate)
-    new = {
-        block: Denoiser(layout.channels, (rows, columns), *options, **factory)
-        for block in sorted({block % count for block in wanted})
-    }
+    options |= {"device": weight.device, "dtype": weight.dtype}
+    blocks = sorted({block % count for block in wanted})
+    new = {block: Denoiser(layout.channels, (rows, columns), **options) for block in blocks}
     return combine(new, final=count - 1)
 
 

@@ -8,16 +8,17 @@ from pathlib import Path
 from types import FrameType
 
 
-def is_command() -> bool:
+def is_command(modules: str = r"(timm_dvt|training)[.\s]") -> bool:
     """Whether this process is one of our commands, and not somebody's program that imports the package.
 
     While a package is imported on behalf of `python -m`, sys.argv begins with "-m" and names no module.
+
+    Args:
+        modules: a pattern of what may stand behind `python -m`.
     """
     if Path(sys.argv[0]).stem == "timm-dvt":
         return True
-    return sys.argv[0] == "-m" and bool(
-        re.search(r"\s-\w*m\s?(timm_dvt|training)[.\s]", " ".join([*sys.orig_argv, ""]))
-    )
+    return sys.argv[0] == "-m" and bool(re.search(rf"\s-\w*m\s?{modules}", " ".join([*sys.orig_argv, ""])))
 
 
 def guard() -> None:

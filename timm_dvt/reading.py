@@ -28,12 +28,18 @@ def final_tokens(
     layout = layout or getattr(model, "layout", None) or layout_of(model)
     with known.denoising(False) if isinstance(model, Denoised) else nullcontext():
         features = known.forward_features(images)
+    prefix, patches = normed(known, features, layout)
+    return prefix, patches, layout.grid_at(images.shape[2], images.shape[3], patches.shape[1])
+
+
+def normed(model: Any, features: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prefix (B, prefix, C) and patch tokens (B, H*W, C) of final features, normed where timm norms after the pool."""
     count = int(getattr(model, "num_prefix_tokens", layout.prefix))
     patches = layout.patches(features, count)
     prefix = features[:, :count] if layout.form == "tokens" else patches[:, :0]
     if norms_after_pool(model) or getattr(model, "norm_after_pool", False):
-        prefix, patches = known.fc_norm(prefix), known.fc_norm(patches)
-    return prefix, patches, layout.grid_at(images.shape[2], images.shape[3], patches.shape[1])
+        prefix, patches = model.fc_norm(prefix), model.fc_norm(patches)
+    return prefix, patches
 
 
 def fit_to(model: Any, size: int | tuple[int, int]) -> Layout:

@@ -1,12 +1,12 @@
 """The verbs of the command line, each handed to its room. No torch is imported here: --help and --version are quick."""
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from timm_dvt.interrupts import is_command
 from timm_dvt.version import __version__
 
 # What --help says of each, and the function that gives its parser description, options and `run`.
@@ -57,10 +57,7 @@ def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
 def answer_at_once() -> None:
     """Print help or version and end the process, where this is our command and it was asked for nothing else."""
     rest = sys.argv[1:]
-    ours = Path(sys.argv[0]).stem == "timm-dvt" or (
-        sys.argv[0] == "-m" and re.search(r"\s-\w*m\s?timm_dvt\s", " ".join([*sys.orig_argv, ""]))
-    )
-    if ours and (not rest or rest[0].startswith("-")):
+    if is_command(r"timm_dvt\s") and (not rest or rest[0].startswith("-")):
         parser_for(rest).parse_args(rest)
 
 

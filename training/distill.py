@@ -31,10 +31,10 @@ from torch import nn
 from timm_dvt.errors import UnsupportedModelError, UserError
 from timm_dvt.image_files import Source, images_digest, list_images
 from timm_dvt.layouts import meant_size
+from timm_dvt.options import add_options, build
 from timm_dvt.weights.saving import save_plain
 from training.common.command import add_model_arguments, command_parser
 from training.common.models import load_model, make_for, pick_device, weights_digest
-from training.common.options import add_options, build
 from training.common.recipes import add_recipe
 from training.loop.distributed import Processes, join_processes
 from training.loop.entry import exit_code, only_run

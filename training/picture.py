@@ -25,7 +25,7 @@ from timm_dvt.image_files import list_images
 from timm_dvt.variants import DEFAULT_MODEL
 from timm_dvt.viewer.demo import load_denoised
 from timm_dvt.weights.files import write_whole
-from training.common.command import complain, help_from, positive
+from training.common.command import command_parser, complain, positive
 
 SCALE = 2  # pixels of the file a pixel of a repository's page, for screens of twice the density
 WIDTH, TILE, GAP, MARGIN = 838, 190, 8, 15
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training.picture", **help_from(__doc__))
+    parser = command_parser("picture", __doc__)
     parser.add_argument("--images", required=True, metavar="DIR", help="photographs of many kinds")
     parser.add_argument("--number", type=positive, default=32, metavar="N", help="of them (default: %(default)s)")
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="a variant (default: %(default)s)")

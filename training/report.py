@@ -14,7 +14,6 @@ cell the later one counts.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 from timm_dvt.publish.published import SEVEN, Key, Numbers, Source, numbers_for
 from timm_dvt.shared_folder import OutputError, write_atomically
 from timm_dvt.variants import SUFFIXES
-from training.common.command import help_from
+from training.common.command import command_parser
 from training.evaluate.results import OF_PAIRS, Row, columns_of, heading, meaning, read_rows
 from training.evaluate.tasks import TASKS, load_task
 from training.figures.page import Picture, Section, Table, Text, page
@@ -47,7 +46,7 @@ _STYLES = {"raw": "--", "denoised": "-", "raw, published": ":", "denoised, publi
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 if there is nothing to report."""
-    parser = argparse.ArgumentParser(prog="python -m training.report", **help_from(__doc__))
+    parser = command_parser("report", __doc__)
     parser.add_argument("folder", metavar="DIR", help="where training.evaluate wrote its results (its --out)")
     args = parser.parse_args(argv)
     folder = Path(args.folder)

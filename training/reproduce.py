@@ -21,15 +21,15 @@ Exit code: 0 every number is there; 1 some could not be had; 2 the command is wr
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from timm_dvt.errors import UserError
-from timm_dvt.shared_folder import OutputError, SharedFolder, write_atomically
-from training.common.command import complain, flush_subnormals, help_from, positive
+from timm_dvt.options import part
+from timm_dvt.shared_folder import SharedFolder, write_atomically
+from training.common.command import command_parser, exit_code_of, flush_subnormals, positive
 from training.reproduction.jobs import Job, Options, Runner, job_of, write_lists
 from training.reproduction.plan import missing_data, plan
 from training.reproduction.published import BACKBONES, TABLES, select
@@ -40,19 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     flush_subnormals()
-    try:
-        return run(args)
-    except OutputError as error:
-        return complain(3, error)
-    except (ValueError, TypeError, OSError) as error:
-        return complain(2, error)
-    except KeyboardInterrupt:
-        return complain(130, "stopped; run the same command again to continue.")
+    return exit_code_of(lambda: run(args))
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
-    parser = argparse.ArgumentParser(prog="python -m training.reproduce", **help_from(__doc__))
+    parser = command_parser("reproduce", __doc__)
     parser.add_argument("--data", required=True, metavar="DIR", help="the data sets")
     parser.add_argument("--out", required=True, metavar="OUT", help="made, or continued if it exists")
     parser.add_argument(
@@ -83,14 +76,6 @@ def make_parser() -> argparse.ArgumentParser:
             f"--{name}", type=shlex.split, default=[], metavar="'WORDS'", help=f"more options of training.{command}"
         )
     return parser
-
-
-def part(text: str) -> tuple[int, int]:
-    """I/N for argparse."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, got {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,11 +22,12 @@ from pathlib import Path
 
 from timm_dvt.errors import UserError
 from timm_dvt.publish.push import check_id, push
-from timm_dvt.shared_folder import OutputError, SharedFolder
+from timm_dvt.shared_folder import SharedFolder
 from timm_dvt.variants import variant_name
-from training.common.command import complain, help_from
+from training.common.command import command_parser, exit_code_of
 from training.common.models import check_backbone
-from training.reproduction.jobs import Job, Runner, slug
+from training.evaluate.runner import slug
+from training.reproduction.jobs import Job, Runner
 from training.stage1.progress import is_first_process
 
 # By the names of timm 1.0.31, which has no Franca; OpenAI's CLIP is with the activation that it was trained with.
@@ -52,19 +53,12 @@ MODELS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
-    try:
-        return run(args)
-    except OutputError as error:
-        return complain(3, error)
-    except (ValueError, TypeError, OSError) as error:
-        return complain(2, error)
-    except KeyboardInterrupt:
-        return complain(130, "stopped; run the same command again to continue.")
+    return exit_code_of(lambda: run(args))
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
-    parser = argparse.ArgumentParser(prog="python -m training.zoo", **help_from(__doc__))
+    parser = command_parser("zoo", __doc__)
     parser.add_argument("--images", required=True, metavar="DIR", help="what they learn from, as of make_denoiser")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="made, or continued if it exists")
     parser.add_argument(

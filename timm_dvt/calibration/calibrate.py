@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 
 from timm_dvt.attach import Denoised, add_denoiser, attach_denoiser, check_supported, remove_denoiser
@@ -243,18 +244,38 @@ def _denoiser(position: Position, blanks: Position, facts: dict) -> Denoiser:
     components = 0
     if facts["method"] == "static":
         after = position.share_without_artifacts
-        denoiser = Denoiser(position.artifacts.shape[-1], position.artifacts.shape[:2], arch="static")
-        values = {"pos_embed": -position.artifacts.flatten(0, 1)[None]}
+        denoiser = subtracting(position.artifacts)
     else:
         basis = blanks.components()
         components = basis.shape[1]
-        taken = basis @ basis.T
-        matrix = torch.eye(len(taken), dtype=taken.dtype) - taken
-        after = position.share_after(matrix)
-        denoiser = Denoiser(len(taken), position.artifacts.shape[:2], arch="project")
-        values = {"blocks.0.weight": matrix, "blocks.0.bias": taken @ position.mean}
-    denoiser.load_state_dict(values)
+        after = position.share_after(_outside(basis))
+        denoiser = projecting_out(basis, position.artifacts.shape[:2], position.mean)
     denoiser.calibration = Calibration(
         **facts, error=blanks.error, components=components, share_before=position.share, share_after=after
     )
     return denoiser
+
+
+def subtracting(artifacts: torch.Tensor) -> Denoiser:
+    """F = y - G for a map G (H, W, C), at other grids resampled; float32, on the CPU."""
+    denoiser = Denoiser(artifacts.shape[-1], (artifacts.shape[0], artifacts.shape[1]), arch="static")
+    denoiser.load_state_dict({"pos_embed": -artifacts.flatten(0, 1)[None]})
+    return denoiser
+
+
+def projecting_out(basis: torch.Tensor, grid: int | tuple[int, int], mean: torch.Tensor | None = None) -> Denoiser:
+    """F = (I - U U^T) y for orthonormal directions U (C, r), r may be 0; float32, on the CPU.
+
+    Args:
+        grid: rows and columns of the maps, or one number for both.
+        mean: (C,), what is given back of it along U; default nothing.
+    """
+    denoiser = Denoiser(len(basis), to_2tuple(grid), arch="project")
+    bias = torch.zeros(len(basis)) if mean is None else basis @ basis.T @ mean
+    denoiser.load_state_dict({"blocks.0.weight": _outside(basis), "blocks.0.bias": bias})
+    return denoiser
+
+
+def _outside(basis: torch.Tensor) -> torch.Tensor:
+    """I - U U^T, (C, C)."""
+    return torch.eye(len(basis), dtype=basis.dtype) - basis @ basis.T

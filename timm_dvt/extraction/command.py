@@ -3,7 +3,8 @@
 import argparse
 
 from timm_dvt.extraction.run import run
-from timm_dvt.extraction.settings import add_options, settings_of
+from timm_dvt.extraction.settings import ExtractSettings, add_extract_options
+from timm_dvt.options import build
 
 
 def add_extract(parser: argparse.ArgumentParser) -> None:
@@ -14,5 +15,5 @@ def add_extract(parser: argparse.ArgumentParser) -> None:
         "folder. timm_dvt.open_features(FOLDER) reads it."
     )
     parser.epilog = "Example: %(prog)s photos --model vit_base_patch14_dinov2.lvd142m_dvt --out features"
-    add_options(parser)
-    parser.set_defaults(run=lambda args: run(settings_of(args)))
+    add_extract_options(parser)
+    parser.set_defaults(run=lambda args: run(build(ExtractSettings, args)))

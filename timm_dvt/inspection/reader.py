@@ -8,11 +8,11 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from timm_dvt.attach import norms_after_pool
 from timm_dvt.denoised import Denoised
 from timm_dvt.errors import InspectionError, UnsupportedModelError
 from timm_dvt.feature_methods import unpack
 from timm_dvt.layouts import KNOWN, layout_of, meant_size, unwrapping
+from timm_dvt.reading import normed
 
 FEATURES = "features"
 DENOISED = ", denoised"
@@ -105,10 +105,8 @@ class LayerReader:
             found[f"block {block}"] = one.permute(0, 2, 3, 1)
             if block in self.denoisers and block != self.final:
                 found[f"block {block}{DENOISED}"] = self._denoised(self.denoisers[block], found[f"block {block}"])
-        features = features["patches"] if isinstance(features, dict) else features
-        patches = self.layout.patches(features, int(getattr(model, "num_prefix_tokens", self.layout.prefix)))
-        if norms_after_pool(model) or getattr(model, "norm_after_pool", False):
-            patches = model.fc_norm(patches)
+        final: Any = features["patches"] if isinstance(features, dict) else features
+        _, patches = normed(model, final, self.layout)
         grid = self.layout.grid_at(inputs.shape[2], inputs.shape[3], patches.shape[1])
         found[FEATURES] = patches.unflatten(1, grid)
         if self.final in self.denoisers:

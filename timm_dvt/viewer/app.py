@@ -43,6 +43,7 @@ except ModuleNotFoundError as e:
     raise UserError(f"the page needs Gradio, and {e.name} is not installed; run: {INSTALL}") from e
 
 LIMITS = f"Your image (up to {MEGABYTES} MB and {MAX_PIXELS / 1e6:.0f} megapixels)"
+Shown = tuple[str, str]  # the key of the look on the page, and its image's name
 WAITING = 30  # visitors in the queue
 CLUSTERS = (2, 10)
 CACHE = (SWEEPING, KEPT)  # seconds: how often uploads that nobody took are looked for, and how old those are
@@ -147,9 +148,7 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
 
     everything = [notice, variant, shown, patch, overview, alike, groups, rest, files]
 
-    def show(
-        take: Callable[[], Image.Image], title: str, old: tuple[str, str], name: str, count: int
-    ) -> Iterator[list[Any]]:
+    def show(take: Callable[[], Image.Image], title: str, old: Shown, name: str, count: int) -> Iterator[list[Any]]:
         """What `everything` becomes, as it comes; after a failure the look, and the variant, that were there before."""
 
         taken: list[Image.Image] = []
@@ -172,11 +171,11 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
 
         yield from _told(parts, before)
 
-    def uploaded(path: str, name: str, count: int, old: tuple) -> Iterator[list[Any]]:
+    def uploaded(path: str, name: str, count: int, old: Shown) -> Iterator[list[Any]]:
         for parts in show(lambda: uploads.take(path), Path(path).stem, old, name, count):
             yield [None, *parts]  # None: the field is free for the next file
 
-    def changed(old: tuple[str, str], name: str, count: int) -> Iterator[list[Any]]:
+    def changed(old: Shown, name: str, count: int) -> Iterator[list[Any]]:
         try:
             same = studio.find(old[0]).model == name
         except UserError:  # which is told below
@@ -186,15 +185,13 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
         else:
             yield from show(lambda: studio.find(old[0]).original, old[1], old, name, count)
 
-    def example(title: str) -> Callable[[tuple, str, int], Iterator[list[Any]]]:
-        def shown_by(
-            old: tuple[str, str], name: str, count: int
-        ) -> Iterator[list[Any]]:  # no lambda: Gradio asks for `yield`
+    def example(title: str) -> Callable[[Shown, str, int], Iterator[list[Any]]]:
+        def shown_by(old: Shown, name: str, count: int) -> Iterator[list[Any]]:  # no lambda: Gradio asks for `yield`
             yield from show(EXAMPLES[title], title, old, name, count)
 
         return shown_by
 
-    def chosen(old: tuple[str, str], count: int, event: gr.EventData) -> Iterator[list[Any]]:
+    def chosen(old: Shown, count: int, event: gr.EventData) -> Iterator[list[Any]]:
         def parts() -> Iterator[list[Any]]:
             look = studio.find(old[0])
             at = look.clamped(event.row, event.column)
@@ -202,7 +199,7 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
 
         yield from _told(parts, lambda: [gr.skip()] * 3)
 
-    def counted(old: tuple[str, str], at: tuple[int, int], count: int) -> Iterator[list[Any]]:
+    def counted(old: Shown, at: tuple[int, int], count: int) -> Iterator[list[Any]]:
         def parts() -> Iterator[list[Any]]:
             look = studio.find(old[0])
             yield ["", page.groups(look, count), page.downloads(*old, look.model, at, count)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from timm_dvt.options import at_least
+from timm_dvt.shared_folder import OutputError
 
 
 def help_from(doc: str | None) -> dict[str, Any]:
@@ -45,6 +47,21 @@ def complain(code: int, error: Exception | str) -> int:
     return code
 
 
+def exit_code_of(run: Callable[[], int]) -> int:
+    """What a command returns whose work can be continued: what `run` does, or for what stops it a line and its code.
+
+    2 what the person can put right, 3 the output folder cannot be written, 130 stopped by Ctrl-C.
+    """
+    try:
+        return run()
+    except OutputError as error:
+        return complain(3, error)
+    except (ValueError, TypeError, OSError) as error:
+        return complain(2, error)
+    except KeyboardInterrupt:
+        return complain(130, "stopped; run the same command again to continue.")
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a command line --model, --pretrained / --no-pretrained, --seed and --device."""
     parser.add_argument(
@@ -63,18 +80,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, mps or auto: a GPU if there is one (default)"
     )
-
-
-def at_least(least: int, kind: Callable[[Any], Any] = int) -> Callable[[str], Any]:
-    """Makes a type for argparse: finite numbers from `least` on, so that others are refused before anything is done."""
-
-    def number(text: str) -> Any:
-        if not least <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
-        return kind(text)
-
-    number.least = least  # type: ignore[attr-defined]
-    return number
 
 
 positive, whole = at_least(1), at_least(0)

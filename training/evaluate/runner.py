@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from timm_dvt.errors import UserError
+from timm_dvt.options import option
 from timm_dvt.version import __version__
-from training.common.options import option
 from training.evaluate.data.datasets import DATASETS, open_dataset
 from training.evaluate.data.splits import Split
 from training.evaluate.features.cached import Extractor, Features
@@ -167,7 +167,7 @@ def evaluate(
         "seconds": round(seconds, 1),
     }
     how = [*(["pairs"] if request.pairs else []), *([] if request.protocol == "fast" else [request.protocol])]
-    path = request.out / f"{_slug(request.task, request.dataset, request.model, *how)}-{_key(facts)[:8]}.json"
+    path = request.out / f"{slug(request.task, request.dataset, request.model, *how)}-{_key(facts)[:8]}.json"
     write_json(path, result)
     return result, path
 
@@ -239,5 +239,6 @@ def _key(facts: Mapping[str, Any]) -> str:
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _slug(*names: str) -> str:
+def slug(*names: str) -> str:
+    """A name for files: of a folder's path the last part."""
     return "_".join(re.sub(r"[^\w.-]+", "-", Path(name).name if "/" in name else name) for name in names)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from timm_dvt.errors import UserError
+from timm_dvt.options import check, option
 from training.common.backbone import DTYPES
 from training.common.command import whole
-from training.common.options import check, option
 from training.loop.distance import DISTANCES
 from training.loop.distributed import Processes
 from training.loop.order import split_places

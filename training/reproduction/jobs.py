@@ -28,6 +28,7 @@ from typing import Any
 from timm_dvt.shared_folder import SharedFolder, write_atomically
 from timm_dvt.version import __version__
 from training.evaluate.data.voc import read_voc
+from training.evaluate.runner import slug
 from training.evaluate.tables import write_json
 from training.evaluate.tasks import tasks_of
 from training.reproduction.published import Row, evaluated
@@ -247,8 +248,3 @@ def _job(
 
 def _value(command: Sequence[str], option: str) -> str:
     return command[command.index(option) + 1]
-
-
-def slug(*words: str) -> str:
-    """A name for files: of a folder's path the last part."""
-    return "_".join(re.sub(r"[^\w.-]+", "-", word.rstrip("/").rsplit("/", 1)[-1]) for word in words)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from timm_dvt.image_files import list_images
+from timm_dvt.options import add_options, build
 from training.common.command import add_model_arguments
 from training.common.models import load_backbone, pick_device
-from training.common.options import add_options, build
 from training.common.recipes import add_recipe
 from training.loop.distributed import ALONE
 from training.loop.settings import TrainingSettings

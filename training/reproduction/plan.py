@@ -18,8 +18,8 @@ from torch import nn
 
 from timm_dvt import add_denoiser
 from timm_dvt.bars import tqdm
+from timm_dvt.options import build
 from training.common.models import load_backbone, load_model, pick_device
-from training.common.options import build
 from training.evaluate.__main__ import make_parser
 from training.evaluate.data.datasets import named
 from training.evaluate.features.cached import Extractor

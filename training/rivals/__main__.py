@@ -28,7 +28,7 @@ from typing import Any
 
 from timm_dvt.errors import UserError
 from training.common.backbone import DTYPES
-from training.common.command import add_model_arguments, at_least, help_from, positive
+from training.common.command import add_model_arguments, at_least, command_parser, positive
 from training.common.models import pick_device
 from training.evaluate.data.datasets import DATASETS
 from training.evaluate.data.splits import Split
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
-    parser = argparse.ArgumentParser(prog="python -m training.rivals", **help_from(__doc__))
+    parser = command_parser("rivals", __doc__)
     add_model_arguments(parser)
     parser.add_argument(
         "--images", nargs="+", required=True, metavar="PATH", help="to learn from: image files or folders"

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from timm_dvt.attach import attach_denoiser
-from training.rivals.sample import Sample, projecting_out
+from timm_dvt.calibration.calibrate import projecting_out
+from training.rivals.sample import Sample
 
 THEIRS = 500 / 1024
 ENERGY = 0.9

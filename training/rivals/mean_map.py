@@ -8,7 +8,8 @@ and levels blank images.
 from typing import Any
 
 from timm_dvt.attach import attach_denoiser
-from training.rivals.sample import Sample, subtracting
+from timm_dvt.calibration.calibrate import subtracting
+from training.rivals.sample import Sample
 
 
 def fit(model: Any, sample: Sample) -> str:

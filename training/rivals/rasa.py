@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from timm_dvt.attach import attach_denoiser
-from training.rivals.sample import Moments, Sample, projecting_out
+from timm_dvt.calibration.calibrate import projecting_out
+from training.rivals.sample import Moments, Sample
 
 ROUNDS = 9
 LEAST = 1e-3

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from timm_dvt.bars import tqdm
 from timm_dvt.calibration.samples import Source, canvas
-from timm_dvt.denoiser import Denoiser
 from training.common.backbone import FeatureReader
 
 
@@ -71,18 +70,3 @@ class Sample:
     def black(self) -> Tensor:
         """(K, K, C) patch tokens of a black image."""
         return self.maps(torch.zeros(1, 3, self.reader.input_size, self.reader.input_size))[0]
-
-
-def subtracting(artifacts: Tensor) -> Denoiser:
-    """F = y - G for a map G (K, K, C), at other grids resampled."""
-    denoiser = Denoiser(artifacts.shape[-1], (artifacts.shape[0], artifacts.shape[1]), arch="static")
-    denoiser.load_state_dict({"pos_embed": -artifacts.flatten(0, 1)[None].float()})
-    return denoiser
-
-
-def projecting_out(basis: Tensor, grid: int) -> Denoiser:
-    """F = (I - U U^T) y for orthonormal directions U (C, r); r may be 0."""
-    matrix = torch.eye(len(basis), dtype=basis.dtype) - basis @ basis.T
-    denoiser = Denoiser(len(basis), (grid, grid), arch="project")
-    denoiser.load_state_dict({"blocks.0.weight": matrix.float(), "blocks.0.bias": torch.zeros(len(basis))})
-    return denoiser

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from timm_dvt.errors import UserError
+from timm_dvt.options import option
 from training.common.backbone import DTYPES, FeatureReader
-from training.common.options import option
 from training.stage1.conditioning import LEAST_VIEWS
 from training.stage1.field.fit import FieldSettings
 from training.stage1.linear.solver import LinearSettings

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from timm_dvt.attach import remove_denoiser
 from timm_dvt.image_files import Source
-from training.common.options import option
+from timm_dvt.options import option
 from training.figures.rows import draw_rows
 from training.loop.checkpoints import Diverged
 from training.loop.distance import loss_limit

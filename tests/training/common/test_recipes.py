@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 
+from timm_dvt.options import build
 from training import denoise_images, distill, train_denoiser, visualize
-from training.common.options import build
 from training.common.views import view_axes
 from training.loop.distance import mse_distance, norm_distance
 from training.loop.distributed import Processes

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from tests.helpers import small_datasets
+from timm_dvt.calibration.calibrate import projecting_out
 from timm_dvt.calibration.samples import canvas
 from training.common.models import load_model
 from training.evaluate.features.cached import Extractor
 from training.evaluate.position import share
 from training.rivals import insid3, mean_map, rasa, registers
 from training.rivals.__main__ import main
-from training.rivals.sample import Moments, Sample, projecting_out
+from training.rivals.sample import Moments, Sample
 
 K, C = 8, 24
 

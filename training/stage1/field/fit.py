@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_dvt.errors import UserError
-from training.common.options import option
+from timm_dvt.options import option
 from training.loop.optimization import set_learning_rate
 from training.loop.schedule import Schedule, straight
 from training.stage1.field.backends import make_encoding

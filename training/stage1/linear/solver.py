@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.common.options import option
+from timm_dvt.options import option
 from training.stage1.conditioning import IllConditioned, separation, warn_if_inseparable
 from training.stage1.linear.evidence import Solution, Strengths, factorise, solve
 from training.stage1.linear.normal_equations import NormalEquations, interpolate

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, replace
 from inspect import get_annotations
 from typing import Any
 
 from timm_dvt.errors import UserError
-from training.common.command import at_least
 
 
 def option(default: Any, help: str, *names: str, **more: Any) -> Any:
@@ -89,3 +90,23 @@ def check(settings: Any) -> None:
             raise UserError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
         if least is not None and value != item.default and not value >= least:
             raise UserError(f"{item.name} must be {least} or more, got {value}")
+
+
+def at_least(least: int, kind: Callable[[Any], Any] = int) -> Callable[[str], Any]:
+    """Makes a type for argparse: finite numbers from `least` on, so that others are refused before anything is done."""
+
+    def number(text: str) -> Any:
+        if not least <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
+        return kind(text)
+
+    number.least = least  # type: ignore[attr-defined]
+    return number
+
+
+def part(text: str) -> tuple[int, int]:
+    """I/N for argparse: a part of the work, and how many there are."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, got {text!r}")
+    return int(match[1]), int(match[2])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from timm_dvt.errors import UserError
-from training.common.options import add_options, build, check, option
+from timm_dvt.options import add_options, build, check, option
 
 
 @dataclass(frozen=True)
