@@ -44,7 +44,8 @@ def load_model(name: str, pretrained: bool = True, seed: int = 0, **options: Any
     except Exception as error:  # timm, its client of the Hub, json and torch each raise their own kinds
         if options and isinstance(error, TypeError):
             raise
-        remedy = "; without a network name a folder that holds it (local-dir:FOLDER)" if pretrained else ""
+        ways = "a folder that holds it (local-dir:FOLDER), or take random weights (pretrained=False, --no-pretrained)"
+        remedy = f"; without a network name {ways}" if pretrained else ""
         raise UserError(
             f"cannot create {name!r}: {type(error).__name__}: {first_line(error)}{remedy}{did_you_mean(name)}"
         ) from error

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError, UserError
 from timm_dvt.image_files import Source, decode_image, list_images, read_file
+from timm_dvt.loading import load_model, pick_device
 from timm_dvt.options import add_options, build
 from timm_dvt.viewer.colors import PALETTE
 from training.common.command import add_model_arguments, command_parser, complain, positive
-from training.common.models import load_model, pick_device
 from training.common.recipes import add_recipe
 from training.common.views import render_views, whole_view
 from training.figures.panels import Row, draw_positional, draw_stage1

@@ -12,11 +12,11 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from timm_dvt.image_files import list_images, load_image
+from timm_dvt.loading import load_model
 from timm_dvt.viewer import pairs as looks
 from timm_dvt.viewer.colors import fit_projection
 from training import visualize
 from training.common.backbone import FeatureReader
-from training.common.models import load_model
 from training.figures import video
 from training.figures.panels import Row, draw_positional, draw_stage1
 from training.figures.video import draw_video, frame_rate, read_frames, side_by_side

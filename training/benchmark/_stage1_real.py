@@ -15,9 +15,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from timm_dvt.loading import pick_device
 from training.benchmark._hardware import hardware, waiting
 from training.common.backbone import FeatureReader
-from training.common.models import pick_device
 from training.common.views import render_views
 from training.evaluate.position.share import position_share
 from training.stage1.decompose import Stage1Settings, decompose, image_views

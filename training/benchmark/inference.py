@@ -24,10 +24,10 @@ from torch import nn
 import timm_dvt
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError
+from timm_dvt.loading import pick_device
 from timm_dvt.registry import VARIANTS
 from training.benchmark._hardware import hardware, waiting
 from training.common.command import command_parser
-from training.common.models import pick_device
 
 MODELS = ("vit_small_patch14_dinov2.lvd142m_dvt", "vit_base_patch14_dinov2.lvd142m_dvt")
 # One block in twelve is 1.083, the floor of the second line.

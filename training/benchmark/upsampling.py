@@ -20,8 +20,8 @@ from torch.nn.functional import interpolate, normalize, one_hot
 
 from timm_dvt.bars import tqdm
 from timm_dvt.image_files import load_image
+from timm_dvt.loading import load_model, pick_device
 from training.common.command import command_parser
-from training.common.models import load_model, pick_device
 from training.evaluate.data.datasets import open_dataset
 from training.evaluate.segmentation.score import resize_mask
 from training.stage1.decompose import Stage1Settings, decompose

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from timm_dvt.image_files import list_images
+from timm_dvt.loading import pick_device
 from timm_dvt.options import add_options, build
 from training.common.command import add_model_arguments
-from training.common.models import load_backbone, pick_device
+from training.common.models import load_backbone
 from training.common.recipes import add_recipe
 from training.loop.distributed import ALONE
 from training.loop.settings import TrainingSettings

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError
 from timm_dvt.image_files import Fingerprint, Source, decode_image, read_file
-from training.common.models import DENOISER, weights_digest
+from timm_dvt.loading import weights_digest
+from training.common.models import DENOISER
 from training.pairs.folder import PairFolder, ValueTooLarge
 from training.stage1.conditioning import IllConditioned
 from training.stage1.decompose import Decomposition, NonFiniteFeatures, decompose

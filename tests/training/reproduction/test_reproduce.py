@@ -123,7 +123,7 @@ def test_the_plan_says_what_is_missing_and_how_long_the_rest_takes(model, data, 
 
 def test_weights_that_are_missing_are_said_in_the_plan(data, tmp_path, capsys):
     assert main(words("local-dir:nowhere", data, tmp_path / "out", "--tables", "4", "--plan")) == 0
-    assert capsys.readouterr().out.count("missing: timm loads no model") == 2
+    assert capsys.readouterr().out.count("missing: cannot create 'local-dir:nowhere'") == 2
 
 
 @pytest.mark.parametrize(

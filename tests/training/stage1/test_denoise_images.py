@@ -8,8 +8,8 @@ from PIL import Image
 
 from tests.helpers.stage1_runs import contents, draw_images, read_lines, run
 from timm_dvt.image_files import load_image
+from timm_dvt.loading import load_model
 from training import denoise_images
-from training.common.models import load_model
 from training.pairs.folder import read_header, read_index, read_maps, read_pair, read_settings
 from training.stage1 import many
 from training.stage1.decompose import NonFiniteFeatures, Stage1Settings, decompose

@@ -35,11 +35,11 @@ from tqdm import tqdm
 
 from timm_dvt.attach import Denoised
 from timm_dvt.errors import UserError
+from timm_dvt.loading import weights_digest
 from timm_dvt.version import __version__
 from timm_dvt.weights.files import write_whole
 from timm_dvt.weights.saving import meant_size
 from training.common.backbone import FeatureReader
-from training.common.models import weights_digest
 from training.evaluate.data.splits import Split
 from training.evaluate.tables import write_json
 
