@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> Inspection:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     model = _on_device(load_backbone(args.model, not args.no_pretrained), args.device)
-    told = inspect(
+    report = inspect(
         model,
         args.images,
         blocks=args.blocks,
@@ -78,16 +78,16 @@ def run(args: argparse.Namespace) -> Inspection:
         progress=True,
         name=args.model,
     )
-    facts = json.dumps(told.to_dict(), indent=2)
+    facts = json.dumps(report.to_dict(), indent=2)
     if args.json:
         print(facts)
     else:
-        print(f"{told.model}: {lead(told)}\n")
-        print(table([HEADINGS, *([cell for cell, _ in row(layer)] for layer in told.layers)]))
-        for finding in told.findings:
+        print(f"{report.model}: {lead(report)}\n")
+        print(table([HEADINGS, *([cell for cell, _ in row(layer)] for layer in report.layers)]))
+        for finding in report.findings:
             print("\n" + "\n    ".join([finding.text, *finding.commands]))
     if folder is not None:
-        text = page(told)
+        text = page(report)
         write_together(
             {
                 folder / PAGE: lambda path: path.write_text(text, encoding="utf-8"),
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> Inspection:
         )
         if not args.json:
             print(f"\nwrote {folder / PAGE}, {folder / FACTS}")
-    return told
+    return report
 
 
 def table(lines: Any) -> str:
