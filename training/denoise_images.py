@@ -23,7 +23,7 @@ from training.common.command import add_model_arguments, command_parser, complai
 from training.common.memory import keep_freed_memory
 from training.common.recipes import add_recipe
 from training.pairs.folder import FAILURES, PRECISIONS, PairFolder
-from training.stage1.many import STAGE1, denoise_images, describe_pairs
+from training.stage1.images import STAGE1, denoise_images, describe_pairs
 from training.stage1.progress import is_first_process
 from training.stage1.settings import Stage1Settings
 

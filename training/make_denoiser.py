@@ -43,7 +43,7 @@ from training.loop.settings import Pace
 from training.pairs.folder import PARTS, PRECISIONS, PairFolder
 from training.pairs.reader import PairReader, PairSet, open_pairs
 from training.stage1.cost import describe_cost, seconds_a_view, seconds_of
-from training.stage1.many import CROPS, denoise_images, describe_pairs
+from training.stage1.images import CROPS, denoise_images, describe_pairs
 from training.stage1.on_the_fly import SolvingReader, pairs_of_images
 from training.stage1.settings import Stage1Settings
 from training.stage2.denoisers import make_denoisers
@@ -148,14 +148,14 @@ def spread(sources: list[Source], most: int) -> list[Source]:
 
 def readable(sources: list[Source]) -> list[Source]:
     """Those of the images that can be decoded; the others are said."""
-    found = []
+    decodable = []
     for source in sources:
         try:
             load_image(source.path)
-            found.append(source)
+            decodable.append(source)
         except ImageError as error:
             print(f"left out {source.name}: {error}", file=sys.stderr)
-    return found
+    return decodable
 
 
 def hold_out(sources: list[Source], seed: int) -> tuple[list[Source], list[Source]]:

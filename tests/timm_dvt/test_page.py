@@ -144,8 +144,8 @@ def test_every_part_is_whole_and_has_one_pixel_a_patch(comparison, monkeypatch):
 
 def test_lengths_that_the_denoiser_keeps_are_not_shown(comparison):
     assert "norm" in page.rest(comparison) and len(Parts(page.rest(comparison)).pictures()) == 4
-    lengths = np.linalg.norm(comparison.off, axis=-1, keepdims=True) / np.linalg.norm(comparison.on, axis=-1, keepdims=True)
-    kept = dataclasses.replace(comparison, on=comparison.on * lengths)
+    off, on = (np.linalg.norm(maps, axis=-1, keepdims=True) for maps in (comparison.off, comparison.on))
+    kept = dataclasses.replace(comparison, on=comparison.on * off / on)
     assert "norm" not in page.rest(kept) and len(Parts(page.rest(kept)).pictures()) == 2
 
 
@@ -167,7 +167,7 @@ def test_a_patch_is_one_there_is(asked, got, comparison):
 
 def test_files_hold_the_maps_bit_for_bit_and_the_demos_picture(comparison):
     both = np.load(io.BytesIO(page.file(comparison, "maps.npy", (1, 2), 4)), allow_pickle=False)
-    assert both.dtype == np.float32 and np.array_equal(both[0], comparison.off) and np.array_equal(both[1], comparison.on)
+    assert both.dtype == np.float32 and np.array_equal(both, np.stack([comparison.off, comparison.on]))
     named = safetensors.numpy.load(page.file(comparison, "maps.safetensors", (1, 2), 4))
     assert np.array_equal(named["off"], comparison.off) and np.array_equal(named["on"], comparison.on)
     pictures = [page.file(comparison, "picture.png", patch, n) for patch, n in (((1, 2), 4), ((5, 7), 4))]

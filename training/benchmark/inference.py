@@ -272,11 +272,11 @@ def main(argv: Sequence[str]) -> int:
                     print(f"\n{name}, {size} px, batch {batch}")
                     times = (f"{key} {statistics.median(s) * 1e3:.4g}" for key, s in seconds.items())
                     print(f"  milliseconds ({args.clock} time): " + ", ".join(times))
-                    found = paired(seconds)
+                    measured = paired(seconds)
                     if not args.compile:  # which has no inside to time
-                        found.append(measure_within(model, images, args.rounds, clock))
-                    print(HEAD, *(c.line() for c in found), sep="\n", flush=True)
-                    comparisons += found
+                        measured.append(measure_within(model, images, args.rounds, clock))
+                    print(HEAD, *(c.line() for c in measured), sep="\n", flush=True)
+                    comparisons += measured
     missed = sum(c.median > c.bar for c in comparisons)
     print(f"\n{len(comparisons) - missed} of {len(comparisons)} bars passed")
     return 1 if missed else 0

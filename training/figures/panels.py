@@ -83,7 +83,7 @@ def draw_stage1(rows: Sequence[Row], clusters: int = pairs.CLUSTERS) -> Figure:
     return sheet.figure
 
 
-def draw_positional(layers: Sequence[int], images: int, zero: Maps, mean: Maps, one: Maps) -> Figure:
+def draw_positional(layers: Sequence[int], images: int, zero: Maps, mean: Maps, first: Maps) -> Figure:
     """One column a block: features of an empty image, of many images on average, of one (Figs. 3a and S1).
 
     In a column all maps share one set of principal components, each map's mean taken off, so that equal
@@ -93,14 +93,14 @@ def draw_positional(layers: Sequence[int], images: int, zero: Maps, mean: Maps, 
     Args:
         layers: the blocks.
         images: how many there were.
-        zero, mean, one: a (K, K, C) map for each block: of a zero tensor, of the images' mean, of the first.
+        zero, mean, first: a (K, K, C) map for each block: of a zero tensor, of the images' mean, of the first.
     """
     plural = "" if images == 1 else "s"
     labels = ["a blank image", "the same, length", f"mean of {images} image{plural}", "one of them"]
     words = f"{POSITION[1]} Below the mean: its correlation with the blank image, 1 where it is position alone."
     sheet = Sheet(labels, [(f"block {layer}", "") for layer in layers], [], POSITION[0], words)
     for column, layer in enumerate(layers):
-        for i, centered, projection in zip((0, 2, 3), *pairs.patterns([zero[layer], mean[layer], one[layer]])):
+        for i, centered, projection in zip((0, 2, 3), *pairs.patterns([zero[layer], mean[layer], first[layer]])):
             sheet.picture(i, column, projection.colors(centered))
         sheet.picture(1, column, *_length(zero[layer]))
         sheet.note(2, column, f"correlation {map_correlation(zero[layer], mean[layer]):.2f}")

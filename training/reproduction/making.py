@@ -23,7 +23,7 @@ from training.pairs.reader import PairSet
 from training.reproduction.jobs import Job
 from training.stage1.cost import seconds_of
 from training.stage1.decompose import decompose
-from training.stage1.many import STAGE1
+from training.stage1.images import STAGE1
 from training.stage1.settings import Stage1Settings
 from training.stage2.denoisers import make_denoisers
 from training.stage2.train import STAGE2, Stage2Settings

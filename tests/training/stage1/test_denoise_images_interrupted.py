@@ -17,7 +17,7 @@ from tests.helpers.stage1_runs import SLOW, contents, draw_images, read_lines, r
 from timm_dvt import shared_folder
 from training import denoise_images
 from training.pairs.folder import read_index, read_settings
-from training.stage1 import many
+from training.stage1 import images as stage1_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,7 +157,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_half_file(images, tmp_path
 def test_a_folder_that_is_deleted_while_it_is_filled_is_an_error_and_is_not_begun_again(
     images, tmp_path, monkeypatch, capsys
 ):
-    solve, left = many.decompose, [2, 6]
+    solve, left = stage1_images.decompose, [2, 6]
 
     def solve_and_delete(*args, **options):
         left[0] -= 1
@@ -165,7 +165,7 @@ def test_a_folder_that_is_deleted_while_it_is_filled_is_an_error_and_is_not_begu
             shutil.rmtree(tmp_path / "out")
         return solve(*args, **options)
 
-    monkeypatch.setattr(many, "decompose", solve_and_delete)
+    monkeypatch.setattr(stage1_images, "decompose", solve_and_delete)
     for left[0] in (1, 3, 6):
         assert run(images, tmp_path / "out") == 3
         assert "out was deleted or replaced while it was written" in capsys.readouterr().err

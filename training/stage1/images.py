@@ -84,7 +84,7 @@ def denoise_images(model: nn.Module, sources: Sequence[Source], folder: PairFold
                     if not mine:
                         busy.append(source)
                         continue
-                    reason = _denoise_one(model, source, folder, settings, bar, warned)
+                    reason = _denoise_image(model, source, folder, settings, bar, warned)
                 done += 1
                 if reason is not None:
                     failed += 1
@@ -96,7 +96,7 @@ def denoise_images(model: nn.Module, sources: Sequence[Source], folder: PairFold
     return failed
 
 
-def _denoise_one(
+def _denoise_image(
     model: nn.Module,
     source: Source,
     folder: PairFolder,
@@ -119,13 +119,13 @@ def _denoise_one(
         if reason is not None:
             return reason
         image = decode_image(data).to(next(model.parameters()).device)
-        own = replace(settings, seed=image_seed(settings.seed, content.sha256))
+        seeded = replace(settings, seed=image_seed(settings.seed, content.sha256))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            parts = decompose(model, image, own, **bar.parts(own))
+            parts = decompose(model, image, seeded, **bar.parts(seeded))
         assert isinstance(parts, dict)  # settings.layers is filled in
         facts = {
-            "seed": own.seed,
+            "seed": seeded.seed,
             "image_size": list(image.shape[1:]),
             "diagnostics": {layer: part.diagnostics for layer, part in parts.items()},
         }
