@@ -92,17 +92,19 @@ def weights_digest(model: nn.Module, without: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def pick_device(name: str) -> torch.device:
-    """A device by name; "auto" is this process's GPU (torchrun's LOCAL_RANK) if there is one, else the CPU.
+def pick_device(name: str | None) -> torch.device:
+    """A device by name; None or "auto" is this process's GPU (torchrun's LOCAL_RANK) if there is one, else the CPU.
 
     Raises:
         ValueError: no such device here.
     """
-    if name == "auto":
+    if name in (None, "auto"):
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         return torch.device("cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device must be one that torch has here, got {name!r}: {error}") from error
+        raise UserError(
+            f"device must be one that torch has here, got {name!r}; cpu always works ({first_line(error)})"
+        ) from error

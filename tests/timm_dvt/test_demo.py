@@ -39,7 +39,7 @@ def test_the_demo_draws_both_states_of_the_packages_photographs(folder, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["picture.png"]
 
 
-@pytest.mark.skipif(not focus.is_installed(), reason=f"needs the extra dinov2: {focus.INSTALL}")
+@pytest.mark.skipif(bool(focus.missing_packages()), reason=f"needs the extra dinov2: {focus.INSTALL}")
 def test_the_default_has_learned_weights_without_a_network(tmp_path, capsys):
     assert main(["demo", "--size", "140", "--out", str(tmp_path / "a.png")]) == 0
     printed = capsys.readouterr().out
@@ -49,7 +49,7 @@ def test_the_default_has_learned_weights_without_a_network(tmp_path, capsys):
 
 
 def test_without_the_extra_one_line_says_what_to_install(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(focus, "_missing", lambda: [focus.PACKAGE])
+    monkeypatch.setattr(focus, "missing_packages", lambda: [focus.PACKAGE])
     assert main(["demo", "--out", str(tmp_path / "a.png")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and focus.INSTALL in error

@@ -16,7 +16,7 @@ from timm_dvt.variants import FOCUS
 from timm_dvt.weights import focus
 
 ASSETS = Path(str(resources.files("timm_dvt"))) / "assets" / "focus"
-needs_focus = pytest.mark.skipif(not focus.is_installed(), reason=f"needs the extra dinov2: {focus.INSTALL}")
+needs_focus = pytest.mark.skipif(bool(focus.missing_packages()), reason=f"needs the extra dinov2: {focus.INSTALL}")
 
 
 @pytest.fixture(scope="module")

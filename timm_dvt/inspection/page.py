@@ -12,7 +12,7 @@ from timm_dvt.inspection import charts
 from timm_dvt.inspection.findings import percent
 from timm_dvt.inspection.results import Estimate, Inspection, Layer
 from timm_dvt.viewer import pairs
-from timm_dvt.viewer.colors import fit_projection, heat
+from timm_dvt.viewer.colors import heat, principal_colors
 from timm_dvt.viewer.page import url
 from timm_dvt.viewer.panel import as_image
 
@@ -155,7 +155,7 @@ def _photograph(report: Inspection) -> list[Cell]:
     for layer in report.layers:
         if layer.name in kept and raw.shape[-1] >= 3:
             maps = report.pictures.maps[layer.name]
-            colors = pairs.colors(raw, maps)[1] if layer.final and layer.denoised else fit_projection(maps).colors(maps)
+            colors = pairs.colors(raw, maps)[1] if layer.final and layer.denoised else principal_colors(maps)
             cells.append(Cell(layer.name, f"position {100 * layer.share.value:.2g}%", _map(colors)))
     return cells
 
