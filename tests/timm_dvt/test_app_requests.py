@@ -122,7 +122,7 @@ def test_whatever_goes_wrong_is_told_and_leaves_the_page_as_it_was(capsys):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: not enough memory"), "too little memory"),
         (MemoryError(), "too little memory"),
     ):
-        ((told, *others),) = app._told(lambda error=error: fail(error), lambda: [gradio.skip()] * 2)
+        ((told, *others),) = app._with_notice(lambda error=error: fail(error), lambda: [gradio.skip()] * 2)
         assert words in told and "/a/path" not in told and others == [gradio.skip()] * 2
         assert type(error).__name__ in capsys.readouterr().err
 

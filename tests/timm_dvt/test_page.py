@@ -178,7 +178,7 @@ def test_files_hold_the_maps_bit_for_bit_and_the_demos_picture(comparison):
 
 
 def test_visitors_at_once_get_their_own_and_memory_is_bounded(folder, monkeypatch):
-    monkeypatch.setattr(studio, "LOOKS", 5)
+    monkeypatch.setattr(studio, "COMPARISONS", 5)
     shared = Studio(f"local-dir:{folder}")
     images = [Image.new("RGB", (64 + 16 * i, 64), (40 * i, 90, 200 - 40 * i)) for i in range(4)]
     keys: dict[int, str] = {}

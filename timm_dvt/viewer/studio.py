@@ -21,7 +21,7 @@ from timm_dvt.viewer.demo import load_denoised, patch_tokens, prepare
 from timm_dvt.viewer.examples import EXAMPLES
 from timm_dvt.viewer.page import Comparison
 
-KEPT, MODELS = 16, 2  # kept in memory; a comparison is 9 MB with a ViT-S and 17 MB with a ViT-L
+COMPARISONS, MODELS = 16, 2  # kept in memory; a comparison is 9 MB with a ViT-S and 17 MB with a ViT-L
 
 
 class Studio:
@@ -69,8 +69,8 @@ class Studio:
             yield off
             resized, on = self._features(image, name, True)
             key = secrets.token_urlsafe(16)
-            _keep(self.comparisons, key, Comparison(name, self.device, image, resized, off, on), KEPT)
-            _keep(self.keys, content, key, 2 * KEPT)
+            _keep(self.comparisons, key, Comparison(name, self.device, image, resized, off, on), COMPARISONS)
+            _keep(self.keys, content, key, 2 * COMPARISONS)
             self.seconds = time.perf_counter() - start
         yield key
 
