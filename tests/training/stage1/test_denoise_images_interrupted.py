@@ -4,15 +4,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.processes import start, torchrun
+from tests.helpers.processes import Python, start, torchrun
 from tests.helpers.stage1_runs import SLOW, contents, draw_images, read_lines, run
 from timm_dvt import shared_folder
 from training import denoise_images
@@ -112,7 +110,7 @@ with SharedFolder(sys.argv[1]) as folder, folder.claim("a/0.png"):
         time.sleep(0.05)
     os.kill(os.getpid(), 9)
 """
-    owner = subprocess.Popen([sys.executable, "-c", script, str(out)], stdout=subprocess.PIPE, text=True)
+    owner = Python("-c", script, str(out))
     assert owner.stdout.readline() == "claimed\n"
     assert run(images, out) == 0
     assert owner.wait() == -signal.SIGKILL
