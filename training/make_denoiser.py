@@ -32,12 +32,14 @@ from timm_dvt.errors import ImageError, UserError
 from timm_dvt.image_files import Source, list_images, load_image
 from timm_dvt.loading import pick_device
 from timm_dvt.options import add_options, build
+from timm_dvt.shared_folder import read_lines
 from training.common.command import add_model_arguments, at_least, command_parser, positive
 from training.common.hub_images import SCHEME, fetch_images
 from training.common.models import check_backbone, load_backbone
 from training.evaluate.before_after import before_after
 from training.loop.distributed import Processes, join_processes
 from training.loop.entry import exit_code, only_run
+from training.loop.log import LOG
 from training.loop.order import split_places
 from training.loop.settings import Pace
 from training.pairs.folder import PARTS, PRECISIONS, PairFolder
@@ -134,7 +136,9 @@ def run(args: argparse.Namespace) -> None:
                 }
                 if args.leftover:
                     facts["views for what it left of position, taken off"] = str(LEFTOVER_VIEWS)
-                before_after(model.to(device).eval(), held_out, folder, args.out, facts)
+                last = [record for record, _ in read_lines(folder / LOG) if "val_loss" in record][-1]
+                distance = last["val_loss_raw"], last["val_loss"]
+                before_after(model.to(device).eval(), held_out, folder, args.out, facts, distance)
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
                 print(f"{folder / 'page.html'}")
 

@@ -32,10 +32,10 @@ class Python:
     they run, starts a new Python instead. As far as it is used this is a `subprocess.Popen` with text pipes.
     """
 
-    def __init__(self, *words: str) -> None:
+    def __init__(self, *words: str, **environment: str) -> None:
         (out, out_end), (err, err_end) = os.pipe(), os.pipe()
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        with mock.patch.dict(os.environ, threads):
+        with mock.patch.dict(os.environ, threads | environment):
             given = (words, dict(os.environ), os.getcwd(), _Handed(out_end), _Handed(err_end))
             self._process = WARM.Process(target=_python, args=given)
             self._process.start()
@@ -121,6 +121,15 @@ def torchrun(port: int, *command: str) -> Python:
     """Start COMMAND on two processes that meet at a port of their own."""
     address = ("--master-addr", "127.0.0.1", "--master-port", str(port))
     return start("torch.distributed.run", "--nproc-per-node", "2", *address, "-m", *command)
+
+
+def in_two(port: int, *command: str) -> tuple[list[int], str]:
+    """COMMAND to its end on two processes that find each other as torchrun's do; exit codes, and all that was said."""
+    meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    two = [Python("-m", *command, **meeting, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    with ThreadPoolExecutor(2) as readers:
+        said = list(readers.map(lambda process: process.communicate(300), two))
+    return [process.wait() for process in two], str(said)
 
 
 def kill_at_random_moments(begin: Callable[[], Python], out: Path, times: int) -> int:

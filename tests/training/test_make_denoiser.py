@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 
 import timm_dvt  # noqa: F401
-from tests.helpers.processes import kill_at_random_moments, same, start, torchrun
+from tests.helpers.processes import in_two, kill_at_random_moments, same, start
 from training import distill, make_denoiser
 from training.common.hub_images import fetch_images
 from training.evaluate.before_after import worse
@@ -74,9 +74,8 @@ def test_what_the_denoiser_leaves_of_position_is_taken_off_unless_it_shall_stay(
 
 @pytest.mark.slow
 def test_two_processes_make_the_denoiser_of_one(images, made, tmp_path):
-    two = torchrun(29651, *command(images, tmp_path / "out"))
-    errors = two.communicate()[1]
-    assert two.returncode == 0, errors
+    codes, said = in_two(29651, *command(images, tmp_path / "out"))
+    assert codes == [0, 0], said
     together, alone = (load_file(out / "model.safetensors") for out in (tmp_path / "out", made))
     assert set(together) == set(alone)
     for key, value in alone.items():
@@ -91,12 +90,15 @@ def test_card_and_page_say_what_came_of_it(made):
     for text in (
         "position",
         "pattern in images of one color",
+        "distance to the clean features",
         "forward passes",
         "timm.create_model",
         "better the nearer they are to 0",
         few,
     ):
         assert text in card and text in html
+    last = json.loads((made / "log.jsonl").read_text().splitlines()[-1])
+    assert f"its own validation | {last['val_loss_raw']:.3g} | {last['val_loss']:.3g} |" in card
     numbers = re.search(r"position explains, % \| (\S+) \| (\S+) \|", card)
     assert numbers and all(float(number) == float(number) for number in numbers.groups())
     assert "a gray image" in html and html.count("<img") == 3  # and the two that are held out
@@ -108,8 +110,14 @@ def test_card_and_page_say_what_came_of_it(made):
 def test_what_is_worse_with_the_denoiser_on_is_named():
     off = {"share": 6.0, "zero": -0.1, "blank": 100.0}
     assert worse({"raw": off, "denoised": {"share": 2.0, "zero": 0.1, "blank": 100.0}}) == ""
-    said = worse({"raw": off, "denoised": {"share": 2.0, "zero": -0.2, "blank": 130.0}})
-    assert "blank image" in said and "images of one color" in said and "position explains" not in said
+    off["distance"] = 10.2  # of four views, which are too few
+    said = worse({"raw": off, "denoised": {"share": 2.0, "zero": -0.2, "blank": 130.0, "distance": 14.5}})
+    assert (
+        "distance to the clean features" in said
+        and "blank image" in said
+        and "images of one color" in said
+        and "position explains" not in said
+    )
 
 
 def test_without_pairs_the_weights_are_the_same_and_nothing_is_left_but_them(images, made, tmp_path):

@@ -26,6 +26,7 @@ WORDS = {
     "share": "variance that position explains, %",
     "zero": "correlation with the map of a blank image",
     "blank": "pattern in images of one color, % of that with the denoiser off",
+    "distance": "distance to the clean features of stage 1, of its own validation",
 }
 GRAY = "gray"  # of COLORS, the blank image that is shown
 MEANING = (
@@ -39,7 +40,12 @@ TOO_FEW = (
 
 
 def before_after(
-    model: torch.nn.Module, sources: Sequence[Source], folder: Path, name: str, facts: Mapping[str, str]
+    model: torch.nn.Module,
+    sources: Sequence[Source],
+    folder: Path,
+    name: str,
+    facts: Mapping[str, str],
+    distance: tuple[float, float],
 ) -> None:
     """Write README.md and page.html into the folder of a trained denoiser.
 
@@ -48,9 +54,12 @@ def before_after(
         sources: images held out, two or more; those that cannot be read are left out.
         folder: where to write. name: what it is called on the pages.
         facts: what it was trained on, in words.
+        distance: of raw and of denoised tokens to F, as training measured it last (Eq. 11).
     """
     extractor = Extractor(model)
     numbers, pictures, count = measure(extractor, sources)
+    for state, value in zip(("raw", "denoised"), distance):
+        numbers[state]["distance"] = value
     meaning = MEANING.format(count=count) + (TOO_FEW if count < FEW else "") + worse(numbers)
     load = f'import timm, timm_dvt\n\nmodel = timm.create_model("local-dir:{name}", pretrained=True).eval()\n'
     code = load + "tokens = model.forward_features(images)   # (B, prefix + H*W, C), patch tokens denoised\n"
@@ -136,7 +145,7 @@ def blanks(extractor: Extractor) -> tuple[dict[str, float], tuple[bytes, str]]:
 def worse(numbers: Mapping[str, Mapping[str, float]]) -> str:
     """A sentence that names what is further from 0 with the denoiser on than with it off; empty if nothing is."""
     off, on = numbers["raw"], numbers["denoised"]
-    names = [WORDS[key] for key in WORDS if abs(on[key]) > abs(off[key])]
+    names = [WORDS[key] for key in off if abs(on[key]) > abs(off[key])]
     return f" Worse with the denoiser on: {'; '.join(names)}." if names else ""
 
 

@@ -13,14 +13,16 @@ from matplotlib.figure import Figure
 
 from timm_dvt.viewer import pairs
 from timm_dvt.viewer.colors import heat, map_correlation, norms
-from training.figures.sheet import Sheet
+from training.figures.sheet import CELL, LARGE, Sheet, shortened
 
 Maps = Mapping[int, np.ndarray]
+MOST_LARGE = 8  # rows with large cells: a picture of more would not open everywhere
 STAGE1 = (
     "What stage 1 makes of an image",
     "Each square is one patch of the image. Raw features, as the model gives them, are taken apart into clean features "
     "F, which stay with the image wherever a crop puts it; artifacts G, which stay with the place whatever is there; "
-    "and a rest. Colors and groups are each map's own; lengths in a row share a scale, and so do similarities.",
+    "and a rest. Raw and clean features share colors, groups and scales. F is shorter where crops differ; at borders that "
+    "no crop reached it is the raw features.",
 )
 POSITION = (
     "What position does to features",
@@ -47,39 +49,44 @@ class Row:
 
 
 def draw_stage1(rows: Sequence[Row], clusters: int = pairs.CLUSTERS) -> Figure:
-    """One row for each of `rows`, with the columns of the paper's Figs. S4 to S10.
+    """Three lines for each of `rows`: raw features, F, and what lies between, as in the paper's Figs. S4 to S10.
 
     Principal components and clusters are of the raw features and F together (the paper's are of each map alone), so
     that a color means the same in both. The framed patch is the one that the others are compared with.
     """
-    four = [
+    columns = [
+        ("image", ""),
         ("as colors", "3 main components"),
         ("in groups", f"{clusters}, by k-means"),
         ("length", "of a patch's vector"),
         ("similarity", "to the framed patch"),
     ]
-    removed = [("artifacts G", "as colors"), ("the rest", "its length"), ("both", "as colors")]
-    groups = [(1, 4, "raw features"), (5, 8, "clean features F"), (9, 11, "taken off: raw - F")]
-    sheet = Sheet([row.label for row in rows], [("image", ""), *four, *four, *removed], groups, *STAGE1)
+    lines = ["raw features", "clean features F", "taken off"]
+    sheet = Sheet(lines * len(rows), columns, [], *STAGE1, cell=LARGE if len(rows) <= MOST_LARGE else CELL)
     for i, row in enumerate(rows):
-        sheet.picture(i, 0, row.image)
-        sheet.frame(i, 0, len(row.raw))
+        above, below, removed = range(3 * i, 3 * i + 3)
+        sheet.picture(above, 0, row.image)
+        sheet.frame(above, 0, len(row.raw))
+        sheet.note(above, 0, shortened(row.label, 36))
         raw = _repeated(row.raw, len(row.clean))
-        columns = {
-            1: (pairs.colors(raw, row.clean), None),
-            2: (pairs.groups(raw, row.clean, clusters)[0], None),
-            3: pairs.lengths(raw, row.clean),
-            4: pairs.similarities(raw, row.clean, pairs.center(row.clean)),
-        }
-        for column, (pair, scale) in columns.items():
-            for place, colors in zip((column, column + 4), pair):
-                sheet.picture(i, place, colors, scale)
-        for column, grid in ((4, len(row.raw)), (8, len(row.clean))):
-            sheet.frame(i, column, grid)
+        maps = [
+            (pairs.colors(raw, row.clean), None),
+            (pairs.groups(raw, row.clean, clusters)[0], None),
+            pairs.lengths(raw, row.clean),
+            pairs.similarities(raw, row.clean, pairs.center(row.clean)),
+        ]
+        for column, (pair, scale) in enumerate(maps, start=1):
+            for line, colors in zip((above, below), pair):
+                sheet.picture(line, column, colors, scale)
+        sheet.frame(above, 4, len(row.raw))
+        sheet.frame(below, 4, len(row.clean))
         artifacts, both = pairs.colors(row.artifacts, row.artifacts + row.residual)
-        sheet.picture(i, 9, artifacts)
-        sheet.picture(i, 10, *_length(row.residual))
-        sheet.picture(i, 11, both)
+        sheet.picture(removed, 1, artifacts)
+        sheet.note(removed, 1, "artifacts G")
+        sheet.picture(removed, 2, both)
+        sheet.note(removed, 2, "raw - F: G and a rest")
+        sheet.picture(removed, 3, *_length(row.residual))
+        sheet.note(removed, 4, "to the left: length of the rest")
     return sheet.figure
 
 

@@ -17,6 +17,7 @@ from timm_dvt.viewer.pairs import Scale
 from timm_dvt.viewer.panel import FAINT, INK, MARK
 
 CELL, GAP, GROUP_GAP, ROW_GAP = 1.42, 0.09, 0.30, 0.42  # inches
+LARGE = 2.1  # a cell of few columns
 LEFT, TITLES, GROUPS, RIGHT, BOTTOM = 0.42, 0.44, 0.36, 0.16, 0.36
 BAR = 0.055  # height of a color scale
 HEAD, LINE, LETTER = 0.42, 0.18, 0.078  # a heading, a line of words below it, and the width of a letter of these
@@ -35,6 +36,7 @@ class Sheet:
         groups: Sequence[tuple[int, int, str]],
         title: str,
         words: str,
+        cell: float = CELL,
     ) -> None:
         """
         Args:
@@ -42,20 +44,22 @@ class Sheet:
             columns: a title above each, and a line below it that explains it.
             groups: (first column, last column, title) of columns that belong together.
             title, words: above all of them.
+            cell: side of a cell, in inches.
         """
+        self.cell = cell
         starts = {first for first, _, _ in groups}
         self._x = [LEFT]
         for column in range(1, len(columns)):
-            self._x.append(self._x[-1] + CELL + (GROUP_GAP if column in starts else GAP))
-        self.width = max(self._x[-1] + CELL + RIGHT, NARROWEST)
+            self._x.append(self._x[-1] + self.cell + (GROUP_GAP if column in starts else GAP))
+        self.width = max(self._x[-1] + self.cell + RIGHT, NARROWEST)
         heads = textwrap.wrap(title, max(int((self.width - LEFT) / (1.5 * LETTER)), 8))
         lines = textwrap.wrap(words, max(int((self.width - LEFT) / LETTER), 12))
         explained = any(below for _, below in columns)
         above = (TITLES if explained else TITLES - 0.17) + (GROUPS if groups else 0)
         head = 0.14 + HEAD * len(heads) * 0.7 + LINE * len(lines) + 0.16
-        self.height = head + above + len(rows) * CELL + (len(rows) - 1) * ROW_GAP + BOTTOM
+        self.height = head + above + len(rows) * self.cell + (len(rows) - 1) * ROW_GAP + BOTTOM
         top = self.height - head - above
-        self._y = [top - (row + 1) * CELL - row * ROW_GAP for row in range(len(rows))]
+        self._y = [top - (row + 1) * self.cell - row * ROW_GAP for row in range(len(rows))]
         self.figure = Figure(figsize=(self.width, self.height), dpi=DPI, facecolor="white")
 
         down = self.height - 0.14
@@ -69,27 +73,26 @@ class Sheet:
             self._text(x, top + (0.25 if explained else 0.08), name, 10, ha="left", va="bottom")
             self._text(x, top + 0.08, below, 8, ha="left", va="bottom", color=_FAINT)
         for first, last, name in groups:
-            left, right = self._x[first], self._x[last] + CELL
+            left, right = self._x[first], self._x[last] + self.cell
             self._text(left, top + TITLES + 0.09, name, 11, ha="left", va="bottom", weight="bold")
             self._line(left, top + TITLES + 0.03, right - left)
         for y, label in zip(self._y, rows):
-            short = label if len(label) <= 22 else f"{label[:12]}…{label[-9:]}"
-            self._text(LEFT - 0.12, y + CELL / 2, short, 9, ha="right", va="center", rotation=90)
+            self._text(LEFT - 0.12, y + self.cell / 2, shortened(label, 22), 9, ha="right", va="center", rotation=90)
 
     def picture(self, row: int, column: int, colors: np.ndarray, scale: Scale | None = None) -> None:
         """Draw (H, W, 3) colors in [0, 1], patches as squares; below them what the ends of their scale stand for."""
-        self._axes(row, column, CELL).imshow(colors, interpolation="nearest", aspect="auto")
+        self._axes(row, column, self.cell).imshow(colors, interpolation="nearest", aspect="auto")
         if scale is None:
             return
         ramp = heat(np.linspace(0, 1, 256)[None], 0.0, 1.0)
         self._axes(row, column, BAR, -0.06 - BAR).imshow(ramp, interpolation="nearest", aspect="auto")
-        for value, x, ha in zip(scale, (0, CELL), ("left", "right")):
+        for value, x, ha in zip(scale, (0, self.cell), ("left", "right")):
             at = self._x[column] + x, self._y[row] - 0.08 - BAR
             self._text(*at, f"{value:.3g}", 7.5, ha=ha, va="top", color=_FAINT)
 
     def frame(self, row: int, column: int, grid: int) -> None:
         """Frame the middle patch of a map of grid x grid patches, or of the image that it is of."""
-        axes = self._axes(row, column, CELL)
+        axes = self._axes(row, column, self.cell)
         axes.set(xlim=(0, grid), ylim=(grid, 0), facecolor="none")
         corner = (grid // 2, grid // 2)
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="white", linewidth=2.4, alpha=0.8))
@@ -102,7 +105,7 @@ class Sheet:
     def _axes(self, row: int, column: int, height: float, above: float = 0.0) -> Axes:
         """Axes without marks, as wide as a cell, from so far above its lower edge."""
         x, y = self._x[column] / self.width, (self._y[row] + above) / self.height
-        axes = self.figure.add_axes((x, y, CELL / self.width, height / self.height))
+        axes = self.figure.add_axes((x, y, self.cell / self.width, height / self.height))
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         return axes
@@ -115,6 +118,11 @@ class Sheet:
     def _text(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
         if text:
             self.figure.text(x / self.width, y / self.height, text, fontsize=size, **({"color": _INK} | style))
+
+
+def shortened(label: str, most: int) -> str:
+    """A label of at most so many letters, its middle left out; the end tells files apart."""
+    return label if len(label) <= most else f"{label[: most - 10]}…{label[-9:]}"
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

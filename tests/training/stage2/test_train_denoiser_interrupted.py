@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.pair_folders import write_pairs
-from tests.helpers.processes import Python, kill_at_random_moments, same, start, torchrun, weights
+from tests.helpers.processes import Python, in_two, kill_at_random_moments, same, start, weights
 from tests.helpers.stage2_runs import command, denoiser_weights, run
 from training.loop import run as loop
 
@@ -73,9 +73,8 @@ def test_a_finished_run_is_not_done_again_and_other_settings_are_refused(pairs, 
 def test_two_processes_at_half_the_batch_end_with_the_weights_of_one(pairs, tmp_path):
     options = ("--steps", "12", "--val-every", "6")
     assert run(pairs, tmp_path / "one", *options) == 0
-    two = torchrun(29611, *command(pairs, tmp_path / "two", *options, "--batch-size", "2"))
-    output = two.communicate(timeout=300)
-    assert two.returncode == 0, output
+    codes, said = in_two(29611, *command(pairs, tmp_path / "two", *options, "--batch-size", "2"))
+    assert codes == [0, 0], said
     one, both = denoiser_weights(tmp_path / "one"), denoiser_weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], both[name], atol=2e-5, rtol=1e-4)

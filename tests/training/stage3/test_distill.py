@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 import timm_dvt
-from tests.helpers.processes import kill_at_random_moments, same, start, torchrun, weights
+from tests.helpers.processes import in_two, kill_at_random_moments, same, start, weights
 from timm_dvt.image_files import list_images
 from training import distill
 from training.stage3.crops import CropReader
@@ -137,9 +137,8 @@ def test_killed_at_random_moments_and_run_again_ends_with_the_same_weights(data,
 @pytest.mark.slow
 def test_two_processes_at_half_the_batch_end_with_the_weights_of_one(data, tmp_path):
     assert run(data, tmp_path / "one") == 0
-    two = torchrun(29621, *command(data, tmp_path / "two", "--batch-size", "1"))
-    output = two.communicate(timeout=300)
-    assert two.returncode == 0, output
+    codes, said = in_two(29621, *command(data, tmp_path / "two", "--batch-size", "1"))
+    assert codes == [0, 0], said
     one, both = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], both[name], atol=2e-4, rtol=1e-3)
