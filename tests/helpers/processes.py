@@ -1,5 +1,8 @@
 """Commands of training in processes of their own: started, killed while they train, and compared by their weights."""
 
+import contextlib
+import importlib
+import io
 import os
 import random
 import signal
@@ -7,10 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load_file
+
+from training.evaluate.__main__ import main as evaluate
+from training.evaluate.features import cached
 
 
 def start(*command: str) -> subprocess.Popen:
@@ -18,6 +27,30 @@ def start(*command: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, "-m", *command], env=environment, **pipes)
+
+
+def in_this_process(command: list[str], stdout: int, stderr: BinaryIO, **more: Any) -> SimpleNamespace:
+    """Instead of subprocess.run, for python -m COMMAND of training: saves the imports of each process."""
+    main = importlib.import_module(command[2]).main if command[2] != "training.evaluate" else evaluate
+    said, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        code = main(command[3:])
+    stderr.write(errors.getvalue().encode())
+    return SimpleNamespace(returncode=code, stdout=said.getvalue().encode())
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Start a process that does this work at once, since what is imported here is so there too; returns its id."""
+    child = os.fork()
+    if not child:
+        code = 1
+        cached._READERS = ThreadPoolExecutor(1)  # threads do not come along
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
 
 
 def torchrun(port: int, *command: str) -> subprocess.Popen:
