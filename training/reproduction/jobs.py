@@ -95,7 +95,8 @@ def job_of(row: Row, options: Options) -> Job | str:
     model, more = evaluated(row), [*row.settings, *options.settings]
     words: list[str] = []
     if row.made and options.recipe is None:
-        return "needs --train: " + ("stage 1's maps of VOC2012" if row.made == "pairs" else f"a denoiser {row.made}")
+        made = "stage 1's maps of VOC2012" if row.made == "pairs" else f"the denoiser {row.made}"
+        return f"needs --train, which makes {made}"
     if row.made == "pairs":
         needs = tuple(_pairs(row.backbone, "voc12", options, *plain) for plain in ((), _VIEW_AVERAGE))
         model, words = row.backbone, ["--pairs", *(_value(job.command, "--out") for job in needs)]

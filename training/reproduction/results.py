@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import lru_cache
 from string import ascii_lowercase
 from typing import Any
 
 from training.evaluate.results import heading
 from training.figures.page import Section, Table, Text, page
-from training.reproduction.published import TABLES, Row
+from training.reproduction.published import ROWS, TABLES, Row
 
 TITLES = {
     "1": "Table 1: how much single channels tell of position",
@@ -61,8 +62,15 @@ class Outcome:
             return "not run"
         if self.difference is None:
             return "not published"
-        digit = 10.0 ** int(Decimal(repr(self.row.value)).as_tuple().exponent)
-        return "within" if abs(self.difference) <= 2 * self.spread + digit / 2 else "outside"
+        rounding = 0.5 * 10.0 ** -decimals(self.row.key[2], self.row.source)
+        return "within" if abs(self.difference) <= 2 * self.spread + rounding + 1e-9 else "outside"
+
+
+@lru_cache(maxsize=None)
+def decimals(number: str, source: str) -> int:
+    """Of a published number, as its table prints them: 83.60, not 83.6."""
+    values = (row.value for row in ROWS if (row.key[2], row.source) == (number, source) and row.value is not None)
+    return max(-int(Decimal(repr(value)).as_tuple().exponent) for value in values)
 
 
 def outcome(row: Row, record: Mapping[str, Any]) -> Outcome:
@@ -87,7 +95,7 @@ def results_page(outcomes: Sequence[Outcome]) -> bytes:
         rows = [cells(one, list(reasons)) for one in chosen]
         sections.append(Section(TITLES[table], [Table(HEADINGS, rows, 3, green)]))
     if reasons:
-        sections.append(Section("What could not be run", [Table(REASONS, _told(reasons), len(REASONS))]))
+        sections.append(Section("What could not be run", [Table(REASONS, _reason_cells(reasons), len(REASONS))]))
     sections.append(Section("Figures", [Text("python -m training.report OUT/results plots them over model size.")]))
     return page("The paper's numbers, again", LEAD, sections)
 
@@ -98,13 +106,15 @@ def results_table(outcomes: Sequence[Outcome]) -> str:
     reasons = _reasons(outcomes)
     for table, chosen in _by_table(outcomes):
         text += f"\n## {TITLES[table]}\n\n" + _markdown(HEADINGS, [cells(one, list(reasons)) for one in chosen])
-    return text + ("\n## What could not be run\n\n" + _markdown(REASONS, _told(reasons)) if reasons else "")
+    return text + ("\n## What could not be run\n\n" + _markdown(REASONS, _reason_cells(reasons)) if reasons else "")
 
 
 def cells(one: Outcome, reasons: Sequence[str] = ()) -> list[str]:
     """A row of the table, under `HEADINGS`; `reasons` are those that are told below it."""
     row = one.row
-    published = "" if row.value is None else f"{row.value:g} ({row.source})"
+    published = ""
+    if row.value is not None:
+        published = f"{row.value:.{decimals(row.key[2], row.source)}f} ({row.source})"
     name = heading(row.key) + "".join(f", {word}" for word in row.settings)
     made = f" ({row.made})" if row.made not in ("", "pairs") else ""
     digits = 4 if abs(one.mean or row.value or 0) < 2 else 2
@@ -120,20 +130,25 @@ def _by_table(outcomes: Sequence[Outcome]) -> list[tuple[str, list[Outcome]]]:
     return [(table, chosen) for table, chosen in found if chosen]
 
 
-def _reasons(outcomes: Sequence[Outcome]) -> dict[str, dict[str, None]]:
-    """Each reason once, with the evaluations that it is of."""
-    reasons: dict[str, dict[str, None]] = {}
+def _reasons(outcomes: Sequence[Outcome]) -> dict[str, list[Row]]:
+    """Each reason once, with the numbers that it is of."""
+    reasons: dict[str, list[Row]] = {}
     for _, chosen in _by_table(outcomes):
         for one in chosen:
             if one.reason:
-                what = f"{short_title(one.row.table)}, {one.row.key[0]} of {one.row.backbone}"
-                reasons.setdefault(one.reason, {})[what] = None
+                reasons.setdefault(one.reason, []).append(one.row)
     return reasons
 
 
-def _told(reasons: Mapping[str, Mapping[str, None]]) -> list[list[str]]:
+def _reason_cells(reasons: Mapping[str, Sequence[Row]]) -> list[list[str]]:
     """Rows under `REASONS`."""
-    return [[_letters(i), reason, "; ".join(names)] for i, (reason, names) in enumerate(reasons.items())]
+    cells = []
+    for i, (reason, rows) in enumerate(reasons.items()):
+        tables, tasks, models = map(
+            dict.fromkeys, zip(*((short_title(row.table), row.key[0], row.backbone) for row in rows))
+        )
+        cells.append([_letters(i), reason, f"{', '.join(tables)}: {', '.join(tasks)} of {', '.join(models)}"])
+    return cells
 
 
 def _letters(number: int) -> str:
