@@ -23,7 +23,7 @@ def test_its_pictures_are_committed_and_small():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not focus.is_installed(), reason=f"needs the extra dinov2: {focus.INSTALL}")
+@pytest.mark.skipif(bool(focus.missing_packages()), reason=f"needs the extra dinov2: {focus.INSTALL}")
 def test_it_runs_and_each_recipe_has_its_picture():
     nbclient = pytest.importorskip("nbclient", reason="needs nbclient, of the extra test")
     nbformat = pytest.importorskip("nbformat")

@@ -167,9 +167,9 @@ def _choose_img_size(variant: Variant, cfg: dict, kwargs: dict) -> bool:
     another size, in forward again. So a model that takes any size is made at its backbone's own, though it is meant
     for images of the denoiser's resolution.
     """
-    own = get_pretrained_cfg(variant.backbone)
+    backbone_cfg = get_pretrained_cfg(variant.backbone)
     resolution = (variant.resolution, variant.resolution)
-    native = tuple(own.input_size[1:]) if own else resolution
+    native = tuple(backbone_cfg.input_size[1:]) if backbone_cfg else resolution
     if kwargs.get("img_size") is None:
         meant = tuple(cfg["input_size"][1:])
         at_its_own = bool(kwargs.get("dynamic_img_size")) and meant == resolution
@@ -199,12 +199,12 @@ def _backbone(variant: Variant, cfg: dict, checkpoint: Checkpoint | None, cache_
         return model
     tag = split_model_name_tag(variant.backbone)[1]
     build = model_entrypoint(variant.architecture)  # routed: the tag may be a backbone's of ours
-    own = hub_file(cfg)
-    needed = [*([own] if own else []), *backbone_files(variant.backbone)[:1]]
+    weights_file = hub_file(cfg)
+    needed = [*([weights_file] if weights_file else []), *backbone_files(variant.backbone)[:1]]
     file = fetch_backbone(variant.backbone, cache_dir, needed)
-    found = {"pretrained_cfg_overlay": checked_file(file)} if file else {}
+    overlay = {"pretrained_cfg_overlay": checked_file(file)} if file else {}
     try:
-        return build(pretrained=True, pretrained_cfg=tag or None, cache_dir=cache_dir, **found, **kwargs)
+        return build(pretrained=True, pretrained_cfg=tag or None, cache_dir=cache_dir, **overlay, **kwargs)
     except WeightsNotFoundError:
         raise
     except Exception as e:  # the network's, of a file that is not on the Hub; or of one that is damaged
@@ -282,8 +282,8 @@ def _denoiser_options(variant: Variant, layout: Layout, cfg: dict, kwargs: dict,
     options = dict(given or {})
     if options.get("grid_size") is None:
         if kwargs.get("patch_size"):  # the denoiser was trained with patches of the backbone's own size
-            own = {key: value for key, value in kwargs.items() if key != "patch_size"}
-            layout = layout_of(_sketch(variant, cfg, own))
+            original = {key: value for key, value in kwargs.items() if key != "patch_size"}
+            layout = layout_of(_sketch(variant, cfg, original))
         options["grid_size"] = layout.grid_at(variant.resolution, variant.resolution)
     return options
 

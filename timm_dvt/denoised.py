@@ -245,9 +245,9 @@ class Denoised(_Backbone):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        own = {name for name, _ in self.named_parameters() if name.startswith("denoiser.")}
+        denoiser_names = {name for name, _ in self.named_parameters() if name.startswith("denoiser.")}
         timms = super().no_weight_decay() if hasattr(self._backbone_class, "no_weight_decay") else ()
-        return set(timms) | {name for name in own if name.endswith(("pos_embed", "pos_embed_out"))}
+        return set(timms) | {name for name in denoiser_names if name.endswith(("pos_embed", "pos_embed_out"))}
 
     # group_matcher is timm's: what it does not name (the denoiser, the head) is the last layer of a layer decay.
 

@@ -173,36 +173,39 @@ class Denoiser(nn.Module):
         The embeddings become new parameters, which an optimizer made before does not know.
         """
         rows, columns = int(grid_size[0]), int(grid_size[1])
-        for name, own in (("pos_embed", self.grid_size), ("pos_embed_out", self.out_grid_size)):
+        for name, grid in (("pos_embed", self.grid_size), ("pos_embed_out", self.out_grid_size)):
             old: nn.Parameter | None = getattr(self, name)
-            if old is not None and own != (rows, columns):
+            if old is not None and grid != (rows, columns):
                 with torch.no_grad():
-                    new = resample(old, own, (rows, columns))
+                    new = resample(old, grid, (rows, columns))
                 setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
         self.grid_size = self.out_grid_size = (rows, columns)
 
 
-def resample(pos_embed: torch.Tensor, own: tuple[int, int], grid_size: tuple[int, int]) -> torch.Tensor:
+def resample(pos_embed: torch.Tensor, old_grid: tuple[int, int], grid_size: tuple[int, int]) -> torch.Tensor:
     """A position embedding (1, h*w, C) of a grid of its own at another one, as timm resamples a backbone's.
 
     Nothing is kept: it takes 0.3% of a forward of one image of a ViT-S/14 at 518 px, less of any larger model or batch.
     """
-    if grid_size[0] == own[0] and grid_size[1] == own[1]:
+    if grid_size[0] == old_grid[0] and grid_size[1] == old_grid[1]:
         return pos_embed
     if torch.jit.is_tracing():
-        return _resample_by_matrices(pos_embed, own, grid_size)
+        return _resample_by_matrices(pos_embed, old_grid, grid_size)
     # timm's resample_abs_pos_embed takes a grid for a square one of as many places, as it stands.
-    maps = pos_embed.reshape(1, own[0], own[1], -1)
+    maps = pos_embed.reshape(1, old_grid[0], old_grid[1], -1)
     return resample_abs_pos_embed_nhwc(maps, [grid_size[0], grid_size[1]]).flatten(1, 2)
 
 
 @torch.jit.unused
-def _resample_by_matrices(pos_embed: torch.Tensor, own: tuple[int, int], grid_size: tuple[int, int]) -> torch.Tensor:
+def _resample_by_matrices(
+    pos_embed: torch.Tensor, old_grid: tuple[int, int], grid_size: tuple[int, int]
+) -> torch.Tensor:
     """`resample` of products alone, for tracing exporters (ONNX's), which know no antialiased interpolation."""
     rows, columns = (
-        torch.from_numpy(_bicubic(old, int(new))).to(pos_embed.device) for old, new in zip(own, grid_size, strict=True)
+        torch.from_numpy(_bicubic(old, int(new))).to(pos_embed.device)
+        for old, new in zip(old_grid, grid_size, strict=True)
     )
-    maps = pos_embed.float().reshape(own[0], own[1], -1)
+    maps = pos_embed.float().reshape(old_grid[0], old_grid[1], -1)
     maps = torch.einsum("hi,ijc->hjc", rows, maps)
     return torch.einsum("wj,hjc->hwc", columns, maps).flatten(0, 1)[None].to(pos_embed.dtype)
 

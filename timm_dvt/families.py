@@ -22,15 +22,15 @@ def families(progress: bool = False) -> dict[str, str]:
     Args:
         progress: show a bar.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for _, model in examples(progress):
         kind, reason = type(model).__name__, ""
         try:
             layout_of(model)
         except UnsupportedModelError as e:
             reason = e.reason
-        found[kind] = found.get(kind, reason) and reason
-    return dict(sorted(found.items()))
+        reasons[kind] = reasons.get(kind, reason) and reason
+    return dict(sorted(reasons.items()))
 
 
 def examples(progress: bool = False) -> Iterator[tuple[str, nn.Module]]:

@@ -91,8 +91,8 @@ def layout_of(model: nn.Module, size: tuple[int, int] | None = None) -> Layout:
         embed = known.patch_embed
         grid = tuple(embed.grid_size) if embed.grid_size else None
         # Of whole patches: what a size has beyond them is cut off.
-        own = tuple(count * side for count, side in zip(grid, embed.patch_size)) if grid else None
-        return Layout("tokens", known.num_prefix_tokens, known.embed_dim, len(known.blocks), grid, own, plain=True)
+        img_size = tuple(count * side for count, side in zip(grid, embed.patch_size)) if grid else None
+        return Layout("tokens", known.num_prefix_tokens, known.embed_dim, len(known.blocks), grid, img_size, plain=True)
     # Of its class: torch.compile's, PEFT's and others' wrappers hand on whatever attribute the model inside has.
     lacking = [name for name in ("forward_features", "forward_intermediates") if not hasattr(type(model), name)]
     if lacking or not isinstance(getattr(model, "feature_info", None), list):

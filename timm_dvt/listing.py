@@ -5,6 +5,7 @@ import json
 
 from timm_dvt.families import families
 from timm_dvt.registry import VARIANTS
+from timm_dvt.tables import aligned
 from timm_dvt.variants import DVT_LICENSE, DVT_REPO, Variant
 
 
@@ -27,11 +28,9 @@ def as_table() -> str:
     """The variants as aligned columns."""
     lines = [("name", "pixels", "license", "weights")]
     lines += [(v.name, str(v.resolution), license_of(v), v.source) for v in VARIANTS.values()]
-    widths = [max(len(line[i]) for line in lines) for i in range(3)]
-    table = ["  ".join([*(cell.ljust(w) for cell, w in zip(line, widths)), line[3]]) for line in lines]
     return "\n".join(
         [
-            *table,
+            *aligned(lines),
             "",
             "Pixels: the resolution the denoiser was trained at. License: the backbone's, then the DVT weights'.",
             "A *_distilled model is a whole ViT; any other is its backbone, from its own hub repo, and a denoiser.",

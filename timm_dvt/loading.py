@@ -44,7 +44,8 @@ def load_model(name: str, pretrained: bool = True, seed: int = 0, **options: Any
     except Exception as error:  # timm, its client of the Hub, json and torch each raise their own kinds
         if options and isinstance(error, TypeError):
             raise
-        remedy = "; without a network name a folder that holds it (local-dir:FOLDER)" if pretrained else ""
+        ways = "a folder that holds it (local-dir:FOLDER), or take random weights (pretrained=False, --no-pretrained)"
+        remedy = f"; without a network name {ways}" if pretrained else ""
         raise UserError(
             f"cannot create {name!r}: {type(error).__name__}: {first_line(error)}{remedy}{did_you_mean(name)}"
         ) from error
@@ -91,17 +92,19 @@ def weights_digest(model: nn.Module, without: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def pick_device(name: str) -> torch.device:
-    """A device by name; "auto" is this process's GPU (torchrun's LOCAL_RANK) if there is one, else the CPU.
+def pick_device(name: str | None) -> torch.device:
+    """A device by name; None or "auto" is this process's GPU (torchrun's LOCAL_RANK) if there is one, else the CPU.
 
     Raises:
         ValueError: no such device here.
     """
-    if name == "auto":
+    if name in (None, "auto"):
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         return torch.device("cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device must be one that torch has here, got {name!r}: {error}") from error
+        raise UserError(
+            f"device must be one that torch has here, got {name!r}; cpu always works ({first_line(error)})"
+        ) from error

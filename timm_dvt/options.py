@@ -110,3 +110,11 @@ def part(text: str) -> tuple[int, int]:
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, got {text!r}")
     return int(match[1]), int(match[2])
+
+
+def block_list(text: str) -> str | tuple[int, ...]:
+    """Numbers of blocks for argparse, or "all"."""
+    try:
+        return text if text == "all" else tuple(int(block) for block in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor a list of blocks such as 0,5,11") from None

@@ -148,10 +148,10 @@ class SharedFolder:
             if begun and (self.path / begun).exists() and not path.exists():
                 raise SettingsDiffer(f"{path} is lost, which says what {begun} is of; put it back, or delete both")
             try:
-                found = json.loads(path.read_text()) if path.exists() else wanted
+                stored = json.loads(path.read_text()) if path.exists() else wanted
             except ValueError as error:
                 raise SettingsDiffer(f"{path} is damaged ({error}); put it back, or use another folder") from error
-            decided = ({k: v for k, v in one.items() if k not in undecided} for one in (wanted, found))
+            decided = ({k: v for k, v in values.items() if k not in undecided} for values in (wanted, stored))
             ours, theirs = map(_flatten, decided)
             differences = [
                 f"  {name}: the folder has {_show(theirs, name)}, this run has {_show(ours, name)}"
@@ -163,7 +163,7 @@ class SharedFolder:
                     f"{self.path} was begun with other settings; use those, or another folder:\n"
                     + "\n".join(differences)
                 )
-            if not path.exists() or found != wanted:
+            if not path.exists() or stored != wanted:
                 write_atomically(path, (json.dumps(wanted, indent=2) + "\n").encode())
 
     def append(self, file_name: str, record: Mapping[str, Any]) -> None:
@@ -252,9 +252,9 @@ def _end_of_last_whole_line(descriptor: int) -> int:
     end = os.fstat(descriptor).st_size
     while end > 0:
         start = max(0, end - 4096)
-        found = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
         end = start
     return 0
 

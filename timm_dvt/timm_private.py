@@ -32,18 +32,18 @@ def look_up(name: str) -> Any:
         raise ImportError(f"This timm has no {name}, which timm_dvt needs for: {WHY[name]}.") from e
 
 
-_found = {name.rpartition(".")[2]: look_up(name) for name in WHY}
+_privates = {name.rpartition(".")[2]: look_up(name) for name in WHY}
 
-feature_take_indices = _found["feature_take_indices"]
-save_config_for_hf = _found["save_config_for_hf"]
-get_safe_alternatives = _found["_get_safe_alternatives"]
-hf_hub_download = _found["hf_hub_download"]
-download_cached_file = _found["download_cached_file"]
-hf_split = _found["hf_split"]
-model_entrypoints: dict = _found["_model_entrypoints"]
-model_to_module: dict = _found["_model_to_module"]
-module_to_models: dict = _found["_module_to_models"]
-model_with_tags: dict = _found["_model_with_tags"]
-model_pretrained_cfgs: dict = _found["_model_pretrained_cfgs"]
-model_default_cfgs: dict = _found["_model_default_cfgs"]
-model_has_pretrained: set = _found["_model_has_pretrained"]
+feature_take_indices = _privates["feature_take_indices"]
+save_config_for_hf = _privates["save_config_for_hf"]
+get_safe_alternatives = _privates["_get_safe_alternatives"]
+hf_hub_download = _privates["hf_hub_download"]
+download_cached_file = _privates["download_cached_file"]
+hf_split = _privates["hf_split"]
+model_entrypoints: dict = _privates["_model_entrypoints"]
+model_to_module: dict = _privates["_model_to_module"]
+module_to_models: dict = _privates["_module_to_models"]
+model_with_tags: dict = _privates["_model_with_tags"]
+model_pretrained_cfgs: dict = _privates["_model_pretrained_cfgs"]
+model_default_cfgs: dict = _privates["_model_default_cfgs"]
+model_has_pretrained: set = _privates["_model_has_pretrained"]

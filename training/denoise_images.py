@@ -16,14 +16,14 @@ import sys
 from collections.abc import Sequence
 
 from timm_dvt.image_files import list_images
+from timm_dvt.loading import load_model, pick_device
 from timm_dvt.options import add_options, build
 from timm_dvt.shared_folder import OutputError
 from training.common.command import add_model_arguments, command_parser, complain, positive
 from training.common.memory import keep_freed_memory
-from training.common.models import load_model, pick_device
 from training.common.recipes import add_recipe
 from training.pairs.folder import FAILURES, PRECISIONS, PairFolder
-from training.stage1.many import STAGE1, denoise_images, describe_pairs
+from training.stage1.images import STAGE1, denoise_images, describe_pairs
 from training.stage1.progress import is_first_process
 from training.stage1.settings import Stage1Settings
 

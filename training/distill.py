@@ -30,11 +30,12 @@ from torch import nn
 
 from timm_dvt.errors import UnsupportedModelError, UserError
 from timm_dvt.image_files import Source, images_digest, list_images
-from timm_dvt.layouts import meant_size
+from timm_dvt.layouts import check_rgb, meant_size
+from timm_dvt.loading import load_model, pick_device, weights_digest
 from timm_dvt.options import add_options, build
 from timm_dvt.weights.saving import save_plain
 from training.common.command import add_model_arguments, command_parser
-from training.common.models import load_model, make_for, pick_device, weights_digest
+from training.common.models import make_for
 from training.common.recipes import add_recipe
 from training.loop.distributed import Processes, join_processes
 from training.loop.entry import exit_code, only_run
@@ -80,6 +81,7 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
 def load_teacher(name: str, pretrained: bool, seed: int) -> Any:
     """A denoised model. Raises ValueError if there is none by that name, TypeError if it has no denoiser."""
     teacher: Any = load_model(name, pretrained=pretrained, seed=seed)
+    check_rgb(teacher)
     if not getattr(teacher, "denoises_final", False):
         raise UnsupportedModelError(
             f"--model {name} has no denoiser of its final features to learn from; name a *_dvt variant, or the "

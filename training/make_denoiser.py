@@ -30,10 +30,11 @@ from timm_dvt import calibrate, save_pretrained
 from timm_dvt.attach import timm_name
 from timm_dvt.errors import ImageError, UserError
 from timm_dvt.image_files import Source, list_images, load_image
+from timm_dvt.loading import pick_device
 from timm_dvt.options import add_options, build
 from training.common.command import add_model_arguments, at_least, command_parser, positive
 from training.common.hub_images import SCHEME, fetch_images
-from training.common.models import check_backbone, load_backbone, pick_device
+from training.common.models import check_backbone, load_backbone
 from training.evaluate.before_after import before_after
 from training.loop.distributed import Processes, join_processes
 from training.loop.entry import exit_code, only_run
@@ -42,7 +43,7 @@ from training.loop.settings import Pace
 from training.pairs.folder import PARTS, PRECISIONS, PairFolder
 from training.pairs.reader import PairReader, PairSet, open_pairs
 from training.stage1.cost import describe_cost, seconds_a_view, seconds_of
-from training.stage1.many import CROPS, denoise_images, describe_pairs
+from training.stage1.images import CROPS, denoise_images, describe_pairs
 from training.stage1.on_the_fly import SolvingReader, pairs_of_images
 from training.stage1.settings import Stage1Settings
 from training.stage2.denoisers import make_denoisers
@@ -147,14 +148,14 @@ def spread(sources: list[Source], most: int) -> list[Source]:
 
 def readable(sources: list[Source]) -> list[Source]:
     """Those of the images that can be decoded; the others are said."""
-    found = []
+    decodable = []
     for source in sources:
         try:
             load_image(source.path)
-            found.append(source)
+            decodable.append(source)
         except ImageError as error:
             print(f"left out {source.name}: {error}", file=sys.stderr)
-    return found
+    return decodable
 
 
 def hold_out(sources: list[Source], seed: int) -> tuple[list[Source], list[Source]]:

@@ -167,8 +167,8 @@ def davis(source: Path, out: Path) -> None:
 
 def bsds(source: Path, out: Path) -> None:
     """Photographs alone: train and val for training, test for validation, as BSDS has it."""
-    for own, part in (("train", "train"), ("val", "train"), ("test", "val")):
-        for path in _listing(source / "BSDS500/data/images" / own, "*.jpg"):
+    for folder, part in (("train", "train"), ("val", "train"), ("test", "val")):
+        for path in _listing(source / "BSDS500/data/images" / folder, "*.jpg"):
             _copy(path, out / part / "images" / path.name)
 
 
@@ -191,8 +191,8 @@ def mosd(source: Path, out: Path) -> None:
 
     Class 1 is an object, 0 the table, 255 what was not measured. Clouds that are no picture (of one row) are left out.
     """
-    for own, part in (("learn", "train"), ("test", "val")):
-        for path in tqdm(_listing(source / "segmentation/mOSD" / own, "*.pcd"), part, unit=" scenes"):
+    for folder, part in (("learn", "train"), ("test", "val")):
+        for path in tqdm(_listing(source / "segmentation/mOSD" / folder, "*.pcd"), part, unit=" scenes"):
             cloud = read_pcd(path)
             if len(cloud["z"]) == 1:
                 continue
@@ -207,9 +207,9 @@ def mosd(source: Path, out: Path) -> None:
 
 def read_pcd(path: Path) -> dict[str, np.ndarray]:
     """The fields of a point cloud of PCL's format, each (height, width). Raises ValueError if it cannot be read."""
-    head, found, body = path.read_bytes().partition(b"\nDATA binary_compressed\n")
+    head, separator, body = path.read_bytes().partition(b"\nDATA binary_compressed\n")
     words = {line.split()[0]: line.split()[1:] for line in head.decode("ascii").splitlines() if line.strip()}
-    if not found:
+    if not separator:
         raise UserError(f"{path}: not a point cloud of PCL with DATA binary_compressed")
     height, width = int(words["HEIGHT"][0]), int(words["WIDTH"][0])
     packed, size = np.frombuffer(body[:8], "<u4")

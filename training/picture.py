@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         files = [source.path for source in list_images(args.images, args.number)]
         model: Any = load_denoised(args.model)
-        found = timm_dvt.inspect(model, files, blocks=[-1], views=8 * args.number, progress=True)
-        off, on, maps = found.layer(denoised=False), found.layer(denoised=True), found.pictures
+        report = timm_dvt.inspect(model, files, blocks=[-1], views=8 * args.number, progress=True)
+        off, on, maps = report.layer(denoised=False), report.layer(denoised=True), report.pictures
         captions = (
             ("A plain gray wall", f"pattern left: {on.flat.pattern.value / off.flat.pattern.value:.2%}"),
             ("The mean of many photographs", f"position explains {off.share.value:.1%}, then {on.share.value:.1%}"),

@@ -112,7 +112,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def results_page(rows: Sequence[Row], pictures: Mapping[str, bytes]) -> bytes:
     """The tables and pictures as one HTML page; see training/figures/page.py."""
     measured, published = (
-        [[cell.replace("`", "").replace("\\*", "*") for cell in line] for line in one] for one in tables(rows)
+        [[cell.replace("`", "").replace("\\*", "*") for cell in line] for line in table] for table in tables(rows)
     )
     tasks = dict.fromkeys(task for task, *_ in columns_of(rows))
     words = [Text(text) for text in (notes(rows), *map(meaning, tasks)) if text]

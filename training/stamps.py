@@ -166,8 +166,8 @@ def main(argv: list[str] | None = None) -> int:
         sources = [load_sources(split, args.share, args.size) for split in SPLITS]
         with SharedFolder(args.out) as folder:  # more images may follow, of the same settings
             folder.settle({"seed": args.seed, "size": args.size, "places": args.places}, begun=SPLITS[0])
-        for split, count, own in zip(SPLITS, (args.train, args.val), sources):
-            write_split(args.out / split, Composer(split, args.seed, own, args.size, args.places), count)
+        for split, count, split_sources in zip(SPLITS, (args.train, args.val), sources):
+            write_split(args.out / split, Composer(split, args.seed, split_sources, args.size, args.places), count)
         write_atomically(args.out / "classes.txt", "".join(f"{name}\n" for name in CLASSES).encode())
     except (SourcesMissing, SettingsDiffer, OutputError) as e:
         print(f"error: {e}", file=sys.stderr)

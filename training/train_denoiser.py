@@ -21,9 +21,10 @@ import sys
 from collections.abc import Sequence
 
 from timm_dvt.attach import timm_name
+from timm_dvt.loading import pick_device
 from timm_dvt.options import add_options, build
 from training.common.command import add_model_arguments, command_parser
-from training.common.models import load_pairs_model, pick_device
+from training.common.models import load_pairs_model
 from training.common.recipes import add_recipe
 from training.loop.distributed import join_processes
 from training.loop.entry import exit_code, only_run

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError, UserError
 from timm_dvt.image_files import Source, decode_image, list_images, read_file
+from timm_dvt.loading import load_model, pick_device
 from timm_dvt.options import add_options, build
 from timm_dvt.viewer.colors import PALETTE
 from training.common.command import add_model_arguments, command_parser, complain, positive
-from training.common.models import load_model, pick_device
 from training.common.recipes import add_recipe
 from training.common.views import render_views, whole_view
 from training.figures.panels import Row, draw_positional, draw_stage1
@@ -40,7 +40,7 @@ from training.figures.sheet import save_figure
 from training.figures.video import Maps, check_suffix, count_frames, draw_video
 from training.stage1.cost import describe_cost, seconds_a_view
 from training.stage1.decompose import decompose
-from training.stage1.many import IMAGE_ERRORS, image_seed
+from training.stage1.images import IMAGE_ERRORS, image_seed
 from training.stage1.progress import Progress
 from training.stage1.settings import Stage1Settings, stage1_recipes
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser(argv).parse_args(argv)
     try:
         device = pick_device(args.device)
-        sources = [] if check(args).video else [one for where in args.images for one in list_images(where)]
+        sources = [] if check(args).video else [source for where in args.images for source in list_images(where)]
         model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
         settings = build(RECIPES[args.recipe], args).settled(model)
         if args.video:
@@ -114,13 +114,13 @@ def stage1_rows(
     """
     data, content = read_file(source.path)
     image = decode_image(data)
-    own = replace(settings, seed=image_seed(settings.seed, content.sha256))
-    parts = decompose(model, image, own, **({} if progress is None else progress.parts(own)))
-    square = _square(image, own.input_size or 0)[0].permute(1, 2, 0).numpy().clip(0, 1)
+    seeded = replace(settings, seed=image_seed(settings.seed, content.sha256))
+    parts = decompose(model, image, seeded, **({} if progress is None else progress.parts(seeded)))
+    square = _square(image, seeded.input_size or 0)[0].permute(1, 2, 0).numpy().clip(0, 1)
     name = Path(source.name).name
     rows = []
     for layer, part in (parts if isinstance(parts, dict) else {parts.layer: parts}).items():
-        label = name if len(own.layers or ()) < 2 else f"{name}, block {layer}"
+        label = name if len(seeded.layers or ()) < 2 else f"{name}, block {layer}"
         clean = part.semantics if resolution is None else part.at(resolution, resolution)
         arrays = [x.numpy() for x in (part.raw, clean, part.artifacts, part.residual)]
         rows.append(Row(label, square, *arrays))
@@ -154,13 +154,13 @@ def positional_maps(
             continue
         features = reader.patch_features(pixels)
         first = first or features
-        total = {layer: total.get(layer, 0) + one.double() for layer, one in features.items()}
+        total = {layer: total.get(layer, 0) + maps.double() for layer, maps in features.items()}
         count += 1
         if progress is not None:
             progress.update(1)
     if count == 0:
         raise UserError("none of the images could be read")
-    mean = {layer: one / count for layer, one in total.items()}
+    mean = {layer: maps / count for layer, maps in total.items()}
     return [{layer: m[0].cpu().numpy() for layer, m in maps.items()} for maps in (zero, mean, first)], count
 
 

@@ -1,40 +1,135 @@
 """Commands of training in processes of their own: started, killed while they train, and compared by their weights."""
 
+import atexit
 import contextlib
 import importlib
 import io
+import multiprocessing
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import reduction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
 
-from training.evaluate.__main__ import main as evaluate
 from training.evaluate.features import cached
 
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload(
+    ["training.make_denoiser", "training.distill", "training.evaluate.__main__", "timm_dvt.extraction.command"]
+)
 
-def start(*command: str) -> subprocess.Popen:
+
+class Python:
+    """`python WORDS` in a process of its own, forked from one that has imported what our commands import.
+
+    Those imports take most of the time of a short command. Who tests them, or what is read from the environment while
+    they run, starts a new Python instead. As far as it is used this is a `subprocess.Popen` with text pipes.
+    """
+
+    def __init__(self, *words: str) -> None:
+        (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        with mock.patch.dict(os.environ, threads):
+            given = (words, dict(os.environ), os.getcwd(), _Handed(out_end), _Handed(err_end))
+            self._process = WARM.Process(target=_python, args=given)
+            self._process.start()
+        os.close(out_end)
+        os.close(err_end)
+        self.stdout, self.stderr = os.fdopen(out), os.fdopen(err)
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("python", timeout)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        with ThreadPoolExecutor(2) as readers:
+            texts = [readers.submit(stream.read) for stream in (self.stdout, self.stderr)]
+            self.wait(timeout)
+            return texts[0].result(), texts[1].result()
+
+
+class _Handed:
+    """A file descriptor that is handed to the new process, where it is an int."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __reduce__(self):
+        return _taken, (reduction.DupFd(self.descriptor),)
+
+
+def _taken(handed) -> int:
+    return handed.detach()
+
+
+def _python(words: tuple[str, ...], environment: dict[str, str], folder: str, out: int, err: int) -> None:
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    os.close(out)
+    os.close(err)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    kind, what, *arguments = words
+    sys.argv = [kind, *arguments]
+    try:
+        if kind == "-m":
+            sys.modules.pop(what, None)  # as main it runs anew
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(what, "-c", "exec"), vars(sys.modules["__main__"]))
+    finally:
+        atexit._run_exitfuncs()
+
+
+def run(*words: str) -> tuple[int, str, str]:
+    """`python WORDS` to its end: exit code, what it printed, and on the standard error."""
+    process = Python(*words)
+    printed = process.communicate()
+    return process.wait(), *printed
+
+
+def start(*command: str) -> Python:
     """Start python -m COMMAND, with one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, "-m", *command], env=environment, **pipes)
+    return Python("-m", *command)
 
 
 def in_this_process(command: list[str], stdout: int, stderr: BinaryIO, **more: Any) -> SimpleNamespace:
     """Instead of subprocess.run, for python -m COMMAND of training: saves the imports of each process."""
-    main = importlib.import_module(command[2]).main if command[2] != "training.evaluate" else evaluate
+    module = command[2] + (".__main__" if command[2] == "training.evaluate" else "")
     said, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
-        code = main(command[3:])
+        code = importlib.import_module(module).main(command[3:])
     stderr.write(errors.getvalue().encode())
     return SimpleNamespace(returncode=code, stdout=said.getvalue().encode())
 
@@ -53,13 +148,13 @@ def forked(work: Callable[[], object]) -> int:
     return child
 
 
-def torchrun(port: int, *command: str) -> subprocess.Popen:
+def torchrun(port: int, *command: str) -> Python:
     """Start COMMAND on two processes that meet at a port of their own."""
     address = ("--master-addr", "127.0.0.1", "--master-port", str(port))
     return start("torch.distributed.run", "--nproc-per-node", "2", *address, "-m", *command)
 
 
-def kill_at_random_moments(begin: Callable[[], subprocess.Popen], out: Path, times: int) -> int:
+def kill_at_random_moments(begin: Callable[[], Python], out: Path, times: int) -> int:
     """Start a training into `out` and kill it, again and again; returns how often it died before it was done."""
     moments, killed = random.Random(times), 0
     for _ in range(times):

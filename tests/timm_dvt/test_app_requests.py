@@ -122,7 +122,7 @@ def test_whatever_goes_wrong_is_told_and_leaves_the_page_as_it_was(capsys):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: not enough memory"), "too little memory"),
         (MemoryError(), "too little memory"),
     ):
-        ((told, *others),) = app._told(lambda error=error: fail(error), lambda: [gradio.skip()] * 2)
+        ((told, *others),) = app._with_notice(lambda error=error: fail(error), lambda: [gradio.skip()] * 2)
         assert words in told and "/a/path" not in told and others == [gradio.skip()] * 2
         assert type(error).__name__ in capsys.readouterr().err
 
@@ -237,11 +237,11 @@ def test_what_is_computed_already_is_not_computed_again(folder, monkeypatch):
     from timm_dvt.viewer import studio
 
     made = studio.Studio(f"local-dir:{folder}")
-    key = made.look(noise(64, 64), made.first)
+    key = made.compare(noise(64, 64), made.first)
     with monkeypatch.context() as patched, made.lock:  # another visitor's is being computed
         patched.setattr(studio, "patch_tokens", None)
-        assert made.look(noise(64, 64), made.first) == key
-    assert made.look(noise(64, 80), made.first) != key
+        assert made.compare(noise(64, 64), made.first) == key
+    assert made.compare(noise(64, 80), made.first) != key
 
 
 def test_a_full_queue_says_how_long_it_will_take():

@@ -1,8 +1,6 @@
 """Model cards: fresh, valid for huggingface_hub, and true to the table, to timm and to the README."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import timm
 import yaml
 from huggingface_hub import ModelCard
 
+from tests.helpers.processes import run
 from timm_dvt.__main__ import main
 from timm_dvt.publish import cards, published
 from timm_dvt.publish.cards import card, publishable, stale_cards
@@ -158,7 +157,7 @@ def test_the_code_of_a_card_runs(tmp_path):
     code = code.replace('"hf-hub:me/model", pretrained=True', '"vit_small_patch14_reg4_dinov2.lvd142m_dvt", depth=1')
     check = "\nassert tokens.shape == (1, 1374, 384) and maps.shape == (1, 384, 37, 37)"
     assert "(1, 1374, 384): 5 prefix tokens" in code and "(1, 384, 37, 37)" in code
-    subprocess.run([sys.executable, "-c", code + check], check=True)
+    assert run("-c", code + check)[0] == 0
 
 
 def test_a_variant_of_a_packages_file_has_a_card_without_results():

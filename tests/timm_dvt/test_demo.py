@@ -12,8 +12,7 @@ import timm_dvt
 from timm_dvt.__main__ import main
 from timm_dvt.errors import UserError
 from timm_dvt.variants import published_variants
-from timm_dvt.viewer import demo
-from timm_dvt.viewer import pairs as looks
+from timm_dvt.viewer import demo, pairs
 from timm_dvt.viewer.panel import Shown, draw
 from timm_dvt.weights import focus
 
@@ -40,7 +39,7 @@ def test_the_demo_draws_both_states_of_the_packages_photographs(folder, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["picture.png"]
 
 
-@pytest.mark.skipif(not focus.is_installed(), reason=f"needs the extra dinov2: {focus.INSTALL}")
+@pytest.mark.skipif(bool(focus.missing_packages()), reason=f"needs the extra dinov2: {focus.INSTALL}")
 def test_the_default_has_learned_weights_without_a_network(tmp_path, capsys):
     assert main(["demo", "--size", "140", "--out", str(tmp_path / "a.png")]) == 0
     printed = capsys.readouterr().out
@@ -50,7 +49,7 @@ def test_the_default_has_learned_weights_without_a_network(tmp_path, capsys):
 
 
 def test_without_the_extra_one_line_says_what_to_install(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(focus, "_missing", lambda: [focus.PACKAGE])
+    monkeypatch.setattr(focus, "missing_packages", lambda: [focus.PACKAGE])
     assert main(["demo", "--out", str(tmp_path / "a.png")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and focus.INSTALL in error
@@ -71,7 +70,7 @@ def test_the_picture_holds_every_patch_in_whole_pixels_at_any_aspect(size):
     features, others = np.random.default_rng(0).normal(size=(2, *grid, 16))
     sheet = draw([Shown(Image.new("RGB", size, "gray"), features, others, ("1 ms", "2 ms"))], "title", ["a", "b"])
     pixels = np.asarray(sheet)
-    first = (looks.colors(features, others)[0] * 255).round().astype(np.uint8)
+    first = (pairs.colors(features, others)[0] * 255).round().astype(np.uint8)
     rows, columns = np.nonzero((pixels == first[2, 3]).all(-1))
     side = rows.max() - rows.min() + 1
     assert side == columns.max() - columns.min() + 1 and len(rows) == side**2 and side > 20

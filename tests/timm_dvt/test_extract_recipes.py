@@ -16,7 +16,7 @@ PAGE = (Path(__file__).parents[2] / "timm_dvt" / "extraction" / "README.md").rea
 
 
 @pytest.mark.sweep
-@pytest.mark.skipif(not focus.is_installed(), reason=f"needs the extra dinov2: {focus.INSTALL}")
+@pytest.mark.skipif(bool(focus.missing_packages()), reason=f"needs the extra dinov2: {focus.INSTALL}")
 def test_the_recipes_cluster_track_and_learn(tmp_path, monkeypatch):
     imageio = pytest.importorskip("imageio.v2")
     pytest.importorskip("sklearn")

@@ -4,8 +4,6 @@ import fcntl
 import os
 import signal
 import stat
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 
 import timm_dvt
 from tests.helpers.folders import small_files
+from tests.helpers.processes import run
 from timm_dvt.weights import saving
 from timm_dvt.weights.files import write_whole
 
@@ -67,8 +66,7 @@ def killed_at(replacement: int, folder: Path) -> None:
         "    return os.kill(os.getpid(), signal.SIGKILL) if left == 0 else replace(*args)\n"
         "pathlib.Path.replace = one\nsave(denoised(1), sys.argv[1])"
     )
-    run = subprocess.run([sys.executable, "-c", code, str(folder), str(replacement)], cwd=Path(__file__).parents[2])
-    assert run.returncode == -signal.SIGKILL
+    assert run("-c", code, str(folder), str(replacement))[0] == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("replacement", [1, pytest.param(2, marks=pytest.mark.slow)])

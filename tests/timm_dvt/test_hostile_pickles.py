@@ -166,6 +166,22 @@ def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(how, model, tmp_p
     refused(path, model, "records that are larger than the file, or there twice")
 
 
+def test_of_two_central_directories_the_last_alone_is_read(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = good(tmp_path / "file.pth")
+    timm_dvt.load_denoiser(model, path)
+    wanted, harmless = model.denoiser.pos_embed.detach().clone(), path.read_bytes()
+    authors.write(path, authors.read(path) | {"data.pkl": b"\x80\x02cposix\nmkdir\nX\x05\x00\x00\x00thing\x85R."})
+    harmful = path.read_bytes()
+    path.write_bytes(harmless + harmful)
+    refused(path, model, "posix.mkdir")
+    path.write_bytes(harmful + harmless)
+    torch.nn.init.zeros_(model.denoiser.pos_embed)
+    timm_dvt.load_denoiser(model, path)
+    assert torch.equal(model.denoiser.pos_embed, wanted)
+    assert os.listdir(tmp_path) == ["file.pth"]
+
+
 def test_a_program_is_refused(model, tmp_path):
     path = tmp_path / "file.pth"
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)

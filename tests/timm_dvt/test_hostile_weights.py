@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
 import warnings
 
@@ -14,6 +12,7 @@ import torch
 
 import timm_dvt
 from tests.helpers import authors, reference
+from tests.helpers.processes import run
 from timm_dvt.weights.checkpoints import from_state_dict, read_checkpoint
 from timm_dvt.weights.limits import MAX_TENSORS
 
@@ -106,8 +105,8 @@ def test_a_file_that_is_cut_after_it_was_read_does_not_end_the_process(tmp_path)
         "import os, sys; from timm_dvt.weights.checkpoints import read_checkpoint\n"
         "state = read_checkpoint(sys.argv[1]).backbone; os.truncate(sys.argv[1], 0); print(float(state['x'].sum()))"
     )
-    run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert run.returncode == 0 and float(run.stdout) == 1 << 20
+    code, printed, _ = run("-c", code, str(path))
+    assert code == 0 and float(printed) == 1 << 20
 
 
 # ---- tensors and keys

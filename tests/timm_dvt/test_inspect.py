@@ -212,7 +212,7 @@ def test_the_command_says_what_cannot_be(tmp_path, capsys):
     cases = {
         ("--model", "test_resnet"): "A ResNet cannot be inspected",
         ("--model", "test_vit", "--images", str(tmp_path)): "images holds 1 image",
-        ("--model", "test_vit", "--device", "gpu"): "device is 'gpu'",
+        ("--model", "test_vit", "--device", "gpu"): "device must be one that torch has here, got 'gpu'",
         ("--model", "test_vti"): "did you mean test_vit",
     }
     for words, message in cases.items():

@@ -61,7 +61,7 @@ def test_the_pages_first_example_and_no_visitors_look(tmp_path, capsys):
 
     studio = Studio(f"local-dir:{small_folder(tmp_path)}")
     assert has_bar(capsys.readouterr().err, "state", 2)
-    studio.look(gray(), studio.first)
+    studio.compare(gray(), studio.first)
     assert "state" not in capsys.readouterr().err
 
 

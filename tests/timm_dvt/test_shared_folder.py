@@ -4,20 +4,18 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
+from tests.helpers.processes import Python
 from timm_dvt import shared_folder
 from timm_dvt.shared_folder import OutputError, SettingsDiffer, SharedFolder, read_lines, write_atomically
 
 
-def run(script: str, *args) -> subprocess.Popen:
+def run(script: str, *args) -> Python:
     """A Python process with this package's folder module at hand; it says "ready" when it is."""
     script = "import os, sys, time\nfrom timm_dvt.shared_folder import *\n" + script
-    command = [sys.executable, "-c", script, *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return Python("-c", script, *map(str, args))
 
 
 HOLD = """

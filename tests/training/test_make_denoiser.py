@@ -18,7 +18,7 @@ from training import distill, make_denoiser
 from training.common.hub_images import fetch_images
 from training.evaluate.before_after import worse
 from training.figures.page import Picture, Section, Table, Text, page
-from training.stage1 import many
+from training.stage1 import images as stage1_images
 
 MODEL = ("--model", "vit_tiny_patch16_224", "--no-pretrained")
 SMALL = ("--input-size", "64", "--views", "8", "--steps", "12", "--device", "cpu")
@@ -129,7 +129,7 @@ def others(images, folder, count=8):
 
 def stopped_in_stage_1(monkeypatch, *arguments):
     """Run until four pairs are there."""
-    solve, left = many.decompose, [5]
+    solve, left = stage1_images.decompose, [5]
 
     def stop(*args, **options):
         left[0] -= 1
@@ -138,7 +138,7 @@ def stopped_in_stage_1(monkeypatch, *arguments):
         return solve(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(many, "decompose", stop)
+        patch.setattr(stage1_images, "decompose", stop)
         assert run(*arguments) == 130
 
 

@@ -12,11 +12,11 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from timm_dvt.image_files import list_images, load_image
-from timm_dvt.viewer import pairs as looks
+from timm_dvt.loading import load_model
+from timm_dvt.viewer import pairs
 from timm_dvt.viewer.colors import fit_projection
 from training import visualize
 from training.common.backbone import FeatureReader
-from training.common.models import load_model
 from training.figures import video
 from training.figures.panels import Row, draw_positional, draw_stage1
 from training.figures.video import draw_video, frame_rate, read_frames, side_by_side
@@ -90,9 +90,9 @@ def test_a_panel_has_the_colors_of_the_demo_and_one_scale_for_raw_and_clean_feat
     pictures = [np.asarray(image.get_array()) for axes in figure.axes for image in axes.images]
     times = resolution // 5
     fine = raw.repeat(times, 0).repeat(times, 1)
-    lengths, ends = looks.lengths(fine, clean)
-    similarities, _ = looks.similarities(fine, clean, (resolution // 2, resolution // 2))
-    for wanted in (*looks.colors(fine, clean), *looks.groups(fine, clean, 4)[0], *lengths, *similarities):
+    lengths, ends = pairs.lengths(fine, clean)
+    similarities, _ = pairs.similarities(fine, clean, (resolution // 2, resolution // 2))
+    for wanted in (*pairs.colors(fine, clean), *pairs.groups(fine, clean, 4)[0], *lengths, *similarities):
         assert any(one.shape == wanted.shape and np.allclose(one, wanted) for one in pictures)
     texts = [text.get_text() for text in figure.texts]
     assert [texts.count(f"{end:.3g}") for end in ends] == [2, 2]

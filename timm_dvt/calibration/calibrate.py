@@ -13,7 +13,7 @@ from timm_dvt.attach import Denoised, add_denoiser, attach_denoiser, check_suppo
 from timm_dvt.calibration.blanks import draw_blank, fit_gate
 from timm_dvt.calibration.positions import Position
 from timm_dvt.calibration.samples import Source, canvas, sources
-from timm_dvt.calibration.views import WINDOWS, ViewReader, look
+from timm_dvt.calibration.views import WINDOWS, ViewReader, estimate_positions
 from timm_dvt.defaults import torch_defaults
 from timm_dvt.denoiser import Denoiser, combine, resample
 from timm_dvt.errors import CalibrationError
@@ -100,9 +100,9 @@ def calibrate(
     if not isinstance(model, Denoised):
         check_supported(model)
     check_arguments(method, views, tolerance, batch_size)
-    found = None if images is None else sources(images, views // WINDOWS)
+    samples = None if images is None else sources(images, views // WINDOWS)
     if method == "leftover":
-        _calibrate_leftover(model, found, layers, views, tolerance, batch_size, progress)
+        _calibrate_leftover(model, samples, layers, views, tolerance, batch_size, progress)
         return _with_lengths(model, keep_length)
     before, old = _take_denoiser(model)
     training = model.training
@@ -111,13 +111,13 @@ def calibrate(
         reader = ViewReader(model.eval(), batch_size)
         # In images content hides the directions of position: the one that a DINOv2-S shows first holds 27% of what
         # varies in its features, where six found on blank images hold 4.5%. So images only tell the mean token.
-        twice = method == "project" and found is not None
-        count, told = look(reader, found, views // 2 if twice else views, tolerance, progress)
-        basis = look(reader, None, views // 2, tolerance, progress)[1] if twice else told
-        facts = dict(method=method, images=0 if found is None else min(len(found), count), views=reader.views)
-        new = {block: _denoiser(position, basis[block], facts) for block, position in told.items()}
-        if blank_gate and found is not None:
-            _add_gates(new, reader, found)
+        twice = method == "project" and samples is not None
+        count, positions = estimate_positions(reader, samples, views // 2 if twice else views, tolerance, progress)
+        basis = estimate_positions(reader, None, views // 2, tolerance, progress)[1] if twice else positions
+        facts = dict(method=method, images=0 if samples is None else min(len(samples), count), views=reader.views)
+        new = {block: _denoiser(position, basis[block], facts) for block, position in positions.items()}
+        if blank_gate and samples is not None:
+            _add_gates(new, reader, samples)
         final = model.final_block
         remove_denoiser(model)
         attach_denoiser(model, combine(new, final))
@@ -165,7 +165,7 @@ def _with_lengths(model: Any, keep: bool) -> nn.Module:
 
 def _calibrate_leftover(
     model: Any,
-    found: list[Source] | None,
+    samples: list[Source] | None,
     layers: Sequence[int] | None,
     views: int,
     tolerance: float,
@@ -184,16 +184,16 @@ def _calibrate_leftover(
     try:
         with _as_predicted(denoisers.values()), model.denoising():
             reader = ViewReader(model.eval(), batch_size, _size_of_denoiser(model))
-            count, told = look(reader, found, views, tolerance, progress)
+            count, positions = estimate_positions(reader, samples, views, tolerance, progress)
     finally:
         model.train(training)
-    for block, position in told.items():
+    for block, position in positions.items():
         denoiser = denoisers[block]
         artifacts = position.artifacts.flatten(0, 1)[None]
         denoiser.start_adding(-resample(artifacts, reader.grid, denoiser.grid_size))
         denoiser.calibration = Calibration(
             method="leftover",
-            images=0 if found is None else min(len(found), count),
+            images=0 if samples is None else min(len(samples), count),
             views=reader.views,
             error=position.error,
             components=0,
@@ -214,14 +214,14 @@ def _size_of_denoiser(model: Any) -> tuple[int, int] | None:
 @contextmanager
 def _as_predicted(denoisers: Iterable[Denoiser]) -> Iterator[None]:
     """Denoisers whose tokens are those of their blocks alone, for a block of code."""
-    before = [(one, one.keep_length, one.pos_embed_out, one.blank_gate) for one in denoisers]
+    before = [(denoiser, denoiser.keep_length, denoiser.pos_embed_out, denoiser.blank_gate) for denoiser in denoisers]
     try:
-        for one, *_ in before:
-            one.keep_length, one.pos_embed_out, one.blank_gate = False, None, None
+        for denoiser, *_ in before:
+            denoiser.keep_length, denoiser.pos_embed_out, denoiser.blank_gate = False, None, None
         yield
     finally:
-        for one, keep_length, pos_embed_out, gate in before:
-            one.keep_length, one.pos_embed_out, one.blank_gate = keep_length, pos_embed_out, gate
+        for denoiser, keep_length, pos_embed_out, gate in before:
+            denoiser.keep_length, denoiser.pos_embed_out, denoiser.blank_gate = keep_length, pos_embed_out, gate
 
 
 def _take_denoiser(model: nn.Module) -> tuple[dict[int, Denoiser], Any]:
@@ -229,7 +229,7 @@ def _take_denoiser(model: nn.Module) -> tuple[dict[int, Denoiser], Any]:
     if not isinstance(model, Denoised):
         return {}, None
     before, old = model.denoisers(), model.denoiser
-    if old is None or any(not isinstance(one.norm, nn.Identity) for one in before.values()):
+    if old is None or any(not isinstance(denoiser.norm, nn.Identity) for denoiser in before.values()):
         raise CalibrationError("Blocks or the final norm of this model were pruned away; calibrate before pruning.")
     remove_denoiser(model)
     return before, old

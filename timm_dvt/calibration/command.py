@@ -117,7 +117,7 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / FACTS).exists() and (there := [name for name in WRITTEN if (folder / name).exists()]):
             raise CalibrationError(f"{out} holds {', '.join(there)}, not written by calibrate; name another --out.")
-        shown = [read_image(Path(one)) for one in _to_show(images)]  # before anything slow
+        shown = [read_image(Path(photograph)) for photograph in _to_show(images)]  # before anything slow
     except OSError as e:
         raise CalibrationError(f"cannot write to {out}: {e.strerror or e}; name a folder for --out.") from e
     model = load_backbone(name, pretrained)
@@ -133,16 +133,16 @@ def run(
     say(f"calibrated in {time.perf_counter() - start:.0f} s: {describe(facts)}")
     for block in sorted(of_blocks)[:-1]:
         say(f"block {block}: {describe(of_blocks[block])}")
-    if max(one.error for one in of_blocks.values()) > 0.5:
+    if max(calibration.error for calibration in of_blocks.values()) > 0.5:
         spent = facts.images * WINDOWS >= views  # so that more images would not be looked at
         wanted = "views (--views)" if spent else "images"
         say(f"note: little is known of the artifacts; use {f'more {wanted}' if images else 'images (--images)'}")
     written = ["config.json", "model.safetensors", FACTS]
-    told = asdict(facts)
+    report = asdict(facts)
     if len(of_blocks) > 1:
-        told["layers"] = {str(block): asdict(one) for block, one in of_blocks.items()}
+        report["layers"] = {str(block): asdict(calibration) for block, calibration in of_blocks.items()}
     try:
-        text = json.dumps(told, indent=2) + "\n"
+        text = json.dumps(report, indent=2) + "\n"
         write_whole(folder / FACTS, lambda path: path.write_text(text))  # first: by it a folder is known as ours
         save_pretrained(model, folder, model_args=recorded_arguments(name))
         if model.in_chans == 3:  # photographs can be shown to it
@@ -155,7 +155,7 @@ def run(
     say(f"wrote {folder}: {', '.join(written)}")
     say(f"load it with timm.create_model({f'local-dir:{folder}'!r}, pretrained=True), after import timm_dvt")
     if as_json:
-        print(json.dumps({"folder": str(folder), **told}))
+        print(json.dumps({"folder": str(folder), **report}))
     return folder
 
 
@@ -197,11 +197,11 @@ def picture(model: Any, photographs: Sequence[Image.Image], title: str) -> Image
 def _shown(denoiser: Any, reader: ViewReader, image: Image.Image) -> Shown:
     seen: dict[str, torch.Tensor] = {}
 
-    def look(denoiser: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    def capture(denoiser: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         seen.update(off=inputs[0], on=output)
 
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*reader.size, 3).permute(2, 0, 1)
-    hook = denoiser.register_forward_hook(look)
+    hook = denoiser.register_forward_hook(capture)
     try:
         reader(reader.normalized(pixels / 255)[None])
     finally:

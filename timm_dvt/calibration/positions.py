@@ -31,13 +31,13 @@ TURNS = ((), (1,), (0,), (0, 1))  # by turns
 SPLITS = 20  # into two halves, whose differences say what noise alone would look like
 
 
-def without_noise(square: float, own: float, evenness: float) -> float:
+def without_noise(square: float, squares: float, evenness: float) -> float:
     """|G|^2 without the noise of its estimates G_g of weights w_g, unbiased, so that it may be below 0.
 
     Args:
-        square: |sum of w_g G_g|^2. own: the sum of |w_g G_g|^2. evenness: the sum of w_g^2, below 1.
+        square: |sum of w_g G_g|^2. squares: the sum of |w_g G_g|^2. evenness: the sum of w_g^2, below 1.
     """
-    return (square - own) / (1 - evenness)
+    return (square - squares) / (1 - evenness)
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,11 @@ class Position:
         self._weighted = (maps - maps.mean(1, keepdim=True)) * weights[:, None, None]
         self._mean_map = self._weighted.sum(0)
         self._scale = float(1 - weights.square().sum())
-        found = float(self._mean_map.square().sum())
-        signal = without_noise(found, float(self._weighted.square().sum()), float(weights.square().sum()))
+        square = float(self._mean_map.square().sum())
+        signal = without_noise(square, float(self._weighted.square().sum()), float(weights.square().sum()))
         # |G|^2 is told by a few groups only: where they see none of it, there may still be some.
-        self._signal = max(signal, LEAST * found)
-        self._noise = max(found - self._signal, 0.0)
+        self._signal = max(signal, LEAST * square)
+        self._noise = max(square - self._signal, 0.0)
         self._shrink = self._signal / max(self._signal + self._noise, 1e-30)
         self.artifacts = (self._shrink * self._mean_map).unflatten(0, estimates.shape[1:3])
 
@@ -179,9 +179,9 @@ class Position:
 
     def _products(self, signs: np.ndarray | None = None) -> torch.Tensor:
         """(C, C) the sum over g != h above, for these signs of the groups; without, an estimate of G^T G."""
-        one = self._mean_map if signs is None else torch.tensordot(torch.from_numpy(signs), self._weighted, 1)
+        combined = self._mean_map if signs is None else torch.tensordot(torch.from_numpy(signs), self._weighted, 1)
         flat = self._weighted.flatten(0, 1)
-        return (one.T @ one - flat.T @ flat) / self._scale
+        return (combined.T @ combined - flat.T @ flat) / self._scale
 
 
 class PositionSums:
@@ -221,10 +221,10 @@ class PositionSums:
 
         All float64, on the CPU. Groups without a canvas are left out; at least two must have some.
         """
-        told = [group for group, count in enumerate(self.canvases) if count]
-        counts = torch.tensor([self.canvases[group] for group in told], dtype=torch.float64)
-        right = torch.stack([self.sums[group] / self.canvases[group] for group in told])
-        variances = torch.tensor([self.variances[group] for group in told], dtype=torch.float64) / counts
+        groups = [group for group, count in enumerate(self.canvases) if count]
+        counts = torch.tensor([self.canvases[group] for group in groups], dtype=torch.float64)
+        right = torch.stack([self.sums[group] / self.canvases[group] for group in groups])
+        variances = torch.tensor([self.variances[group] for group in groups], dtype=torch.float64) / counts
         return self.windows.solve(right).cpu().double(), counts / counts.sum(), variances
 
     def estimate(self) -> Position:

@@ -31,24 +31,26 @@ def sources(images: Source | Iterable[Source], most: int) -> list[Source]:
     Raises:
         CalibrationError: there is no image, no file of that name, or a thing that is none.
     """
-    found: Iterator[Source]
+    candidates: Iterator[Source]
     left_out: list[UserError] = []
     if isinstance(images, (str, os.PathLike)):
-        found = _of_folder(Path(images), left_out) if os.path.isdir(images) else iter([images])
+        candidates = _of_folder(Path(images), left_out) if os.path.isdir(images) else iter([images])
     elif isinstance(images, Image.Image) or (isinstance(images, torch.Tensor) and images.ndim == 3):
-        found = iter([images])
+        candidates = iter([images])
     elif isinstance(images, Iterable):
-        found = (
-            one
+        candidates = (
+            source
             for item in images
-            for one in (sources(item, most) if _is_several(item) else _readable([item], left_out))
+            for source in (sources(item, most) if _is_several(item) else _readable([item], left_out))
         )
     else:
         raise CalibrationError(f"images is a {type(images).__name__}; pass paths, PIL images or tensors, or a folder.")
-    taken: list[Source] = list(islice(found, most))
-    for one in taken:
-        if not isinstance(one, (str, os.PathLike, Image.Image, torch.Tensor)):
-            raise CalibrationError(f"images holds a {type(one).__name__}; an image is a path, a PIL image or a tensor.")
+    taken: list[Source] = list(islice(candidates, most))
+    for item in taken:
+        if not isinstance(item, (str, os.PathLike, Image.Image, torch.Tensor)):
+            raise CalibrationError(
+                f"images holds a {type(item).__name__}; an image is a path, a PIL image or a tensor."
+            )
     if not taken:
         why = f" ({left_out[0]})" if left_out else ""
         raise CalibrationError(
@@ -64,26 +66,26 @@ def _is_several(item: object) -> bool:
 
 
 def _of_folder(folder: Path, left_out: list[UserError]) -> Iterator[Source]:
-    found = sorted(image_names(folder))
-    if not found:
+    names = sorted(image_names(folder))
+    if not names:
         raise CalibrationError(
             f"{folder}: no image in this folder or below it; files are told by suffixes such as .jpg."
         )
-    order = np.random.default_rng(0).permutation(len(found))
-    return _readable((folder / found[place] for place in order), left_out)
+    order = np.random.default_rng(0).permutation(len(names))
+    return _readable((folder / names[place] for place in order), left_out)
 
 
 def _readable(items: Iterable[Source], left_out: list[UserError]) -> Iterator[Source]:
     """Those that are no files, and files that can be decoded; the others are named, and what they raise is added."""
-    for one in items:
-        if isinstance(one, (str, os.PathLike)) and os.path.exists(one):  # a file that is not there is a mistake
+    for source in items:
+        if isinstance(source, (str, os.PathLike)) and os.path.exists(source):  # a file that is not there is a mistake
             try:
-                read_image(Path(one))
+                read_image(Path(source))
             except UserError as e:
                 _logger.warning("left out %s", e)
                 left_out.append(e)
                 continue
-        yield one
+        yield source
 
 
 def canvas(source: Source, size: tuple[int, int], visit: int) -> torch.Tensor:

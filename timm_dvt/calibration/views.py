@@ -58,49 +58,49 @@ class ViewReader:
             maps = self.model.forward_intermediates(batch, indices=self.blocks, norm=norm, intermediates_only=True)
             read.append(maps)
         self.views += len(inputs)
-        found = {block: torch.cat(parts).permute(0, 2, 3, 1).float() for block, parts in zip(self.blocks, zip(*read))}
-        for block, one in found.items():
-            if not torch.isfinite(one).all():
+        layers = {block: torch.cat(parts).permute(0, 2, 3, 1).float() for block, parts in zip(self.blocks, zip(*read))}
+        for block, tokens in layers.items():
+            if not torch.isfinite(tokens).all():
                 raise CalibrationError(
                     f"Features of block {block} are not finite, in {self.dtype}; calibrate in float32 and convert then."
                 )
-        return found
+        return layers
 
 
-def look(
-    reader: ViewReader, found: list[Source] | None, views: int, tolerance: float, progress: bool
+def estimate_positions(
+    reader: ViewReader, samples: list[Source] | None, views: int, tolerance: float, progress: bool
 ) -> tuple[int, dict[int, Position]]:
     """Sum up canvases until the error is small enough or the views are spent; their number, and what they told."""
-    windows = Windows.whole() if found is None else Windows.draw(WINDOWS, (reader.grid[0] // 2, reader.grid[1] // 2))
+    windows = Windows.whole() if samples is None else Windows.draw(WINDOWS, (reader.grid[0] // 2, reader.grid[1] // 2))
     # Images of one group share no content with those of another. Below 4 images, canvases must do.
-    groups = MOST_GROUPS if found is None or not 4 <= len(found) < MOST_GROUPS else len(found)
+    groups = MOST_GROUPS if samples is None or not 4 <= len(samples) < MOST_GROUPS else len(samples)
     most = views // len(windows.places)
     sums = {block: PositionSums(windows, groups) for block in reader.blocks}
     check = groups
     with tqdm(total=most, unit="image", desc="calibrate", disable=not progress) as bar:
         for visit in range(most):
-            image, inputs = view_inputs(reader, windows, found, visit)
+            image, inputs = view_inputs(reader, windows, samples, visit)
             for block, maps in reader(inputs).items():
                 sums[block].add(maps, image % groups)
             bar.update()
             if visit + 1 == check and visit + 1 < most:
-                error = max(one.estimate().error for one in sums.values())
+                error = max(total.estimate().error for total in sums.values())
                 bar.set_postfix_str(f"error {error:.0%}")
                 if error <= tolerance:
                     break
                 check += check
-    return visit + 1, {block: one.estimate() for block, one in sums.items()}
+    return visit + 1, {block: total.estimate() for block, total in sums.items()}
 
 
-def view_inputs(reader: Any, windows: Windows, found: list[Source] | None, visit: int) -> tuple[int, torch.Tensor]:
+def view_inputs(reader: Any, windows: Windows, samples: list[Source] | None, visit: int) -> tuple[int, torch.Tensor]:
     """The number by which an image is grouped, and its windows as the model's input (V, channels, *size)."""
-    if found is None:  # by turns of two kinds: two in a row make a fair sample of blank images
+    if samples is None:  # by turns of two kinds: two in a row make a fair sample of blank images
         return visit // 2, blank(reader.channels, reader.size, visit)[None]
     if reader.channels != 3:
         raise CalibrationError(f"The model takes images of {reader.channels} channels; use blank ones (no images).")
     height, width = (side + more * patch for side, more, patch in zip(reader.size, windows.margin, reader.patch))
-    image = visit % len(found) if len(found) >= 4 else visit
-    part = reader.normalized(canvas(found[visit % len(found)], (height, width), visit))
+    image = visit % len(samples) if len(samples) >= 4 else visit
+    part = reader.normalized(canvas(samples[visit % len(samples)], (height, width), visit))
     return image, torch.stack([_cut(part, place, reader) for place in windows.places])
 
 

@@ -42,10 +42,10 @@ class Basis:
                 taken = draw.permutation(len(flat))[: len(maps) * ROWS // SAMPLE]
                 rows.setdefault(key, []).append(flat[np.sort(taken)])
         whole = {key: np.concatenate(parts).astype(np.float64) for key, parts in rows.items()}
-        components = {key: _components(one, pca) for key, one in whole.items()} if pca else {}
+        components = {key: _components(tokens, pca) for key, tokens in whole.items()} if pca else {}
         for key, (mean, axes) in components.items():
             whole[key] = (whole[key] - mean.double().numpy()) @ axes.double().numpy().T
-        return cls(components, {key: fit_projection(one) for key, one in whole.items()} if colors else {})
+        return cls(components, {key: fit_projection(tokens) for key, tokens in whole.items()} if colors else {})
 
     def project(self, variables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Maps (B, H, W, C) as (B, H, W, K); other variables as they are."""

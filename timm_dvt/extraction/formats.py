@@ -86,9 +86,10 @@ def write_zarr_metadata(out: Path, layout: Layout, records: Sequence[Record], at
     group.attrs.update(attributes)
     for key in layout.shapes:
         _zarr_array(group, key, layout, len(records))
-    columns: dict[str, Any] = {"image": np.array([one["name"] for one in records], dtype=object)}
+    columns: dict[str, Any] = {"image": np.array([record["name"] for record in records], dtype=object)}
     columns |= {
-        key: np.array([one.get(key, 0) for one in records], np.int32) for key in ("height", "width", "rows", "columns")
+        key: np.array([record.get(key, 0) for record in records], np.int32)
+        for key in ("height", "width", "rows", "columns")
     }
     for key, column in columns.items():
         dtype = str if key == "image" else "int32"
@@ -160,7 +161,7 @@ def write_parquet(out: Path, layout: Layout, shard: int, key: str, records: Sequ
             feature = pa.FixedSizeListArray.from_arrays(pa.array(patches.ravel()), value.shape[-1])
             columns = [pa.array([records[place]["name"]] * len(patches), pa.string())]
             if value.ndim == 3:
-                columns += [pa.array(one.ravel(), pa.int32()) for one in np.indices(value.shape[:2], np.int32)]
+                columns += [pa.array(index.ravel(), pa.int32()) for index in np.indices(value.shape[:2], np.int32)]
             writer.write_table(pa.Table.from_arrays([*columns, feature], schema=schema), row_group_size=len(patches))
     write_atomically(out / key / f"{shard:06d}.parquet", buffer.getvalue())
 

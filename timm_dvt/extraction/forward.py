@@ -97,22 +97,22 @@ class Extractor:
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Variables of a batch (B, 3, h, w) uint8: maps (B, H, W, C), class tokens (B, C), float32, on the device."""
         images = images.to(self.device, non_blocking=True)
-        found: dict[str, torch.Tensor] = {}
+        variables: dict[str, torch.Tensor] = {}
         if self._once:  # raw maps are all that the denoiser needs
             maps, token = self._run(images)
             with torch.no_grad():
                 clean = self.model.denoiser(maps[0].flatten(1, 2), tuple(maps[0].shape[1:3])).reshape(maps[0].shape)
-            found = {self._name(self.blocks[0]): clean, self._name(self.blocks[0]) + RAW: maps[0]}
-            return found if token is None else {**found, TOKEN: token}
+            variables = {self._name(self.blocks[0]): clean, self._name(self.blocks[0]) + RAW: maps[0]}
+            return variables if token is None else {**variables, TOKEN: token}
         for state in self.states:
             with self.model.denoising(state == "on") if isinstance(self.model, Denoised) else nullcontext():
                 maps, token = self._run(images)
             end = RAW if state == "off" and len(self.states) > 1 else ""
-            for block, one in zip(self.blocks, maps, strict=True):
-                found[self._name(block) + end] = one
-            if token is not None and TOKEN not in found:  # denoisers leave it as it is
-                found[TOKEN] = token
-        return found
+            for block, features in zip(self.blocks, maps, strict=True):
+                variables[self._name(block) + end] = features
+            if token is not None and TOKEN not in variables:  # denoisers leave it as it is
+                variables[TOKEN] = token
+        return variables
 
     @torch.no_grad()  # torch.compile and inference mode do not go together
     def _forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
@@ -122,10 +122,10 @@ class Extractor:
             maps = self.model.forward_intermediates(
                 inputs, indices=list(self.blocks), norm=True, intermediates_only=True, **token
             )
-        prefix = maps[-1][1] if token else None
+        prefix = maps[-1][1][:, 0].float() if token else None
         if token:
-            maps = [one for one, _ in maps]
-        return [one.permute(0, 2, 3, 1).float() for one in maps], None if prefix is None else prefix[:, 0].float()
+            maps = [patches for patches, _ in maps]
+        return [patches.permute(0, 2, 3, 1).float() for patches in maps], prefix
 
     def _name(self, block: int) -> str:
         return "features" if self.settings.blocks is None else f"block_{block}"
@@ -147,7 +147,7 @@ class Extractor:
         side = self.settings.size
         size: Any = meant_size(self.model) if side is None else (side, side)
         dynamic = getattr(self.model, "dynamic_img_size", False)
-        if any(pixels % one for pixels, one in zip(size, patch)):
+        if any(pixels % step for pixels, step in zip(size, patch)):
             lower = max(1, size[0] // patch[0]) * patch[0]
             raise ValueError(f"--size must be a multiple of {patch[0]}, the patch, such as {lower}; got {size[0]}")
         if self.settings.keep_aspect and not dynamic:

@@ -25,7 +25,7 @@ SIDE = 448  # pixels of the longer side, about
 
 def picture(colors: Mapping[str, Projection], maps: Mapping[str, np.ndarray]) -> np.ndarray:
     """Maps (H, W, C) by variable, side by side: (h, w, 3) uint8, patches unsmoothed, sides even."""
-    drawn = [(colors[key].colors(one) * 255).round().astype(np.uint8) for key, one in maps.items()]
+    drawn = [(colors[key].colors(features) * 255).round().astype(np.uint8) for key, features in maps.items()]
     times = 2 * max(1, SIDE // max(drawn[0].shape[:2]) // 2)
     return np.concatenate(drawn, axis=1).repeat(times, 0).repeat(times, 1)
 
@@ -49,7 +49,7 @@ def write_video(out: Path, source: Path, basis: Basis, default: str, progress: b
 
     def frames() -> Iterator[np.ndarray]:
         for name in tqdm(maps[default], desc="video", unit="frame", leave=False, disable=not progress):
-            yield picture(basis.colors, {key: one[name] for key, one in maps.items()})
+            yield picture(basis.colors, {key: features[name] for key, features in maps.items()})
 
     unfinished = out / f".unfinished-{VIDEO}"  # of the suffix by which the format is known
     write_whole(out / VIDEO, lambda _: encode(unfinished, frames(), video_rate(source)), unfinished)

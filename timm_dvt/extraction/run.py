@@ -149,12 +149,12 @@ class _Extraction:
 
     def _fit(self) -> Basis:
         walk = self.source.walk(1, self._of_sample)
-        decoded = (one for one in self._decoded(walk) if one[1] is not None)
+        decoded = (pixels for _, pixels, _ in self._decoded(walk) if pixels is not None)
         bar = tqdm(total=SAMPLE, desc="fit the basis", unit="image", leave=False, disable=not self.first)
         with bar:
             samples = (
-                {key: maps for key, maps in self.extractor(one[1][None]).items() if key != TOKEN}  # type: ignore[index]
-                for one in itertools.islice(decoded, SAMPLE)
+                {key: maps for key, maps in self.extractor(pixels[None]).items() if key != TOKEN}
+                for pixels in itertools.islice(decoded, SAMPLE)
                 if bar.update() or True
             )
             try:
@@ -208,7 +208,7 @@ class _Extraction:
         writing: deque[Future[None]] = deque()
         bar.update(sum(map(len, self.index.shards.values())) - bar.n)
         try:
-            for shard, images in itertools.groupby(self._decoded(walk), key=lambda one: one[0]):
+            for shard, images in itertools.groupby(self._decoded(walk), key=lambda entry: entry[0]):
                 records: list[Record] = []
                 values: dict[str, dict[int, np.ndarray]] = {key: {} for key in self.layout.shapes}
                 launched: deque[Passed] = deque()
@@ -264,8 +264,8 @@ class _Extraction:
 
     def _write(self, shard: int, records: list[Record], values: dict, claims: dict[int, ExitStack]) -> None:
         self.folder.check()
-        for key, one in values.items():
-            WRITERS[self.settings.format](self.out, self.layout, shard, key, records, one)
+        for key, maps in values.items():
+            WRITERS[self.settings.format](self.out, self.layout, shard, key, records, maps)
         if self.settings.pictures and self.source.video is None:
             pictures.write_pictures(self.out, records, values, self.basis, self.default)
         with self.line:  # the folder's locks are between processes, not between threads
@@ -276,7 +276,7 @@ class _Extraction:
         with self.folder.claim("finish", wait=True):
             records = [record for _, _, record in self.index.refresh().images()]
             errors = [record for record in records if "error" in record]
-            write_atomically(self.out / ERRORS, "".join(json.dumps(one) + "\n" for one in errors).encode())
+            write_atomically(self.out / ERRORS, "".join(json.dumps(record) + "\n" for record in errors).encode())
             if self.settings.format == "zarr":
                 records_of = self.index.padded(self.layout.length, self.source.count)
                 write_zarr_metadata(self.out, self.layout, records_of, {**self.facts, "timm_dvt": __version__})

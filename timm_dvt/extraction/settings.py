@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from timm_dvt.options import add_options, option, part
+from timm_dvt.options import add_options, block_list, option, part
 
 FORMATS = ("zarr", "safetensors", "npy", "parquet")
 DTYPES = ("float16", "float32")
@@ -16,13 +16,6 @@ def _number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
-
-
-def _blocks(text: str) -> str | tuple[int, ...]:
-    try:
-        return text if text == "all" else tuple(int(block) for block in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor numbers such as 5,11") from None
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,7 @@ class ExtractSettings:
     out: str
     states: tuple[str, ...] | None = None
     blocks: str | tuple[int, ...] | None = option(
-        None, "all, or blocks such as 5,11 or -1 (--blocks=-1), each final-normed (default: the last)", type=_blocks
+        None, "all, or blocks such as 5,11 or -1 (--blocks=-1), each final-normed (default: the last)", type=block_list
     )
     size: int | None = option(
         None, "side of the square images that the model is given (default: its own)", type=_number, metavar="PX"

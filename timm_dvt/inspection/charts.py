@@ -27,13 +27,13 @@ def shares(layers: Sequence[Layer]) -> str:
         f"{'features' if layer.final else layer.block}</text>"
         for layer in columns
     ]
-    line = [f"{place[one.block, one.final]:.1f},{y(one.share.chance):.1f}" for one in columns]
+    line = [f"{place[layer.block, layer.final]:.1f},{y(layer.share.chance):.1f}" for layer in columns]
     parts.append(f'<polyline points="{" ".join(line)}" fill="none" stroke="currentColor" stroke-dasharray="4 4"/>')
     for kind, denoised in (("off", False), ("on", True)):
         these = [layer for layer in layers if layer.denoised == denoised]
         if not these:
             continue
-        at = [(place[one.block, one.final], one.share) for one in these]
+        at = [(place[layer.block, layer.final], layer.share) for layer in these]
         drawn = f'<g class="{kind}" stroke="currentColor" fill="currentColor">'
         if not denoised:
             line = [f"{x:.1f},{y(share.value):.1f}" for x, share in at]
@@ -53,7 +53,7 @@ def shares(layers: Sequence[Layer]) -> str:
     return _svg(parts, "Position's share by block")
 
 
-def norms(edges: np.ndarray, counts: np.ndarray, found: Outliers) -> str:
+def norms(edges: np.ndarray, counts: np.ndarray, outliers: Outliers) -> str:
     """The histogram of norms, counts and norms on logarithmic scales; outliers are red."""
     left, right = np.log(edges[0]), np.log(edges[-1])
     most = np.log1p(counts.max())
@@ -67,13 +67,13 @@ def norms(edges: np.ndarray, counts: np.ndarray, found: Outliers) -> str:
     ticks = [10**power for power in range(int(np.log10(counts.max())) + 1)]
     parts = [_axis(tick, y(tick), "", NARROW) for tick in ticks]
     for low, high, count in zip(edges, edges[1:], counts):
-        marked = found.cut is not None and (low * high) ** 0.5 > found.cut
+        marked = outliers.cut is not None and (low * high) ** 0.5 > outliers.cut
         parts.append(
             f'<rect class="{"marked" if marked else "bar"}" '
             f'x="{x(low):.1f}" width="{max(x(high) - x(low) - 1, 1):.1f}" '
             f'y="{y(count):.1f}" height="{HEIGHT - BOTTOM - y(count):.1f}"/>'
         )
-    for cut, style in ((found.cut, "2 3"), (found.robust_cut, "none")):
+    for cut, style in ((outliers.cut, "2 3"), (outliers.robust_cut, "none")):
         if cut is not None and edges[0] < cut < edges[-1]:
             parts.append(
                 f'<line x1="{x(cut):.1f}" x2="{x(cut):.1f}" y1="12" y2="{HEIGHT - BOTTOM}" stroke="currentColor" '

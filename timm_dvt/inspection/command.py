@@ -3,16 +3,15 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from timm_dvt.calibration.calibrate import LEAST_VIEWS
 from timm_dvt.calibration.command import load_backbone
-from timm_dvt.errors import InspectionError
 from timm_dvt.inspection.measure import VIEWS, inspect
 from timm_dvt.inspection.page import HEADINGS, lead, page, row
 from timm_dvt.inspection.results import Inspection
+from timm_dvt.loading import pick_device
+from timm_dvt.options import block_list
+from timm_dvt.tables import aligned
 from timm_dvt.weights.files import write_together
 
 PAGE, FACTS = "inspection.html", "inspection.json"
@@ -35,7 +34,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--blocks",
-        type=_blocks,
+        type=block_list,
         metavar="all|LIST",
         help="such as 0,5,11, counted from 0, or --blocks=-2,-1 from the end (default: all)",
     )
@@ -68,26 +67,27 @@ def run(args: argparse.Namespace) -> Inspection:
     folder = None if args.out is None else Path(args.out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    model = _on_device(load_backbone(args.model, not args.no_pretrained), args.device)
-    told = inspect(
+    device = pick_device(args.device)
+    model = load_backbone(args.model, not args.no_pretrained).to(device)
+    report = inspect(
         model,
         args.images,
-        blocks=args.blocks,
+        blocks=None if args.blocks == "all" else args.blocks,
         views=args.views,
         try_calibration=args.try_calibration,
         progress=True,
         name=args.model,
     )
-    facts = json.dumps(told.to_dict(), indent=2)
+    facts = json.dumps(report.to_dict(), indent=2)
     if args.json:
         print(facts)
     else:
-        print(f"{told.model}: {lead(told)}\n")
-        print(table([HEADINGS, *([cell for cell, _ in row(layer)] for layer in told.layers)]))
-        for finding in told.findings:
+        print(f"{report.model}: {lead(report)}\n")
+        print(*aligned([HEADINGS, *([cell for cell, _ in row(layer)] for layer in report.layers)]), sep="\n")
+        for finding in report.findings:
             print("\n" + "\n    ".join([finding.text, *finding.commands]))
     if folder is not None:
-        text = page(told)
+        text = page(report)
         write_together(
             {
                 folder / PAGE: lambda path: path.write_text(text, encoding="utf-8"),
@@ -96,27 +96,4 @@ def run(args: argparse.Namespace) -> Inspection:
         )
         if not args.json:
             print(f"\nwrote {folder / PAGE}, {folder / FACTS}")
-    return told
-
-
-def table(lines: Any) -> str:
-    """Rows of cells as aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
-
-
-def _on_device(model: Any, name: str | None) -> Any:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return model.to(name).eval()
-    except (RuntimeError, AssertionError) as e:  # torch's word for a device that is none, or is not here
-        raise InspectionError(f"device is {name!r}, which cannot be used here: {str(e).splitlines()[0]}") from e
-
-
-def _blocks(text: str) -> list[int] | None:
-    if text == "all":
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor a list of blocks such as 0,5,11") from None
+    return report

@@ -99,7 +99,7 @@ class Count:
                     layer.norms.append(maps[name].norm(dim=-1).cpu().numpy())
             if turn % every == 0:
                 self.images += [image] * self.each
-                for grid in {tuple(one.shape[1:3]) for one in maps.values()}:
+                for grid in {tuple(features.shape[1:3]) for features in maps.values()}:
                     self.content.setdefault(grid, []).append(_content(inputs, grid))
             self.views += self.each
 
@@ -133,18 +133,18 @@ def count_blanks(reader: LayerReader, kind: str, progress: bool) -> dict[str, Of
         for name, maps in reader(image[None]).items():
             sums.setdefault(name, PositionSums(Windows.whole(), MOST_GROUPS, directions=False))
             sums[name].add(maps, turn % MOST_GROUPS)
-    return {name: one.of_groups() for name, one in sums.items()}
+    return {name: position.of_groups() for name, position in sums.items()}
 
 
 def features_share(reader: LayerReader, shown: list[Source], count: int) -> Estimate:
     """Position's share of the features, behind the denoiser if there is one, and nothing else."""
-    told = Count(reader, shown, count)
-    told.run(progress=False)
-    estimates, weights, variances = list(told.layers.values())[-1].position.of_groups()
+    counted = Count(reader, shown, count)
+    counted.run(progress=False)
+    estimates, weights, variances = list(counted.layers.values())[-1].position.of_groups()
     return position_share(products_of(estimates), weights, variances)
 
 
 def _content(inputs: torch.Tensor, grid: tuple[int, ...]) -> np.ndarray:
     """(V, H, W): the variance of the pixels in each patch."""
-    mean, square = (adaptive_avg_pool2d(one, (grid[0], grid[1])) for one in (inputs, inputs.square()))
+    mean, square = (adaptive_avg_pool2d(pixels, (grid[0], grid[1])) for pixels in (inputs, inputs.square()))
     return (square - mean.square()).sum(1).cpu().numpy()

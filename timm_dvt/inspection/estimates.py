@@ -21,7 +21,7 @@ def jackknife(statistic: Callable[[Sequence[int]], float], count: int) -> tuple[
     everything = list(range(count))
     without = [statistic([group for group in everything if group != out]) for out in everything]
     mean = sum(without) / count
-    error = ((count - 1) / count * sum((one - mean) ** 2 for one in without)) ** 0.5
+    error = ((count - 1) / count * sum((value - mean) ** 2 for value in without)) ** 0.5
     return statistic(everything), error
 
 
@@ -37,10 +37,10 @@ def position_share(products: torch.Tensor, weights: torch.Tensor, variances: tor
         some = weights[kept] / weights[kept].sum()
         inner = products[kept][:, kept]
         variance = float(some @ variances[kept])
-        found = without_noise(
+        signal = without_noise(
             float(some @ inner @ some), float(some.square() @ inner.diagonal()), float(some.square().sum())
         )
-        return found / variance if variance > 0 else 0.0
+        return signal / variance if variance > 0 else 0.0
 
     value, error = jackknife(share, len(weights))
     variance = float(weights @ variances)
@@ -79,8 +79,8 @@ def grid_energy(maps: torch.Tensor, weights: torch.Tensor) -> Grid:
 
             def signal(of: torch.Tensor) -> float:
                 inner = of[kept][:, kept]
-                own = float(some.square() @ inner.diagonal())
-                return without_noise(float(some @ inner @ some), own, float(some.square().sum()))
+                diagonal = float(some.square() @ inner.diagonal())
+                return without_noise(float(some @ inner @ some), diagonal, float(some.square().sum()))
 
             whole = signal(squares["all"])
             return min(max(signal(squares[name]) / whole, 0.0), 1.0) if whole > 0 else 0.0
@@ -93,7 +93,7 @@ def grid_energy(maps: torch.Tensor, weights: torch.Tensor) -> Grid:
 
 def products_of(maps: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
     """K (groups, groups) of maps (groups, H, W, C) over the places, or with other maps; each channel centered."""
-    flat, other = (_centered(one) for one in (maps, maps if others is None else others))
+    flat, other = (_centered(features) for features in (maps, maps if others is None else others))
     return flat @ other.T / (maps.shape[1] * maps.shape[2])
 
 

@@ -16,29 +16,29 @@ LEAST_OUTLIERS, STANDS_OUT = 1e-4, 2.0  # share of the patches, and their norm o
 PASSES = 128 * 16 + 500
 
 
-def findings(told: Inspection) -> Iterator[Finding]:
+def findings(report: Inspection) -> Iterator[Finding]:
     """The findings, the most important first."""
-    if not told.trained:
+    if not report.trained:
         yield Finding(
             "random weights",
             "These weights are random: all norms are as they are initialized. The numbers describe no trained model; "
             "load weights (pretrained=True) and inspect again.",
         )
         return
-    off = told.layer()
-    on = next((layer for layer in told.layers if layer.final and layer.denoised), None)
-    yield _position(told, off, on)
+    off = report.layer()
+    on = next((layer for layer in report.layers if layer.final and layer.denoised), None)
+    yield _position(report, off, on)
     if on is not None:
-        yield from _blank(told, off, on)
-    yield _outliers(told)
-    if told.trial is not None:
-        before, after = told.trial.before, told.trial.after
+        yield from _blank(report, off, on)
+    yield _outliers(report)
+    if report.trial is not None:
+        before, after = report.trial.before, report.trial.after
         yield Finding(
             "position",
-            f"Tried at once: calibrate ({told.trial.method}) takes position's share from {percent(before)} to "
+            f"Tried at once: calibrate ({report.trial.method}) takes position's share from {percent(before)} to "
             f"{percent(after)}, on images that it was not calibrated on.",
         )
-    if told.parts:
+    if report.parts:
         yield Finding(
             "note",
             "No images were given, so these are parts of the two photographs that come with the package; your images "
@@ -46,7 +46,7 @@ def findings(told: Inspection) -> Iterator[Finding]:
         )
 
 
-def _position(told: Inspection, off: Layer, on: Layer | None) -> Finding:
+def _position(report: Inspection, off: Layer, on: Layer | None) -> Finding:
     layer, behind = (on, " behind the denoiser") if on is not None else (off, "")
     share = layer.share
     readable = min(layer.row.value, layer.column.value) > READABLE and not layer.row.is_chance
@@ -54,14 +54,15 @@ def _position(told: Inspection, off: Layer, on: Layer | None) -> Finding:
     if on is not None:
         what += f", and {percent(off.share)} without it"
     what += f"; chance would give up to {100 * share.chance:.2g}%."
-    row, column = (max(one.value, 0.0) for one in (layer.row, layer.column))
+    row, column = (max(estimate.value, 0.0) for estimate in (layer.row, layer.column))
     where = (
         f"A linear map reads a patch's row and column out of it with R2 {row:.2f} and {column:.2f} (1 is perfect, 0 "
     )
     where += "nothing)."
-    name = told.model
+    name = report.model
     calibrate = f"timm-dvt calibrate --model {name} --images PHOTOS --out calibrated"
-    inner = max((one for one in told.layers if not one.final), key=lambda one: one.share.value, default=layer)
+    blocks = [block for block in report.layers if not block.final]
+    inner = max(blocks, key=lambda block: block.share.value, default=layer)
     if inner.share.value > max(MORE * layer.share.value, SMALL) and not inner.share.is_chance and not inner.denoised:
         where += (
             f" If you use earlier blocks: most of it, {percent(inner.share)}, is in block {inner.block} (calibrate "
@@ -86,9 +87,9 @@ def _position(told: Inspection, off: Layer, on: Layer | None) -> Finding:
             f"{what} {where} {shown} What the denoiser leaves can be taken off without training.",
             (f"{calibrate} --method leftover",),
         )
-    cost = PASSES * told.seconds
+    cost = PASSES * report.seconds
     effect = (
-        "It usually leaves a third to two thirds of the share" if told.trial is None else "What it did here is below"
+        "It usually leaves a third to two thirds of the share" if report.trial is None else "What it did here is below"
     )
     advice = f"Calibrating takes minutes and no training. {effect}."
     commands = [calibrate]
@@ -100,7 +101,7 @@ def _position(told: Inspection, off: Layer, on: Layer | None) -> Finding:
     return Finding("position", f"{what} {where} {shown} {advice}", tuple(commands))
 
 
-def _blank(told: Inspection, off: Layer, on: Layer) -> Iterator[Finding]:
+def _blank(report: Inspection, off: Layer, on: Layer) -> Iterator[Finding]:
     """Whether a denoiser makes the pattern of images without content stronger."""
     kinds = {"of one color": (off.flat.pattern, on.flat.pattern), "of noise": (off.noise.pattern, on.noise.pattern)}
     for kind, (before, after) in kinds.items():
@@ -111,37 +112,37 @@ def _blank(told: Inspection, off: Layer, on: Layer) -> Iterator[Finding]:
                 "blank",
                 f"In images {kind} the denoiser makes the pattern {times:.1f} times stronger, so walls and skies that "
                 "fill an image get worse. Make it anew with a gate for blank images (the default now).",
-                (f"timm-dvt calibrate --model {told.model} --images PHOTOS --out calibrated",),
+                (f"timm-dvt calibrate --model {report.model} --images PHOTOS --out calibrated",),
             )
 
 
-def _outliers(told: Inspection) -> Finding:
-    layers = [layer for layer in told.layers if not layer.denoised and _stands_out(layer)]
+def _outliers(report: Inspection) -> Finding:
+    layers = [layer for layer in report.layers if not layer.denoised and _stands_out(layer)]
     if not layers:
         return Finding("nothing", "No outlier tokens: no second kind of norms stands apart in the features.")
     # The features' norm hides what stands out; the last block shows it.
     layer = layers[-1] if not layers[-1].final or len(layers) == 1 else layers[-2]
-    found = layer.outliers
+    outliers = layer.outliers
     words = (
-        f"Outlier tokens: {percent(found.share)} of the patches ({layer.name}) have {found.ratio:.1f} times the usual "
-        "norm."
+        f"Outlier tokens: {percent(outliers.share)} of the patches ({layer.name}) have {outliers.ratio:.1f} times "
+        "the usual norm."
     )
-    if found.low_content is not None:
-        less = found.low_content.value - 2 * found.low_content.error > 0.5
+    if outliers.low_content is not None:
+        less = outliers.low_content.value - 2 * outliers.low_content.error > 0.5
         words += (
             " They sit in patches with less content than others." if less else " Low content does not explain them."
         )
-    if found.place is not None:
+    if outliers.place is not None:
         words += (
-            f" Their place explains {percent(found.place)} of where they are."
-            if not found.place.is_chance
+            f" Their place explains {percent(outliers.place)} of where they are."
+            if not outliers.place.is_chance
             else " They are not bound to places."
         )
     words += (
         " This is not what a denoiser of position removes: take a model trained with registers (in timm *_reg4_*), or "
         "add registers at test time (Vision Transformers Don't Need Trained Registers, arXiv 2506.08010)."
     )
-    other = _with_registers(told.model)
+    other = _with_registers(report.model)
     return Finding("outliers", words, (f"timm-dvt inspect --model {other} --images PHOTOS",) if other else ())
 
 
@@ -153,9 +154,10 @@ def _with_registers(name: str) -> str | None:
 
 
 def _stands_out(layer: Layer) -> bool:
-    found = layer.outliers
-    enough = found.share.value > max(LEAST_OUTLIERS, found.share.chance) and found.robust_share.value > LEAST_OUTLIERS
-    return enough and found.ratio >= STANDS_OUT
+    outliers = layer.outliers
+    least = max(LEAST_OUTLIERS, outliers.share.chance)
+    enough = outliers.share.value > least and outliers.robust_share.value > LEAST_OUTLIERS
+    return enough and outliers.ratio >= STANDS_OUT
 
 
 def percent(share: Estimate) -> str:

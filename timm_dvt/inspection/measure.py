@@ -133,14 +133,14 @@ def _layers(count: Count, blanks: dict[str, dict[str, OfGroups]], pictures: Pict
     return layers
 
 
-def _blank(told: OfGroups, maps: torch.Tensor, products: torch.Tensor, weights: torch.Tensor, raw: float) -> Blank:
+def _blank(of_groups: OfGroups, maps: torch.Tensor, products: torch.Tensor, weights: torch.Tensor, raw: float) -> Blank:
     """What blank images tell beside the photographs' maps, their products and weights, and the raw variance there."""
-    theirs, of_each, variances = told
+    theirs, of_each, variances = of_groups
     pattern = torch.tensordot(of_each, theirs, 1)[None]
-    own = products_of(theirs)
+    blank_products = products_of(theirs)
     return Blank(
-        position_share(own, of_each, variances),
-        position_share(own, of_each, torch.full_like(of_each, raw)),
+        position_share(blank_products, of_each, variances),
+        position_share(blank_products, of_each, torch.full_like(of_each, raw)),
         alikeness(products, weights, products_of(maps, pattern)[:, 0], float(products_of(pattern))),
     )
 
@@ -149,7 +149,7 @@ def _pictures(count: Count) -> Pictures:
     """A photograph and its tokens, and room for what the sums tell."""
     reader = count.reader
     photograph = reader.pixels(count.inputs(0)[:1])
-    maps = {name: one[0].cpu().numpy() for name, one in reader(reader.normalized(photograph)).items()}
+    maps = {name: features[0].cpu().numpy() for name, features in reader(reader.normalized(photograph)).items()}
     drawable = photograph[0, :3] if reader.channels >= 3 else photograph[0, :1].expand(3, -1, -1)
     return Pictures(drawable.permute(1, 2, 0).numpy(), maps, {}, {}, {}, {})
 
@@ -165,7 +165,7 @@ def _try(model: nn.Module, images: Any, shown: list[Source], views: int, batch_s
     twin = copy.deepcopy(model)
     learn = None if images is None else shown[::2]
     calibrate(twin, learn, method=method, views=_tried(views), batch_size=batch_size, progress=progress)
-    readers = (LayerReader(one.eval(), [], batch_size) for one in (model, twin))
+    readers = (LayerReader(candidate.eval(), [], batch_size) for candidate in (model, twin))
     return Trial(method, *(features_share(reader, shown[1::2], _tried(views) // WINDOWS) for reader in readers))
 
 

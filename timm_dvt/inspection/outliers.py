@@ -65,7 +65,7 @@ def outliers_of(norms: np.ndarray, content: np.ndarray, images: Sequence[int]) -
     by_chance = _by_chance(norms)
     chosen = above if above.any() else beyond
     where = _where(chosen, content, group) if len(set(group[chosen.any((1, 2))])) > 1 else None
-    told = Outliers(
+    outliers = Outliers(
         share=_mean(above, group, by_chance),
         cut=cut,
         robust_share=_mean(beyond, group, 1 / norms.size),
@@ -78,7 +78,7 @@ def outliers_of(norms: np.ndarray, content: np.ndarray, images: Sequence[int]) -
         place=where[1] if where else None,
         low_content=where[2] if where else None,
     )
-    return told, chosen.mean(0)
+    return outliers, chosen.mean(0)
 
 
 def _by_chance(norms: np.ndarray) -> float:
@@ -110,12 +110,12 @@ def _where(
     groups = int(group.max()) + 1
     ring = np.ones(mask.shape[1:], bool)
     ring[1:-1, 1:-1] = False
-    parts = [(mask[group == one] & ring).sum() for one in range(groups)]
-    wholes = [mask[group == one].sum() for one in range(groups)]
+    parts = [(mask[group == index] & ring).sum() for index in range(groups)]
+    wholes = [mask[group == index].sum() for index in range(groups)]
 
     def fraction(kept: Sequence[int]) -> float:
-        whole = sum(wholes[one] for one in kept)
-        return float(sum(parts[one] for one in kept) / whole) if whole else 0.0
+        whole = sum(wholes[index] for index in kept)
+        return float(sum(parts[index] for index in kept) / whole) if whole else 0.0
 
     border = Estimate(*jackknife(fraction, groups), float(ring.mean()))
     return border, _place(mask, group), _low_content(mask, content, group)
@@ -146,7 +146,7 @@ def _low_content(mask: np.ndarray, content: np.ndarray, group: np.ndarray) -> Es
         return None
 
     def probability(kept: Sequence[int]) -> float:
-        images = {places[one] for one in kept}
+        images = {places[index] for index in kept}
         some = [view for view, image in enumerate(of) if image in images]
         return sum(wins[view] for view in some) / sum(weights[view] for view in some)
 

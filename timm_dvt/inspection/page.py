@@ -11,8 +11,8 @@ from PIL import Image
 from timm_dvt.inspection import charts
 from timm_dvt.inspection.findings import percent
 from timm_dvt.inspection.results import Estimate, Inspection, Layer
-from timm_dvt.viewer import pairs as looks
-from timm_dvt.viewer.colors import fit_projection, heat
+from timm_dvt.viewer import pairs
+from timm_dvt.viewer.colors import heat, principal_colors
 from timm_dvt.viewer.page import url
 from timm_dvt.viewer.panel import as_image
 
@@ -49,45 +49,45 @@ class Cell:
     map: bool = True
 
 
-def page(told: Inspection) -> str:
+def page(report: Inspection) -> str:
     """The page, as HTML."""
     assets = resources.files("timm_dvt") / "assets"
     read = {name: (assets / name).read_text(encoding="utf-8") for name in ("inspect.html", "page.css")}
     template = Environment(autoescape=True, trim_blocks=True).from_string(read["inspect.html"])
-    drawn = [layer for layer in told.layers if layer.final or _is_drawn(layer, told)]
+    drawn = [layer for layer in report.layers if layer.final or _is_drawn(layer, report)]
     return template.render(
-        title=f"What {told.model} knows of position",
-        lead=lead(told),
+        title=f"What {report.model} knows of position",
+        lead=lead(report),
         style=Markup(read["page.css"]),
-        findings=told.findings,
-        means=_means(told),
-        has_denoiser=any(layer.denoised for layer in told.layers),
-        curve=Markup(charts.shares(told.layers)),
-        norms=[_norms(told, layer) for layer in drawn],
-        places=[_place(told, layer) for layer in drawn if layer.outliers.cut is not None],
-        photograph=_photograph(told),
+        findings=report.findings,
+        means=_means(report),
+        has_denoiser=any(layer.denoised for layer in report.layers),
+        curve=Markup(charts.shares(report.layers)),
+        norms=[_norms(report, layer) for layer in drawn],
+        places=[_place(report, layer) for layer in drawn if layer.outliers.cut is not None],
+        photograph=_photograph(report),
         headings=HEADINGS,
-        rows=[row(layer) for layer in told.layers],
+        rows=[row(layer) for layer in report.layers],
         notes=NOTES,
     )
 
 
-def lead(told: Inspection) -> str:
+def lead(report: Inspection) -> str:
     """What was looked at, in a sentence."""
-    images = f"{told.images} images" if told.images else "blank and noise images"
-    images = "parts of the two photographs that come with the package" if told.parts else images
-    height, width = told.size
+    images = f"{report.images} images" if report.images else "blank and noise images"
+    images = "parts of the two photographs that come with the package" if report.parts else images
+    height, width = report.size
     return (
-        f"{told.kind}, {height} x {width} pixels, {told.views} views of {images} and {told.blanks} blank images, on "
-        f"{told.device}."
+        f"{report.kind}, {height} x {width} pixels, {report.views} views of {images} and {report.blanks} blank images, "
+        f"on {report.device}."
     )
 
 
 def row(layer: Layer) -> list[tuple[str, str]]:
     """A layer's numbers under `HEADINGS`, each with what chance gives."""
     of_percent = (layer.flat.pattern, layer.noise.pattern, layer.outliers.share, layer.outliers.robust_share)
-    blank = [_cell(one, 100) for one in of_percent]
-    place = [_cell(one) for one in (layer.row, layer.column, layer.flat.alike)]
+    blank = [_cell(estimate, 100) for estimate in of_percent]
+    place = [_cell(estimate) for estimate in (layer.row, layer.column, layer.flat.alike)]
     share, grid = _cell(layer.share, 100), _cell(layer.grid.high, 100)
     return [(layer.name, ""), share, *place[:2], *blank[:2], place[2], *blank[2:], grid]
 
@@ -98,23 +98,23 @@ def _cell(number: Estimate, times: float = 1) -> tuple[str, str]:
     return f"{value} ± {error}", f"chance {chance}"
 
 
-def _is_drawn(layer: Layer, told: Inspection) -> bool:
+def _is_drawn(layer: Layer, report: Inspection) -> bool:
     """The last block, and the one in which most outliers stand out."""
-    blocks = [one for one in told.layers if not one.final]
-    most = max(blocks, key=lambda one: (one.outliers.share.value, one.block), default=layer)
+    blocks = [other for other in report.layers if not other.final]
+    most = max(blocks, key=lambda other: (other.outliers.share.value, other.block), default=layer)
     return layer in (most, *blocks[-1:])
 
 
-def _means(told: Inspection) -> list[Cell]:
-    names = [layer.name for layer in told.layers if layer.final]
-    pairs = {"photographs": told.pictures.means, "one color": told.pictures.flat}
-    layers = {layer.name: layer for layer in told.layers}
-    maps = [pair[name] for name in names for pair in pairs.values()]
+def _means(report: Inspection) -> list[Cell]:
+    names = [layer.name for layer in report.layers if layer.final]
+    kinds = {"photographs": report.pictures.means, "one color": report.pictures.flat}
+    layers = {layer.name: layer for layer in report.layers}
+    maps = [pair[name] for name in names for pair in kinds.values()]
     cells, raw = [], {}
     if maps[0].shape[-1] < 3:
         return []
-    for place, (centered, projection) in enumerate(zip(*looks.patterns(maps))):
-        name, kind = names[place // 2], list(pairs)[place % 2]
+    for place, (centered, projection) in enumerate(zip(*pairs.patterns(maps))):
+        name, kind = names[place // 2], list(kinds)[place % 2]
         if place < 2:
             raw[kind] = projection
         layer = layers[name]
@@ -126,35 +126,36 @@ def _means(told: Inspection) -> list[Cell]:
     return cells
 
 
-def _norms(told: Inspection, layer: Layer) -> dict[str, str]:
-    found = layer.outliers
-    words = (
-        f"{found.count} of {found.patches} patches above the cut at {found.cut:.3g}" if found.cut else "no second kind"
-    )
-    words += f"; {found.robust_count} beyond {found.robust_cut:.3g}, the robust cut"
-    return {"name": layer.name, "words": words, "svg": Markup(charts.norms(*told.pictures.norms[layer.name], found))}
+def _norms(report: Inspection, layer: Layer) -> dict[str, str]:
+    outliers = layer.outliers
+    words = "no second kind"
+    if outliers.cut:
+        words = f"{outliers.count} of {outliers.patches} patches above the cut at {outliers.cut:.3g}"
+    words += f"; {outliers.robust_count} beyond {outliers.robust_cut:.3g}, the robust cut"
+    svg = charts.norms(*report.pictures.norms[layer.name], outliers)
+    return {"name": layer.name, "words": words, "svg": Markup(svg)}
 
 
-def _place(told: Inspection, layer: Layer) -> Cell:
-    places, found = told.pictures.places[layer.name], layer.outliers
+def _place(report: Inspection, layer: Layer) -> Cell:
+    places, outliers = report.pictures.places[layer.name], layer.outliers
     words = f"at most in {100 * places.max():.1f}% of the views"
-    if found.border is not None:
-        words += f"; {100 * found.border.value:.0f}% in the outermost ring (chance {100 * found.border.chance:.0f}%)"
+    if (border := outliers.border) is not None:
+        words += f"; {100 * border.value:.0f}% in the outermost ring (chance {100 * border.chance:.0f}%)"
     return Cell(layer.name, words, _map(heat(places, 0.0, float(places.max()))))
 
 
-def _photograph(told: Inspection) -> list[Cell]:
-    shown = as_image(told.pictures.photograph)
+def _photograph(report: Inspection) -> list[Cell]:
+    shown = as_image(report.pictures.photograph)
     shown.thumbnail((SHOWN, SHOWN))
     cells = [Cell("photograph", "as the model sees it", url(shown, "JPEG"), map=False)]
-    blocks = [layer.name for layer in told.layers if not layer.final]
+    blocks = [layer.name for layer in report.layers if not layer.final]
     step = -(-len(blocks) // MOST_MAPS)
-    kept = {*blocks[::-1][:: step or 1], *(layer.name for layer in told.layers if layer.final)}
-    raw = told.pictures.maps["features"]
-    for layer in told.layers:
+    kept = {*blocks[::-1][:: step or 1], *(layer.name for layer in report.layers if layer.final)}
+    raw = report.pictures.maps["features"]
+    for layer in report.layers:
         if layer.name in kept and raw.shape[-1] >= 3:
-            maps = told.pictures.maps[layer.name]
-            colors = looks.colors(raw, maps)[1] if layer.final and layer.denoised else fit_projection(maps).colors(maps)
+            maps = report.pictures.maps[layer.name]
+            colors = pairs.colors(raw, maps)[1] if layer.final and layer.denoised else principal_colors(maps)
             cells.append(Cell(layer.name, f"position {100 * layer.share.value:.2g}%", _map(colors)))
     return cells
 

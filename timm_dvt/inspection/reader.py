@@ -87,9 +87,9 @@ class LayerReader:
             InspectionError: features are not finite.
         """
         read = [self._batch(batch.to(self.device, self.dtype)) for batch in inputs.split(self.batch_size)]
-        maps = {name: torch.cat([one[name] for one in read]).float() for name in read[0]}
-        for name, one in maps.items():
-            if not torch.isfinite(one).all():
+        maps = {name: torch.cat([features[name] for features in read]).float() for name in read[0]}
+        for name, features in maps.items():
+            if not torch.isfinite(features).all():
                 raise InspectionError(f"Tokens ({name}) are not finite, in {self.dtype}; inspect in float32.")
         return maps
 
@@ -100,18 +100,18 @@ class LayerReader:
             given["output_fmt"] = "NCHW"
         with model.denoising(False) if self.denoisers else nullcontext():
             features, maps, _ = unpack(model.forward_intermediates(inputs, **given), only=False)
-        found = {}
-        for block, one in zip(self.blocks, maps):
-            found[f"block {block}"] = one.permute(0, 2, 3, 1)
+        layers = {}
+        for block, tokens in zip(self.blocks, maps):
+            layers[f"block {block}"] = tokens.permute(0, 2, 3, 1)
             if block in self.denoisers and block != self.final:
-                found[f"block {block}{DENOISED}"] = self._denoised(self.denoisers[block], found[f"block {block}"])
+                layers[f"block {block}{DENOISED}"] = self._denoised(self.denoisers[block], layers[f"block {block}"])
         final: Any = features["patches"] if isinstance(features, dict) else features
         _, patches = normed(model, final, self.layout)
         grid = self.layout.grid_at(inputs.shape[2], inputs.shape[3], patches.shape[1])
-        found[FEATURES] = patches.unflatten(1, grid)
+        layers[FEATURES] = patches.unflatten(1, grid)
         if self.final in self.denoisers:
-            found[FEATURES + DENOISED] = self._denoised(self.denoisers[self.final], found[FEATURES])
-        return found
+            layers[FEATURES + DENOISED] = self._denoised(self.denoisers[self.final], layers[FEATURES])
+        return layers
 
     @staticmethod
     def _denoised(denoiser: Any, maps: torch.Tensor) -> torch.Tensor:

@@ -30,28 +30,28 @@ def photographs(
     """
     if channels != 3 and (images is not None or tried):
         raise InspectionError(f"The model takes images of {channels} channels; leave images out, and a trial.")
-    found = None if channels != 3 else _parts()[:most] if images is None else _different(images, most)
-    if tried and found is not None and len(found) < LEAST_TRIED:
+    chosen = None if channels != 3 else _parts()[:most] if images is None else _different(images, most)
+    if tried and chosen is not None and len(chosen) < LEAST_TRIED:
         raise InspectionError(
-            f"images holds {len(found)} different ones within the views; a trial takes {LEAST_TRIED} (and 8 views for "
+            f"images holds {len(chosen)} different ones within the views; a trial takes {LEAST_TRIED} (and 8 views for "
             "each): half of them to calibrate on, half to judge by."
         )
-    return found
+    return chosen
 
 
 def _different(images: Source | Iterable[Source], most: int) -> list[Source]:
-    found = sources(images, most)
+    candidates = sources(images, most)
     different: list[Source] = []
     seen: list[torch.Tensor] = []
-    for one in found:
-        small = canvas(one, THUMBNAIL, 0)
+    for image in candidates:
+        small = canvas(image, THUMBNAIL, 0)
         if all(float((small - other).square().mean()) > ALIKE**2 for other in seen):
-            different.append(one)
+            different.append(image)
             seen.append(small)
     if len(different) >= LEAST_IMAGES:
         return different
-    what = f"{len(found)} image" + "s" * (len(found) > 1)
-    if len(found) > len(different):
+    what = f"{len(candidates)} image" + "s" * (len(candidates) > 1)
+    if len(candidates) > len(different):
         what += f", of which only {len(different)} differ{'s' * (len(different) == 1)} from the others"
     raise InspectionError(
         f"images holds {what}. What a model adds at a place is told by what different images have in common there: "

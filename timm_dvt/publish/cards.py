@@ -65,7 +65,7 @@ class Facts:
     @classmethod
     def of(cls, model: Any) -> "Facts":
         denoiser = getattr(model, "denoiser", None)
-        own = 0 if denoiser is None else sum(p.numel() for p in denoiser.parameters())
+        parameters = 0 if denoiser is None else sum(p.numel() for p in denoiser.parameters())
         layout: Any = getattr(model, "layout", None) or layout_of(model)
         patch = layout.img_size[0] // layout.grid[0]
         return cls(
@@ -74,17 +74,17 @@ class Facts:
             grid=meant_size(model)[0] // patch,
             prefix=layout.prefix,
             whole=BYTES * sum(p.numel() for p in model.parameters()),
-            denoiser=BYTES * own,
-            describes="" if denoiser is None else f"{_kind(model)} of {own / 1e6:.1f} M parameters",
+            denoiser=BYTES * parameters,
+            describes="" if denoiser is None else f"{_kind(model)} of {parameters / 1e6:.1f} M parameters",
         )
 
 
 def _kind(model: Any) -> str:
     """What the denoisers of a model are."""
     denoisers = model.denoisers()
-    one = denoisers[max(denoisers)]  # all are of one kind
-    count = max(sum(not isinstance(part, nn.ReLU) for part in one.blocks), 1)
-    kind = f"{count} {ARCHITECTURES[one.arch].kind.format(s='s' * (count > 1))}"
+    denoiser = denoisers[max(denoisers)]  # all are of one kind
+    count = max(sum(not isinstance(part, nn.ReLU) for part in denoiser.blocks), 1)
+    kind = f"{count} {ARCHITECTURES[denoiser.arch].kind.format(s='s' * (count > 1))}"
     if list(denoisers) == [model.final_block]:
         return kind
     return f"for each of the blocks {', '.join(map(str, denoisers))}, counted from 0, {kind}, together"

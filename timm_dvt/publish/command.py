@@ -78,12 +78,12 @@ def _push(args: argparse.Namespace) -> None:
             raise UserError("say where to publish the page: --space --repo ORG/NAME")
         push_space(args.target or SPACE, args.repo, args.private, args.create_pr, args.dry_run)
         return
-    one, every = args.target and args.repo, args.all and args.namespace
-    if bool(one) == bool(every) or (every and (args.target or args.repo)):
+    single, every = args.target and args.repo, args.all and args.namespace
+    if bool(single) == bool(every) or (every and (args.target or args.repo)):
         raise UserError("say what to publish and where: FOLDER|NAME --repo ORG/NAME, or --all --namespace NS")
     if every and args.create_pr:
         raise UserError("--create-pr is for one repo that exists, not for --all")
-    if one:
+    if single:
         push(args.target, args.repo, args.private, args.create_pr, args.dry_run)
     else:
         push_all(args.namespace, args.private, args.dry_run)

@@ -205,11 +205,11 @@ def results(variant: Variant) -> list[tuple[str, Source, Numbers]]:
     features = {"raw": "raw", folder: "distilled" if variant.distilled else "denoised"}
     kinds = {kind: numbers_for(variant.backbone, kind) for kind in features}
     return [
-        (features[kind], source, {key: found[source][key] for key in SEVEN if key in found[source]})
+        (features[kind], source, {key: numbers[source][key] for key in SEVEN if key in numbers[source]})
         for source in PUBLISHED
         if source in kinds.get(folder, {})
-        for kind, found in kinds.items()
-        if source in found
+        for kind, numbers in kinds.items()
+        if source in numbers
     ]
 
 

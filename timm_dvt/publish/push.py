@@ -58,7 +58,7 @@ def push(
     if not is_folder and not has_weights(VARIANTS[target]):
         raise UserError(f"nothing has been published for {target}, so there is nothing to push")
     api = HfApi()
-    with told(repo_id):
+    with hub_errors(repo_id):
         there = files_there(api, repo_id, private, create_pr)
         if dry_run and not is_folder:
             return _say_variant(VARIANTS[target], repo_id, there, say)
@@ -98,7 +98,7 @@ def commit(
     if dry_run:
         say(f"{repo_id}: would {'create the repo and ' if there is None else ''}commit {sizes}")
         return True
-    with told(repo_id):
+    with hub_errors(repo_id):
         if there is None:
             sdk = "gradio" if kind == "space" else None
             api.create_repo(repo_id, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk)
@@ -136,7 +136,7 @@ def push_all(namespace: str, private: bool = False, dry_run: bool = False, say: 
 
 
 @contextmanager
-def told(repo_id: str) -> Iterator[None]:
+def hub_errors(repo_id: str) -> Iterator[None]:
     """Tell what the Hub refuses in one line."""
     try:
         yield

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, RepoCard
 
 from timm_dvt.errors import UserError
-from timm_dvt.publish.push import Say, check_id, commit, files_there, is_inside, told
+from timm_dvt.publish.push import Say, check_id, commit, files_there, hub_errors, is_inside
 from timm_dvt.weights.fetching import first_line
 
 FOLDER = "hub_cards/space"
@@ -31,7 +31,7 @@ def push_space(
     check_id(repo_id)
     files = gather(Path(folder))
     api = HfApi()
-    with told(repo_id):
+    with hub_errors(repo_id):
         there = files_there(api, repo_id, private, create_pr, "space")
         if not dry_run:
             api.whoami()
@@ -50,6 +50,6 @@ def gather(folder: Path) -> dict[str, Path]:
     if sdk != "gradio":
         raise UserError(f"{folder / 'README.md'} says sdk: {sdk}; the page is one of Gradio")
     package = Path(str(resources.files("timm_dvt")))
-    own = [path for path in sorted(package.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
-    beside = {path.relative_to(package.parent).as_posix(): path for path in own}
+    package_files = [path for path in sorted(package.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    beside = {path.relative_to(package.parent).as_posix(): path for path in package_files}
     return {name: folder / name for name in FILES} | beside

@@ -3,8 +3,8 @@
     timm-dvt app                                            # http://127.0.0.1:7860
     timm-dvt app --model vit_base_patch14_dinov2.lvd142m_dvt --port 8000
 
-An upload's file is deleted as soon as it is read; of what was computed, the last looks stay in memory. The only module
-that imports Gradio (extra `app`).
+An upload's file is deleted as soon as it is read; of what was computed, the last comparisons stay in memory. The only
+module that imports Gradio (extra `app`).
 """
 
 import os
@@ -22,8 +22,7 @@ from PIL import Image
 
 from timm_dvt.errors import UserError
 from timm_dvt.variants import DEFAULT_MODEL
-from timm_dvt.viewer import page
-from timm_dvt.viewer import pairs as looks
+from timm_dvt.viewer import page, pairs
 from timm_dvt.viewer.examples import EXAMPLES
 from timm_dvt.viewer.studio import Studio
 from timm_dvt.viewer.uploads import KEPT, MAX_PIXELS, SUFFIXES, SWEEPING, Uploads
@@ -43,12 +42,12 @@ except ModuleNotFoundError as e:
     raise UserError(f"the page needs Gradio, and {e.name} is not installed; run: {INSTALL}") from e
 
 LIMITS = f"Your image (up to {MEGABYTES} MB and {MAX_PIXELS / 1e6:.0f} megapixels)"
-Shown = tuple[str, str]  # the key of the look on the page, and its image's name
+Shown = tuple[str, str]  # the key of the comparison on the page, and its image's name
 WAITING = 30  # visitors in the queue
 CLUSTERS = (2, 10)
 CACHE = (SWEEPING, KEPT)  # seconds: how often uploads that nobody took are looked for, and how old those are
 # Gradio's settings of an event. Models compute one at a time; what is only drawn does not wait for them, and of two
-# visitors the one whose look is computed already gets it while the other's is.
+# visitors the one whose comparison is computed already gets it while the other's is.
 HEAVY: dict[str, Any] = {
     "concurrency_id": "model",
     "concurrency_limit": 2,
@@ -119,10 +118,10 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int | None = 
 
 
 def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
-    """The page over a studio, the first look drawn already."""
-    first, count = studio.find(studio.first_look), looks.CLUSTERS
+    """The page over a studio, the first comparison drawn already."""
+    first, count = studio.find(studio.first_comparison), pairs.CLUSTERS
     title = next(iter(EXAMPLES))
-    start = _parts(studio.first_look, title, first, count)
+    start = _parts(studio.first_comparison, title, first, count)
     with gr.Blocks(title="timm-dvt", analytics_enabled=False, fill_width=True) as blocks:
         shown, patch = gr.State(start.pop(0)), gr.State(start.pop(0))
         gr.HTML(page.intro(), js_on_load=None)
@@ -149,7 +148,7 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
     everything = [notice, variant, shown, patch, overview, alike, groups, rest, files]
 
     def show(take: Callable[[], Image.Image], title: str, old: Shown, name: str, count: int) -> Iterator[list[Any]]:
-        """What `everything` becomes, as it comes; after a failure the look, and the variant, that were there before."""
+        """What `everything` becomes, as it comes; after a failure the comparison and variant of before."""
 
         taken: list[Image.Image] = []
 
@@ -166,10 +165,10 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
         def before() -> list[Any]:
             if not taken:  # nothing was drawn yet
                 return [gr.skip()] * 8
-            look = studio.find(old[0])
-            return [look.model, *[gr.skip()] * 2, page.overview(look), *[gr.skip()] * 4]
+            comparison = studio.find(old[0])
+            return [comparison.model, *[gr.skip()] * 2, page.overview(comparison), *[gr.skip()] * 4]
 
-        yield from _told(parts, before)
+        yield from _with_notice(parts, before)
 
     def uploaded(path: str, name: str, count: int, old: Shown) -> Iterator[list[Any]]:
         for parts in show(lambda: uploads.take(path), Path(path).stem, old, name, count):
@@ -193,18 +192,18 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
 
     def chosen(old: Shown, count: int, event: gr.EventData) -> Iterator[list[Any]]:
         def parts() -> Iterator[list[Any]]:
-            look = studio.find(old[0])
-            at = look.clamped(event.row, event.column)
-            yield ["", at, page.alike(look, at), page.downloads(*old, look.model, at, count)]
+            comparison = studio.find(old[0])
+            at = comparison.clamped(event.row, event.column)
+            yield ["", at, page.alike(comparison, at), page.downloads(*old, comparison.model, at, count)]
 
-        yield from _told(parts, lambda: [gr.skip()] * 3)
+        yield from _with_notice(parts, lambda: [gr.skip()] * 3)
 
     def counted(old: Shown, at: tuple[int, int], count: int) -> Iterator[list[Any]]:
         def parts() -> Iterator[list[Any]]:
-            look = studio.find(old[0])
-            yield ["", page.groups(look, count), page.downloads(*old, look.model, at, count)]
+            comparison = studio.find(old[0])
+            yield ["", page.groups(comparison, count), page.downloads(*old, comparison.model, at, count)]
 
-        yield from _told(parts, lambda: [gr.skip()] * 2)
+        yield from _with_notice(parts, lambda: [gr.skip()] * 2)
 
     with blocks:
         upload.upload(
@@ -218,11 +217,12 @@ def build(studio: Studio, uploads: Uploads) -> gr.Blocks:
     return blocks.queue(max_size=WAITING)
 
 
-def _parts(key: str, title: str, look: page.Look, count: int) -> list[Any]:
-    """What a new look changes: its key and name, the patch chosen, and the parts of the page."""
-    at = looks.center(look.off)
-    parts = [page.overview(look), page.alike(look, at), page.groups(look, count), page.rest(look)]
-    return [(key, title), at, *parts, page.downloads(key, title, look.model, at, count)]
+def _parts(key: str, title: str, comparison: page.Comparison, count: int) -> list[Any]:
+    """What a new comparison changes: its key and name, the patch chosen, and the parts of the page."""
+    at = pairs.center(comparison.off)
+    parts = [page.overview(comparison), page.alike(comparison, at), page.groups(comparison, count)]
+    files = page.downloads(key, title, comparison.model, at, count)
+    return [(key, title), at, *parts, page.rest(comparison), files]
 
 
 def _meanwhile(overview: str) -> list[Any]:
@@ -240,24 +240,24 @@ def busy(blocks: gr.Blocks, studio: Studio) -> str:
 
 def _count(asked: Any) -> int:
     """The number of groups nearest to what was asked for; an emptied field asks for none."""
-    return round(min(max(asked, CLUSTERS[0]), CLUSTERS[1])) if isinstance(asked, (int, float)) else looks.CLUSTERS
+    return round(min(max(asked, CLUSTERS[0]), CLUSTERS[1])) if isinstance(asked, (int, float)) else pairs.CLUSTERS
 
 
-def _told(make: Callable[[], Iterator[list[Any]]], before: Callable[[], list[Any]]) -> Iterator[list[Any]]:
+def _with_notice(make: Callable[[], Iterator[list[Any]]], before: Callable[[], list[Any]]) -> Iterator[list[Any]]:
     """An event's outputs, no notice first; or what is wrong, and all else as it was."""
     try:
         yield from make()
         return
     except UserError as e:
-        told = page.sentence(e)
+        message = page.sentence(e)
     except Exception as e:  # whatever it is, a visitor reads what to do, and who serves the page where it came from
         traceback.print_exc(file=sys.stderr)
-        told = page.unforeseen(e)
+        message = page.unforeseen(e)
     try:
         rest = before()
     except UserError:  # no longer kept
         rest = [gr.skip()] * 8
-    yield [page.notice(told), *rest]
+    yield [page.notice(message), *rest]
 
 
 def _read_by(field: Any, read: Callable[[Any], Any]) -> None:
@@ -275,7 +275,7 @@ def _asset(name: str) -> str:
 
 
 def download(studio: Studio) -> Callable[[Request], Response]:
-    """The route that serves `page.KINDS` of a look, made in memory when they are asked for."""
+    """The route that serves `page.KINDS` of a comparison, made in memory when they are asked for."""
 
     def answer(request: Request) -> Response:
         name, asked = request.path_params["name"], request.query_params
@@ -284,7 +284,7 @@ def download(studio: Studio) -> Callable[[Request], Response]:
             for k in ("row", "column", "clusters")
         )
         try:
-            look = studio.find(request.path_params["key"])
+            comparison = studio.find(request.path_params["key"])
         except UserError as e:
             return PlainTextResponse(page.sentence(e), 404)
         if name not in page.KINDS:
@@ -292,7 +292,7 @@ def download(studio: Studio) -> Callable[[Request], Response]:
         count = _count(count)
         # No name here: the page's link has it, so that what one visitor calls an image reaches no other.
         headers = {"Content-Disposition": "attachment", "Cache-Control": "no-store"}
-        content = page.file(look, name, look.clamped(row, column), count)
+        content = page.file(comparison, name, comparison.clamped(row, column), count)
         return Response(content, media_type="application/octet-stream", headers=headers)
 
     return answer

@@ -48,9 +48,9 @@ class Guard:
             return await PlainTextResponse("This page has another name.", 421)(scope, receive, send)
         if scope["method"] not in ("GET", "HEAD") and not path.endswith(POSTS):
             return await PlainTextResponse("There is no such page.", 404)(scope, receive, send)
-        if path.endswith("/queue/join") and (told := self.busy()):
+        if path.endswith("/queue/join") and (refusal := self.busy()):
             # Gradio's page shows what a 429 says; of the 503 with which Gradio itself refuses, it does not.
-            return await JSONResponse({"detail": told}, 429)(scope, receive, send)
+            return await JSONResponse({"detail": refusal}, 429)(scope, receive, send)
         if coming > room:
             return await TOO_LARGE(scope, receive, send)
 

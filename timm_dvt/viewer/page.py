@@ -1,4 +1,4 @@
-"""The page's parts as HTML: what a model saw of an image, with the denoiser off and on. Looks in, text out."""
+"""The page's parts as HTML: what a model saw of an image, with the denoiser off and on. Comparisons in, text out."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from PIL import Image
 
 from timm_dvt.errors import UserError
 from timm_dvt.version import REPOSITORY
-from timm_dvt.viewer import pairs as looks
+from timm_dvt.viewer import pairs
 from timm_dvt.viewer.colors import SCALE, principal_colors
 from timm_dvt.viewer.demo import EXPLANATION, resizing
 from timm_dvt.viewer.examples import on_position
@@ -24,7 +24,7 @@ SOURCE, TIMM = "https://arxiv.org/abs/2401.02957", "https://github.com/huggingfa
 
 
 @dataclass(frozen=True)
-class Look:
+class Comparison:
     """What a model saw of an image.
 
     Attributes:
@@ -48,7 +48,7 @@ class Look:
     def clamped(self, row: object, column: object) -> tuple[int, int]:
         """The patch nearest to what a visitor's browser asked for; the one in the middle if it asked for no number."""
         if not isinstance(row, int) or not isinstance(column, int):
-            return looks.center(self.off)
+            return pairs.center(self.off)
         return min(max(row, 0), self.grid[0] - 1), min(max(column, 0), self.grid[1] - 1)
 
 
@@ -84,23 +84,23 @@ def unforeseen(error: Exception) -> str:
     )
 
 
-def overview(look: Look) -> str:
+def overview(comparison: Comparison) -> str:
     """The photograph with the facts, and both maps in one frame with a bar to drag and a button that flips them.
 
     The bar stands between two columns of patches, so that no patch is seen in both states.
     """
-    off, on = (url(as_image(colors)) for colors in looks.colors(look.off, look.on))
-    rows, columns = look.grid
-    change = resizing(look.original, look.image)
+    off, on = (url(as_image(colors)) for colors in pairs.colors(comparison.off, comparison.on))
+    rows, columns = comparison.grid
+    change = resizing(comparison.original, comparison.image)
     facts = {
-        "variant": look.model,
-        "image": f"{look.image.width} x {look.image.height} pixels{f' ({change})' if change else ''}",
-        "features": f"{rows} x {columns} patches, {look.off.shape[2]} channels",
-        "computed": f"on {look.device}",
+        "variant": comparison.model,
+        "image": f"{comparison.image.width} x {comparison.image.height} pixels{f' ({change})' if change else ''}",
+        "features": f"{rows} x {columns} patches, {comparison.off.shape[2]} channels",
+        "computed": f"on {comparison.device}",
     }
     middle = columns // 2
     maps = (
-        f'<div class="dvt-compare dvt-map" style="--at: {100 * middle / columns:.4f}%; {_aspect(look.image)}">'
+        f'<div class="dvt-compare dvt-map" style="--at: {100 * middle / columns:.4f}%; {_aspect(comparison.image)}">'
         f'<img src="{off}" alt="Features as colors, {STATES[0]}">'
         f'<img class="dvt-over" src="{on}" alt="Features as colors, {STATES[1]}">'
         f'<input class="dvt-bar" type="range" min="0" max="{columns}" value="{middle}" aria-label="Divider, in columns '
@@ -108,12 +108,12 @@ def overview(look: Look) -> str:
         f'<span class="dvt-left">{STATES[0]}</span><span class="dvt-right">{STATES[1]}</span></div>'
         '<p class="dvt-flip"><button class="dvt-toggle" type="button">Flip off and on <kbd>t</kbd></button></p>'
     )
-    position = on_position(look.image)
+    position = on_position(comparison.image)
     hint = (
         f"<strong>{position}</strong> " if position else ""
     ) + "Features as colors: the three principal components of both maps together. Drag the bar, or use the arrow keys."
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{_breakable(value)}</dd>" for name, value in facts.items())
-    return _overview(_photograph(look.image), f"<dl>{listed}</dl>", maps, hint)
+    return _overview(_photograph(comparison.image), f"<dl>{listed}</dl>", maps, hint)
 
 
 def pending(image: Image.Image, off: np.ndarray | None = None) -> str:
@@ -134,56 +134,57 @@ def _overview(photograph: str, facts: str, maps: str, hint: str) -> str:
     )
 
 
-def alike(look: Look, patch: tuple[int, int]) -> str:
+def alike(comparison: Comparison, patch: tuple[int, int]) -> str:
     """The photograph and both maps of similarity, in each of which a patch can be chosen."""
-    pair, scale = looks.similarities(look.off, look.on, patch)
-    name = looks.WORDS["similarities"][0].capitalize()
-    at = f"row {patch[0] + 1} of {look.grid[0]}, column {patch[1] + 1} of {look.grid[1]}"
+    pair, scale = pairs.similarities(comparison.off, comparison.on, patch)
+    name = pairs.WORDS["similarities"][0].capitalize()
+    at = f"row {patch[0] + 1} of {comparison.grid[0]}, column {patch[1] + 1} of {comparison.grid[1]}"
+    maps = (_pick(_map(c, comparison, f"{name}, {s}"), comparison, s, at) for c, s in zip(pair, STATES))
+    figures = "".join(map(_figure, maps, STATES))
     return (
-        f'<section class="dvt-row" style="--row: {patch[0]}; --column: {patch[1]}; --rows: {look.grid[0]}; '
-        f'--columns: {look.grid[1]}"><div class="dvt-text"><h2>{name}</h2><p>Of every patch to the one in the red '
-        f"frame ({at}). Click another in any of the three pictures, or move the frame with the arrow keys.</p>"
-        f"{_pick(_photograph(look.image), look, 'Photograph', at)}{_scale(scale)}</div>"
-        + "".join(_figure(_pick(_map(c, look, f"{name}, {s}"), look, s, at), s) for c, s in zip(pair, STATES))
-        + "</section>"
+        f'<section class="dvt-row" style="--row: {patch[0]}; --column: {patch[1]}; --rows: {comparison.grid[0]}; '
+        f'--columns: {comparison.grid[1]}"><div class="dvt-text"><h2>{name}</h2><p>Of every patch to the one in the '
+        f"red frame ({at}). Click another in any of the three pictures, or move the frame with the arrow keys.</p>"
+        f"{_pick(_photograph(comparison.image), comparison, 'Photograph', at)}{_scale(scale)}</div>"
+        f"{figures}</section>"
     )
 
 
 def heading(kind: str, text: str) -> str:
     """The words of a part whose maps are elsewhere."""
-    return f'<div class="dvt-heading"><h2>{looks.WORDS[kind][0].capitalize()}</h2><p>{text}</p></div>'
+    return f'<div class="dvt-heading"><h2>{pairs.WORDS[kind][0].capitalize()}</h2><p>{text}</p></div>'
 
 
-def groups(look: Look, clusters: int) -> str:
+def groups(comparison: Comparison, clusters: int) -> str:
     """Both maps in clusters."""
-    pair, agreement = looks.groups(look.off, look.on, clusters)
-    if agreement < looks.AGREEING:
+    pair, agreement = pairs.groups(comparison.off, comparison.on, clusters)
+    if agreement < pairs.AGREEING:
         return (
             f'<p class="dvt-unsure">k-means finds other groups when it starts elsewhere (only {agreement:.0%} of the '
             f"patches keep theirs), so that {clusters} groups would show chance. Choose another number.</p>"
         )
-    return f'<section class="dvt-pair">{_both(look, pair, STATES, f"{clusters} groups")}</section>'
+    return f'<section class="dvt-pair">{_both(comparison, pair, STATES, f"{clusters} groups")}</section>'
 
 
-def rest(look: Look) -> str:
+def rest(comparison: Comparison) -> str:
     """The norms, and what was removed."""
-    lengths, removed = looks.lengths(look.off, look.on), looks.removed(look.off, look.on)
+    lengths, removed = pairs.lengths(comparison.off, comparison.on), pairs.removed(comparison.off, comparison.on)
     parts = [
         _section(
             "removed",
             "Off minus on. What depends on the place and not on the image is noise.",
             removed[1],
-            _both(look, removed[0], ("as colors", "its length"), "Removed"),
+            _both(comparison, removed[0], ("as colors", "its length"), "Removed"),
         )
     ]
-    if not looks.have_one_length(look.off, look.on):  # two maps alike would say nothing
+    if not pairs.have_one_length(comparison.off, comparison.on):  # two maps alike would say nothing
         words = "Their norm, both maps on one scale. Single bright patches are outlier tokens."
-        parts.insert(0, _section("lengths", words, lengths[1], _both(look, lengths[0], STATES, "Length")))
+        parts.insert(0, _section("lengths", words, lengths[1], _both(comparison, lengths[0], STATES, "Length")))
     return "".join(parts)
 
 
 def downloads(key: str, title: str, model: str, patch: tuple[int, int], clusters: int) -> str:
-    """Links to the files of a look, named after the image and the variant; the picture's shows the patch and the
+    """Links to the files of a comparison, named after the image and the variant; the picture's shows the patch and the
     clusters that are on the page."""
     chosen = f"?row={patch[0]}&column={patch[1]}&clusters={clusters}"
     stem = re.sub(r"[^\w.-]+", "-", f"{title}_{model}")[-150:].strip("-.")
@@ -196,19 +197,20 @@ def downloads(key: str, title: str, model: str, patch: tuple[int, int], clusters
 # ---- what can be downloaded
 
 
-def file(look: Look, name: str, patch: tuple[int, int], clusters: int) -> bytes:
+def file(comparison: Comparison, name: str, patch: tuple[int, int], clusters: int) -> bytes:
     """The content of one of `KINDS`: the demo's picture, or both maps, (2, H, W, C) or by name, float32."""
     content = io.BytesIO()
     if name == "picture.png":
-        shown = Shown(look.image, look.off, look.on, ("", ""), patch, clusters)
-        draw([shown], f"timm-dvt: {look.model}", EXPLANATION).save(content, "PNG")
+        shown = Shown(comparison.image, comparison.off, comparison.on, ("", ""), patch, clusters)
+        draw([shown], f"timm-dvt: {comparison.model}", EXPLANATION).save(content, "PNG")
         return content.getvalue()
     if name == "maps.npy":
-        np.save(content, np.stack([look.off, look.on]))
+        np.save(content, np.stack([comparison.off, comparison.on]))
         return content.getvalue()
     from safetensors.numpy import save
 
-    return save({"off": np.ascontiguousarray(look.off), "on": np.ascontiguousarray(look.on)}, {"model": look.model})
+    maps = {"off": np.ascontiguousarray(comparison.off), "on": np.ascontiguousarray(comparison.on)}
+    return save(maps, {"model": comparison.model})
 
 
 # ---- pieces
@@ -226,23 +228,23 @@ def gradient() -> str:
     return ", ".join(f"rgb({', '.join(str(round(float(c) * 255)) for c in color)})" for color in SCALE)
 
 
-def _section(kind: str, text: str, scale: looks.Scale, maps: str) -> str:
-    words = f"<h2>{looks.WORDS[kind][0].capitalize()}</h2><p>{text}</p>"
+def _section(kind: str, text: str, scale: pairs.Scale, maps: str) -> str:
+    words = f"<h2>{pairs.WORDS[kind][0].capitalize()}</h2><p>{text}</p>"
     return f'<section class="dvt-row"><div class="dvt-text">{words}{_scale(scale)}</div>{maps}</section>'
 
 
-def _both(look: Look, pair: Sequence[np.ndarray], captions: Sequence[str], name: str) -> str:
-    return "".join(_figure(_map(c, look, f"{name}, {s}"), s) for c, s in zip(pair, captions))
+def _both(comparison: Comparison, pair: Sequence[np.ndarray], captions: Sequence[str], name: str) -> str:
+    return "".join(_figure(_map(c, comparison, f"{name}, {s}"), s) for c, s in zip(pair, captions))
 
 
 def _figure(content: str, caption: str) -> str:
     return f"<figure><figcaption>{escape(caption)}</figcaption>{content}</figure>"
 
 
-def _map(colors: np.ndarray, look: Look, alt: str) -> str:
+def _map(colors: np.ndarray, comparison: Comparison, alt: str) -> str:
     """One pixel a patch; the browser enlarges it without smoothing."""
     picture = f'<img src="{url(as_image(colors))}" alt="{escape(alt)}">'
-    return f'<div class="dvt-map" style="{_aspect(look.image)}">{picture}</div>'
+    return f'<div class="dvt-map" style="{_aspect(comparison.image)}">{picture}</div>'
 
 
 def _photograph(image: Image.Image) -> str:
@@ -250,17 +252,16 @@ def _photograph(image: Image.Image) -> str:
     return f'<div class="dvt-photograph" style="{_aspect(image)}">{picture}</div>'
 
 
-def _pick(content: str, look: Look, name: str, at: str) -> str:
+def _pick(content: str, comparison: Comparison, name: str, at: str) -> str:
     """A picture in which a patch can be chosen, with a frame around the one that is."""
     return (
         f'<div class="dvt-pick" tabindex="0" role="application" aria-label="{escape(name)}. Patch in {at}. Arrow keys '
-        f'choose another." data-rows="{look.grid[0]}" data-columns="{look.grid[1]}" style="{_ratio(look.image)}">'
-        f"{content}"
-        f'<span class="dvt-frame"></span></div>'
+        f'choose another." data-rows="{comparison.grid[0]}" data-columns="{comparison.grid[1]}" '
+        f'style="{_ratio(comparison.image)}">{content}<span class="dvt-frame"></span></div>'
     )
 
 
-def _scale(scale: looks.Scale) -> str:
+def _scale(scale: pairs.Scale) -> str:
     low, high = (f"{end:.3g}" for end in scale)
     return f'<div class="dvt-scale"><span>{low}</span><i></i><span>{high}</span></div>'
 

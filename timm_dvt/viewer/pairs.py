@@ -36,9 +36,9 @@ def patterns(maps: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[Project
     The components are those of the first two, at equal weight, for the question is what these have in common; the
     contrast of each projection is stretched to its map.
     """
-    centered = [one - one.mean(axis=(0, 1)) for one in maps]
-    projection = fit_projection(np.stack([one / max(one.std(), 1e-12) for one in centered[:2]]))
-    return centered, [projection.ranged_on(one) for one in centered]
+    centered = [features - features.mean(axis=(0, 1)) for features in maps]
+    projection = fit_projection(np.stack([features / max(features.std(), 1e-12) for features in centered[:2]]))
+    return centered, [projection.ranged_on(features) for features in centered]
 
 
 def groups(off: np.ndarray, on: np.ndarray, clusters: int = CLUSTERS) -> tuple[Pair, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from timm_dvt.viewer import pairs as looks
+from timm_dvt.viewer import pairs
 from timm_dvt.viewer.colors import heat
 
 WIDTH, MARGIN, GAP, BAR = 2 * 838, 28, 20, 18
@@ -38,7 +38,7 @@ class Shown:
     on: np.ndarray
     remarks: tuple[str, str]
     patch: tuple[int, int] | None = None
-    clusters: int = looks.CLUSTERS
+    clusters: int = pairs.CLUSTERS
 
 
 def draw(shown: Sequence[Shown], title: str, lines: Sequence[str], note: str = "") -> Image.Image:
@@ -56,7 +56,7 @@ def draw(shown: Sequence[Shown], title: str, lines: Sequence[str], note: str = "
     texts += [(line, TEXT, FAINT) for line in _wrapped(pen, " ".join(lines), TEXT)]
     texts += [(line, TEXT, WARNING) for line in _wrapped(pen, note, TEXT)]
     legend = [(line, TEXT, FAINT) for line in _wrapped(pen, LEGEND, TEXT)]
-    parts = [_words(texts), *(_block(one) for one in shown), _words(legend)]
+    parts = [_words(texts), *(_block(example) for example in shown), _words(legend)]
     sheet = Image.new("RGB", (WIDTH, sum(part.height for part in parts) + MARGIN), PAPER)
     top = 0
     for part in parts:
@@ -68,26 +68,26 @@ def draw(shown: Sequence[Shown], title: str, lines: Sequence[str], note: str = "
 def _block(shown: Shown) -> Image.Image:
     """A photograph, what was removed of its features below it, and the maps of both states."""
     rows, columns = shown.off.shape[:2]
-    maps, patch = (shown.off, shown.on), shown.patch or looks.center(shown.off)
-    drawn: dict[str, tuple[looks.Pair, looks.Scale | None]] = {
-        "colors": (looks.colors(*maps), None),
-        "similarities": looks.similarities(*maps, patch),
+    maps, patch = (shown.off, shown.on), shown.patch or pairs.center(shown.off)
+    drawn: dict[str, tuple[pairs.Pair, pairs.Scale | None]] = {
+        "colors": (pairs.colors(*maps), None),
+        "similarities": pairs.similarities(*maps, patch),
     }
-    groups, agreement = looks.groups(*maps, shown.clusters)
-    if agreement >= looks.AGREEING:
+    groups, agreement = pairs.groups(*maps, shown.clusters)
+    if agreement >= pairs.AGREEING:
         drawn["groups"] = groups, None
-    if not looks.have_one_length(*maps):  # two maps alike would say nothing
-        drawn["lengths"] = looks.lengths(*maps)
+    if not pairs.have_one_length(*maps):  # two maps alike would say nothing
+        drawn["lengths"] = pairs.lengths(*maps)
     pitch = (WIDTH - 2 * MARGIN + GAP) // (1 + len(drawn))
     side = max(1, min((pitch - GAP) // columns, int((pitch - GAP) * TALLEST) // rows))  # all patches are drawn alike
     width, height = side * columns, side * rows
     tops = 2 * LINE, 3 * LINE + height
     sheet = Image.new("RGB", (WIDTH, tops[1] + height + LINE + 2 * BAR), PAPER)
     pen = ImageDraw.Draw(sheet)
-    removed = as_image(looks.removed(*maps)[0][0]).resize((width, height), Image.Resampling.NEAREST)
+    removed = as_image(pairs.removed(*maps)[0][0]).resize((width, height), Image.Resampling.NEAREST)
     first = shown.image.resize((width, height), Image.Resampling.LANCZOS), removed
     lefts = [MARGIN + i * pitch for i in range(1 + len(drawn))]
-    off, on = looks.centered(*maps)
+    off, on = pairs.centered(*maps)
     share = float(((off - on) ** 2).sum() / max((off**2).sum(), 1e-30)) ** 0.5
     states = zip(("denoiser off", "denoiser on"), shown.remarks)
     for row, (top, words, (state, remark)) in enumerate(zip(tops, ("photograph", f"removed {share:.0%}"), states)):

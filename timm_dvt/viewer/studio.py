@@ -1,4 +1,4 @@
-"""What the visitors of the page share: models, one of which computes at a time, and the last looks; all bounded."""
+"""What visitors of the page share: models, one of which computes at a time, and the last comparisons; all bounded."""
 
 import hashlib
 import secrets
@@ -19,13 +19,13 @@ from timm_dvt.errors import UserError
 from timm_dvt.registry import VARIANTS
 from timm_dvt.viewer.demo import load_denoised, patch_tokens, prepare
 from timm_dvt.viewer.examples import EXAMPLES
-from timm_dvt.viewer.page import Look
+from timm_dvt.viewer.page import Comparison
 
-LOOKS, MODELS = 16, 2  # kept in memory; a look is 9 MB with a ViT-S and 17 MB with a ViT-L
+COMPARISONS, MODELS = 16, 2  # kept in memory; a comparison is 9 MB with a ViT-S and 17 MB with a ViT-L
 
 
 class Studio:
-    """What all visitors share: the models, one of which computes at a time, and the last looks.
+    """What all visitors share: the models, one of which computes at a time, and the last comparisons.
 
     Args:
         model: the variant that is chosen first; loaded at once, and shown the first example for the page's start.
@@ -39,16 +39,16 @@ class Studio:
         self.lock = threading.Lock()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.models: OrderedDict[str, nn.Module] = OrderedDict({model: load_denoised(model).to(self.device)})
-        self.looks: OrderedDict[str, Look] = OrderedDict()
-        self.kept: dict[str, Look] = {}
-        self.keys: OrderedDict[tuple, str] = OrderedDict()  # of the looks, by image and variant
-        self.seconds = 0.0  # that the last look took
+        self.comparisons: OrderedDict[str, Comparison] = OrderedDict()
+        self.kept: dict[str, Comparison] = {}
+        self.keys: OrderedDict[tuple, str] = OrderedDict()  # of the comparisons, by image and variant
+        self.seconds = 0.0  # that the last comparison took
         self.names = [v.name for v in VARIANTS.values() if not v.distilled and v.source != "no weights"]
         if model not in self.names:
             self.names.insert(0, model)
         steps = self.steps(next(iter(EXAMPLES.values()))(), model)
-        *_, self.first_look = tqdm(steps, "first example", unit="state", total=2, leave=False)
-        self.kept[self.first_look] = self.looks.pop(self.first_look)  # each visit starts with it
+        *_, self.first_comparison = tqdm(steps, "first example", unit="state", total=2, leave=False)
+        self.kept[self.first_comparison] = self.comparisons.pop(self.first_comparison)  # each visit starts with it
 
     def steps(self, image: Image.Image, name: str) -> Iterator[np.ndarray | str]:
         """Show an image to a variant: its features (H, W, C) with the denoiser off, as soon as they are there, and
@@ -63,28 +63,30 @@ class Studio:
             raise UserError(f"{name!r} is not one of the variants")
         content = (hashlib.sha256(image.tobytes()).digest(), image.size, name)
         key = self.keys.get(content, "")
-        if key not in self.looks and key not in self.kept:
+        if key not in self.comparisons and key not in self.kept:
             start = time.perf_counter()
             _, off = self._features(image, name, False)
             yield off
             resized, on = self._features(image, name, True)
             key = secrets.token_urlsafe(16)
-            _keep(self.looks, key, Look(name, self.device, image, resized, off, on), LOOKS)
-            _keep(self.keys, content, key, 2 * LOOKS)
+            _keep(self.comparisons, key, Comparison(name, self.device, image, resized, off, on), COMPARISONS)
+            _keep(self.keys, content, key, 2 * COMPARISONS)
             self.seconds = time.perf_counter() - start
         yield key
 
-    def look(self, image: Image.Image, name: str) -> str:
+    def compare(self, image: Image.Image, name: str) -> str:
         """The key of what a variant saw of an image; see `steps`."""
         *_, key = self.steps(image, name)
         return str(key)
 
-    def find(self, key: str) -> Look:
-        """The look of a key. Raises UserError where it had to make room for others."""
-        found = self.looks.get(key) or self.kept.get(key)  # no lock: a click must not wait for another's model
-        if found is None:
+    def find(self, key: str) -> Comparison:
+        """The comparison of a key. Raises UserError where it had to make room for others."""
+        comparison = self.comparisons.get(key) or self.kept.get(
+            key
+        )  # no lock: a click must not wait for another's model
+        if comparison is None:
             raise UserError("This image is no longer kept, because others came since. Choose it again")
-        return found
+        return comparison
 
     @torch.inference_mode()
     def _features(self, image: Image.Image, name: str, state: bool) -> tuple[Image.Image, np.ndarray]:

@@ -81,7 +81,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     named = stem if stem in {row.backbone for row in ROWS} else None
     # A file of ours says what grids the embeddings are of, as "4x9".
     sides = {key: re.fullmatch(r"(\d{1,4})x(\d{1,4})", metadata.get(key, "")) for key in ("pos_embed", "pos_embed_out")}
-    grids = {key: (int(found[1]), int(found[2])) for key, found in sides.items() if found}
+    grids = {key: (int(match[1]), int(match[2])) for key, match in sides.items() if match}
     return Checkpoint(path, *_split(_unwrap(content, path), path), metadata.get("backbone") or named, grids)
 
 
@@ -190,8 +190,8 @@ def denoiser_for(
     denoisers = {}
     for block in layers:
         prefix = f"layers.{block}."
-        own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-        denoisers[block] = _one_denoiser(own, new, grids, path, f"denoiser.{prefix}")
+        layer_state = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+        denoisers[block] = _one_denoiser(layer_state, new, grids, path, f"denoiser.{prefix}")
     return LayerDenoisers(denoisers, (depth or layers[-1] + 1) - 1)
 
 
@@ -247,13 +247,13 @@ def check_state(
         if key in state and key not in adapts and key not in optional and state[key].shape != wanted[key].shape
     ]
     strange = [f"{prefix}{key} of {x.dtype}" for key, x in state.items() if x.is_floating_point() == (key in whole)]
-    found = {
+    mismatches = {
         "missing keys": missing,
         "unexpected keys": unexpected,
         "wrong shapes": shapes,
         "numbers of another kind than the model's": strange,
     }
-    problems = [f"{what}: {_some(keys)}" for what, keys in found.items() if keys]
+    problems = [f"{what}: {_some(keys)}" for what, keys in mismatches.items() if keys]
     if problems:
         raise CheckpointError(f"{path}: not weights for this model; nothing was loaded. {'; '.join(problems)}.")
 

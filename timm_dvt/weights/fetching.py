@@ -211,9 +211,9 @@ def locate(cfg: dict, backbone: str, whole: bool = False, cache_dir: str | os.Pa
     """
     if cfg.get("source") != "hf-hub" and cfg.get("file"):
         return str(cfg["file"])
-    own = hub_file(cfg)
-    if own:
-        return fetch(*own, cache_dir, needed=[own, *([] if whole else backbone_files(backbone)[:1])])
+    weights_file = hub_file(cfg)
+    if weights_file:
+        return fetch(*weights_file, cache_dir, needed=[weights_file, *([] if whole else backbone_files(backbone)[:1])])
     if cfg.get("url"):
         return download_cached_file(cfg["url"], check_hash=False, cache_dir=cache_dir)
     raise WeightsNotFoundError(

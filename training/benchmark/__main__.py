@@ -11,15 +11,15 @@ import training.benchmark as package
 
 
 def main(argv: list[str]) -> int:
-    found = {m.name: _says(m.name) for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")}
+    benchmarks = {m.name: _says(m.name) for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")}
     parser = argparse.ArgumentParser(
         prog="python -m training.benchmark",
         usage="%(prog)s NAME [options]",
         description="Run one benchmark; NAME --help tells its options.",
-        epilog="\n".join(f"  {name:16} {says}" for name, says in sorted(found.items())),
+        epilog="\n".join(f"  {name:16} {says}" for name, says in sorted(benchmarks.items())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="NAME", choices=sorted(found), help="one of those below")
+    parser.add_argument("name", metavar="NAME", choices=sorted(benchmarks), help="one of those below")
     name = parser.parse_args(argv[:1]).name
     return importlib.import_module(f"{package.__name__}.{name}").main(argv[1:])
 

@@ -15,9 +15,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from timm_dvt.loading import pick_device
 from training.benchmark._hardware import hardware, waiting
 from training.common.backbone import FeatureReader
-from training.common.models import pick_device
 from training.common.views import render_views
 from training.evaluate.position.share import position_share
 from training.stage1.decompose import Stage1Settings, decompose, image_views
@@ -101,8 +101,8 @@ def time_once(run: Run, views: int) -> dict[str, Any]:
     start = now()
     decompose(model, image, settings, progress=bare)
     stage1 = now() - start - forward
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    peak = torch.cuda.max_memory_allocated(device) / 2**20 if gpu else own
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if gpu else resident
     return {"forward": forward, "stage1": stage1, "peak": peak, "where": hardware(device)}
 
 
@@ -132,5 +132,5 @@ def stability(name: str, pretrained: bool, input_size: int | None, views: int) -
 
 
 if __name__ == "__main__":
-    told, count = json.loads(sys.argv[1])
-    print(json.dumps(time_once(Run(**told), count)))
+    options, count = json.loads(sys.argv[1])
+    print(json.dumps(time_once(Run(**options), count)))

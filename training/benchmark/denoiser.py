@@ -31,11 +31,11 @@ def unseen_error(folder: Path | None, world: World, first: int, count: int) -> f
     errors = []
     for image in range(first, first + count):
         maps = world.maps(image)
-        found = maps["raw"]
+        features = maps["raw"]
         if denoiser is not None:
             with torch.no_grad():
-                found = denoiser(found.flatten(0, 1)[None], grid)[0].unflatten(0, grid)
-        errors.append(relative_error(found, maps["clean"]))
+                features = denoiser(features.flatten(0, 1)[None], grid)[0].unflatten(0, grid)
+        errors.append(relative_error(features, maps["clean"]))
     return sum(errors) / len(errors)
 
 

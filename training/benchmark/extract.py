@@ -36,8 +36,8 @@ def write_photographs(folder: Path, count: int) -> None:
     folder.mkdir()
     for i in range(count):
         layers = [draw.normal(0, 30, (side * 3 // 4, side, 3)).clip(-127, 127) for side in (4, 16, 64, 500)]
-        sized = [Image.fromarray((one + 128).astype(np.uint8)).resize((500, 375)) for one in layers]
-        mixed = np.mean([np.asarray(one, np.float32) for one in sized], axis=0)
+        sized = [Image.fromarray((pixels + 128).astype(np.uint8)).resize((500, 375)) for pixels in layers]
+        mixed = np.mean([np.asarray(pixels, np.float32) for pixels in sized], axis=0)
         Image.fromarray(mixed.astype(np.uint8)).save(folder / f"{i:05d}.jpg", quality=90)
 
 

@@ -11,10 +11,10 @@ import time
 import torch
 
 from timm_dvt.bars import tqdm
+from timm_dvt.loading import pick_device
 from training.benchmark._hardware import hardware
 from training.common.command import command_parser
 from training.common.memory import keep_freed_memory
-from training.common.models import pick_device
 from training.stage1.field.backends import BACKENDS
 from training.stage1.field.fit import REPORT_EVERY, FieldSettings, fit_field
 

@@ -24,10 +24,10 @@ from torch import nn
 import timm_dvt
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError
+from timm_dvt.loading import pick_device
 from timm_dvt.registry import VARIANTS
 from training.benchmark._hardware import hardware, waiting
 from training.common.command import command_parser
-from training.common.models import pick_device
 
 MODELS = ("vit_small_patch14_dinov2.lvd142m_dvt", "vit_base_patch14_dinov2.lvd142m_dvt")
 # One block in twelve is 1.083, the floor of the second line.
@@ -272,11 +272,11 @@ def main(argv: Sequence[str]) -> int:
                     print(f"\n{name}, {size} px, batch {batch}")
                     times = (f"{key} {statistics.median(s) * 1e3:.4g}" for key, s in seconds.items())
                     print(f"  milliseconds ({args.clock} time): " + ", ".join(times))
-                    found = paired(seconds)
+                    measured = paired(seconds)
                     if not args.compile:  # which has no inside to time
-                        found.append(measure_within(model, images, args.rounds, clock))
-                    print(HEAD, *(c.line() for c in found), sep="\n", flush=True)
-                    comparisons += found
+                        measured.append(measure_within(model, images, args.rounds, clock))
+                    print(HEAD, *(c.line() for c in measured), sep="\n", flush=True)
+                    comparisons += measured
     missed = sum(c.median > c.bar for c in comparisons)
     print(f"\n{len(comparisons) - missed} of {len(comparisons)} bars passed")
     return 1 if missed else 0

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
+from timm_dvt.loading import pick_device
 from training.benchmark._hardware import hardware
 from training.benchmark._scenes import REGIMES
 from training.benchmark._synthetic_pairs import MODELS, World
 from training.common.command import command_parser
 from training.common.memory import keep_freed_memory
-from training.common.models import pick_device
 from training.loop.distance import norm_distance
 from training.loop.optimization import make_adamw, set_learning_rate
 from training.loop.order import positions

@@ -20,8 +20,8 @@ from torch.nn.functional import interpolate, normalize, one_hot
 
 from timm_dvt.bars import tqdm
 from timm_dvt.image_files import load_image
+from timm_dvt.loading import load_model, pick_device
 from training.common.command import command_parser
-from training.common.models import load_model, pick_device
 from training.evaluate.data.datasets import open_dataset
 from training.evaluate.segmentation.score import resize_mask
 from training.stage1.decompose import Stage1Settings, decompose
@@ -29,7 +29,7 @@ from training.stage1.decompose import Stage1Settings, decompose
 METHODS = ("F between the patches", "F, bilinear", "raw - G, bilinear", "raw, bilinear")
 
 
-def told_right(features: Tensor, labels: Tensor) -> Tensor:
+def classified_right(features: Tensor, labels: Tensor) -> Tensor:
     """Which places (R, R) have features (R, R, C) nearer to their own class's mean than to another's."""
     tokens = normalize(features.flatten(0, 1), dim=-1)
     classes, names = labels.flatten().unique(return_inverse=True)
@@ -73,17 +73,17 @@ def main(argv: list[str]) -> int:
             labels = resize_mask(split.annotation(index), resolution).long()
             borders.append(near_borders(labels, args.scale))
             maps = (part.semantics, part.raw - part.artifacts, part.raw)
-            found = (part.at(resolution, resolution), *(upsampled(one, resolution) for one in maps))
-            for method, features in zip(METHODS, found, strict=True):
-                right[method].append(told_right(features, labels))
+            resampled = (part.at(resolution, resolution), *(upsampled(coarse, resolution) for coarse in maps))
+            for method, features in zip(METHODS, resampled, strict=True):
+                right[method].append(classified_right(features, labels))
         border = torch.stack(borders)
         print(f"{views} views, {len(borders)} images, {args.scale} x {args.scale} places a patch; told right, in %:")
         for method, places in right.items():
-            told = torch.stack(places).float()
+            correct = torch.stack(places).float()
             passes = views if method != "raw, bilinear" else 1
             print(
-                f"  {method:24s} near borders {100 * told[border].mean():5.1f}  elsewhere "
-                f"{100 * told[~border].mean():5.1f}  forward passes {passes}",
+                f"  {method:24s} near borders {100 * correct[border].mean():5.1f}  elsewhere "
+                f"{100 * correct[~border].mean():5.1f}  forward passes {passes}",
                 flush=True,
             )
     return 0

@@ -88,8 +88,8 @@ class FeatureReader:
         self.patch = int(patch_height)
         self.depth = self.layout.maps
         self.layers = _resolve_layers(layers, self.depth)
-        own = default_input_size(self.patch) if resizable else made_for[0]
-        self.input_size = own if input_size is None else input_size
+        default_size = default_input_size(self.patch) if resizable else made_for[0]
+        self.input_size = default_size if input_size is None else input_size
         self.stride = self.patch if stride is None else stride
         if not 1 <= self.stride <= self.patch:
             raise UserError(f"stride must be from 1 to the patch size {self.patch}, got {self.stride}")

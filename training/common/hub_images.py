@@ -34,11 +34,11 @@ def fetch_images(name: str, most: int, folder: Path) -> Path:
     with SharedFolder(notes) as shared, shared.claim("images", wait=True):
         missing: Iterator[bytes] = iter(())
         if not (done.exists() and folder.is_dir()):
-            found = stream_images(name)
-            first = next(found, None)  # what cannot be read is told before the folder is the data set's
+            stream = stream_images(name)
+            first = next(stream, None)  # what cannot be read is told before the folder is the data set's
             if first is None:
                 raise UserError(f"{name} holds no images")
-            missing = chain([first], found)
+            missing = chain([first], stream)
         shared.settle({"data_set": name, "images": most})
         for number, data in enumerate(tqdm(islice(missing, most), "images", most, leave=False, unit="image")):
             path = folder / f"{number:06d}{SUFFIXES.get(data[:2], '.png')}"

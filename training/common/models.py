@@ -3,45 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import nn
-
-import timm_dvt  # noqa: F401  registers the *_dvt names
 from timm_dvt.attach import Denoised, check_supported, remove_denoiser
 from timm_dvt.errors import UserError
-from timm_dvt.layouts import check_rgb, input_size
-from timm_dvt.loading import create_model, did_you_mean, pick_device, weights_digest  # noqa: F401  handed on
+from timm_dvt.layouts import input_size
+from timm_dvt.loading import load_model, weights_digest
 from timm_dvt.reading import fit_to
 from timm_dvt.weights.saving import recorded_arguments
 
 DENOISER = "denoiser."  # how the names of a denoiser's weights begin; stage 1 reads a backbone without it
-
-
-def load_model(name: str, *, pretrained: bool = True, seed: int = 0, **options: Any) -> nn.Module:
-    """A timm model in eval mode, on the CPU.
-
-    Args:
-        name: whatever timm.create_model takes, and the `*_dvt` names of this package.
-        pretrained: with its weights, from timm's cache, the hub or the folder named; else random ones.
-        seed: of random weights: same seed, same weights.
-        options: further arguments of the model.
-
-    Raises:
-        ValueError: no such model, or no weights to be had for it, or it takes no RGB images; the message says what
-            else can be done.
-    """
-    torch.manual_seed(seed)
-    try:
-        model = create_model(name, pretrained, **options).eval()
-    except Exception as error:  # timm, its hub client and torch each raise their own kinds
-        if not pretrained:
-            raise UserError(f"timm makes no model {name!r}: {error}{did_you_mean(name)}") from error
-        raise UserError(
-            f"timm loads no model {name!r} with pretrained weights: {error}\nWithout a network, name a "
-            f"folder that holds it (local-dir:FOLDER), or take random weights (--no-pretrained){did_you_mean(name)}"
-        ) from error
-    check_rgb(model)
-    return model
 
 
 def check_backbone(name: str) -> dict[str, bool]:
@@ -56,7 +25,7 @@ def check_backbone(name: str) -> dict[str, bool]:
     any_size = {"dynamic_img_size": True}
     try:
         sketch = load_model(name, pretrained=False, device="meta", **any_size)
-    except ValueError:
+    except (ValueError, TypeError):  # its class has no such argument
         any_size = {}
         sketch = load_model(name, pretrained=False, device="meta")
     check_supported(_without_denoiser(sketch))

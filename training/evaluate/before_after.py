@@ -108,8 +108,8 @@ def measure(
     if statistics["raw"].count < 2:
         raise UserError("fewer than two of the images held out can be read")
     numbers = {
-        state: {"share": 100 * one.share(), "zero": map_correlation(zero.cpu().numpy(), one.mean_map().numpy())}
-        for state, one in statistics.items()
+        state: {"share": 100 * sums.share(), "zero": map_correlation(zero.cpu().numpy(), sums.mean_map().numpy())}
+        for state, sums in statistics.items()
     }
     patterns, picture = blanks(extractor)
     for state, pattern in patterns.items():

@@ -58,8 +58,8 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     right = []
     for path, pair in zip(tqdm(sources.split.images, desc=f"pairs ({run.state})", leave=False), pairs):
         first, second = features.maps([place[path], place[pair.target]], run.state)
-        found = nearest_places(first, second, pair, settings.search_size).cpu()
-        distance = (found - pair.target_points).norm(dim=1)
+        predicted = nearest_places(first, second, pair, settings.search_size).cpu()
+        distance = (predicted - pair.target_points).norm(dim=1)
         right.append((distance <= settings.alpha * pair.extent).double())
     shares: dict[str, list[float]] = {}
     for pair, hits in zip(pairs, right):
@@ -87,5 +87,5 @@ def nearest_places(source: Tensor, target: Tensor, pair: PointPair, search_size:
     width, height = (search_size, search_size) if search_size else pair.target_size
     pixels = upsample(maps[1], (height, width))[0].flatten(1)
     best = (normalize(tokens) @ normalize(pixels, dim=0)).argmax(1)
-    found = torch.stack([best % width, best // width], 1) + 0.5
-    return found / torch.tensor([width, height]).to(found) * torch.tensor(pair.target_size).to(found) - 0.5
+    predicted = torch.stack([best % width, best // width], 1) + 0.5
+    return predicted / torch.tensor([width, height]).to(predicted) * torch.tensor(pair.target_size).to(predicted) - 0.5

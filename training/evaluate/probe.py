@@ -134,22 +134,22 @@ class Validations:
     def __init__(self, head: nn.Module, run: Run, every: int, measure: Callable[[], dict[str, float]]) -> None:
         self.head, self.every, self._measure = head, every, measure
         self._file = None if run.checkpoint is None else run.checkpoint.with_suffix(".validations")
-        self._found: dict[str, dict[str, float]] = {}
+        self._validations: dict[str, dict[str, float]] = {}
         if self._file is not None and self._file.exists():
-            self._found = json.loads(self._file.read_text())
+            self._validations = json.loads(self._file.read_text())
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:
         """Measure after so many steps; nothing comes back for the log."""
         self.head.eval()
-        self._found[str(step)] = self._measure()
+        self._validations[str(step)] = self._measure()
         self.head.train()
         if self._file is not None:
-            write_json(self._file, self._found)
+            write_json(self._file, self._validations)
         return {}
 
     def best(self, key: str) -> dict[str, float]:
         """The numbers with the largest `key`; with KEY/last, that after the last step, and best_step."""
-        last = self._found[max(self._found, key=int)]
-        step = max(sorted(self._found, key=int), key=lambda step: self._found[step][key])
-        return {**self._found[step], f"{key}/last": last[key], "best_step": float(step)}
+        last = self._validations[max(self._validations, key=int)]
+        step = max(sorted(self._validations, key=int), key=lambda step: self._validations[step][key])
+        return {**self._validations[step], f"{key}/last": last[key], "best_step": float(step)}

@@ -97,7 +97,7 @@ def _scores(clip: Features, settings: Settings, run: Run) -> dict[str, tuple[flo
     labels = adaptive_avg_pool2d(shares, clip.grid).flatten(1).T.to(run.device)
     near = window(clip.grid, tuple(first.shape), settings.radius).to(run.device)
     maps = (each for _, batch in clip.batches(run.state, f"{video.name} ({run.state})") for each in batch)
-    found: dict[int, list[tuple[float, float]]] = {label: [] for label in objects}
+    scores: dict[int, list[tuple[float, float]]] = {label: [] for label in objects}
     for frame, soft in enumerate(propagate(maps, labels, near, settings), 1):
         if frame == len(video) - 1:
             break
@@ -107,8 +107,8 @@ def _scores(clip: Features, settings: Settings, run: Run) -> dict[str, tuple[flo
         counts = true != IGNORE
         for channel, label in enumerate(objects, 1):
             pair = ((predicted == channel) & counts, true == label)
-            found[label].append((region_similarity(*pair), contour_accuracy(*pair)))
-    return {f"{video.name}/{label}": tuple(np.mean(pairs, 0).tolist()) for label, pairs in found.items()}
+            scores[label].append((region_similarity(*pair), contour_accuracy(*pair)))
+    return {f"{video.name}/{label}": tuple(np.mean(pairs, 0).tolist()) for label, pairs in scores.items()}
 
 
 def window(grid: int, frame: tuple[int, ...], radius: float) -> Tensor:

@@ -140,13 +140,13 @@ def evaluate(
     states: dict[str, list[dict[str, float]]] = {}
     seconds = 0.0
     for data, wanted in groups:
-        own = {**facts, "features": {part: features.keys for part, features in data.items()}}
+        data_facts = {**facts, "features": {part: features.keys for part, features in data.items()}}
         for state in wanted:
             if SAME.get(state) in states:
                 states[state] = states[SAME[state]]
                 continue
             runs = [
-                _run_once(task, data, settings, own, state, seed, request)
+                _run_once(task, data, settings, data_facts, state, seed, request)
                 for seed in range(request.seed, request.seed + request.repeats)
             ]
             states[_label(state, request.model, extractor)] = [run["numbers"] for run in runs]
@@ -190,11 +190,11 @@ def _run_once(
     checkpoint = done.with_suffix(".safetensors")
     start = time.monotonic()
     numbers = task.run(data, settings, Run(state, seed, device, checkpoint))
-    found = {"numbers": numbers, "seconds": time.monotonic() - start}
-    write_json(done, found)
+    record = {"numbers": numbers, "seconds": time.monotonic() - start}
+    write_json(done, record)
     for left in (checkpoint, checkpoint.with_suffix(".validations")):
         left.unlink(missing_ok=True)
-    return found
+    return record
 
 
 def _facts_of(state: str, facts: Mapping[str, Any]) -> dict[str, Any]:

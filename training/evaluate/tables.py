@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from timm_dvt.tables import aligned
 from timm_dvt.weights.files import write_whole
 
 
@@ -34,10 +35,8 @@ def result_table(result: Mapping[str, Any]) -> str:
         if result["difference"]:
             cells.append(_cell(result["difference"].get(name), sign=True))
         rows.append([name, *cells])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
     head = f"{result['task']} | {result['model']} | {result['dataset']}"
-    return "\n".join([head, *(f"  {line}" for line in lines)])
+    return "\n".join([head, *(f"  {line}" for line in aligned(rows))])
 
 
 def _cell(summary: Mapping[str, Any] | None, sign: bool = False) -> str:

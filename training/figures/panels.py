@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from timm_dvt.viewer import pairs as looks
+from timm_dvt.viewer import pairs
 from timm_dvt.viewer.colors import heat, map_correlation, norms
 from training.figures.sheet import Sheet
 
@@ -46,7 +46,7 @@ class Row:
     residual: np.ndarray
 
 
-def draw_stage1(rows: Sequence[Row], clusters: int = looks.CLUSTERS) -> Figure:
+def draw_stage1(rows: Sequence[Row], clusters: int = pairs.CLUSTERS) -> Figure:
     """One row for each of `rows`, with the columns of the paper's Figs. S4 to S10.
 
     Principal components and clusters are of the raw features and F together (the paper's are of each map alone), so
@@ -65,25 +65,25 @@ def draw_stage1(rows: Sequence[Row], clusters: int = looks.CLUSTERS) -> Figure:
         sheet.picture(i, 0, row.image)
         sheet.frame(i, 0, len(row.raw))
         raw = _repeated(row.raw, len(row.clean))
-        pairs = {
-            1: (looks.colors(raw, row.clean), None),
-            2: (looks.groups(raw, row.clean, clusters)[0], None),
-            3: looks.lengths(raw, row.clean),
-            4: looks.similarities(raw, row.clean, looks.center(row.clean)),
+        columns = {
+            1: (pairs.colors(raw, row.clean), None),
+            2: (pairs.groups(raw, row.clean, clusters)[0], None),
+            3: pairs.lengths(raw, row.clean),
+            4: pairs.similarities(raw, row.clean, pairs.center(row.clean)),
         }
-        for column, (pair, scale) in pairs.items():
+        for column, (pair, scale) in columns.items():
             for place, colors in zip((column, column + 4), pair):
                 sheet.picture(i, place, colors, scale)
         for column, grid in ((4, len(row.raw)), (8, len(row.clean))):
             sheet.frame(i, column, grid)
-        artifacts, both = looks.colors(row.artifacts, row.artifacts + row.residual)
+        artifacts, both = pairs.colors(row.artifacts, row.artifacts + row.residual)
         sheet.picture(i, 9, artifacts)
         sheet.picture(i, 10, *_length(row.residual))
         sheet.picture(i, 11, both)
     return sheet.figure
 
 
-def draw_positional(layers: Sequence[int], images: int, zero: Maps, mean: Maps, one: Maps) -> Figure:
+def draw_positional(layers: Sequence[int], images: int, zero: Maps, mean: Maps, first: Maps) -> Figure:
     """One column a block: features of an empty image, of many images on average, of one (Figs. 3a and S1).
 
     In a column all maps share one set of principal components, each map's mean taken off, so that equal
@@ -93,23 +93,23 @@ def draw_positional(layers: Sequence[int], images: int, zero: Maps, mean: Maps, 
     Args:
         layers: the blocks.
         images: how many there were.
-        zero, mean, one: a (K, K, C) map for each block: of a zero tensor, of the images' mean, of the first.
+        zero, mean, first: a (K, K, C) map for each block: of a zero tensor, of the images' mean, of the first.
     """
     plural = "" if images == 1 else "s"
     labels = ["a blank image", "the same, length", f"mean of {images} image{plural}", "one of them"]
     words = f"{POSITION[1]} Below the mean: its correlation with the blank image, 1 where it is position alone."
     sheet = Sheet(labels, [(f"block {layer}", "") for layer in layers], [], POSITION[0], words)
     for column, layer in enumerate(layers):
-        for i, centered, projection in zip((0, 2, 3), *looks.patterns([zero[layer], mean[layer], one[layer]])):
+        for i, centered, projection in zip((0, 2, 3), *pairs.patterns([zero[layer], mean[layer], first[layer]])):
             sheet.picture(i, column, projection.colors(centered))
         sheet.picture(1, column, *_length(zero[layer]))
         sheet.note(2, column, f"correlation {map_correlation(zero[layer], mean[layer]):.2f}")
     return sheet.figure
 
 
-def _length(features: np.ndarray) -> tuple[np.ndarray, looks.Scale]:
+def _length(features: np.ndarray) -> tuple[np.ndarray, pairs.Scale]:
     """The lengths of a map as colors, and the scale that they are on."""
-    scale = looks.scale_of([norms(features)])
+    scale = pairs.scale_of([norms(features)])
     return heat(norms(features), *scale), scale
 
 

@@ -20,10 +20,10 @@ def draw_rows(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray | None:
     """
     drawn = []
     for maps in rows:
-        if maps[-1].shape[-1] < 3 or not all(np.isfinite(one).all() for one in maps):
+        if maps[-1].shape[-1] < 3 or not all(np.isfinite(features).all() for features in maps):
             continue
         projection = fit_projection(maps[-1])
-        cells = [(projection.colors(one) * 255).round().astype(np.uint8) for one in maps]
+        cells = [(projection.colors(features) * 255).round().astype(np.uint8) for features in maps]
         drawn.append(np.concatenate([_enlarged(cell) for cell in cells], axis=1))
     return np.concatenate(drawn, axis=0) if drawn else None
 

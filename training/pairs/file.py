@@ -102,7 +102,7 @@ def _map(file: Any, key: str, crop: int, checksums: Mapping[str, Any], path: str
 
 def _checksums(maps: np.ndarray) -> int | list[int]:
     """The CRC-32 of a map (K, K, C), or of each of some (N, K, K, C)."""
-    return zlib.crc32(np.ascontiguousarray(maps).data) if maps.ndim == 3 else [zlib.crc32(one.data) for one in maps]
+    return zlib.crc32(np.ascontiguousarray(maps).data) if maps.ndim == 3 else [zlib.crc32(crop.data) for crop in maps]
 
 
 def damaged(path: str | Path, why: object) -> UserError:

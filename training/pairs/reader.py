@@ -91,10 +91,10 @@ def open_pairs(folder: str | Path, layers: Sequence[int] | None = None, only: Co
     held, shape = _shape(folder / files[0], None, crops)
     chosen = held if layers is None else _choose(layers, held, folder)
     for file in files:
-        _, own = _shape(folder / file, chosen, crops)
-        if own != shape:
+        _, other = _shape(folder / file, chosen, crops)
+        if other != shape:
             raise UserError(
-                f"mixed grids: {folder / file} holds maps of {_show(own)}, {folder / files[0]} of {_show(shape)}; "
+                f"mixed grids: {folder / file} holds maps of {_show(other)}, {folder / files[0]} of {_show(shape)}; "
                 "pairs of one folder must be alike"
             )
     return PairSet(folder, files, chosen, shape[:2], shape[2], settings, crops)
@@ -168,13 +168,13 @@ class PairReader:
         """
         out: Tensor | None = None
         for i, position in enumerate(positions):
-            maps = self._one(position)
+            maps = self._maps(position)
             if out is None:
                 out = maps[0][0].new_empty(self._batch_shape(len(positions)), dtype=dtype)
             grids = out[:, i].unflatten(2, self.pairs.grid)
             for part, layers in enumerate(maps):
-                for layer, one in enumerate(layers):
-                    grids[part, layer].copy_(one)
+                for layer, tokens in enumerate(layers):
+                    grids[part, layer].copy_(tokens)
         assert out is not None
         return out
 
@@ -183,7 +183,7 @@ class PairReader:
         rows, columns = self.pairs.grid
         return len(self.parts), count, len(self.pairs.layers), rows * columns, self.pairs.channels
 
-    def _one(self, position: int) -> list[list[Tensor]]:
+    def _maps(self, position: int) -> list[list[Tensor]]:
         """By part and layer: (K, K, C)."""
         kept = self._kept.get(position)
         if kept is not None:
@@ -194,7 +194,7 @@ class PairReader:
 
     def _keep(self, position: int, maps: list[list[Tensor]]) -> None:
         """Keep these maps in memory, if there is room."""
-        size = sum(one.nbytes for one in chain.from_iterable(maps))
+        size = sum(tensor.nbytes for tensor in chain.from_iterable(maps))
         if self._free >= size and position not in self._kept:
             self._free -= size
             self._kept[position] = maps
@@ -204,9 +204,9 @@ class PairReader:
         path = self._path(position)
         try:
             maps = read_maps(path, self.pairs.layers, self.parts, position // len(self.pairs.files))
-            for one in chain.from_iterable(maps):
-                if one.shape != self._shape:
-                    raise UserError(f"maps of {_show(one.shape)} where there were {_show(self._shape)} before")
+            for tensor in chain.from_iterable(maps):
+                if tensor.shape != self._shape:
+                    raise UserError(f"maps of {_show(tensor.shape)} where there were {_show(self._shape)} before")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:  # TypeError: NumPy has no bfloat16
             raise damaged(path, error) from error
         return maps

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from timm_dvt.image_files import list_images
+from timm_dvt.loading import pick_device
 from timm_dvt.options import add_options, build
 from training.common.command import add_model_arguments
-from training.common.models import load_backbone, pick_device
+from training.common.models import load_backbone
 from training.common.recipes import add_recipe
 from training.loop.distributed import ALONE
 from training.loop.settings import TrainingSettings
@@ -23,7 +24,7 @@ from training.pairs.reader import PairSet
 from training.reproduction.jobs import Job
 from training.stage1.cost import seconds_of
 from training.stage1.decompose import decompose
-from training.stage1.many import STAGE1
+from training.stage1.images import STAGE1
 from training.stage1.settings import Stage1Settings
 from training.stage2.denoisers import make_denoisers
 from training.stage2.train import STAGE2, Stage2Settings

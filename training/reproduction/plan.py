@@ -18,8 +18,9 @@ from torch import nn
 
 from timm_dvt import add_denoiser
 from timm_dvt.bars import tqdm
+from timm_dvt.loading import load_model, pick_device
 from timm_dvt.options import build
-from training.common.models import load_backbone, load_model, pick_device
+from training.common.models import load_backbone
 from training.evaluate.__main__ import make_parser
 from training.evaluate.data.datasets import named
 from training.evaluate.features.cached import Extractor

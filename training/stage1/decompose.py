@@ -140,7 +140,7 @@ def decompose(
                     f"block {layer} gave NaN or infinite features in views {first} to "
                     f"{first + len(maps) - 1}; check the image and the weights, or use dtype='float32'"
                 )
-            kept[layer] += [one.clone() for one in maps[: max(0, 1 + settings.crops - first)]]
+            kept[layer] += [crop.clone() for crop in maps[: max(0, 1 + settings.crops - first)]]
             for view, view_features in enumerate(maps, start=first):
                 solvers[layer].add(view, view_features)
         if progress is not None:

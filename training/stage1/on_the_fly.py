@@ -16,7 +16,7 @@ from training.common.backbone import FeatureReader
 from training.pairs.folder import PRECISIONS, pair_file, stored_part
 from training.pairs.reader import PairReader, PairSet
 from training.stage1.decompose import Stage1Settings, decompose
-from training.stage1.many import IMAGE_ERRORS, image_seed, pair_maps
+from training.stage1.images import IMAGE_ERRORS, image_seed, pair_maps
 
 
 def pairs_of_images(
@@ -88,8 +88,8 @@ class SolvingReader(PairReader):
                 data, content = read_file(source.path)
                 seed = image_seed(self.settings.seed, content.sha256)
                 image = decode_image(data).to(next(self.model.parameters()).device)
-                found = decompose(self.model, image, replace(self.settings, seed=seed))
+                parts = decompose(self.model, image, replace(self.settings, seed=seed))
             except IMAGE_ERRORS as error:
                 raise UserError(f"{source.path}: {error}") from error
-        assert isinstance(found, dict)  # settings.layers is filled in
-        return {layer: pair_maps(part) for layer, part in found.items()}
+        assert isinstance(parts, dict)  # settings.layers is filled in
+        return {layer: pair_maps(part) for layer, part in parts.items()}

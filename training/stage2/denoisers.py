@@ -45,7 +45,7 @@ class Stage2(nn.Module):
 
     def _by_layer(self, raw: Tensor) -> list[Tensor]:
         denoisers = self.denoisers.layers.values()
-        return [one(tokens, self.grid) for one, tokens in zip(denoisers, raw.unbind(1), strict=True)]
+        return [denoiser(tokens, self.grid) for denoiser, tokens in zip(denoisers, raw.unbind(1), strict=True)]
 
 
 class Validation:

@@ -42,8 +42,8 @@ def add_gates(
     blanks: dict[int, list[torch.Tensor]] = {layer: [] for layer in pairs.layers}
     for first in range(0, BLANKS, BATCH):
         images = torch.stack([draw_blank(3, size, seed) for seed in range(first, first + BATCH)])
-        for layer, found in reader.patch_features(images).items():
-            blanks[layer].append(found.flatten(1, 2).cpu())
+        for layer, features in reader.patch_features(images).items():
+            blanks[layer].append(features.flatten(1, 2).cpu())
     for place, layer in enumerate(pairs.layers):
         gate = fit_gate(torch.cat(blanks[layer]), maps[:, place])
         if gate is None:

@@ -59,22 +59,22 @@ def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backb
         CheckpointError: the folder holds none, or one for another backbone or width.
         ValueError: it has other layers, another architecture or number of blocks.
     """
-    found = denoiser_for(read_checkpoint(folder), pairs.channels, pairs.grid, backbone=backbone)
-    if isinstance(found, LayerDenoisers):
-        by_layer = {int(block): one for block, one in found.layers.items()}
+    saved = denoiser_for(read_checkpoint(folder), pairs.channels, pairs.grid, backbone=backbone)
+    if isinstance(saved, LayerDenoisers):
+        by_layer = {int(block): init for block, init in saved.layers.items()}
     else:  # a folder of the last block alone does not number it
-        by_layer = {pairs.layers[-1]: found}
+        by_layer = {pairs.layers[-1]: saved}
     for layer, denoiser in denoisers.items():
-        one: Any = by_layer.get(layer)
-        if one is None:
+        init: Any = by_layer.get(layer)
+        if init is None:
             raise UserError(f"--init {folder} holds denoisers for blocks {list(by_layer)}, none for {layer}")
-        if (one.arch, len(one.blocks)) != (denoiser.arch, len(denoiser.blocks)):
+        if (init.arch, len(init.blocks)) != (denoiser.arch, len(denoiser.blocks)):
             raise UserError(
-                f"--init {folder} holds {one.arch} of {len(one.blocks)} blocks, "
+                f"--init {folder} holds {init.arch} of {len(init.blocks)} blocks, "
                 f"but this run trains {denoiser.arch} of {len(denoiser.blocks)}; see --arch and --blocks"
             )
-        one.fix_grid(denoiser.grid_size)
-        state = one.state_dict()
+        init.fix_grid(denoiser.grid_size)
+        state = init.state_dict()
         for after_training in EXTRAS:  # what this run is asked for decides them
             state.pop(after_training, None)
         denoiser.load_state_dict(state)

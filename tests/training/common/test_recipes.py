@@ -17,7 +17,7 @@ from training.loop.settings import TrainingSettings
 from training.stage1 import decompose as stage1
 from training.stage1.decompose import Stage1Settings, decompose
 from training.stage1.field.losses import distance_loss, reconstruction_loss
-from training.stage1.many import STAGE1
+from training.stage1.images import STAGE1
 from training.stage2.train import STAGE2
 from training.stage3.train import STAGE3
 

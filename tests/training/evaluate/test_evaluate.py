@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 import timm_dvt
-from tests.helpers import small_datasets
+from tests.helpers import processes, small_datasets
 from training.evaluate.__main__ import main
 from training.evaluate.data.datasets import DATASETS, open_dataset
 from training.evaluate.detection import fast as detection
@@ -217,8 +216,7 @@ def test_killed_run_continues_to_the_same_result(model, data, tmp_path):
         "loop.save_checkpoint = dying\nmain(sys.argv[1:])\n"
     )
     out = tmp_path / "killed"
-    died = subprocess.run([sys.executable, "-c", crash, *command[3:], "--out", str(out)], stderr=subprocess.DEVNULL)
-    assert died.returncode == 9
+    assert processes.run("-c", crash, *command[3:], "--out", str(out))[0] == 9
     assert not list(out.glob("*.json")) and len(list((out / "parts").glob("*.json"))) == 1
     with safe_open(next((out / "parts").glob("*.safetensors")), "pt") as checkpoint:
         assert json.loads(checkpoint.metadata()["run"])["step"] == 30

@@ -9,7 +9,7 @@ from torch import nn
 from tests.helpers import small_datasets
 from timm_dvt.calibration.calibrate import projecting_out
 from timm_dvt.calibration.samples import canvas
-from training.common.models import load_model
+from timm_dvt.loading import load_model
 from training.evaluate.features.cached import Extractor
 from training.evaluate.position import share
 from training.rivals import insid3, mean_map, rasa, registers

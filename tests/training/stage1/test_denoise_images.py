@@ -8,10 +8,10 @@ from PIL import Image
 
 from tests.helpers.stage1_runs import contents, draw_images, read_lines, run
 from timm_dvt.image_files import load_image
+from timm_dvt.loading import load_model
 from training import denoise_images
-from training.common.models import load_model
 from training.pairs.folder import read_header, read_index, read_maps, read_pair, read_settings
-from training.stage1 import many
+from training.stage1 import images as stage1_images
 from training.stage1.decompose import NonFiniteFeatures, Stage1Settings, decompose
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,7 +89,7 @@ def test_an_image_that_failed_is_not_computed_again_until_it_changes(images, tmp
         calls.append(settings.seed)
         raise NonFiniteFeatures("block 5 gave NaN")
 
-    monkeypatch.setattr(many, "decompose", fail)
+    monkeypatch.setattr(stage1_images, "decompose", fail)
     assert run(images / "c.png", tmp_path / "out") == 1
     assert run(images / "c.png", tmp_path / "out") == 1
     assert len(calls) == 1
@@ -118,7 +118,7 @@ def test_an_unforeseen_error_stops_the_run_and_names_the_image(images, tmp_path,
     def fail(*args, **options):
         raise RuntimeError("the graphics card has gone")
 
-    monkeypatch.setattr(many, "decompose", fail)
+    monkeypatch.setattr(stage1_images, "decompose", fail)
     with pytest.raises(RuntimeError, match="graphics card"):
         run(images, tmp_path / "out")
     assert "a/0.png: stopped at this image" in capsys.readouterr().err

@@ -4,20 +4,18 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.processes import start, torchrun
+from tests.helpers.processes import Python, start, torchrun
 from tests.helpers.stage1_runs import SLOW, contents, draw_images, read_lines, run
 from timm_dvt import shared_folder
 from training import denoise_images
 from training.pairs.folder import read_index, read_settings
-from training.stage1 import many
+from training.stage1 import images as stage1_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,7 +110,7 @@ with SharedFolder(sys.argv[1]) as folder, folder.claim("a/0.png"):
         time.sleep(0.05)
     os.kill(os.getpid(), 9)
 """
-    owner = subprocess.Popen([sys.executable, "-c", script, str(out)], stdout=subprocess.PIPE, text=True)
+    owner = Python("-c", script, str(out))
     assert owner.stdout.readline() == "claimed\n"
     assert run(images, out) == 0
     assert owner.wait() == -signal.SIGKILL
@@ -157,7 +155,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_half_file(images, tmp_path
 def test_a_folder_that_is_deleted_while_it_is_filled_is_an_error_and_is_not_begun_again(
     images, tmp_path, monkeypatch, capsys
 ):
-    solve, left = many.decompose, [2, 6]
+    solve, left = stage1_images.decompose, [2, 6]
 
     def solve_and_delete(*args, **options):
         left[0] -= 1
@@ -165,7 +163,7 @@ def test_a_folder_that_is_deleted_while_it_is_filled_is_an_error_and_is_not_begu
             shutil.rmtree(tmp_path / "out")
         return solve(*args, **options)
 
-    monkeypatch.setattr(many, "decompose", solve_and_delete)
+    monkeypatch.setattr(stage1_images, "decompose", solve_and_delete)
     for left[0] in (1, 3, 6):
         assert run(images, tmp_path / "out") == 3
         assert "out was deleted or replaced while it was written" in capsys.readouterr().err

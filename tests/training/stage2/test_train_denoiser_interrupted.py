@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.helpers.pair_folders import write_pairs
-from tests.helpers.processes import kill_at_random_moments, same, start, torchrun, weights
+from tests.helpers.processes import Python, kill_at_random_moments, same, start, torchrun, weights
 from tests.helpers.stage2_runs import command, denoiser_weights, run
 from training.loop import run as loop
 
@@ -23,7 +21,7 @@ def pairs(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs")
 
 
-def finish(process: subprocess.Popen) -> int:
+def finish(process: Python) -> int:
     process.communicate()
     return process.returncode
 
@@ -105,10 +103,10 @@ def test_a_disk_that_is_full_at_the_last_save_is_one_clear_error(pairs, tmp_path
     out = tmp_path / "out"
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"  # of a checkpoint's 0.6 and 1.7 MB
     code = f"import resource, sys; {limit}; from training import train_denoiser; sys.exit(train_denoiser.main())"
-    process = [sys.executable, "-c", code, *command(pairs, out, "--steps", "2")[1:]]
-    run_out = subprocess.run(process, stderr=subprocess.PIPE, text=True)
-    assert run_out.returncode == 3 and "Traceback" not in run_out.stderr
-    error = run_out.stderr[run_out.stderr.index("error: ") :]
+    process = Python("-c", code, *command(pairs, out, "--steps", "2")[1:])
+    printed = process.communicate()[1]
+    assert process.returncode == 3 and "Traceback" not in printed
+    error = printed[printed.index("error: ") :]
     assert "no room for" in error and "model.safetensors" in error and error.count("\n") == 2
     assert not [path for path in out.iterdir() if path.name.startswith(".") and path.name != ".locks"]
     assert run(pairs, out, "--steps", "2") == 0

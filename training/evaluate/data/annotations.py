@@ -26,8 +26,8 @@ Thing = tuple[Any, Any, bool, str]  # corners in pixels, class, whether it is di
 def check(split: Split) -> None:
     """Read each annotation once, before anything slow. Raises what its reader raises."""
     with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
-        found = pool.map(split.annotation, range(len(split)))
-        for annotation in tqdm(found, f"checking {split.name}", len(split), leave=False):
+        annotations = pool.map(split.annotation, range(len(split)))
+        for annotation in tqdm(annotations, f"checking {split.name}", len(split), leave=False):
             if isinstance(annotation, Split):  # the frames of a video
                 check(annotation)
 
@@ -106,8 +106,8 @@ def _read_pixels(path: Path, image: Path, what: str, meant: str) -> np.ndarray:
         raise UserError(f"{path}: a {what} is {meant}, this is of Pillow's mode {mode}")
     width, height = image_size(image)
     if values.shape != (height, width):
-        own = f"{values.shape[1]} x {values.shape[0]}"
-        raise UserError(f"sizes differ: {image} is {width} x {height}, its {what} {path} {own}")
+        stored = f"{values.shape[1]} x {values.shape[0]}"
+        raise UserError(f"sizes differ: {image} is {width} x {height}, its {what} {path} {stored}")
     return values
 
 

@@ -99,8 +99,8 @@ def _check_classes(splits: Mapping[str, Split]) -> None:
         return
     lacks = [
         f"{part} has no {', '.join(map(repr, missing[:9]))}" + f" and {len(missing) - 9} more" * (len(missing) > 9)
-        for part, own, other in (("train", train, val), ("val", val, train))
-        if (missing := [name for name in other if name not in own])
+        for part, classes, other in (("train", train, val), ("val", val, train))
+        if (missing := [name for name in other if name not in classes])
     ]
     raise UserError(f"the classes of train and val differ: {'; '.join(lacks) or 'they are in another order'}")
 

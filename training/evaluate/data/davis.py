@@ -51,10 +51,10 @@ def _frames(folder: Path) -> list[Path]:
 
 
 def _video(name: str, frames: list[Path], folder: Path) -> Split:
-    def own(i: int) -> Tensor:
+    def mask(i: int) -> Tensor:
         return read_mask(folder / f"{frames[i].stem}.png", frames[i], IGNORE)
 
     def only(i: int) -> Tensor:
-        return (own(i) == IGNORE).to(torch.uint8)
+        return (mask(i) == IGNORE).to(torch.uint8)
 
-    return Split(name, frames, (), only if set(own(0).unique().tolist()) == {0, IGNORE} else own)
+    return Split(name, frames, (), only if set(mask(0).unique().tolist()) == {0, IGNORE} else mask)

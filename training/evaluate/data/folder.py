@@ -78,10 +78,10 @@ def _with_masks(folder: Path) -> dict[str, Split]:
     read = partial(read_mask, classes=IGNORE if names is None else len(names))
     splits = {part: _pixels_split(folder / part, "masks", names or (), read) for part in PARTS}
     if names is None:
-        found = [_largest_class(split) for split in splits.values()]
-        if max(found) < 0:
+        largest = [_largest_class(split) for split in splits.values()]
+        if max(largest) < 0:
             raise UserError(f"no mask under {folder} has a labeled pixel: all are {IGNORE}")
-        names = [f"class {i}" for i in range(max(found) + 1)]
+        names = [f"class {i}" for i in range(max(largest) + 1)]
     return {part: replace(split, classes=names) for part, split in splits.items()}
 
 

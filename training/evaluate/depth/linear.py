@@ -109,16 +109,16 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     channels = training.channels + training.class_tokens([0]).shape[1]
     head = DepthHead(channels, settings).to(run.device)
     train(head, loss, len(training), run, settings, settings.steps, cosine, "depth")
-    found: list[dict[str, float]] = []
+    per_image: list[dict[str, float]] = []
     with torch.no_grad():
         for indices, _ in val.batches(run.state, f"depth ({run.state})"):
             for index, depth in zip(indices, head.depth(logits(val, indices)).cpu()):
                 true = val.split.annotation(index)
                 numbers = depth_numbers(upsample(depth[None, None], tuple(true.shape))[0, 0], true, settings)
-                found.extend([numbers] if numbers else [])
-    if not found:
+                per_image.extend([numbers] if numbers else [])
+    if not per_image:
         raise UserError(f"no image of {val.split.name} has a depth within the range and crop")
-    return {name: sum(numbers[name] for numbers in found) / len(found) for name in found[0]}
+    return {name: sum(numbers[name] for numbers in per_image) / len(per_image) for name in per_image[0]}
 
 
 def depth_bins(depth: Tensor, settings: Settings) -> Tensor:

@@ -126,13 +126,13 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
             group["betas"] = (one_cycle(step, settings.steps), 0.999)
 
     def validate() -> dict[str, float]:
-        found: list[dict[str, float]] = []
+        per_image: list[dict[str, float]] = []
         for index in tqdm(range(len(val)), desc=f"validation ({run.state})", unit="image", leave=False):
             numbers = depth_numbers(predict(val.image(index), depths, settings).cpu(), val.annotation(index), settings)
-            found.extend([numbers] if numbers else [])
-        if not found:
+            per_image.extend([numbers] if numbers else [])
+        if not per_image:
             raise UserError(f"no image of {val.name} has a depth within the range and crop")
-        return {name: sum(numbers[name] for numbers in found) / len(found) for name in found[0]}
+        return {name: sum(numbers[name] for numbers in per_image) / len(per_image) for name in per_image[0]}
 
     torch.manual_seed(run.seed)
     head = DepthHead(live.channels * (2 if live.prefix else 1), settings).to(run.device)
@@ -169,10 +169,10 @@ def predict(image: Tensor, depths: Callable[[Tensor], Tensor], settings: Setting
     """Meters (h, w) of an image (3, h, w) in [0, 1]: the mean of its own and of its mirror image's."""
     size = (image.shape[-2], image.shape[-1])
     both = torch.stack([image, image.flip(-1)])
-    own, mirrored = interpolate(
+    direct, mirrored = interpolate(
         depths(normalize(both)).clamp(settings.least, settings.most), size, mode="bilinear", align_corners=False
     )[:, 0]
-    return (own + mirrored.flip(-1)) / 2
+    return (direct + mirrored.flip(-1)) / 2
 
 
 def scale_invariant_loss(predicted: Tensor, true: Tensor, warming: bool = False) -> Tensor:

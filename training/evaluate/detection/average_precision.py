@@ -22,7 +22,9 @@ class Detections(NamedTuple):
     scores: Tensor
 
 
-def voc_map(found: Sequence[Detections], true: Sequence[Boxes], classes: int, iou: float = 0.5) -> dict[str, float]:
+def voc_map(
+    detections: Sequence[Detections], true: Sequence[Boxes], classes: int, iou: float = 0.5
+) -> dict[str, float]:
     """mAP in percent by the rules of the VOC devkit, over the classes that have objects.
 
     In the order of their scores, detections of a class are hits if the true box of that class with which their
@@ -36,14 +38,14 @@ def voc_map(found: Sequence[Detections], true: Sequence[Boxes], classes: int, io
     areas, points = [], []
     for label in range(classes):
         hits, scores, objects = [], [], 0
-        for detected, boxes in zip(found, true):
-            own = detected.classes == label
+        for detected, boxes in zip(detections, true):
+            predicted = detected.classes == label
             mine = boxes.classes == label
             objects += int((~boxes.difficult[mine]).sum())
-            ranking = detected.scores[own].argsort(descending=True, stable=True)
-            outcome = _match(detected.boxes[own][ranking], boxes.boxes[mine], boxes.difficult[mine], iou)
+            ranking = detected.scores[predicted].argsort(descending=True, stable=True)
+            outcome = _match(detected.boxes[predicted][ranking], boxes.boxes[mine], boxes.difficult[mine], iou)
             hits.extend(outcome)
-            scores.extend(detected.scores[own][ranking].tolist())
+            scores.extend(detected.scores[predicted][ranking].tolist())
         if not objects:
             continue
         kept = [(score, hit) for score, hit in zip(scores, hits) if hit is not None]

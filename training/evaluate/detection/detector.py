@@ -137,7 +137,7 @@ class MapDetector(nn.Module):
         detections, second = self.rcnn.roi_heads(levels, proposals, images.image_sizes, targets)
         if self.training:
             return {**first, **second}
-        return [{**found, "boxes": found["boxes"] / UNIT} for found in detections]
+        return [{**detected, "boxes": detected["boxes"] / UNIT} for detected in detections]
 
 
 def fixed_positions(grid: int, channels: int) -> Tensor:

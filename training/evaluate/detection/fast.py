@@ -95,10 +95,10 @@ class Detector(MapDetector):
         """Losses {name: value} of maps (B, K, K, C) with targets in training, else a list of detections."""
         if targets is not None:
             targets = [{**target, "boxes": target["boxes"] / self.patch} for target in targets]
-        found = super().forward(maps, targets)
+        outputs = super().forward(maps, targets)
         if self.training:
-            return found
-        return [{**detected, "boxes": detected["boxes"] * self.patch} for detected in found]
+            return outputs
+        return [{**detected, "boxes": detected["boxes"] * self.patch} for detected in outputs]
 
 
 def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str, float]:
@@ -129,15 +129,15 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     torch.manual_seed(run.seed)
     detector = Detector(training.channels, classes, training.grid, size, settings).to(run.device)
     train(detector, loss, len(training), run, settings, settings.steps, stepped(settings.decay_from), "detection")
-    found: list[Detections] = []
+    detections: list[Detections] = []
     true: list[Boxes] = []
     with torch.no_grad():
         for indices, _ in val.batches(run.state, f"detection ({run.state})"):
             for detected in detector(read(val, indices)):
                 boxes = detected["boxes"].cpu() / size
-                found.append(Detections(boxes, detected["labels"].cpu() - 1, detected["scores"].cpu()))
+                detections.append(Detections(boxes, detected["labels"].cpu() - 1, detected["scores"].cpu()))
             true.extend(val.split.annotation(i) for i in indices)
-    return voc_map(found, true, classes)
+    return voc_map(detections, true, classes)
 
 
 def mean_artifacts(features: Features) -> Tensor:

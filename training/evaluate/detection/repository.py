@@ -89,11 +89,11 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         return torch.stack([pad_below(image, largest, 0) for image, _ in images]), [boxes for _, boxes in images]
 
     def maps(images: Tensor) -> Tensor:
-        found, _ = live(images, run.state)
+        features, _ = live(images, run.state)
         if settings.fixed_pe in ("both", run.state):
-            grid = [found.shape[1], found.shape[2]]
-            found = found + resample_abs_pos_embed(positions, grid, num_prefix_tokens=0).unflatten(1, grid)
-        return found
+            grid = [features.shape[1], features.shape[2]]
+            features = features + resample_abs_pos_embed(positions, grid, num_prefix_tokens=0).unflatten(1, grid)
+        return features
 
     def loss(batch: tuple[Tensor, list[Boxes]]) -> Tensor:
         images, boxes = batch
@@ -131,7 +131,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         "detection",
         read=read,
     )
-    found: list[Detections] = []
+    detections: list[Detections] = []
     with torch.no_grad():
         for index in tqdm(range(len(val)), desc=f"detection ({run.state})", unit="image", leave=False):
             image, _ = prepare(val, index, settings, False)
@@ -139,8 +139,8 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
             size = scaled_size(_size(val.image(index)), settings.size, settings.size)
             scale = torch.tensor([size[1], size[0], size[1], size[0]])
             boxes = (detected["boxes"].cpu() * live.patch - _offset(image, live.patch)) / scale
-            found.append(Detections(boxes.clamp(0, 1), detected["labels"].cpu() - 1, detected["scores"].cpu()))
-    return voc_map(found, [val.annotation(i) for i in range(len(val))], len(val.classes))
+            detections.append(Detections(boxes.clamp(0, 1), detected["labels"].cpu() - 1, detected["scores"].cpu()))
+    return voc_map(detections, [val.annotation(i) for i in range(len(val))], len(val.classes))
 
 
 def prepare(split: Split, index: int, settings: Settings, flipped: bool) -> tuple[Tensor, Boxes]:

@@ -35,11 +35,11 @@ from tqdm import tqdm
 
 from timm_dvt.attach import Denoised
 from timm_dvt.errors import UserError
+from timm_dvt.loading import weights_digest
 from timm_dvt.version import __version__
 from timm_dvt.weights.files import write_whole
 from timm_dvt.weights.saving import meant_size
 from training.common.backbone import FeatureReader
-from training.common.models import weights_digest
 from training.evaluate.data.splits import Split
 from training.evaluate.tables import write_json
 
@@ -69,8 +69,8 @@ class Extractor:
             TypeError, ValueError: as FeatureReader.
         """
         self.model: Any = model.eval().requires_grad_(False)
-        own = getattr(self.model, "patch_embed", None)
-        size = input_size or (meant_size(model)[0] if own is not None and own.img_size else None)
+        embed = getattr(self.model, "patch_embed", None)
+        size = input_size or (meant_size(model)[0] if embed is not None and embed.img_size else None)
         self.reader = FeatureReader(model, input_size=size, dtype=dtype)
         self.dtype = dtype
         self.denoiser = _last_denoiser(self.model)
@@ -218,11 +218,13 @@ class Features:
     def _read(self, indices: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
         """Of "raw", "prefix" and "denoised" those named, float32, on the model's device: of the cache, or computed."""
         device = self.extractor.reader.device
-        found = {name: self._cached(name, indices).to(device).float() for name in names if self._is_cached(name)}
-        if len(found) == len(names):
-            return found
-        computed = found if self._is_cached("raw") else {name: x.float() for name, x in self._backbone(indices).items()}
-        if "denoised" in names and "denoised" not in found:
+        stored = {name: self._cached(name, indices).to(device).float() for name in names if self._is_cached(name)}
+        if len(stored) == len(names):
+            return stored
+        computed = (
+            stored if self._is_cached("raw") else {name: x.float() for name, x in self._backbone(indices).items()}
+        )
+        if "denoised" in names and "denoised" not in stored:
             raw = computed["raw"] if "raw" in computed else self._cached("raw", indices)
             computed["denoised"] = self._denoise(raw, indices).float()
         return {name: computed[name] for name in names}
@@ -246,8 +248,8 @@ class Features:
         return torch.stack([self._open(name, i // SHARD).get_slice(name)[i % SHARD] for i in indices])
 
     def _backbone(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        found = self.extractor.backbone(self.images(indices))
-        return {name: self._half(x, indices) for name, x in found.items()}
+        tokens = self.extractor.backbone(self.images(indices))
+        return {name: self._half(x, indices) for name, x in tokens.items()}
 
     def _denoise(self, raw: Tensor, indices: Sequence[int]) -> Tensor:
         return self._half(self.extractor.denoise(raw), indices)

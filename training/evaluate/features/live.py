@@ -50,7 +50,7 @@ class LiveFeatures:
         weight = twin.patch_embed.proj.weight
         dtype = self._extractor.reader.dtype
         with autocasting(weight, dtype):
-            (found,) = twin.forward_intermediates(
+            (output,) = twin.forward_intermediates(
                 images.to(weight.dtype),
                 indices=[len(twin.blocks) - 1],
                 return_prefix_tokens=True,
@@ -58,7 +58,7 @@ class LiveFeatures:
                 intermediates_only=True,
             )
             # Without prefix tokens timm hands back the patches alone.
-            tokens, prefix = found if isinstance(found, tuple) else (found, found[:, :0])
+            tokens, prefix = output if isinstance(output, tuple) else (output, output[:, :0])
             norm = twin.fc_norm if isinstance(twin.norm, nn.Identity) else twin.norm  # timm moves it there for pooling
             normed, prefix = norm(tokens), norm(prefix)
         if state == "denoised":

@@ -103,16 +103,16 @@ class PairFeatures:
         self.states = tuple(
             state for state in STATES if state == "raw" or (state == "view-average") is not bool(with_artifacts)
         )
-        own = (extractor.reader.grid, extractor.reader.channels)
-        if own != (self.grid, self.channels):
+        made = (extractor.reader.grid, extractor.reader.channels)
+        if made != (self.grid, self.channels):
             raise UserError(
                 f"--pairs {folder} holds maps of {self.grid} x {self.grid} patches and {self.channels} channels, the "
-                f"model gives {own[0]} x {own[0]} and {own[1]}: they are of another model or size (see --input-size)"
+                f"model gives {made[0]} x {made[0]} and {made[1]}: they are of another model or size (see --input-size)"
             )
         by_content = {entry.sha256: folder / entry.file for entry in entries}
-        found = [(i, by_content.get(read_file(path)[1].sha256)) for i, path in enumerate(split.images)]
-        chosen = [i for i, file in found if file is not None]
-        self._files = [file for _, file in found if file is not None]
+        matches = [(i, by_content.get(read_file(path)[1].sha256)) for i, path in enumerate(split.images)]
+        chosen = [i for i, file in matches if file is not None]
+        self._files = [file for _, file in matches if file is not None]
         if not chosen:
             raise UserError(
                 f"--pairs {folder} holds no pair of an image of {split.name}: run training.denoise_images on those "
@@ -134,11 +134,11 @@ class PairFeatures:
     def maps(self, indices: Sequence[int], state: str) -> Tensor:
         """(B, K, K, C) float32 on the model's device, for a state of `STATES`."""
         layer = self.extractor.reader.depth - 1
-        found = []
+        features = []
         for i in indices:
             parts = read_pair(self._files[i], layer, ("raw", "clean", "artifacts"))
-            found.append(STATES[state](*(part.float() for part in parts.values())))
-        return torch.stack(found).to(self.extractor.reader.device)
+            features.append(STATES[state](*(part.float() for part in parts.values())))
+        return torch.stack(features).to(self.extractor.reader.device)
 
     def batches(self, state: str, label: str = "images") -> Iterator[tuple[list[int], Tensor]]:
         """All images in order, as (indices, (B, K, K, C))."""

@@ -87,8 +87,8 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     }
     chosen = range(min(settings.images, len(features)))
     if chosen:
-        own = fmean(spread(features.maps([i], run.state)[0].flatten(0, 1)) ** 2 for i in chosen)
-        numbers["of_photographs"] = 100 * (fmean(spreads[key] ** 2 for key in blank) / max(own, _NOTHING**2)) ** 0.5
+        photos = fmean(spread(features.maps([i], run.state)[0].flatten(0, 1)) ** 2 for i in chosen)
+        numbers["of_photographs"] = 100 * (fmean(spreads[key] ** 2 for key in blank) / max(photos, _NOTHING**2)) ** 0.5
     return {**numbers, **{f"spread/{key}": value for key, value in spreads.items()}}
 
 

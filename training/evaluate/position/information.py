@@ -78,12 +78,12 @@ def channel_mic(values: Tensor, coordinate: Tensor, bound: float | None = None) 
     cells = count**0.6 if bound is None else bound
     if cells - 1e-9 <= 4:
         raise UserError(f"a 2 x 2 grid needs B > 4 cells, got B = {cells:.2f} for {count} patches")
-    found = torch.zeros(len(values))
+    scores = torch.zeros(len(values))
     for coordinate_bins, channel_bins in grid_sizes(cells):
         best = _best_information(values, coordinate, coordinate_bins, channel_bins)
         smaller = min(coordinate_bins, channel_bins)
-        found = torch.maximum(found, best / torch.tensor(float(smaller)).log())
-    return found.clamp(0, 1)
+        scores = torch.maximum(scores, best / torch.tensor(float(smaller)).log())
+    return scores.clamp(0, 1)
 
 
 def grid_sizes(bound: float) -> list[tuple[int, int]]:

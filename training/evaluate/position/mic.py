@@ -43,13 +43,13 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     features = data["val"]
     generator = torch.Generator().manual_seed(run.seed)
     chosen = torch.randperm(len(features), generator=generator)[: settings.images].tolist()
-    found: list[float] = []
+    scores: list[float] = []
     chance: list[float] = []
     for index in tqdm(chosen, desc=f"mic ({run.state})", unit="image", leave=False):
         maps = features.maps([index], run.state)[0].cpu()
-        found.append(position_mic(maps))
+        scores.append(position_mic(maps))
         if len(chance) < settings.shuffled:
             order = torch.randperm(maps.shape[0] * maps.shape[1], generator=generator)
             chance.append(position_mic(maps.flatten(0, 1)[order].unflatten(0, maps.shape[:2])))
-    numbers = {"mic": sum(found) / len(found)}
+    numbers = {"mic": sum(scores) / len(scores)}
     return {**numbers, "mic_shuffled": sum(chance) / len(chance)} if chance else numbers

@@ -79,8 +79,8 @@ class PositionStatistics:
             raise UserError(f"position's share needs 2 images or more, got {self.count}")
         if self.squares == 0:
             return 0.0
-        square, own = float(self.mean_map().square().sum()), self.squares / self.count**2
-        return without_noise(square, own, 1 / self.count) * self.count / self.squares
+        square, squares = float(self.mean_map().square().sum()), self.squares / self.count**2
+        return without_noise(square, squares, 1 / self.count) * self.count / self.squares
 
 
 def position_share(maps: Tensor) -> float:
@@ -114,10 +114,10 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         if every_block:
             images = features.images(indices)
             pixels.add(adaptive_avg_pool2d(images, features.grid).permute(0, 2, 3, 1))
-            found = reader.patch_features(images)
+            layers = reader.patch_features(images)
         else:
-            found = {last: features.maps(indices, run.state)}
-        for layer, maps in found.items():
+            layers = {last: features.maps(indices, run.state)}
+        for layer, maps in layers.items():
             statistics[layer].add(maps.cpu())
     last = max(zeros)
     numbers = {

@@ -101,14 +101,14 @@ def class_weights(mask: Tensor, grid: int, classes: int) -> Tensor:
 
 def nearest_class(queries: Tensor, bank: Tensor, labels: Tensor, neighbors: int, classes: int) -> Tensor:
     """The class (N,) most frequent among the nearest bank entries (M, C) of queries (N, C), by cosine."""
-    found = []
+    predicted = []
     for part in normalize(queries).split(16384):
         cosine, index = (part @ bank.T).topk(min(neighbors, len(bank)))
         # A neighbor is one vote; cosines only part classes with equally many votes.
         votes = 1 + cosine / (4 * neighbors)
         tally = votes.new_zeros(len(part), classes).scatter_add_(1, labels[index], votes)
-        found.append(tally.argmax(1))
-    return torch.cat(found)
+        predicted.append(tally.argmax(1))
+    return torch.cat(predicted)
 
 
 def _stretch(predicted: Tensor, mask: Tensor) -> Tensor:

@@ -96,8 +96,8 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         score = SegmentationScore(len(val.classes))
         for index in tqdm(range(len(val)), desc=f"validation ({run.state})", unit="image", leave=False):
             mask = val.annotation(index)
-            found = predict(val.image(index), logits, settings, settings.batch_size)
-            score.add(upsample(found, (mask.shape[0], mask.shape[1]))[0].argmax(0), mask)
+            predicted = predict(val.image(index), logits, settings, settings.batch_size)
+            score.add(upsample(predicted, (mask.shape[0], mask.shape[1]))[0].argmax(0), mask)
         return {**score.numbers(), **score.class_numbers(val.classes)}
 
     torch.manual_seed(run.seed)

@@ -63,9 +63,9 @@ class BandedFactor:
     def _strip(self, rows: Tensor) -> Tensor:
         """Dense (rows, ...): first the block below the diagonal, from column 0, then the diagonal block."""
         strip = rows.new_zeros(len(rows), 4 * self.block)
-        own = torch.arange(len(rows), device=rows.device)[:, None] + self.block
+        diagonal = torch.arange(len(rows), device=rows.device)[:, None] + self.block
         shifts = torch.tensor([self._shift(index) for index in range(25)], device=rows.device)
-        columns = (own + shifts).clamp(min=0)  # clamped ones leave the grid: zeros
+        columns = (diagonal + shifts).clamp(min=0)  # clamped ones leave the grid: zeros
         return strip.scatter_add_(1, columns, rows)
 
     def _shift(self, index: int) -> int:

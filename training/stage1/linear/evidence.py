@@ -115,8 +115,8 @@ def solve(equations: NormalEquations, factors: Factors) -> Solution:
     return Solution(semantics, artifacts, noise, wanted, factors)
 
 
-def _inner(one: Tensor, other: Tensor) -> Tensor:
-    return torch.dot(one.flatten(), other.flatten())
+def _inner(first: Tensor, second: Tensor) -> Tensor:
+    return torch.dot(first.flatten(), second.flatten())
 
 
 def _lower_gram(matrix: Tensor, parts: int = 4) -> Tensor:

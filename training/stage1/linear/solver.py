@@ -241,8 +241,6 @@ class LinearSolver:
         return (limit / squared.clamp(min=limit)).square()
 
 
-def _close(one: Strengths, other: Strengths) -> bool:
+def _close(old: Strengths, new: Strengths) -> bool:
     """Whether another step is not worth its cost: factors of 2 and 1.5 change F and G little."""
-    return (
-        abs(math.log(one.smoothness / other.smoothness)) < 0.7 and abs(math.log(one.artifacts / other.artifacts)) < 0.4
-    )
+    return abs(math.log(old.smoothness / new.smoothness)) < 0.7 and abs(math.log(old.artifacts / new.artifacts)) < 0.4

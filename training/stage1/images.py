@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError
 from timm_dvt.image_files import Fingerprint, Source, decode_image, read_file
-from training.common.models import DENOISER, weights_digest
+from timm_dvt.loading import weights_digest
+from training.common.models import DENOISER
 from training.pairs.folder import PairFolder, ValueTooLarge
 from training.stage1.conditioning import IllConditioned
 from training.stage1.decompose import Decomposition, NonFiniteFeatures, decompose
@@ -83,7 +84,7 @@ def denoise_images(model: nn.Module, sources: Sequence[Source], folder: PairFold
                     if not mine:
                         busy.append(source)
                         continue
-                    reason = _denoise_one(model, source, folder, settings, bar, warned)
+                    reason = _denoise_image(model, source, folder, settings, bar, warned)
                 done += 1
                 if reason is not None:
                     failed += 1
@@ -95,7 +96,7 @@ def denoise_images(model: nn.Module, sources: Sequence[Source], folder: PairFold
     return failed
 
 
-def _denoise_one(
+def _denoise_image(
     model: nn.Module,
     source: Source,
     folder: PairFolder,
@@ -118,13 +119,13 @@ def _denoise_one(
         if reason is not None:
             return reason
         image = decode_image(data).to(next(model.parameters()).device)
-        own = replace(settings, seed=image_seed(settings.seed, content.sha256))
+        seeded = replace(settings, seed=image_seed(settings.seed, content.sha256))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            parts = decompose(model, image, own, **bar.parts(own))
+            parts = decompose(model, image, seeded, **bar.parts(seeded))
         assert isinstance(parts, dict)  # settings.layers is filled in
         facts = {
-            "seed": own.seed,
+            "seed": seeded.seed,
             "image_size": list(image.shape[1:]),
             "diagnostics": {layer: part.diagnostics for layer, part in parts.items()},
         }
