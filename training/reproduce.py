@@ -23,17 +23,18 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from timm_dvt.errors import UserError
+from timm_dvt.inspection.findings import duration
 from timm_dvt.options import part
 from timm_dvt.shared_folder import SharedFolder, write_atomically
 from training.common.command import command_parser, exit_code_of, flush_subnormals, positive
 from training.reproduction.jobs import Job, Options, Runner, job_of, write_lists
 from training.reproduction.plan import missing_data, plan
-from training.reproduction.published import BACKBONES, TABLES, select
-from training.reproduction.results import outcome, results_page, results_table
+from training.reproduction.published import BACKBONES, TABLES, Row, select
+from training.reproduction.results import outcome, results_page, results_table, short_title
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,9 +109,7 @@ def run(args: argparse.Namespace) -> int:
             except (FileNotFoundError, RuntimeError) as error:  # of VOC; what needs it will say so
                 print(f"no VOC to learn from: {error}", file=sys.stderr)
         if args.plan:
-            print(describe(jobs, runner))
-            for words in dict.fromkeys(job for job in found.values() if isinstance(job, str)):
-                print(f"not run: {words}")
+            print(describe(found, runner))
             return 0
         number, parts = args.part
         able = []
@@ -133,16 +132,29 @@ def run(args: argparse.Namespace) -> int:
     return 0 if had == len(outcomes) else 1
 
 
-def describe(jobs: Sequence[Job], runner: Runner) -> str:
-    """The plan in words: a line a job, and the sum."""
-    plans = plan(jobs, runner.done)
+def describe(found: Mapping[Row, Job | str], runner: Runner) -> str:
+    """The plan in words: a line a job, with what it is for, the sum, and a line a reason for what no job gives."""
+    uses: dict[str, dict[str, None]] = {}  # of each job, or of each reason why there is none
+    jobs = {}
+    for row, job in found.items():
+        name = job if isinstance(job, str) else job.name
+        uses.setdefault(name, {}).update(dict.fromkeys((short_title(row.table), *row.settings)))
+        if isinstance(job, Job):
+            jobs[name] = job
+    plans = plan(list(jobs.values()), runner.done)
     lines = []
     for one in plans:
-        state = f"missing: {one.missing}" if one.missing else f"about {one.seconds / 60:.3g} minutes"
-        lines.append(f"{one.job.name}: {'done' if runner.done(one.job) else state}")
-    hours = sum(one.seconds for one in plans) / 3600
+        name = one.job.name
+        state = f"missing: {one.missing}" if one.missing else f"about {duration(one.seconds)}"
+        lines.append(
+            f"{name} ({', '.join(uses.get(name, ['for what follows']))}): {'done' if runner.done(one.job) else state}"
+        )
     short = sum(one.missing is not None for one in plans)
-    lines.append(f"{len(plans)} jobs, {short} of them without data or weights; {hours:.3g} hours for one process here")
+    seconds = sum(one.seconds for one in plans)
+    lines.append(
+        f"{len(plans)} jobs, {short} of them without data or weights; {duration(seconds)} for one process here"
+    )
+    lines += [f"not run ({', '.join(tables)}): {reason}" for reason, tables in uses.items() if reason not in jobs]
     return "\n".join(lines)
 
 

@@ -1,6 +1,9 @@
 """Commands of training in processes of their own: started, killed while they train, and compared by their weights."""
 
 import atexit
+import contextlib
+import importlib
+import io
 import multiprocessing
 import os
 import random
@@ -14,10 +17,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import reduction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 from unittest import mock
 
 import torch
 from safetensors.torch import load_file
+
+from training.evaluate.features import cached
 
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(
@@ -115,6 +122,30 @@ def run(*words: str) -> tuple[int, str, str]:
 def start(*command: str) -> Python:
     """Start python -m COMMAND, with one thread."""
     return Python("-m", *command)
+
+
+def in_this_process(command: list[str], stdout: int, stderr: BinaryIO, **more: Any) -> SimpleNamespace:
+    """Instead of subprocess.run, for python -m COMMAND of training: saves the imports of each process."""
+    module = command[2] + (".__main__" if command[2] == "training.evaluate" else "")
+    said, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        code = importlib.import_module(module).main(command[3:])
+    stderr.write(errors.getvalue().encode())
+    return SimpleNamespace(returncode=code, stdout=said.getvalue().encode())
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Start a process that does this work at once, since what is imported here is so there too; returns its id."""
+    child = os.fork()
+    if not child:
+        code = 1
+        cached._READERS = ThreadPoolExecutor(1)  # threads do not come along
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
 
 
 def torchrun(port: int, *command: str) -> Python:

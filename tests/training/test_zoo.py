@@ -46,7 +46,7 @@ def test_timm_lacks_what_the_list_leaves_out():
     assert len(set(zoo.MODELS)) == len(zoo.MODELS)
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_each_model_of_the_list_can_have_a_denoiser(name):
     check_backbone(name)
@@ -114,7 +114,7 @@ def test_a_card_says_the_license_of_the_backbones_weights():
     assert license_of(model(None)) == license_of(SimpleNamespace()) == ""
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 def test_a_zoo_of_a_tiny_model_is_made_loads_and_is_pushed(tmp_path, account, capsys):
     for number in range(8):
         pixels = np.random.default_rng(number).integers(0, 255, (5, 6, 3), dtype=np.uint8)

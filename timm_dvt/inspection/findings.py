@@ -168,4 +168,6 @@ def percent(share: Estimate) -> str:
 
 def duration(seconds: float) -> str:
     """A time in words."""
-    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+    units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
+    unit, size = next(((unit, size) for unit, size in units if seconds >= 1.5 * size), units[-1])
+    return f"{seconds / size:.{int(seconds < 3 * size)}f} {unit}"

@@ -23,6 +23,7 @@ from training.common.backbone import DTYPES
 from training.common.command import add_model_arguments, command_parser, complain, flush_subnormals, positive
 from training.evaluate.data.datasets import DATASETS, kinds_of
 from training.evaluate.features.cached import Extractor
+from training.evaluate.features.pairs import input_size_of
 from training.evaluate.runner import Request, evaluate, open_splits
 from training.evaluate.tables import result_table
 from training.evaluate.tasks import TASKS, load_task, task_settings, tasks_of
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     splits = open_splits(requests)  # before anything slow
     device = pick_device(args.device)
     model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
-    extractor = Extractor(model, args.input_size, args.dtype)
+    extractor = Extractor(model, args.input_size or input_size_of(request.pairs), args.dtype)
     for request, opened in zip(requests, splits):
         try:
             result, path = evaluate(request, model, extractor, opened)
@@ -83,7 +84,10 @@ def make_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     add_options(parser, Request)
     parser.add_argument(
-        "--input-size", type=positive, metavar="PX", help="side of the square input (default: the model's)"
+        "--input-size",
+        type=positive,
+        metavar="PX",
+        help="side of the square input (default: that of --pairs, or the model's)",
     )
     parser.add_argument("--json", action="store_true", help="print results as lines of JSON instead of tables")
     parser.add_argument(

@@ -31,9 +31,10 @@ from training.evaluate.data.voc import read_voc
 from training.evaluate.runner import slug
 from training.evaluate.tables import write_json
 from training.evaluate.tasks import tasks_of
-from training.reproduction.published import Row, evaluated
+from training.reproduction.published import ROWS, Row, evaluated
 
 TRAINING_IMAGES = 10_000  # 5.2: at random of VOC2012 and VOC2007, without those of the evaluation
+_VIEW_AVERAGE = ("--solver", "linear", "--no-artifacts", "--crops", "0")  # whatever solves the recipe's other maps
 ALONE = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # of torchrun: a job is one process, on the GPU of LOCAL_RANK
 
 
@@ -76,9 +77,9 @@ class Job:
 
 
 def data_folder(options: Options, dataset: str) -> Path:
-    """Where a data set lies: DATA/NAME, or DATA itself."""
-    own = options.data / dataset
-    return own if own.is_dir() else options.data
+    """Where a data set lies, or would: DATA/NAME; or DATA itself, if there is none of them below it."""
+    below = any((options.data / row.key[1]).is_dir() for row in ROWS)
+    return options.data / dataset if below else options.data
 
 
 def protocol_of(options: Options, row: Row) -> str:
@@ -94,11 +95,10 @@ def job_of(row: Row, options: Options) -> Job | str:
     model, more = evaluated(row), [*row.settings, *options.settings]
     words: list[str] = []
     if row.made and options.recipe is None:
-        return "needs --train: " + ("stage 1's maps of VOC2012" if row.made == "pairs" else f"a denoiser {row.made}")
+        made = "stage 1's maps of VOC2012" if row.made == "pairs" else f"the denoiser {row.made}"
+        return f"needs --train, which makes {made}"
     if row.made == "pairs":
-        needs = tuple(
-            _pairs(row.backbone, "voc12", options, *plain) for plain in ((), ("--no-artifacts", "--crops", "0"))
-        )
+        needs = tuple(_pairs(row.backbone, "voc12", options, *plain) for plain in ((), _VIEW_AVERAGE))
         model, words = row.backbone, ["--pairs", *(_value(job.command, "--out") for job in needs)]
     elif options.recipe is not None and row.suffix == "dvt":
         needs = (_denoiser(row.backbone, row.made or "block", options),)
@@ -124,7 +124,7 @@ def _pairs(backbone: str, images: str, options: Options, *more: str) -> Job:
     """Stage 1, of the images of a list of `write_lists`."""
     where = options.images if options.images and images == "train" else str(options.out / "lists" / f"{images}.txt")
     out = options.out / "pairs" / slug(backbone, images, *(["no-artifacts"] if more else []))
-    words = ["--recipe", str(options.recipe), "--model", backbone, "--images", where, *more, *options.stage1]
+    words = ["--recipe", str(options.recipe), "--model", backbone, "--images", where, *options.stage1, *more]
     return _job(("pairs", out.name), ("training.denoise_images", *words, "--out", str(out)), options, shared=True)
 
 

@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,17 @@ def seconds_to_make(job: Job) -> float:
 
 
 def _stage1(words: Sequence[str]) -> float:
-    """An image takes a + b views + c steps of the field, as three decompositions of noise say."""
+    """Of all images."""
     args = _parse(words, STAGE1, Stage1Settings)
-    model = load_backbone(args.model, args.pretrained, args.seed).to(pick_device(args.device))
-    settings = build(STAGE1[args.recipe], args).settled(model)
+    settings = build(STAGE1[args.recipe], args)
+    return _an_image(args.model, args.pretrained, args.seed, args.device, settings) * len(list_images(args.images))
+
+
+@lru_cache(maxsize=8)  # lists of images differ, the rest does not
+def _an_image(name: str, pretrained: bool, seed: int, device: str | None, settings: Stage1Settings) -> float:
+    """It takes a + b views + c steps of the field, as three decompositions of noise say."""
+    model = load_backbone(name, pretrained, seed).to(pick_device(device))
+    settings = settings.settled(model)
     image = torch.rand(3, 375, 500)
 
     def seconds(views: int, steps: int) -> float:
@@ -63,7 +71,7 @@ def _stage1(words: Sequence[str]) -> float:
     if settings.solver == "field":
         step = max(seconds(VIEWS_TIMED, 2 * STEPS_TIMED) - base, 0) / STEPS_TIMED
     each = base + view * (settings.views - VIEWS_TIMED) + step * (settings.field.steps - STEPS_TIMED)
-    return max(each, view * settings.views + step * settings.field.steps) * len(list_images(args.images))
+    return max(each, view * settings.views + step * settings.field.steps)
 
 
 def _stage2(words: Sequence[str], images: str) -> float:

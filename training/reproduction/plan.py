@@ -105,11 +105,15 @@ def _seconds(args: Any, model: nn.Module, extractor: Extractor) -> float:
             result, _ = evaluate(sample, model, extractor, splits)
             return sum(map(len, splits.values())), _exact(Path(folder), result["seconds"])
 
-    (count, base), (twice, double) = run(SAMPLE, 1), run(2 * SAMPLE, 1)
+    sample = min(SAMPLE, args.limit or SAMPLE)
+    count, base = run(sample, 1)
     whole = sum(min(number, args.limit or number) for number in counts)
-    total = base + max(double - base, 0) / max(twice - count, 1) * max(whole - count, 0)
+    total = base
+    if whole > count:
+        twice, double = run(2 * sample, 1)
+        total += max(double - base, 0) / max(twice - count, 1) * (whole - count)
     if unit:
-        step = max(run(SAMPLE, 2)[1] - base, 0) * (whole / count if unit == "epochs" else 1)
+        step = max(run(sample, 2)[1] - base, 0) * (whole / count if unit == "epochs" else 1)
         total += step * (getattr(settings, unit) - 1)
     return total * args.repeats
 

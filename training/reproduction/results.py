@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import lru_cache
+from string import ascii_lowercase
 from typing import Any
 
 from training.evaluate.results import heading
 from training.figures.page import Section, Table, Text, page
-from training.reproduction.published import TABLES, Row
+from training.reproduction.published import ROWS, TABLES, Row
 
 TITLES = {
     "1": "Table 1: how much single channels tell of position",
@@ -23,10 +25,12 @@ TITLES = {
     "S3": "Table S3: classification by an attentive probe",
     "README": "The authors' README",
 }
+REASONS = ["", "why", "of what"]
 HEADINGS = ["model", "state", "number", "published", "ours", "difference", "spread", "verdict"]
 LEAD = (
-    "Means over seeds. A difference is within the spread if it is at most two standard deviations of ours, and the "
-    "rounding of what is published. * is not the full protocol: images were limited or settings changed."
+    "Ours is the mean over seeds, the spread their standard deviation and, in parentheses, how many they are. A "
+    "difference is within the spread, and green, if it is at most two standard deviations plus the rounding of the "
+    "published number. * is not the full protocol: images were limited or settings changed."
 )
 
 
@@ -58,8 +62,15 @@ class Outcome:
             return "not run"
         if self.difference is None:
             return "not published"
-        digit = 10.0 ** int(Decimal(repr(self.row.value)).as_tuple().exponent)
-        return "within" if abs(self.difference) <= 2 * self.spread + digit / 2 else "outside"
+        rounding = 0.5 * 10.0 ** -decimals(self.row.key[2], self.row.source)
+        return "within" if abs(self.difference) <= 2 * self.spread + rounding + 1e-9 else "outside"
+
+
+@lru_cache(maxsize=None)
+def decimals(number: str, source: str) -> int:
+    """Of a published number, as its table prints them: 83.60, not 83.6."""
+    values = (row.value for row in ROWS if (row.key[2], row.source) == (number, source) and row.value is not None)
+    return max(-int(Decimal(repr(value)).as_tuple().exponent) for value in values)
 
 
 def outcome(row: Row, record: Mapping[str, Any]) -> Outcome:
@@ -77,12 +88,14 @@ def outcome(row: Row, record: Mapping[str, Any]) -> Outcome:
 
 def results_page(outcomes: Sequence[Outcome]) -> bytes:
     """The page: a section a table, and what could not be run."""
+    reasons = _reasons(outcomes)
     sections = []
     for table, chosen in _by_table(outcomes):
         green = [i for i, one in enumerate(chosen) if one.verdict == "within"]
-        sections.append(Section(TITLES[table], [Table(HEADINGS, [cells(one) for one in chosen], 3, green)]))
-    if reasons := _reasons(outcomes):
-        sections.append(Section("What could not be run", [Table(["numbers", "why"], reasons, words=2)]))
+        rows = [cells(one, list(reasons)) for one in chosen]
+        sections.append(Section(TITLES[table], [Table(HEADINGS, rows, 3, green)]))
+    if reasons:
+        sections.append(Section("What could not be run", [Table(REASONS, _reason_cells(reasons), len(REASONS))]))
     sections.append(Section("Figures", [Text("python -m training.report OUT/results plots them over model size.")]))
     return page("The paper's numbers, again", LEAD, sections)
 
@@ -90,23 +103,26 @@ def results_page(outcomes: Sequence[Outcome]) -> bytes:
 def results_table(outcomes: Sequence[Outcome]) -> str:
     """The same in Markdown."""
     text = f"# The paper's numbers, again\n\n{LEAD}\n"
-    for table, chosen in _by_table(outcomes):
-        text += f"\n## {TITLES[table]}\n\n" + _markdown(HEADINGS, [cells(one) for one in chosen])
     reasons = _reasons(outcomes)
-    return text + ("\n## What could not be run\n\n" + _markdown(["numbers", "why"], reasons) if reasons else "")
+    for table, chosen in _by_table(outcomes):
+        text += f"\n## {TITLES[table]}\n\n" + _markdown(HEADINGS, [cells(one, list(reasons)) for one in chosen])
+    return text + ("\n## What could not be run\n\n" + _markdown(REASONS, _reason_cells(reasons)) if reasons else "")
 
 
-def cells(one: Outcome) -> list[str]:
-    """A row of the table, under `HEADINGS`."""
+def cells(one: Outcome, reasons: Sequence[str] = ()) -> list[str]:
+    """A row of the table, under `HEADINGS`; `reasons` are those that are told below it."""
     row = one.row
-    published = "" if row.value is None else f"{row.value:g} ({row.source})"
+    published = ""
+    if row.value is not None:
+        published = f"{row.value:.{decimals(row.key[2], row.source)}f} ({row.source})"
     name = heading(row.key) + "".join(f", {word}" for word in row.settings)
     made = f" ({row.made})" if row.made not in ("", "pairs") else ""
     digits = 4 if abs(one.mean or row.value or 0) < 2 else 2
     ours = "" if one.mean is None else f"{one.mean:.{digits}f}{'' if one.whole else '*'}"
     difference = "" if one.difference is None else f"{one.difference:+.{digits}f}"
     spread = "" if one.mean is None else f"± {one.spread:.{digits}f} ({one.count})" if one.count > 1 else "one seed"
-    return [row.backbone, row.state + made, name, published, ours, difference, spread, one.verdict]
+    note = f" ({_letters(reasons.index(one.reason))})" if one.reason in reasons else ""
+    return [row.backbone, row.state + made, name, published, ours, difference, spread, one.verdict + note]
 
 
 def _by_table(outcomes: Sequence[Outcome]) -> list[tuple[str, list[Outcome]]]:
@@ -114,13 +130,35 @@ def _by_table(outcomes: Sequence[Outcome]) -> list[tuple[str, list[Outcome]]]:
     return [(table, chosen) for table, chosen in found if chosen]
 
 
-def _reasons(outcomes: Sequence[Outcome]) -> list[list[str]]:
-    """Each reason once, with what it is of."""
-    reasons: dict[str, dict[str, None]] = {}
-    for one in outcomes:
-        if one.reason:
-            reasons.setdefault(one.reason, {})[f"{one.row.table}: {one.row.backbone} {one.row.key[0]}"] = None
-    return [["; ".join(names), reason] for reason, names in reasons.items()]
+def _reasons(outcomes: Sequence[Outcome]) -> dict[str, list[Row]]:
+    """Each reason once, with the numbers that it is of."""
+    reasons: dict[str, list[Row]] = {}
+    for _, chosen in _by_table(outcomes):
+        for one in chosen:
+            if one.reason:
+                reasons.setdefault(one.reason, []).append(one.row)
+    return reasons
+
+
+def _reason_cells(reasons: Mapping[str, Sequence[Row]]) -> list[list[str]]:
+    """Rows under `REASONS`."""
+    cells = []
+    for i, (reason, rows) in enumerate(reasons.items()):
+        tables, tasks, models = map(
+            dict.fromkeys, zip(*((short_title(row.table), row.key[0], row.backbone) for row in rows))
+        )
+        cells.append([_letters(i), reason, f"{', '.join(tables)}: {', '.join(tasks)} of {', '.join(models)}"])
+    return cells
+
+
+def _letters(number: int) -> str:
+    """a to z, then aa, ab and so on."""
+    return ("" if number < 26 else _letters(number // 26 - 1)) + ascii_lowercase[number % 26]
+
+
+def short_title(table: str) -> str:
+    """Of a table: "Table 2"."""
+    return TITLES[table].split(":")[0]
 
 
 def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

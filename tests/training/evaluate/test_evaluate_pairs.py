@@ -47,7 +47,7 @@ def evaluate(*words: str) -> int:
 def test_tab_5_from_two_commands(model, data, tmp_path, capsys):
     pairs, out = tmp_path / "pairs", tmp_path / "out"
     for part in ("train", "val"):
-        options = ["--images", str(data / part / "images"), "--out", str(pairs), "--input-size", "64", "--views", "9"]
+        options = ["--images", str(data / part / "images"), "--out", str(pairs), "--input-size", "80", "--views", "9"]
         assert denoise_images.main(["--model", model, *options]) == 0
     words = ["--model", model, "--data", str(data), "--out", str(out), "--pairs", str(pairs)]
     words += ["--set", "query_size=16", "neighbors=3"]

@@ -1,10 +1,11 @@
 """The command: what it plans, shares, resumes and sets beside what is published, on tiny data sets in real layouts."""
 
-import contextlib
-import io
 import json
+import os
+import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +14,8 @@ import pytest
 from tests.helpers import processes, small_datasets
 from timm_dvt.publish.published import DINOV2
 from timm_dvt.shared_folder import SharedFolder
-from training.evaluate.__main__ import main as evaluate
 from training.reproduce import main
-from training.reproduction import jobs
+from training.reproduction import jobs, making
 from training.reproduction.jobs import Job, Runner
 from training.reproduction.published import select
 from training.reproduction.results import Outcome, cells, outcome, results_page, results_table
@@ -45,17 +45,12 @@ def words(model, data, out, *more):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Evaluations run here, which saves the imports of each; what was run is listed."""
+    """Commands run here; what was run is listed."""
     ran = []
 
-    def run(command, stdout, stderr, **more):
+    def run(command, **more):
         ran.append(command[3])
-        assert command[1:3] == ["-m", "training.evaluate"]
-        said, told = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(told):
-            code = evaluate(command[3:])
-        stderr.write(told.getvalue().encode())
-        return SimpleNamespace(returncode=code, stdout=said.getvalue().encode())
+        return processes.in_this_process(command, **more)
 
     monkeypatch.setattr(jobs.subprocess, "run", run)
     return ran
@@ -67,7 +62,7 @@ def numbers(out):
     return {name: record["result"]["states"] for name, record in records.items() if "result" in record}
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 def test_numbers_that_can_be_had_stand_beside_reasons_for_the_others(model, data, tmp_path, in_this_process, capsys):
     out = tmp_path / "out"
     assert main(words(model, data, out, "--tables", "1", "2", "4", "5")) == 1  # Tab. 1 lacks ImageNet, Tab. 5 --train
@@ -103,7 +98,7 @@ def test_parts_do_all_of_the_work_between_them(data, tmp_path, monkeypatch):
     assert len(ran) == 3
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 def test_the_plan_says_what_is_missing_and_how_long_the_rest_takes(model, data, tmp_path, in_this_process, capsys):
     out = tmp_path / "out"
     arguments = words(model, data, out, "--tables", "1", "2", "4", "5")
@@ -175,8 +170,8 @@ def record(**states):
     "mean, std, verdict",
     [
         (83.6, 0.0, "within"),
-        (83.649, 0.0, "within"),
-        (83.7, 0.0, "outside"),
+        (83.604, 0.0, "within"),  # the paper prints 83.60
+        (83.61, 0.0, "outside"),
         (83.0, 0.3, "within"),
         (82.9, 0.3, "outside"),
     ],
@@ -194,6 +189,7 @@ def test_a_difference_is_within_two_standard_deviations_or_the_rounding(mean, st
 def test_what_has_no_number_says_why_and_a_trial_is_marked():
     row = select(["2"], [DINOV2])[0]
     assert outcome(row, {}).verdict == "not run" and outcome(row, {"error": "no data"}).reason == "no data"
+    assert cells(outcome(row, {}), ["no data", "not run yet"])[-1] == "not run (b)"
     assert "it has denoised" in outcome(row, record(denoised=(1.0, 0.0, 1))).reason
     trial = record(raw=(1.0, 0.0, 1))
     trial["result"]["limit"] = 4
@@ -204,38 +200,65 @@ def test_what_has_no_number_says_why_and_a_trial_is_marked():
 # ---- killed and shared
 
 
-@pytest.mark.sweep
-def test_killed_and_continued_in_two_processes_it_gives_what_an_uninterrupted_run_gives(model, data, tmp_path):
+@pytest.mark.slow
+def test_killed_and_continued_in_two_processes_it_gives_what_an_uninterrupted_run_gives(
+    model, data, tmp_path, in_this_process, one_thread
+):
     command = {name: words(model, data, tmp_path / name, "--tables", "2", "4") for name in ("whole", "broken")}
+    start = time.monotonic()
     assert main(command["whole"]) == 0
-    broken, killed = tmp_path / "broken", 0
-    for attempt in range(3):
-        had = len(list(broken.glob("jobs/*")))
-        process = processes.torchrun(29541 + attempt, "training.reproduce", *command["broken"])
-        while process.poll() is None and len(list(broken.glob("jobs/*"))) == had:  # until something is done
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        process.communicate()
-    process = processes.torchrun(29551, "training.reproduce", *command["broken"])
-    errors = process.communicate()[1]
-    assert process.returncode == 0, errors
-    assert killed > 1 and len(numbers(broken)) == 5
-    assert numbers(broken) == numbers(tmp_path / "whole")
+    whole = time.monotonic() - start
+    broken, killed, moments = tmp_path / "broken", 0, random.Random(0)
+    for _ in range(10):
+        children = [processes.forked(partial(main, command["broken"])) for _ in range(2)]
+        time.sleep(moments.uniform(0, whole / 16))
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    begun = len(list(broken.glob("results/parts/*")))
+    for child in [processes.forked(partial(main, command["broken"])) for _ in range(2)]:
+        assert os.waitpid(child, 0)[1] == 0
+    assert killed > 10 and begun
+    assert len(numbers(broken)) == 5 and numbers(broken) == numbers(tmp_path / "whole")
     assert (broken / "RESULTS.md").read_text() == (tmp_path / "whole" / "RESULTS.md").read_text()
 
 
-@pytest.mark.sweep
-def test_denoisers_are_made_first_by_a_recipe_and_table_5_is_of_maps_that_are_made(model, data, tmp_path, capsys):
-    more = ["--tables", "5", "2", "--train", "paper", "--limit", "4", "--stage2=--epochs=1 --batch-size=2 --device=cpu"]
-    more += ["--stage1=--views=4 --field-steps=4 --device=cpu"]
+def test_what_a_killed_process_had_started_dies_with_it(tmp_path):
+    """As long as it lived, it would write to a folder where another process does its work again."""
+    pid = tmp_path / "pid"
+    code = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    job = Job("asleep", ("timeit", "-n1", "-r1", code))
+
+    def work():
+        with SharedFolder(tmp_path) as folder:
+            Runner(folder).run([job])
+
+    child = processes.forked(work)
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 10
+    while Path("/proc", pid.read_text()).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_denoisers_are_made_first_by_a_recipe_and_table_5_is_of_maps_that_are_made(
+    model, data, tmp_path, in_this_process, monkeypatch, capsys
+):
+    monkeypatch.setattr(making, "STEPS_TIMED", 2)
+    more = ["--tables", "5", "2", "--train", "paper", "--limit", "2", "--stage2=--epochs=1 --batch-size=2 --device=cpu"]
+    more += ["--stage1=--views=4 --field-steps=4 --input-size=96 --device=cpu"]
     assert main([*words(model, data, tmp_path / "out", *more), "--plan"]) == 0
     said = capsys.readouterr().out
     assert "pairs_model" in said and "missing" not in said and "about" in said
+    assert in_this_process == []
     assert main(words(model, data, tmp_path / "out", *more)) == 0
     table = (tmp_path / "out" / "RESULTS.md").read_text()
-    assert "view-average" in table and "not run" not in table
+    assert "view-average" in table and "| not run" not in table
     assert len(list((tmp_path / "out" / "denoisers").iterdir())) == 1
     lists = (tmp_path / "out" / "lists" / "train.txt").read_text()
     val = Path(data, "voc/VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").read_text().split()
-    assert len(lists.splitlines()) == 4 and not any(name in lists for name in val)
+    assert len(lists.splitlines()) == 2 and not any(name in lists for name in val)

@@ -278,7 +278,7 @@ def test_registers_refuse_what_they_are_not_for():
 # ---- the command
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 def test_a_table_of_all_rows_and_nothing_done_twice(folder, tmp_path, monkeypatch, capsys):
     model = small_datasets.saved_model(
         tmp_path / "model", dict(img_size=64, depth=1, embed_dim=32, num_heads=2, num_classes=0)

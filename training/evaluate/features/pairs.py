@@ -44,6 +44,14 @@ STATES: dict[str, Mix] = {
 SAME = {"raw-G": "F+residual"}  # which need not be evaluated twice
 
 
+def input_size_of(folders: Sequence[Path]) -> int | None:
+    """The side that pairs were made at, which need not be the model's default; None where no pairs say so."""
+    try:
+        return read_settings(folders[0]).get("input_size") if folders else None
+    except (OSError, ValueError):  # PairFeatures says what is wrong
+        return None
+
+
 def pair_data(
     folders: Sequence[Path], splits: Mapping[str, Split], extractor: Extractor, batch_size: int
 ) -> list[tuple[dict[str, PairFeatures], tuple[str, ...]]]:
