@@ -21,8 +21,8 @@ STAGE1 = (
     "What stage 1 makes of an image",
     "Each square is one patch of the image. Raw features, as the model gives them, are taken apart into clean features "
     "F, which stay with the image wherever a crop puts it; artifacts G, which stay with the place whatever is there; "
-    "and a rest. Raw and clean features share colors, groups and scales. F is shorter where crops differ; at borders that "
-    "no crop reached it is the raw features.",
+    "and a rest. Raw and clean features share colors, groups and scales. F is shorter where crops differ; at borders "
+    "that no crop reached it is the raw features.",
 )
 POSITION = (
     "What position does to features",
