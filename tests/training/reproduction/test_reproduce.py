@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 
 from tests.helpers import processes, small_datasets
-from timm_dvt.publish.published import DINOV2
+from timm_dvt.publish.published import DINOV2, REG, VOC
 from timm_dvt.shared_folder import SharedFolder
 from training.reproduce import main
 from training.reproduction import jobs, making
 from training.reproduction.jobs import Job, Runner
-from training.reproduction.published import select
-from training.reproduction.results import Outcome, cells, outcome, results_page, results_table
+from training.reproduction.published import ROWS, select
+from training.reproduction.results import Outcome, cells, grid, outcome, results_page, results_table
 
 ARGS = {"img_size": 64, "patch_size": 8, "depth": 1, "embed_dim": 64, "num_heads": 1, "num_classes": 0}
 QUICK = "linear-seg.steps=3 linear-seg.label_size=16 depth.steps=3 depth.bins=8".split()
@@ -198,6 +198,18 @@ def test_what_has_no_number_says_why_and_a_trial_is_marked():
 
 
 # ---- killed and shared
+
+
+def test_a_table_stands_as_the_paper_prints_it():
+    rows = [row for row in ROWS if row.table == "2" and row.backbone in (DINOV2, REG)]
+    outcomes = [Outcome(row, "", row.value + 1, 0.1, 3) if row.key == VOC else Outcome(row, "no data") for row in rows]
+    headings, lines = grid(outcomes, ["other", "no data"])
+    assert headings[:5] == ["model", "state", "VOC12 mIoU", "VOC12 mAcc", "ADE20k mIoU"] and len(headings) == 8
+    assert [line[:4] for line in lines if line[0] == DINOV2] == [
+        [DINOV2, "raw", "84.60 (83.60)", "- b (90.82)"],
+        [DINOV2, "denoised", "85.84 (84.84)", "- b (91.70)"],
+    ]
+    assert len(lines) == 4 and [line[0] for line in lines] in ([DINOV2] * 2 + [REG] * 2, [REG] * 2 + [DINOV2] * 2)
 
 
 @pytest.mark.slow
