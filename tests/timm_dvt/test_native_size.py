@@ -41,7 +41,7 @@ def test_the_features_are_the_authors_at_every_size(backbone, hub, tmp_path):
     plain = theirs(backbone)
     plain.load_state_dict({key: value for key, value in state.items() if not key.startswith("head.")})
     assert torch.equal(model.pos_embed, state["pos_embed"])
-    for grid in SIZES:
+    for grid in SIZES if backbone == BACKBONES[0] else SIZES[:2] + SIZES[3:]:  # the largest once: it takes seconds
         images = images_of(model, grid)
         (raw,) = plain.forward_intermediates(images, [0], norm=True, output_fmt="NLC", intermediates_only=True)
         with model.denoising(False):
