@@ -126,7 +126,8 @@ def create(
     if layout is not None:
         attach_denoiser(model, new_denoisers(model, layout, **options) if loaded is None else loaded, layout)
         model.backbone_name = variant.backbone
-        if getattr(model.patch_embed, "strict_img_size", False) and model.layout.grid:  # it takes images of one size
+        # What embeds patches is a child of any name; it says where a model takes images of one size.
+        if model.layout.grid and any(getattr(part, "strict_img_size", False) for part in model.children()):
             model.denoiser.fix_grid(model.layout.grid)
         # What timm.models.save_for_hf writes must name an architecture that builds this model.
         cfg["architecture"] = saved_architecture(variant.architecture)

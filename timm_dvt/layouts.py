@@ -90,8 +90,8 @@ def layout_of(model: nn.Module, size: tuple[int, int] | None = None) -> Layout:
     if isinstance(model, KNOWN):
         embed = known.patch_embed
         grid = tuple(embed.grid_size) if embed.grid_size else None
-        # Of whole patches: what a size has beyond them is cut off.
-        img_size = tuple(count * side for count, side in zip(grid, embed.patch_size)) if grid else None
+        # Of whole patches: what a size has beyond them is cut off. Those of a hybrid are patches of a CNN's map.
+        img_size = tuple(count * side for count, side in zip(grid, embed.feat_ratio(as_scalar=False))) if grid else None
         return Layout("tokens", known.num_prefix_tokens, known.embed_dim, len(known.blocks), grid, img_size, plain=True)
     # Of its class: torch.compile's, PEFT's and others' wrappers hand on whatever attribute the model inside has.
     lacking = [name for name in ("forward_features", "forward_intermediates") if not hasattr(type(model), name)]

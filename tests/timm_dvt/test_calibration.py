@@ -223,6 +223,7 @@ def test_a_folder_is_walked_as_training_walks_it_and_broken_files_are_left_out_a
     for name, data in (("cut.png", cut), ("none.jpg", b"<html>404</html>"), ("empty.webp", b"")):
         (folder / name).write_bytes(data)
     os.mkfifo(folder / "pipe.bmp")
+    (folder / "gone.jpg").symlink_to("nowhere")
     for images in (
         folder,
         [*folder.glob("*.*g*"), folder / "x.jpg", *(folder / n for n in ("empty.webp", "pipe.bmp"))],
@@ -230,7 +231,7 @@ def test_a_folder_is_walked_as_training_walks_it_and_broken_files_are_left_out_a
         caplog.clear()
         assert len(sources(images, 99)) >= 3
         assert all(f"left out {folder / name}: " in caplog.text for name in ("cut.png", "none.jpg", "empty.webp"))
-        assert "pipe.bmp: not a file" in caplog.text
+        assert "pipe.bmp: not a file" in caplog.text and f"left out {folder / 'gone.jpg'}: " in caplog.text
     for path in folder.glob("*.*"):
         path.write_bytes(b"") if path.suffix == ".png" else None
     with pytest.raises(CalibrationError, match="no image that can be read"):

@@ -66,6 +66,27 @@ def test_grids_of_as_many_places_are_told_apart(grid, out, layers, tmp_path):
         assert torch.equal(loaded.forward_features(images), model.forward_features(images))
 
 
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("mixer_s32_224", {"img_size": 64}),
+        ("tnt_s_legacy_patch16_224", {"depth": 1, "img_size": 64}),
+        ("naflexvit_base_patch16_gap", {"depth": 1, "embed_dim": 64, "num_heads": 1, "img_size": 64}),
+        ("vit_tiny_r_s16_p8_224", {"depth": 1, "img_size": 64}),
+    ],
+)
+@torch.no_grad()
+def test_a_saved_model_loads_whatever_embeds_its_patches(name, small, tmp_path):
+    model = timm_dvt.add_denoiser(timm.create_model(name, **small).eval(), pos_embed_out=(3, 2))
+    model.denoiser.pos_embed_out.normal_()
+    timm_dvt.save_pretrained(model, tmp_path, model_args=small)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(1, 3, *model.layout.img_size)
+    torch.testing.assert_close(again.forward_features(images), model.forward_features(images))
+    fixed = any(getattr(part, "strict_img_size", False) for part in model.children())
+    assert again.denoiser.out_grid_size == (model.layout.grid if fixed else (3, 2))
+
+
 @torch.no_grad()
 def test_a_saved_variant_loads_bit_equal_with_its_class_count_and_size(tmp_path):
     name = "vit_base_patch16_224.mae_dvt"

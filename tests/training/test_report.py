@@ -184,6 +184,12 @@ def test_a_broken_result_is_named(tmp_path, capsys):
     (tmp_path / "torn.json").write_text('{"task": ')
     assert main([str(tmp_path)]) == 2
     assert f"{tmp_path / 'torn.json'} is no result" in capsys.readouterr().err
+    (tmp_path / "torn.json").unlink()
+    for other in ({"states": 4}, {"states": {"raw": {"x": 3}}}, {"states": {"raw": {"x": {"mean": None}}}}):
+        record = {"task": "t", "dataset": "d", "model": "m", "parameters": 1, **other}
+        (tmp_path / "other.json").write_text(json.dumps(record))
+        assert main([str(tmp_path)]) == 2
+        assert f"{tmp_path / 'other.json'} is no result" in capsys.readouterr().err
 
 
 def draw_points(folder):

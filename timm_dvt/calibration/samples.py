@@ -78,7 +78,7 @@ def _of_folder(folder: Path, left_out: list[UserError]) -> Iterator[Source]:
 def _readable(items: Iterable[Source], left_out: list[UserError]) -> Iterator[Source]:
     """Those that are no files, and files that can be decoded; the others are named, and what they raise is added."""
     for source in items:
-        if isinstance(source, (str, os.PathLike)) and os.path.exists(source):  # a file that is not there is a mistake
+        if isinstance(source, (str, os.PathLike)) and os.path.lexists(source):  # what is not there is a mistake
             try:
                 read_image(Path(source))
             except UserError as e:

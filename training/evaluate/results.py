@@ -57,12 +57,15 @@ def read_rows(folder: Path) -> list[Row]:
             tags["protocol"] = protocol
         if result.get("pairs"):
             tags[OF_PAIRS] = " + ".join(result.get("pair_folders") or ["pairs"])
-        for state, numbers in result["states"].items():
-            key = (result["model"], tuple(sorted(tags.items())), state)
-            row = rows.setdefault(key, Row(result["model"], state, tags, result["parameters"]))
-            for name, summary in numbers.items():
-                spread = summary["std"] if len(summary["values"]) > 1 else None
-                row.cells[(result["task"], result["dataset"], name)] = (summary["mean"], spread, whole)
+        try:
+            for state, numbers in result["states"].items():
+                key = (result["model"], tuple(sorted(tags.items())), state)
+                row = rows.setdefault(key, Row(result["model"], state, tags, int(result["parameters"])))
+                for name, summary in numbers.items():
+                    spread = float(summary["std"]) if len(summary["values"]) > 1 else None
+                    row.cells[(result["task"], result["dataset"], name)] = (float(summary["mean"]), spread, whole)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is no result: {type(error).__name__}: {error}; remove it") from error
     if not rows:
         raise UserError(f"no results in {folder}: python -m training.evaluate TASK --out {folder} writes them")
     return sorted(rows.values(), key=lambda row: (row.model, sorted(row.tags.items()), _place(row.state, STATES)))

@@ -175,6 +175,21 @@ def test_labels_are_those_of_the_folders_that_hold_images(tmp_path):
     assert len(open_dataset("imagefolder", tmp_path, "images")["val"]) == 2
 
 
+@pytest.mark.parametrize("kind", ["masks", "boxes", "discovery"])
+def test_a_split_in_which_nothing_is_labeled_is_named(kind, tmp_path):
+    written("stamps", tmp_path)
+    for path in (tmp_path / "val" / "masks").iterdir():
+        Image.fromarray(np.full((64, 64), 255, np.uint8)).save(path)
+    (tmp_path / "val" / "objects.json").write_text("{}")
+    assert "nothing is labeled in stamps val" in refused("stamps", tmp_path, kind)
+
+
+def test_names_of_classes_that_are_no_text_are_told_with_their_folder(tmp_path):
+    written("stamps", tmp_path)
+    (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
+    assert f"stamps under {tmp_path}: 'utf-8' codec" in refused("stamps", tmp_path, "masks")
+
+
 # ---- through the command line
 
 

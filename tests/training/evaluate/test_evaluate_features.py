@@ -10,6 +10,7 @@ from training.common.backbone import FeatureReader
 from training.evaluate.data.datasets import open_dataset
 from training.evaluate.detection import fast as detection
 from training.evaluate.features.cached import SHARD, Extractor, Features
+from training.evaluate.position.blank import token_reader
 from training.evaluate.run import Run
 
 
@@ -52,6 +53,19 @@ def test_states_are_the_models_own_in_one_pass(name):
         assert torch.allclose(found[state].flatten(1, 2), want, atol=1e-4), state
     if not twin.norm_after_pool:
         assert torch.allclose(found["prefix"], tokens[:, : twin.num_prefix_tokens], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["xcit_nano_12_p16_224", "volo_d1_224", "vitamin_small_224", "vit_small_r26_s32_224", "mixer_s32_224"]
+)
+def test_every_class_has_its_states_whatever_embeds_its_patches(name):
+    twin = timm_dvt.add_denoiser(timm.create_model(name, num_classes=0, device="meta"))
+    extractor = Extractor(twin)
+    reader = extractor.reader
+    assert reader.input_size == 224 and reader.patch * reader.grid == 224
+    assert extractor.denoise(torch.empty(1, reader.grid, reader.grid, reader.channels)).is_meta
+    read = token_reader(extractor, (224, 224))  # of the pages that make_denoiser writes
+    assert {len(tokens) for tokens in read(torch.rand(3, 224, 224)).values()} == {reader.grid**2}
 
 
 def test_the_backbone_runs_once_over_an_image(split, tmp_path):

@@ -24,12 +24,31 @@ Thing = tuple[Any, Any, bool, str]  # corners in pixels, class, whether it is di
 
 
 def check(split: Split) -> None:
-    """Read each annotation once, before anything slow. Raises what its reader raises."""
+    """Read each annotation once, before anything slow.
+
+    Raises:
+        ValueError: nothing is labeled in any of them. Whatever their reader raises.
+    """
+    labeled = False
     with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
         annotations = pool.map(split.annotation, range(len(split)))
         for annotation in tqdm(annotations, f"checking {split.name}", len(split), leave=False):
             if isinstance(annotation, Split):  # the frames of a video
                 check(annotation)
+            labeled = labeled or _is_labeled(annotation)
+    if not labeled:
+        raise UserError(
+            f"nothing is labeled in {split.name}: no object, or no pixel that counts, in {len(split)} images"
+        )
+
+
+def _is_labeled(annotation: Any) -> bool:
+    """Whether there is something to learn or to score in an annotation."""
+    if isinstance(annotation, Boxes):
+        return len(annotation.boxes) > 0
+    if isinstance(annotation, Tensor):  # a mask, or depths, of which 0 is unknown
+        return bool((annotation > 0 if annotation.is_floating_point() else annotation != IGNORE).any())
+    return True
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def open_dataset(
         splits = {part: split.limit(limit) for part, split in splits.items()}
         for split in splits.values() if kind != "images" else ():  # whose annotations nobody reads
             check(split)
-    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for a missing folder
+    except (OSError, RuntimeError, UnicodeError) as error:  # torchvision raises RuntimeError for a missing folder
         raise UserError(f"{name} under {folder}: {error}\nExpected layout:\n{dataset.layout}") from error
     return splits
 

@@ -70,7 +70,7 @@ class Extractor:
         """
         self.model: Any = model.eval().requires_grad_(False)
         embed = getattr(self.model, "patch_embed", None)
-        size = input_size or (meant_size(model)[0] if embed is not None and embed.img_size else None)
+        size = input_size or (meant_size(model)[0] if getattr(embed, "img_size", None) else None)
         self.reader = FeatureReader(model, input_size=size, dtype=dtype)
         self.dtype = dtype
         self.denoiser = _last_denoiser(self.model)
@@ -94,7 +94,7 @@ class Extractor:
     def denoise(self, raw: Tensor) -> Tensor:
         """Raw to denoised maps, (B, K, K, C) float32, on the model's device."""
         assert self.denoiser is not None
-        weight = self.model.patch_embed.proj.weight
+        weight = next(self.denoiser.parameters())
         grid = (self.reader.grid, self.reader.grid)
         tokens = raw.flatten(1, 2).to(weight.device, weight.dtype)
         return self.denoiser(tokens, grid).float().unflatten(1, grid)

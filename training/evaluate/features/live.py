@@ -47,7 +47,7 @@ class LiveFeatures:
         images = pad(images.to(self.device, torch.float32), patch_padding((height, width), self.patch))
         twin = self._twin((images.shape[-2], images.shape[-1]))
         grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
-        weight = twin.patch_embed.proj.weight
+        weight = next(twin.parameters())
         dtype = self._extractor.reader.dtype
         with autocasting(weight, dtype):
             (output,) = twin.forward_intermediates(
