@@ -12,6 +12,8 @@ these locks and no others:
   accident. (An NFS mount with `local_lock` does lie. Two machines may then do the same work twice.)
 - One file of zero bytes serves a million claims.
 
+Windows has none of them: there a folder is for one process at a time, which is said.
+
 Their oddity is that they belong to the process: two `SharedFolder`s on one folder inside one process do not
 exclude each other, and closing one drops the locks of both. So: one to a process.
 """
@@ -30,10 +32,11 @@ from timm_dvt.weights.files import write_whole
 
 try:
     import fcntl
-except ImportError:  # Windows: what was written there can be read, and nothing is shared
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 Self = TypeVar("Self", bound="SharedFolder")
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows would write line feeds as two bytes
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -61,7 +64,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
 
     def fill(temporary: Path) -> None:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY, 0o666)
         try:
             _write_all(descriptor, data)
         finally:
@@ -176,7 +179,7 @@ class SharedFolder:
         line = (json.dumps(record) + "\n").encode()
         with self.alone():
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _BINARY, 0o666)
                 try:
                     end = _end_of_last_whole_line(descriptor)
                     os.ftruncate(descriptor, end)
@@ -193,7 +196,8 @@ class SharedFolder:
 
     def _lock(self, offset: int, wait: bool) -> bool:
         if fcntl is None:
-            raise OutputError(errno.ENOTSUP, "this system has no POSIX locks; on Windows work in its Linux (WSL)")
+            warnings.warn("this system has no POSIX locks: only one process may write to a folder", stacklevel=4)
+            return True
         try:
             fcntl.lockf(self._locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, offset)
         except OSError as error:
@@ -207,7 +211,8 @@ class SharedFolder:
         return True
 
     def _unlock(self, offset: int) -> None:
-        fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, offset)
+        if fcntl is not None:
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, offset)
 
 
 def read_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
@@ -241,6 +246,8 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
+    if fcntl is None:  # Windows opens no folders
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -252,7 +259,8 @@ def _end_of_last_whole_line(descriptor: int) -> int:
     end = os.fstat(descriptor).st_size
     while end > 0:
         start = max(0, end - 4096)
-        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        os.lseek(descriptor, start, os.SEEK_SET)
+        newline = os.read(descriptor, end - start).rfind(b"\n")
         if newline >= 0:
             return start + newline + 1
         end = start

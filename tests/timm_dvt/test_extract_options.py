@@ -1,5 +1,8 @@
 """Claims about options of `timm-dvt extract`: states of the denoiser, blocks, shapes, a basis, pictures, refusals."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import timm
@@ -10,7 +13,9 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_dvt
 from tests.helpers.photographs import MODEL, denoised_folder, write_pictures
+from timm_dvt import shared_folder
 from timm_dvt.__main__ import main
+from timm_dvt.weights import files
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +161,21 @@ def test_a_folder_of_other_settings_is_refused_and_one_that_is_none_is_not_opene
         timm_dvt.open_features(tmp_path)
     with pytest.raises(ValueError, match="variable must be one of features; got 'depth'"):
         timm_dvt.open_features(tmp_path / "out", "depth")
+
+
+def test_a_system_without_posix_locks_is_told_to_work_alone_and_works(extract, denoised, monkeypatch):
+    """As on Windows: no fcntl, no pread, no folders that can be opened."""
+    opened = os.open
+
+    def open_file(path, *options, **more):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *options, **more)
+
+    for module in (shared_folder, files):
+        monkeypatch.setattr(module, "fcntl", None)
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.delattr(os, "pread")
+    with pytest.warns(UserWarning, match="only one process"):
+        for _ in range(2):  # the second time it is there
+            assert len(extract(model=denoised)) == 12
