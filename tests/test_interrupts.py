@@ -63,8 +63,8 @@ def test_a_program_that_imports_the_package_keeps_its_own_ctrl_c(tmp_path):
     "command",
     [
         ["timm_dvt", "--help"],
-        ["training.evaluate", "--help"],
-        pytest.param(["training.make_denoiser", "--help"], marks=pytest.mark.sweep),
+        ["training.make_denoiser", "--help"],
+        pytest.param(["training.evaluate", "--help"], marks=pytest.mark.sweep),
     ],
     ids=lambda command: command[0],
 )
