@@ -98,6 +98,7 @@ def test_more_tensors_than_any_model_has_are_refused(name, tmp_path):
         read_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_cut_after_it_was_read_does_not_end_the_process(tmp_path):
     path = tmp_path / "file.safetensors"
     safetensors.torch.save_file({"x": torch.ones(1 << 20)}, path)
