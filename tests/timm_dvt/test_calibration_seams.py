@@ -142,6 +142,7 @@ def test_a_wrapped_model_is_refused_with_the_way_to_the_one_inside(wrap):
         wrapped = wrap(model)
         remedy = f"give the one inside, its {paths[type(wrapped).__name__]}"
         calls = [timm_dvt.add_denoiser, remove_denoiser, calibrate, lambda m: calibrate(m, method="leftover")]
+        calls.append(lambda m: timm_dvt.load_denoiser(m, "nowhere"))
         for call in (*calls, lambda m: timm_dvt.save_pretrained(m, "nowhere")):
             with pytest.raises(TypeError, match=remedy):
                 call(wrapped)
