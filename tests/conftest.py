@@ -32,11 +32,15 @@ import torch  # noqa: E402
 from timm.layers import weight_init  # noqa: E402
 
 _drawn = weight_init._trunc_normal_
+LARGE = 1 << 18
 
 
-def _draw(tensor: torch.Tensor, *bounds: float) -> torch.Tensor:
-    """timm's random weights; none on the meta device, where they take half a second a model and are nowhere."""
-    return tensor if tensor.is_meta else _drawn(tensor, *bounds)
+def _draw(tensor: torch.Tensor, mean: float, std: float, *ends: float) -> torch.Tensor:
+    """timm's random weights; large ones without their ends cut off, which takes most of the time of drawing them, and
+    none on the meta device, where they take half a second a model and are nowhere."""
+    if tensor.is_meta:
+        return tensor
+    return tensor.normal_(mean, std) if tensor.numel() > LARGE else _drawn(tensor, mean, std, *ends)
 
 
 weight_init._trunc_normal_ = _draw

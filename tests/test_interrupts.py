@@ -51,6 +51,7 @@ def test_the_installed_script_does_so_too(tmp_path):
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
+@pytest.mark.slow
 def test_a_program_that_imports_the_package_keeps_its_own_ctrl_c(tmp_path):
     code = "import timm_dvt.__main__, training"
     ended = run(["-c", f"import signal, sys\n{code}\nprint(signal.getsignal(2), sys.excepthook)"], "-", tmp_path)
@@ -60,7 +61,11 @@ def test_a_program_that_imports_the_package_keeps_its_own_ctrl_c(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
-    [["timm_dvt", "--help"], *([f"training.{name}", "--help"] for name in ("make_denoiser", "evaluate"))],
+    [
+        ["timm_dvt", "--help"],
+        ["training.make_denoiser", "--help"],
+        pytest.param(["training.evaluate", "--help"], marks=pytest.mark.sweep),
+    ],
     ids=lambda command: command[0],
 )
 def test_a_command_works_without_docstrings(command, tmp_path):

@@ -110,6 +110,7 @@ def test_the_command_line_downloads_a_repo_that_then_loads(client, hub, repo, sa
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 @both
 def test_the_command_line_fills_the_cache_that_create_model_reads_offline(client, hub, tmp_path):
     name = publish_tiny(hub)

@@ -105,6 +105,7 @@ def test_names_without_number_are_refused_unread(tmp_path, monkeypatch):
         read_checkpoint(tmp_path / "a.safetensors")
 
 
+@pytest.mark.slow
 def test_a_file_that_is_cut_after_it_was_read_does_not_end_the_process(tmp_path):
     path = tmp_path / "file.safetensors"
     safetensors.torch.save_file({"x": torch.ones(1 << 20)}, path)

@@ -1,8 +1,5 @@
 """Files of the authors' training scripts: read in every format of torch and numpy, and torch's own list left alone."""
 
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -10,6 +7,7 @@ import torch
 
 import timm_dvt
 from tests.helpers import authors, reference
+from tests.helpers.processes import Python
 from timm_dvt.weights import pickles
 from timm_dvt.weights.checkpoints import read_checkpoint
 
@@ -87,4 +85,6 @@ def test_torchs_switch_for_weights_only_changes_nothing(content, tmp_path):
     path = authors.save(content, tmp_path / "file.pth", "zip")
     code = f"from timm_dvt.weights.checkpoints import read_checkpoint; read_checkpoint({str(path)!r})"
     for switch in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
-        subprocess.run([sys.executable, "-c", code], env={**os.environ, switch: "1"}, check=True)
+        process = Python("-c", code, **{switch: "1"})
+        said = process.communicate()
+        assert process.wait() == 0, said

@@ -56,6 +56,7 @@ def error(capsys, *arguments) -> str:
 # ---- the whole way
 
 
+@pytest.mark.slow
 def test_from_a_published_pth_over_convert_push_and_download_to_an_equal_model(account, tmp_path):
     name = "vit_small_patch14_dinov2.lvd142m_dvt"
     backbone = name.removesuffix("_dvt")

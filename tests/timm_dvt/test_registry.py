@@ -63,7 +63,8 @@ def snapshot(*arguments: str) -> dict:
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.sweep), "after"])
 def test_nothing_of_timms_own_changes_and_no_socket_is_opened(when):
     plain, ours = snapshot(), snapshot(when, "dvt")
     assert ours["opened"] == 0

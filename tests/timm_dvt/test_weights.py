@@ -62,7 +62,8 @@ def test_the_network_is_not_needed_once_the_files_are_cached(hub, tmp_path):
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
-@pytest.mark.parametrize("cached", [pytest.param("nothing", marks=pytest.mark.slow), "the denoiser"])
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", ["nothing", "the denoiser"])
 def test_without_network_the_error_names_both_files_and_the_commands(hub, tmp_path, cached):
     if cached == "the denoiser":
         publish(hub, f"voc_denoised/{BACKBONE}.pth", {"denoiser": reference.published_state(384, 37)})

@@ -120,6 +120,7 @@ def test_what_is_worse_with_the_denoiser_on_is_named():
     )
 
 
+@pytest.mark.slow
 def test_without_pairs_the_weights_are_the_same_and_nothing_is_left_but_them(images, made, tmp_path):
     assert run(images, tmp_path / "out", "--no-pairs") == 0
     assert same(load_file(tmp_path / "out" / "model.safetensors"), load_file(made / "model.safetensors"))

@@ -11,7 +11,7 @@ from typing import Any
 
 from timm_dvt.publish.published import LOST07, LOST12, LOST20K, MIC, TOP1
 from training.evaluate.results import heading
-from training.figures.page import Section, Table, Text, page
+from training.figures.page import Picture, Section, Table, Text, page
 from training.reproduction.published import ROWS, TABLES, Row
 
 TITLES = {
@@ -104,7 +104,12 @@ def results_page(outcomes: Sequence[Outcome]) -> bytes:
         green = [i for i, one in enumerate(chosen) if one.verdict == "within"]
         headings, lines = grid(chosen, list(reasons))
         rows = [cells(one, list(reasons)) for one in chosen]
-        parts = [Text(AS_PRINTED), Table(headings, lines, 2), Text("One by one:"), Table(HEADINGS, rows, 3, green)]
+        parts: list[Text | Table | Picture] = [
+            Text(AS_PRINTED),
+            Table(headings, lines, 2),
+            Text("One by one:"),
+            Table(HEADINGS, rows, 3, green),
+        ]
         sections.append(Section(TITLES[table], parts))
     if reasons:
         sections.append(Section("What could not be run", [Table(REASONS, _reason_cells(reasons), len(REASONS))]))

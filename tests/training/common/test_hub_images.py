@@ -2,14 +2,13 @@
 
 import io
 import json
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.processes import Python
 from timm_dvt.shared_folder import OutputError, SettingsDiffer
 from training.common.hub_images import fetch_images
 
@@ -144,13 +143,15 @@ def test_processes_that_start_at_once_share_one_fetch(source, tmp_path):
     files = pictures(40)
     as_files(source, files)
     code = (
-        "import sys; from pathlib import Path; from training.common.hub_images import fetch_images; import datasets;"
-        "sys.stdin.read(); fetch_images(sys.argv[1], 40, Path(sys.argv[2]))"
+        "import os, sys, time; from pathlib import Path; from training.common.hub_images import fetch_images\n"
+        "import datasets\nprint('ready', flush=True)\n"
+        "while not os.path.exists(sys.argv[3]):\n    time.sleep(0.01)\n"
+        "fetch_images(sys.argv[1], 40, Path(sys.argv[2]))"
     )
-    words = [sys.executable, "-c", code, f"hf:{source}", str(tmp_path / "kept")]
-    started = [subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    for process in started:
-        process.stdin.close()
-    told = [process.stderr.read() for process in started]
-    assert [process.wait() for process in started] == [0, 0, 0], told
+    words = ["-c", code, f"hf:{source}", str(tmp_path / "kept"), str(tmp_path / "go")]
+    started = [Python(*words) for _ in range(3)]
+    assert [process.stdout.readline() for process in started] == ["ready\n"] * 3
+    (tmp_path / "go").touch()
+    said = [process.communicate() for process in started]
+    assert [process.wait() for process in started] == [0, 0, 0], said
     assert kept(tmp_path / "kept") == files and not list((tmp_path / "kept").glob(".*.tmp"))

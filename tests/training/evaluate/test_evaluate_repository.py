@@ -125,6 +125,7 @@ def test_voc_is_trained_on_train_unless_trainaug_is_asked_for(tmp_path):
     assert linear_seg.Settings().trainaug is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, dataset, at, step", [("linear-seg", "folder", 5 + 4, 18), ("depth", "nyu", 4 + 3, 12)])
 def test_a_stopped_run_ends_as_one_that_was_not(task, dataset, at, step, model, data, tmp_path, monkeypatch):
     """Stopped in the second state's training, between two checkpoints and after a validation."""

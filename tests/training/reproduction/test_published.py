@@ -15,7 +15,7 @@ from training.reproduction.jobs import Job, Options, job_of
 from training.reproduction.published import BACKBONES, ROWS, TABLES, select
 
 
-@pytest.mark.parametrize("protocol", ["fast", "repository"])
+@pytest.mark.parametrize("protocol", ["fast", pytest.param("repository", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recipe", [None, "paper"])
 def test_each_number_is_one_that_an_evaluation_of_that_state_gives(protocol, recipe):
     options = Options(Path("data"), Path("out"), protocol, recipe)

@@ -221,13 +221,21 @@ def test_killed_and_continued_in_two_processes_it_gives_what_an_uninterrupted_ru
     assert main(command["whole"]) == 0
     whole = time.monotonic() - start
     broken, killed, moments = tmp_path / "broken", 0, random.Random(0)
-    for _ in range(10):
+
+    def parts() -> int:
+        return len(list(broken.glob("results/parts/*")))
+
+    for turn in range(10):
+        had = parts()
         children = [processes.forked(partial(main, command["broken"])) for _ in range(2)]
-        time.sleep(moments.uniform(0, whole / 16))
+        until = time.monotonic() + whole
+        while turn % 2 and parts() == had and time.monotonic() < until:  # every other time something was done
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, whole / 40))
         for child in children:
             os.kill(child, signal.SIGKILL)
             killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    begun = len(list(broken.glob("results/parts/*")))
+    begun = parts()
     for child in [processes.forked(partial(main, command["broken"])) for _ in range(2)]:
         assert os.waitpid(child, 0)[1] == 0
     assert killed > 10 and begun

@@ -64,6 +64,7 @@ def distilled(data, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_result_is_a_plain_timm_model_that_loads_without_this_package(distilled, data):
     code = (
         "import sys, timm, torch\n"
