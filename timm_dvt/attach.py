@@ -182,7 +182,7 @@ def freeze_backbone(model: Any) -> nn.Module:
     """Leave only the denoiser trainable, and return the model. Raises TypeError for a model without a denoiser."""
     if getattr(model, "denoiser", None) is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no denoiser; make one with timm_dvt.add_denoiser(model)."
+            f"{type(model).__name__} has no denoiser; make one with timm_dvt.add_denoiser(model).{unwrapping(model)}"
         )
     model.requires_grad_(False)
     model.denoiser.requires_grad_(True)

@@ -84,7 +84,7 @@ def create(
     """
     if runtime := sorted({"device", "dtype"} & (pretrained_model_args or {}).keys()):
         raise UserError(f"model_args holds {' and '.join(runtime)}, which no saved model has")
-    if pretrained and torch.device(kwargs.get("device") or "cpu").type == "meta":
+    if pretrained and torch.device(kwargs.get("device") or torch.get_default_device()).type == "meta":
         raise UserError("device is 'meta', where nothing holds weights; leave pretrained=True out for a sketch")
     given: Any = get_pretrained_cfg(variant.name) if isinstance(pretrained_cfg, str | None) else pretrained_cfg
     cfg = resolve_pretrained_cfg(f"{variant.architecture}_dvt", given, pretrained_cfg_overlay).to_dict()

@@ -8,9 +8,10 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
-from timm_dvt.building import checked_file
+from timm_dvt.building import checked_file, naming_config
 from timm_dvt.errors import UserError, WeightsNotFoundError
 from timm_dvt.registry import VARIANTS
 from timm_dvt.timm_private import hf_split
@@ -32,11 +33,12 @@ def load_model(name: str, pretrained: bool = True, seed: int = 0, **options: Any
         UserError: no such model, or it cannot be made, or no weights can be had; the message says what to do.
         TypeError: its class does not take one of `options`.
     """
-    if not name.startswith(SCHEMES) and not timm.is_model(name):
-        raise UserError(f"{name!r} is not a model of timm's, nor one of `timm-dvt list`{did_you_mean(name)}")
+    check_name(name)
     torch.manual_seed(seed)
     try:
-        return create_model(name, pretrained, **options).eval()
+        scheme, _, folder = name.partition(":")
+        with naming_config({"source": scheme, "file": folder} if scheme == "local-dir" else None):
+            return create_model(name, pretrained, **options).eval()
     except UserError as error:
         if isinstance(error, WeightsNotFoundError) and (nearest := did_you_mean(name)):
             raise WeightsNotFoundError(f"{str(error).rstrip('.')}{nearest}") from error
@@ -51,16 +53,29 @@ def load_model(name: str, pretrained: bool = True, seed: int = 0, **options: Any
         ) from error
 
 
+def check_name(name: str) -> None:
+    """Raise UserError for a name that `load_model` knows no model by: to be asked before anything is written."""
+    if not name.startswith(SCHEMES) and not timm.is_model(name):
+        raise UserError(f"{name!r} is not a model of timm's, nor one of `timm-dvt list`{did_you_mean(name)}")
+
+
 def create_model(name: str, pretrained: bool, **kwargs: Any) -> Any:
     """timm.create_model, its weights checked by their hashes; on a dead network by the cache alone, at once.
 
     Raises:
         WeightsNotFoundError: they cannot be had. Whatever timm raises.
     """
-    if name.startswith(SCHEMES[:2]) and dead_network():  # timm's client would try for long
+    on_hub = name.startswith(SCHEMES[:2])
+    if on_hub and dead_network():  # timm's client would try for long
         repo, revision = hf_split(name.partition(":")[2])
         for filename in ("config.json", *([WEIGHTS_NAME] if pretrained else [])):
             name = f"local-dir:{Path(fetch(repo, filename, revision)).parent}"
+    elif on_hub and pretrained:
+        try:
+            fetch_backbone(name)  # timm, which compares no hashes, then reads what is here
+        except WeightsNotFoundError as error:
+            if not isinstance(error.__cause__, EntryNotFoundError):  # its config.json may name another file
+                raise
     elif pretrained and timm.is_model(name) and name not in VARIANTS and (file := fetch_backbone(name)):
         kwargs["pretrained_cfg_overlay"] = checked_file(file)
     return timm.create_model(name, pretrained=pretrained, **kwargs)

@@ -161,7 +161,10 @@ def test_an_address_of_another_machine_is_one_clear_line_before_anything_slow(ho
 JSON = {"Content-Type": "application/json"}
 
 
-@pytest.mark.parametrize("path", ["run/predict", "api/predict", "call/predict", "call/v2/predict", "component_server"])
+RUNS = [f"{how}/{name}" for how in ("run", "api", "call", "call/v2") for name in ("predict", "upload", "reset")]
+
+
+@pytest.mark.parametrize("path", [*RUNS, "component_server"])
 def test_nothing_computes_past_the_queue(path, server):
     body = b'{"fn_index": 0, "data": [null, "x", 6], "session_hash": "a"}'
     assert status(f"{server[0]}gradio_api/{path}", body, JSON)[0] == 404

@@ -1,6 +1,7 @@
 """`calibrate` where it meets the rest: variants, saved folders, layers, channels, wrappers, torch's defaults."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -142,9 +143,36 @@ def test_a_wrapped_model_is_refused_with_the_way_to_the_one_inside(wrap):
         wrapped = wrap(model)
         remedy = f"give the one inside, its {paths[type(wrapped).__name__]}"
         calls = [timm_dvt.add_denoiser, remove_denoiser, calibrate, lambda m: calibrate(m, method="leftover")]
+        calls.append(lambda m: timm_dvt.load_denoiser(m, "nowhere"))
         for call in (*calls, lambda m: timm_dvt.save_pretrained(m, "nowhere")):
             with pytest.raises(TypeError, match=remedy):
                 call(wrapped)
+
+
+def test_a_callers_default_dtype_and_device_change_no_extraction(tmp_path):
+    photographs(1)[0].save(tmp_path / "a.png")
+
+    def maps(out):
+        folder = timm_dvt.extract(
+            tmp_path / "a.png", "test_vit", tmp_path / out, size=32, pretrained=False, format="npy"
+        )
+        return timm_dvt.open_features(folder)["a.png"]
+
+    want = maps("want")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert (maps("got") == want).all()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("command", ["calibrate", "inspect"])
+@pytest.mark.parametrize("wrong", [["--model", "vit_tin_patch16_224"], ["--model", "test_vit", "--views", "8"]])
+def test_what_is_wrong_at_sight_leaves_no_folder(command, wrong, tmp_path):
+    with pytest.raises(SystemExit) if command == "inspect" and "--views" in wrong else nullcontext():
+        assert main([command, *wrong, "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

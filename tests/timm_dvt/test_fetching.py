@@ -23,6 +23,7 @@ import torch
 
 import timm_dvt
 from tests.helpers.fabricated import BACKBONE, publish_tiny
+from timm_dvt import timm_private
 from timm_dvt.__main__ import main
 from timm_dvt.loading import create_model
 from timm_dvt.weights.fetching import fetch
@@ -293,18 +294,20 @@ def test_a_fetch_shows_a_person_its_rate_and_what_is_left(repo, tmp_path):
 # ---- what timm would fetch itself, and a dead network
 
 
-@pytest.mark.parametrize("how", ["variant", "by name"])
+@pytest.mark.parametrize("how", ["variant", "by name", "by repo"])
 def test_a_byte_of_the_backbone_that_changed_on_the_way_is_found_out_and_not_kept(how, hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     name = publish_tiny(hub)
-    make = partial(create_model, name if how == "variant" else BACKBONE, True, img_size=96)
+    repo = f"timm/{BACKBONE}"
+    timm_private.save_config_for_hf(timm.create_model(BACKBONE), hub.folder / repo / "config.json")
+    make = partial(create_model, {"variant": name, "by name": BACKBONE, "by repo": f"hf-hub:{repo}"}[how], True)
     if how == "variant":
         fetch("jjiaweiyang/DVT", f"voc_denoised/{BACKBONE}.pth")  # is here: the next fetch is the backbone's
     hub.fail("GET /cdn", "wrong")
-    with pytest.raises(timm_dvt.WeightsNotFoundError, match=f"timm/{BACKBONE}/model.safetensors.*its hash differs"):
+    with pytest.raises(timm_dvt.WeightsNotFoundError, match=f"{repo}/model.safetensors.*its hash differs"):
         make()
     made = make()
-    want = safetensors.torch.load_file(hub.folder / f"timm/{BACKBONE}/model.safetensors")["cls_token"]
+    want = safetensors.torch.load_file(hub.folder / repo / "model.safetensors")["cls_token"]
     assert torch.equal(made.cls_token, want)
 
 

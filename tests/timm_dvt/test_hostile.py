@@ -17,6 +17,7 @@ import timm_dvt
 from tests.helpers.folders import ERRORS, SMALL, load, small_files, write
 from tests.helpers.processes import run
 from timm_dvt.errors import UserError
+from timm_dvt.loading import load_model
 from timm_dvt.publish.convert import convert
 
 
@@ -118,6 +119,13 @@ def test_a_wrong_entry_is_one_error_of_ours_that_names_the_file(name, pretrained
             assert "_parse_model_cfg" in [frame.name for frame in traceback.extract_tb(e.__traceback__)]
 
 
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"architecture": 1}', '{"architecture": "no"}', "[" * 100000])
+def test_commands_name_a_config_that_timm_itself_cannot_read(text, folder):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(timm_dvt.CheckpointError, match="/config.json makes no model"):
+        load_model(f"local-dir:{folder}")
+
+
 @pytest.mark.skipif(
     "pretrained_model_args" not in inspect.getsource(timm.create_model),
     reason="this timm does not tell a config's arguments from the caller's",
@@ -133,6 +141,8 @@ def test_a_config_cannot_say_where_a_model_is_or_of_what_numbers(entry, pretrain
 def test_pretrained_weights_are_never_left_out_for_a_device_that_holds_none(folder):
     with pytest.raises(ValueError, match="nothing holds weights"):
         load(folder, device="meta")
+    with pytest.raises(ValueError, match="nothing holds weights"), torch.device("meta"):
+        load(folder)
     assert timm.create_model(f"local-dir:{folder}", device="meta").pos_embed.is_meta
 
 

@@ -14,7 +14,7 @@ import timm_dvt
 from tests.helpers import authors, reference
 from tests.helpers.processes import run
 from timm_dvt.weights.checkpoints import from_state_dict, read_checkpoint
-from timm_dvt.weights.limits import MAX_TENSORS
+from timm_dvt.weights.limits import MAX_HEADER, MAX_TENSORS
 
 FORMS = pytest.mark.parametrize("form", ["zip", "legacy"])
 DEEP = b")" + b"\x85" * 300_000  # a tuple in a tuple, in a tuple: the hash of it ends the process
@@ -96,6 +96,13 @@ def test_more_tensors_than_any_model_has_are_refused(name, tmp_path):
         path.write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(timm_dvt.CheckpointError, match=name):
         read_checkpoint(path)
+
+
+def test_names_without_number_are_refused_unread(tmp_path, monkeypatch):
+    (tmp_path / "a.safetensors").write_bytes((MAX_HEADER + 1).to_bytes(8, "little") + b"{}")
+    monkeypatch.setattr("timm_dvt.weights.checkpoints.json", None)
+    with pytest.raises(timm_dvt.CheckpointError, match=f"{MAX_HEADER + 1} bytes of names of tensors"):
+        read_checkpoint(tmp_path / "a.safetensors")
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from timm_dvt.calibration.samples import sources
 from timm_dvt.calibration.views import WINDOWS, ViewReader
 from timm_dvt.errors import CalibrationError
 from timm_dvt.images import PHOTOGRAPHS, read_image
-from timm_dvt.loading import load_model
+from timm_dvt.loading import check_name, load_model
 from timm_dvt.viewer.panel import Shown, draw
 from timm_dvt.weights.files import write_whole
 from timm_dvt.weights.saving import recorded_arguments, save_pretrained
@@ -112,6 +112,7 @@ def run(
         CalibrationError: an image, the model or the folder cannot be used; the message says what to do.
     """
     check_arguments(method, views)
+    check_name(name)
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from timm_dvt.bars import tqdm
+from timm_dvt.defaults import torch_defaults
 from timm_dvt.errors import UserError
 from timm_dvt.extraction import pictures
 from timm_dvt.extraction.basis import BASIS, SAMPLE, Basis
@@ -56,6 +57,7 @@ def extract(source: str, model: str, out: str, **options: Any) -> Path:
     return run(ExtractSettings(str(source), model, str(out), **options))
 
 
+@torch_defaults()
 def run(settings: ExtractSettings, say: Callable[[str], object] = print) -> Path:
     """Extract what is asked for, together with whatever other processes do the same; returns the folder.
 

@@ -9,8 +9,8 @@ from timm_dvt.calibration.command import load_backbone
 from timm_dvt.inspection.measure import VIEWS, inspect
 from timm_dvt.inspection.page import HEADINGS, lead, page, row
 from timm_dvt.inspection.results import Inspection
-from timm_dvt.loading import pick_device
-from timm_dvt.options import block_list
+from timm_dvt.loading import check_name, pick_device
+from timm_dvt.options import at_least, block_list
 from timm_dvt.tables import aligned
 from timm_dvt.weights.files import write_together
 
@@ -40,7 +40,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--views",
-        type=int,
+        type=at_least(LEAST_VIEWS),
         default=VIEWS,
         metavar="N",
         help=f"forward passes of photographs, {LEAST_VIEWS} or more (default: %(default)s)",
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> Inspection:
     Raises:
         UserError: the model, an image, the device or the folder cannot be used.
     """
+    check_name(args.model)
     folder = None if args.out is None else Path(args.out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

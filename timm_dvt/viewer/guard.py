@@ -20,8 +20,10 @@ POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; base-uri 'self'"
 )
-# What the page sends: others of Gradio's run events past the queue, or write what they are sent into files.
-POSTS = ("/upload", "/queue/join", "/reset", "/cancel")
+# What the page sends: others of Gradio's run events past the queue, or write what they are sent into files. Whole
+# paths, for those that run an event end in any name.
+UPLOAD, JOIN = "/gradio_api/upload", "/gradio_api/queue/join"
+POSTS = (UPLOAD, JOIN, "/gradio_api/reset", "/gradio_api/cancel")
 
 
 class Guard:
@@ -40,15 +42,15 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers, path = Headers(scope=scope), scope["path"].rstrip("/")
-        uploading = path.endswith("/upload")
+        uploading = path == UPLOAD
         room = LARGEST if uploading else SHORT
         length = headers.get("content-length", "")
         coming = int(length) if length.isdecimal() and len(length) < 16 else room if uploading else 0
         if self.hosts is not None and _name(headers.get("host", "")) not in self.hosts:
             return await PlainTextResponse("This page has another name.", 421)(scope, receive, send)
-        if scope["method"] not in ("GET", "HEAD") and not path.endswith(POSTS):
+        if scope["method"] not in ("GET", "HEAD") and path not in POSTS:
             return await PlainTextResponse("There is no such page.", 404)(scope, receive, send)
-        if path.endswith("/queue/join") and (refusal := self.busy()):
+        if path == JOIN and (refusal := self.busy()):
             # Gradio's page shows what a 429 says; of the 503 with which Gradio itself refuses, it does not.
             return await JSONResponse({"detail": refusal}, 429)(scope, receive, send)
         if coming > room:

@@ -18,9 +18,10 @@ from torch import nn
 from timm_dvt.architectures import architecture_of
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from timm_dvt.errors import UnsupportedModelError, UserError
+from timm_dvt.layouts import unwrapping
 from timm_dvt.variants import ROWS
 from timm_dvt.weights.fetching import WEIGHTS_NAME, first_line, printable
-from timm_dvt.weights.limits import MAX_TENSORS
+from timm_dvt.weights.limits import MAX_HEADER, MAX_TENSORS
 from timm_dvt.weights.pickles import DTYPES, RefusedError, read_pickle
 
 State = dict[str, torch.Tensor]
@@ -88,9 +89,10 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
 def _read_safetensors(path: str) -> tuple[dict, State]:
     """Metadata and tensors of a file. Raises ValueError for more than any model has, SafetensorError for others."""
     content = Path(path).read_bytes()
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    if len(header) > MAX_TENSORS:
-        raise UserError(f"{len(header)} tensors, which no model has")
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length]) if length <= MAX_HEADER else {}  # a longer one takes seconds to read
+    if length > MAX_HEADER or len(header) > MAX_TENSORS:
+        raise UserError(f"{len(header) or f'{length} bytes of names of'} tensors, which no model has")
     return header.get("__metadata__") or {}, safetensors.torch.load(content)
 
 
@@ -269,8 +271,11 @@ def load_denoiser(model: Any, path: str | os.PathLike) -> nn.Module:
     Raises:
         CheckpointError: names the file and what is wrong with it; the model is as it was.
     """
-    if getattr(model, "denoiser", None) is None:
-        raise UnsupportedModelError(f"{type(model).__name__} has no denoiser to load into; see timm_dvt.add_denoiser.")
+    # Of its own: a wrapper hands on what the model inside has, and would keep what it is given to itself.
+    if "denoiser" not in getattr(model, "_modules", {}) or model.denoiser is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no denoiser to load into; see timm_dvt.add_denoiser.{unwrapping(model)}"
+        )
     before = model.denoisers()
     old = before[max(before)]
     heads, last = old.num_heads, model.final_block

@@ -181,12 +181,19 @@ def is_fetch_error(error: BaseException) -> bool:
 
 
 def backbone_files(backbone: str) -> Files:
-    """What timm looks for on the Hub for a backbone, in this order: safetensors, then what its config names."""
-    cfg = get_pretrained_cfg(backbone)
-    if cfg is None or not cfg.hf_hub_id:
+    """What timm looks for on the Hub for a backbone, in this order: safetensors, then what its config names.
+
+    Args:
+        backbone: a name of timm's, or hf-hub:REPO.
+    """
+    scheme, _, hub_id = backbone.partition(":")
+    cfg = None if hub_id else get_pretrained_cfg(scheme)
+    if cfg is not None:
+        hub_id = cfg.hf_hub_id or ""
+    if not hub_id:
         return []
-    name = cfg.hf_hub_filename or "pytorch_model.bin"
-    repo, revision = hf_split(cfg.hf_hub_id)
+    name = (cfg and cfg.hf_hub_filename) or "pytorch_model.bin"
+    repo, revision = hf_split(hub_id)
     return [(repo, filename, revision) for filename in (*get_safe_alternatives(name), name)]
 
 

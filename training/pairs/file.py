@@ -2,7 +2,8 @@
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,9 @@ def read_pair(path: str | Path, layer: int | None = None, parts: Iterable[str] =
 
     Raises:
         ValueError: the pair does not hold that layer, or holds several and none was named.
-        UserError: a map is not what was written.
+        UserError: it cannot be read, or a map is not what was written.
     """
-    with safe_open(path, "np") as file:
+    with _opened(path) as file:
         layers = sorted({int(key.split(".")[0]) for key in file.keys()})
         if layer is None and len(layers) == 1:
             layer = layers[0]
@@ -126,9 +127,16 @@ def read_header(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read.
     """
+    with _opened(path) as file:
+        return _header(file)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """A pair's file for the time of the block; what goes wrong in it is that the file is damaged."""
     try:
         with safe_open(path, "np") as file:
-            return _header(file)
+            yield file
     except (OSError, SafetensorError, ValueError) as error:
         raise damaged(path, error) from error
 

@@ -109,9 +109,10 @@ def test_one_flipped_bit_of_a_pair_is_noticed_wherever_it_is(tmp_path):
 def test_a_damaged_map_is_noticed_by_all_that_read_pairs(tmp_path):
     (file,) = open_pairs(write_pairs(tmp_path, count=1)).files
     whole = (tmp_path / file).read_bytes()
-    (tmp_path / file).write_bytes(flipped(whole, len(whole) - 7))
-    with pytest.raises(UserError, match=f"{file} cannot be read, it is damaged"):
-        read_pair(tmp_path / file)
+    for place in (8, len(whole) - 7):
+        (tmp_path / file).write_bytes(flipped(whole, place))
+        with pytest.raises(UserError, match=f"{file} cannot be read, it is damaged"):
+            read_pair(tmp_path / file)
 
 
 def test_where_the_system_does_not_say_what_memory_is_free_half_of_all_is_taken_for_it(tmp_path, monkeypatch):
