@@ -271,16 +271,18 @@ def load_denoiser(model: Any, path: str | os.PathLike) -> nn.Module:
     Raises:
         CheckpointError: names the file and what is wrong with it; the model is as it was.
     """
-    # Of its own: a wrapper hands on what the model inside has, and would keep what it is given to itself.
+    if "_orig_mod" in getattr(model, "_modules", {}):  # of torch.compile
+        load_denoiser(model._orig_mod, path)
+        return model
+    # Of its own: other wrappers hand on what the model inside has, and would keep what they are given to themselves.
     if "denoiser" not in getattr(model, "_modules", {}) or model.denoiser is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no denoiser to load into; see timm_dvt.add_denoiser.{unwrapping(model)}"
         )
     before = model.denoisers()
-    old = before[max(before)]
-    heads, last = old.num_heads, model.final_block
-    name, checkpoint = model.backbone_name, read_checkpoint(path)
-    new = denoiser_for(checkpoint, old.dim, old.learned_grid, heads, name, last + 1, old.out_grid_size)
+    old, last, name = before[max(before)], model.final_block, model.backbone_name
+    checkpoint = read_checkpoint(path)
+    new = denoiser_for(checkpoint, old.dim, old.learned_grid, old.num_heads, name, last + 1, old.out_grid_size)
     some = next(old.parameters())
     new.requires_grad_(some.requires_grad).train(model.training)
     model.denoiser = new.to(device=some.device, dtype=some.dtype)
@@ -294,6 +296,5 @@ def load_denoiser(model: Any, path: str | os.PathLike) -> nn.Module:
 
 
 def _some(keys: Iterable[str], most: int = 8) -> str:
-    keys = [str(key)[:200] for key in keys]
-    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + rest
+    names = [str(key)[:200] for key in keys]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
