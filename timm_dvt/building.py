@@ -23,7 +23,7 @@ from torch import nn
 
 from timm_dvt.attach import add_denoiser, attach_denoiser, check_supported, new_denoisers
 from timm_dvt.errors import UserError, WeightsNotFoundError
-from timm_dvt.layouts import Layout, layout_of
+from timm_dvt.layouts import Layout, input_size, layout_of
 from timm_dvt.variants import Variant, saved_architecture
 from timm_dvt.weights.checkpoints import (
     Checkpoint,
@@ -133,6 +133,7 @@ def create(
         cfg["architecture"] = saved_architecture(variant.architecture)
     # What saving needs to know; newer timm versions record it themselves.
     model._model_args = {key: value for key, value in kwargs.items() if key not in ("device", "dtype")}
+    model.created_size = input_size(model)
     # timm's builder, handed the finished model, does for it what it does for its own: config, traits, features_only.
     return build_model_with_cfg(
         lambda **_: model,

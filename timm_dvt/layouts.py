@@ -174,7 +174,8 @@ def meant_size(model: Any) -> tuple[int, int]:
     config says that. Any other model, and one whose size was changed, is meant for what it is made for.
     """
     size, cfg = input_size(model), getattr(model, "pretrained_cfg", None) or {}
-    made_at = getattr(model, "_model_args", {}).get("img_size", size)
+    # timm's set_input_size changes what it keeps of the arguments too.
+    made_at = getattr(model, "created_size", None) or getattr(model, "_model_args", {}).get("img_size", size)
     any_size = getattr(model, "dynamic_img_size", False) and not cfg.get("fixed_input_size", True)
     if any_size and tuple(to_2tuple(made_at)) == size:
         return tuple(cfg["input_size"][1:])

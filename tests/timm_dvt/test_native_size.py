@@ -1,5 +1,7 @@
 """Position embeddings are resampled once, from the grid they were learned on to the image's, as the authors do."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -8,6 +10,7 @@ from timm.data import resolve_model_data_config
 import timm_dvt
 from tests.helpers import reference
 from tests.helpers.fabricated import publish, publish_backbone
+from timm_dvt.layouts import meant_size
 from timm_dvt.variants import ROWS
 
 BACKBONES = [row.backbone for row in ROWS if "small" in row.backbone or "patch16" in row.backbone]
@@ -176,3 +179,10 @@ def test_a_model_of_one_size_is_made_at_the_denoisers():
     model = timm.create_model("vit_base_patch16_224.dino_dvt", depth=1, dynamic_img_size=False)
     assert model.patch_embed.img_size == (512, 512)
     assert model.forward_features(torch.randn(1, 3, 512, 512)).shape == (1, 1025, 768)
+
+
+def test_a_variant_whose_size_was_changed_is_meant_for_that():
+    model = timm.create_model("vit_base_patch16_224.dino_dvt", depth=1)
+    assert meant_size(model) == (512, 512) and meant_size(copy.deepcopy(model)) == (512, 512)
+    model.set_input_size(128)
+    assert meant_size(model) == meant_size(copy.deepcopy(model)) == (128, 128)
