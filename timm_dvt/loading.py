@@ -37,7 +37,8 @@ def load_model(name: str, pretrained: bool = True, seed: int = 0, **options: Any
     torch.manual_seed(seed)
     try:
         scheme, _, folder = name.partition(":")
-        with naming_config({"source": scheme, "file": folder} if scheme == "local-dir" else None):
+        has_config = scheme == "local-dir" and os.path.exists(os.path.join(folder, "config.json"))
+        with naming_config({"source": scheme, "file": folder} if has_config else None):
             return create_model(name, pretrained, **options).eval()
     except UserError as error:
         if isinstance(error, WeightsNotFoundError) and (nearest := did_you_mean(name)):
