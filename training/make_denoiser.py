@@ -31,9 +31,9 @@ from timm_dvt.attach import timm_name
 from timm_dvt.errors import ImageError, UserError
 from timm_dvt.image_files import Source, list_images, load_image
 from timm_dvt.loading import pick_device
-from timm_dvt.options import add_options, build
+from timm_dvt.options import add_options, at_least, build
 from timm_dvt.shared_folder import read_lines
-from training.common.command import add_model_arguments, at_least, command_parser, positive
+from training.common.command import add_model_arguments, command_parser, positive
 from training.common.hub_images import SCHEME, fetch_images
 from training.common.models import check_backbone, load_backbone
 from training.evaluate.before_after import before_after

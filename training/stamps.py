@@ -27,8 +27,9 @@ from PIL import Image, ImageEnhance
 
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError
+from timm_dvt.options import at_least
 from timm_dvt.shared_folder import OutputError, SettingsDiffer, SharedFolder, write_atomically
-from training.common.command import at_least, command_parser, whole
+from training.common.command import command_parser, whole
 from training.common.stamp_sources import CLASSES, SHARE, SPLITS, STAMP_CLASSES, Sources, SourcesMissing, load_sources
 
 PLACES = ("any", "class")

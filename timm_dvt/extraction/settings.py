@@ -12,12 +12,6 @@ DTYPES = ("float16", "float32")
 STATES = {"denoise": ("on",), "no-denoise": ("off",), "both": ("on", "off")}
 
 
-def _number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
-
-
 @dataclass(frozen=True)
 class ExtractSettings:
     """Settings of an extraction; each but the first four is an option with its default.
@@ -38,7 +32,7 @@ class ExtractSettings:
         None, "all, or blocks such as 5,11 or -1 (--blocks=-1), each final-normed (default: the last)", type=block_list
     )
     size: int | None = option(
-        None, "side of the square images that the model is given (default: its own)", type=_number, metavar="PX"
+        None, "side of the square images that the model is given (default: its own)", least=1, metavar="PX"
     )
     keep_aspect: bool = option(
         False, "longer side SIZE, nothing cut off but less than a patch: maps of different grids", action="store_true"
@@ -49,7 +43,7 @@ class ExtractSettings:
     format: str = option("zarr", "of the maps on disk (default: %(default)s)", choices=FORMATS)
     class_token: bool = option(False, "the last block's class token too", action="store_true")
     pca: int | None = option(
-        None, "keep K principal components of each patch, of one basis for all images", type=_number, metavar="K"
+        None, "keep K principal components of each patch, of one basis for all images", least=1, metavar="K"
     )
     pictures: bool = option(
         False, "pictures of the maps as colors (PCA), of one basis for all; of a video a video", action="store_true"
@@ -57,11 +51,11 @@ class ExtractSettings:
     autocast: bool = option(
         False, "forward passes in half precision: faster on a GPU, and maps differ by a percent", action="store_true"
     )
-    batch_size: int = option(8, "images in a forward pass (default: %(default)s)", type=_number, metavar="B")
+    batch_size: int = option(8, "images in a forward pass (default: %(default)s)", least=1, metavar="B")
     device: str = option("auto", "cpu, cuda, cuda:1, mps or auto: a GPU if there is one (default: %(default)s)")
     compile: bool = option(False, "by torch.compile: minutes first, faster then", action="store_true")
     num_workers: int | None = option(
-        None, "threads that read and decode images (default: one on a CPU, 8 beside a GPU)", type=_number, metavar="N"
+        None, "threads that read and decode images (default: one on a CPU, 8 beside a GPU)", least=1, metavar="N"
     )
     part: tuple[int, int] = option((1, 1), "part I of N of the work, for an array of jobs", type=part, metavar="I/N")
     pretrained: bool = option(True, "random weights: fetch nothing", "--no-pretrained", action="store_false")

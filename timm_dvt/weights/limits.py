@@ -12,9 +12,7 @@ MAX_PARAMETERS = 1 << 33  # seven times the largest ViT that timm knows
 MAX_TOKENS = 1 << 18  # a patch grid of 512 x 512
 MAX_TENSORS = 1 << 15  # of a file of weights: ten times a training checkpoint of timm's largest ViT
 
-MAX_HEADER = (
-    MAX_TENSORS << 9
-)  # bytes of a safetensors file that say which tensors it holds: three times what those take
+MAX_HEADER = MAX_TENSORS << 9  # bytes in which a safetensors file says what it holds: three times what so many take
 
 # The least and the most of an argument of timm's ViTs, and of a denoiser's. What is not here makes nothing larger.
 SIZES = {

@@ -62,7 +62,7 @@ def draw_stage1(rows: Sequence[Row], clusters: int = pairs.CLUSTERS) -> Figure:
         ("similarity", "to the framed patch"),
     ]
     lines = ["raw features", "clean features F", "taken off"]
-    sheet = Sheet(lines * len(rows), columns, [], *STAGE1, cell=LARGE if len(rows) <= MOST_LARGE else CELL)
+    sheet = Sheet(lines * len(rows), columns, *STAGE1, cell=LARGE if len(rows) <= MOST_LARGE else CELL)
     for i, row in enumerate(rows):
         above, below, removed = range(3 * i, 3 * i + 3)
         sheet.picture(above, 0, row.image)
@@ -105,7 +105,7 @@ def draw_positional(layers: Sequence[int], images: int, zero: Maps, mean: Maps, 
     plural = "" if images == 1 else "s"
     labels = ["a blank image", "the same, length", f"mean of {images} image{plural}", "one of them"]
     words = f"{POSITION[1]} Below the mean: its correlation with the blank image, 1 where it is position alone."
-    sheet = Sheet(labels, [(f"block {layer}", "") for layer in layers], [], POSITION[0], words)
+    sheet = Sheet(labels, [(f"block {layer}", "") for layer in layers], POSITION[0], words)
     for column, layer in enumerate(layers):
         for i, centered, projection in zip((0, 2, 3), *pairs.patterns([zero[layer], mean[layer], first[layer]])):
             sheet.picture(i, column, projection.colors(centered))

@@ -16,9 +16,9 @@ from timm_dvt.viewer.colors import heat
 from timm_dvt.viewer.pairs import Scale
 from timm_dvt.viewer.panel import FAINT, INK, MARK
 
-CELL, GAP, GROUP_GAP, ROW_GAP = 1.42, 0.09, 0.30, 0.42  # inches
+CELL, GAP, ROW_GAP = 1.42, 0.09, 0.42  # inches
 LARGE = 2.1  # a cell of few columns
-LEFT, TITLES, GROUPS, RIGHT, BOTTOM = 0.42, 0.44, 0.36, 0.16, 0.36
+LEFT, TITLES, RIGHT, BOTTOM = 0.42, 0.44, 0.16, 0.36
 BAR = 0.055  # height of a color scale
 HEAD, LINE, LETTER = 0.42, 0.18, 0.078  # a heading, a line of words below it, and the width of a letter of these
 NARROWEST = 4.9  # a figure of one column has words above it too
@@ -33,7 +33,6 @@ class Sheet:
         self,
         rows: Sequence[str],
         columns: Sequence[tuple[str, str]],
-        groups: Sequence[tuple[int, int, str]],
         title: str,
         words: str,
         cell: float = CELL,
@@ -42,20 +41,16 @@ class Sheet:
         Args:
             rows: a label at the left of each; a long one is shortened in its middle.
             columns: a title above each, and a line below it that explains it.
-            groups: (first column, last column, title) of columns that belong together.
             title, words: above all of them.
             cell: side of a cell, in inches.
         """
         self.cell = cell
-        starts = {first for first, _, _ in groups}
-        self._x = [LEFT]
-        for column in range(1, len(columns)):
-            self._x.append(self._x[-1] + self.cell + (GROUP_GAP if column in starts else GAP))
+        self._x = [LEFT + column * (cell + GAP) for column in range(len(columns))]
         self.width = max(self._x[-1] + self.cell + RIGHT, NARROWEST)
         heads = textwrap.wrap(title, max(int((self.width - LEFT) / (1.5 * LETTER)), 8))
         lines = textwrap.wrap(words, max(int((self.width - LEFT) / LETTER), 12))
         explained = any(below for _, below in columns)
-        above = (TITLES if explained else TITLES - 0.17) + (GROUPS if groups else 0)
+        above = TITLES if explained else TITLES - 0.17
         head = 0.14 + HEAD * len(heads) * 0.7 + LINE * len(lines) + 0.16
         self.height = head + above + len(rows) * self.cell + (len(rows) - 1) * ROW_GAP + BOTTOM
         top = self.height - head - above
@@ -72,10 +67,6 @@ class Sheet:
         for x, (name, below) in zip(self._x, columns):
             self._text(x, top + (0.25 if explained else 0.08), name, 10, ha="left", va="bottom")
             self._text(x, top + 0.08, below, 8, ha="left", va="bottom", color=_FAINT)
-        for first, last, name in groups:
-            left, right = self._x[first], self._x[last] + self.cell
-            self._text(left, top + TITLES + 0.09, name, 11, ha="left", va="bottom", weight="bold")
-            self._line(left, top + TITLES + 0.03, right - left)
         for y, label in zip(self._y, rows):
             self._text(LEFT - 0.12, y + self.cell / 2, shortened(label, 22), 9, ha="right", va="center", rotation=90)
 
@@ -109,11 +100,6 @@ class Sheet:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         return axes
-
-    def _line(self, x: float, y: float, width: float) -> None:
-        line = Rectangle((x / self.width, y / self.height), width / self.width, 0.012 / self.height)
-        line.set(facecolor=_FAINT, edgecolor="none", transform=self.figure.transFigure)
-        self.figure.add_artist(line)
 
     def _text(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
         if text:

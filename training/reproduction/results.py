@@ -132,10 +132,9 @@ def grid(outcomes: Sequence[Outcome], reasons: Sequence[str]) -> tuple[list[str]
     columns = list(dict.fromkeys(_title(one.row) for one in outcomes))
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for one in outcomes:
-        backbone, state, name, published, ours, *_ = cells(one)
         left_out = f"- {_letters(reasons.index(one.reason))}" if one.reason in reasons else "-"
-        value = f" ({published.split(' ')[0]})" if published else ""
-        lines.setdefault((backbone, state), {})[name] = (ours or left_out) + value
+        value = "" if one.row.value is None else f" ({_published(one.row)})"
+        lines.setdefault((one.row.backbone, _state(one.row)), {})[_title(one.row)] = (_ours(one) or left_out) + value
     models = [backbone for backbone, _ in lines]
     ordered = sorted(lines, key=lambda line: models.index(line[0]))  # what a model gives with denoiser below it without
     return ["model", "state", *columns], [
@@ -145,18 +144,30 @@ def grid(outcomes: Sequence[Outcome], reasons: Sequence[str]) -> tuple[list[str]
 
 def cells(one: Outcome, reasons: Sequence[str] = ()) -> list[str]:
     """A row of the table, under `HEADINGS`; `reasons` are those that are told below it."""
-    row = one.row
-    published = ""
-    if row.value is not None:
-        published = f"{row.value:.{decimals(row.key[2], row.source)}f} ({row.source})"
-    name = _title(row)
-    made = f" ({row.made})" if row.made not in ("", "pairs") else ""
-    digits = 4 if abs(one.mean or row.value or 0) < 2 else 2
-    ours = "" if one.mean is None else f"{one.mean:.{digits}f}{'' if one.whole else '*'}"
+    row, digits = one.row, _digits(one)
+    published = "" if row.value is None else f"{_published(row)} ({row.source})"
     difference = "" if one.difference is None else f"{one.difference:+.{digits}f}"
     spread = "" if one.mean is None else f"± {one.spread:.{digits}f} ({one.count})" if one.count > 1 else "one seed"
     note = f" ({_letters(reasons.index(one.reason))})" if one.reason in reasons else ""
-    return [row.backbone, row.state + made, name, published, ours, difference, spread, one.verdict + note]
+    verdict = one.verdict + note
+    return [row.backbone, _state(row), _title(row), published, _ours(one), difference, spread, verdict]
+
+
+def _published(row: Row) -> str:
+    return f"{row.value:.{decimals(row.key[2], row.source)}f}"
+
+
+def _ours(one: Outcome) -> str:
+    return "" if one.mean is None else f"{one.mean:.{_digits(one)}f}{'' if one.whole else '*'}"
+
+
+def _digits(one: Outcome) -> int:
+    return 4 if abs(one.mean or one.row.value or 0) < 2 else 2
+
+
+def _state(row: Row) -> str:
+    """A row's state, and what was made for it."""
+    return row.state + (f" ({row.made})" if row.made not in ("", "pairs") else "")
 
 
 def _title(row: Row) -> str:

@@ -28,8 +28,9 @@ from typing import Any
 
 from timm_dvt.errors import UserError
 from timm_dvt.loading import pick_device
+from timm_dvt.options import at_least
 from training.common.backbone import DTYPES
-from training.common.command import add_model_arguments, at_least, command_parser, positive
+from training.common.command import add_model_arguments, command_parser, positive
 from training.evaluate.data.datasets import DATASETS
 from training.evaluate.data.splits import Split
 from training.evaluate.features.cached import Extractor
