@@ -1,11 +1,15 @@
 """Each rival takes out what was planted for it, and nothing else, in closed form."""
 
+import json
+
 import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
+from torchvision.utils import save_image
 
+import timm_dvt
 from tests.helpers import small_datasets
 from timm_dvt.calibration.calibrate import projecting_out
 from timm_dvt.calibration.samples import canvas
@@ -181,25 +185,30 @@ def test_the_mean_map_is_subtracted_and_the_mean_token_stays(folder):
 
 # ---- test-time registers
 
-NEURON = (1, 7)
+NEURONS = [(1, 7), (1, 12), (1, 30)]
 
 
-def with_outliers(**more):
-    """A ViT whose tokens do not mix, and a neuron of which makes tokens long where a patch is white."""
-    model = small(depth=3, pos_embed="none", **more)
-    model.norm = nn.Identity()
+@torch.no_grad()
+def with_outliers(neurons=NEURONS, layer_scale=False):
+    """A ViT whose blocks attend, and neurons in one of its blocks that make tokens long where a patch is white."""
+    model = small(depth=4, init_values=1.0 if layer_scale else None)
+    model.pos_embed.mul_(10)
+    model.pos_embed[..., 0] = 0
     for block in model.blocks:
-        nn.init.zeros_(block.attn.proj.weight)
-        nn.init.zeros_(block.attn.proj.bias)
-    block, neuron = NEURON
-    mlp = model.blocks[block].mlp
-    with torch.no_grad():
-        # The first channel is 2 of white patches and about -1.8 of dark ones.
-        model.patch_embed.proj.weight[0], model.patch_embed.proj.bias[0] = 4 / (3 * 16**2), -2
-        mlp.fc1.weight[neuron], mlp.fc1.bias[neuron] = 10 * torch.eye(32)[0], -10.0
-        mlp.fc2.weight[:, neuron] = torch.linspace(-1, 1, 32)
-        # Its neighbor says much, everywhere.
-        mlp.fc1.weight[neuron + 1], mlp.fc1.bias[neuron + 1], mlp.fc2.weight[:, neuron + 1] = 0, 30.0, 0
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            nn.init.normal_(layer.weight, std=0.15)
+        block.attn.proj.weight[0] = block.mlp.fc2.weight[0] = 0  # the first channel tells how white a patch is
+    model.patch_embed.proj.weight[0] = 8 / (3 * 16**2)
+    for place, (block, neuron) in enumerate(NEURONS):
+        mlp = model.blocks[block].mlp
+        mlp.fc1.weight[neuron], mlp.fc1.bias[neuron] = (10 - 2 * place) * torch.eye(32)[0], -20.0
+        mlp.fc2.weight[:, neuron] = (-1) ** place * torch.randn(32) if (block, neuron) in neurons else 0
+        # Their neighbors say much, everywhere.
+        mlp.fc1.weight[neuron + 1], mlp.fc1.bias[neuron + 1] = 0, 30.0
+        mlp.fc2.weight[:, neuron + 1] = 0.06 * torch.randn(32)
+    if layer_scale:  # the same function
+        model.blocks[0].ls2.gamma /= 1000
+        model.blocks[0].mlp.fc2.weight *= 1000
     return model
 
 
@@ -212,28 +221,43 @@ def squares():
     return images, white.flatten(1)
 
 
-def test_the_planted_neuron_is_found_alone():
-    model, (images, white) = with_outliers(), squares()
-    with torch.no_grad():
-        lengths = model.forward_features(images)[:, 1:].norm(dim=-1)
-    assert lengths[white].min() > 4 * lengths[~white].max()  # it does make outliers
-    assert registers.register_neurons(model, [images]) == [NEURON]
+@torch.no_grad()
+def after_blocks(model, images):
+    """Tokens after the last block, before the final norm: of patches, and the last of the others."""
+    model.norm = nn.Identity()
+    tokens = model.forward_features(images)
+    return tokens[:, model.num_prefix_tokens :], tokens[:, model.num_prefix_tokens - 1]
+
+
+@pytest.mark.parametrize("layer_scale", [False, True])
+def test_the_planted_neurons_are_found_and_no_other(layer_scale):
+    model, (images, _) = with_outliers(layer_scale=layer_scale), squares()
+    assert registers.register_neurons(model, [images[:1], images[1:]]) == NEURONS
+    assert registers.register_neurons(with_outliers(NEURONS[1:]), [images]) == NEURONS[1:]  # the first writes nothing
+
+
+def test_outliers_go_to_the_register_and_other_tokens_change_little():
+    images, white = squares()
+    before, model = after_blocks(with_outliers(), images)[0], with_outliers()
+    registers.add_register(model, NEURONS)
+    after, register = after_blocks(model, images)
+    lengths, was = after.norm(dim=-1), before.norm(dim=-1)
+    median = was[~white].median()
+    assert was[white].min() > 6 * median and lengths[white].max() < 1.5 * median
+    torch.testing.assert_close(register.norm(dim=-1), was.amax(1), rtol=0.1, atol=0)  # the register is the outlier now
+    assert ((after - before)[~white].norm(dim=-1) < 0.15 * was[~white]).all()
 
 
 @torch.no_grad()
-def test_the_register_takes_what_the_neuron_says_and_other_tokens_stay():
-    model, (images, white) = with_outliers(), squares()
-    before = model.forward_features(images)
-    silenced = with_outliers()
-    silenced.blocks[NEURON[0]].mlp.fc2.weight[:, NEURON[1]] = 0
-    registers.add_register(model, [NEURON])
-    after = model.forward_features(images)
-    patches = after[:, model.num_prefix_tokens :]
-    # Tokens do not mix, so what is left is the model without that neuron.
-    torch.testing.assert_close(patches, silenced.forward_features(images)[:, 1:])
-    torch.testing.assert_close(patches[~white], before[:, 1:][~white], atol=1e-4, rtol=0)
-    torch.testing.assert_close(after[:, 0], before[:, 0])
-    assert (after[:, 1].norm(dim=-1) > 3 * patches.norm(dim=-1).amax(1)).all()  # the register is the outlier now
+def test_each_neuron_says_on_the_register_the_largest_that_it_says_on_any_token():
+    hidden = torch.randn(2, 2 + 5, 6)
+    shifted = registers.ShiftToRegister(nn.Identity(), [1, 4], prefix=2)(hidden)
+    expected = hidden.clone()
+    for image in range(2):
+        for neuron in (1, 4):
+            expected[image, 1, neuron] = max(hidden[image, :, neuron].tolist(), key=abs)
+            expected[image, 2:, neuron] = 0
+    assert torch.equal(shifted, expected)
 
 
 @torch.no_grad()
@@ -305,6 +329,24 @@ def test_a_table_of_all_rows_and_nothing_done_twice(folder, tmp_path, monkeypatc
     weight = loaded.denoiser.blocks[0].weight.detach().double()
     torch.testing.assert_close(weight @ weight, weight, atol=1e-5, rtol=0)  # a projection
     assert round(float(weight.trace())) == 32 - 16
+
+
+@pytest.mark.slow
+def test_the_row_of_registers_is_of_a_model_without_its_outliers(tmp_path, capsys):
+    """Through the command; raw and registers are evaluated with and without the planted neurons."""
+    arguments = {"img_size": 64, "depth": 4, "embed_dim": 32, "num_heads": 2, "num_classes": 0}
+    timm_dvt.save_pretrained(timm_dvt.add_denoiser(with_outliers()), tmp_path / "model", model_args=arguments)
+    data = tmp_path / "data"
+    small_datasets.folder(data, train=2, val=2)
+    for path in data.glob("*/images/**/*.jpg"):
+        save_image(squares()[0][0], path)
+    out = tmp_path / "out"
+    words = ["--model", f"local-dir:{tmp_path / 'model'}", "--images", str(data / "train" / "images"), "--out", str(out)]
+    words += ["--views", "32", "--rivals", "registers", "--tasks", f"position:folder:{data}"]
+    assert main(words) == 0
+    assert "registers: 3 neurons of blocks 1" in capsys.readouterr().out
+    rows = json.loads((out / "rivals.json").read_text())["rows"]
+    assert rows["registers"]["gains"]["position/folder/share"]["mean"] != 0
 
 
 def test_a_task_that_is_none_is_refused_with_those_there_are(folder, tmp_path, capsys):
