@@ -68,13 +68,19 @@ def test_insid3_has_the_cosines_of_its_own_order_of_steps():
     np.testing.assert_allclose(ours @ ours.T, theirs @ theirs.T, atol=1e-5)
 
 
+def test_insid3_takes_their_numbers_of_directions():
+    large, base = torch.randn(23, 23, 1024), torch.randn(5, 5, 768)
+    assert insid3.directions(large).shape == (1024, 500)
+    assert insid3.directions(base, insid3.MATCHING).shape == (768, 20)
+
+
 def test_insid3_energy_counts_directions_until_they_hold_the_share():
     directions = orthonormal(3) * torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
     weights = torch.linalg.qr(torch.randn(K * K, 4, dtype=torch.float64) + 1).Q
     weights = torch.linalg.qr(torch.cat([torch.ones(K * K, 1, dtype=torch.float64), weights[:, :3]], 1)).Q[:, 1:]
     mean = torch.linalg.qr(torch.cat([directions, torch.randn(C, 1, dtype=torch.float64)], 1)).Q[:, 3]
     blank = (1e4 * mean + weights @ directions.T).reshape(K, K, C)  # so long that lengths are all but equal
-    counts = [insid3.directions(blank, energy).shape[1] for energy in (0.6, 0.7, 0.92, 0.94)]
+    counts = [insid3.directions(blank, energy=energy).shape[1] for energy in (0.6, 0.7, 0.92, 0.94)]
     assert counts == [1, 2, 2, 3]  # squares 9, 4, 1 of 14: 0.643, 0.929, 1
 
 
@@ -109,6 +115,27 @@ def test_a_round_of_rasa_is_the_plane_of_a_regression_without_bias():
     weights = np.linalg.lstsq(flat.numpy(), np.tile(rasa.positions(K, K).numpy(), (9, 1)), rcond=None)[0]
     found = rasa.directions(moments, rounds=1).numpy()
     np.testing.assert_allclose(found @ found.T, weights @ np.linalg.pinv(weights), atol=1e-3)  # the ridge's
+
+
+def test_a_round_of_rasa_is_the_plane_that_minimizes_the_loss_with_a_sigmoid():
+    places = rasa.positions(K, K)
+    root, along = orthonormal(C) * torch.linspace(0.2, 1, C), orthonormal(2) * torch.tensor([1.5, 0.8])
+    tokens = 2 * root[:, 0] + torch.randn(40, K * K, C, dtype=torch.float64) @ root.T + places @ along.T
+    flat = tokens.flatten(0, 1)
+    weights = torch.zeros(C, 2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = nn.functional.mse_loss((tokens @ weights).sigmoid(), (places + 0.5).expand(40, -1, -1))
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    moments = Moments(tokens.mean(0).reshape(K, K, C), flat.T @ flat / len(flat))
+    plane = torch.linalg.qr(weights.detach()).Q
+    cosines = torch.linalg.svdvals(plane.T @ rasa.directions(moments, rounds=1))
+    assert cosines.min() > 0.995
 
 
 def test_after_rasa_no_regression_predicts_row_or_column_from_tokens():
@@ -341,7 +368,14 @@ def test_the_row_of_registers_is_of_a_model_without_its_outliers(tmp_path, capsy
     for path in data.glob("*/images/**/*.jpg"):
         save_image(squares()[0][0], path)
     out = tmp_path / "out"
-    words = ["--model", f"local-dir:{tmp_path / 'model'}", "--images", str(data / "train" / "images"), "--out", str(out)]
+    words = [
+        "--model",
+        f"local-dir:{tmp_path / 'model'}",
+        "--images",
+        str(data / "train" / "images"),
+        "--out",
+        str(out),
+    ]
     words += ["--views", "32", "--rivals", "registers", "--tasks", f"position:folder:{data}"]
     assert main(words) == 0
     assert "registers: 3 neurons of blocks 1" in capsys.readouterr().out
