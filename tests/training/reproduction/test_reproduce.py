@@ -14,6 +14,7 @@ import pytest
 from tests.helpers import processes, small_datasets
 from timm_dvt.publish.published import DINOV2, REG, VOC
 from timm_dvt.shared_folder import SharedFolder
+from training.evaluate.results import heading
 from training.reproduce import main
 from training.reproduction import jobs, making
 from training.reproduction.jobs import Job, Runner
@@ -38,9 +39,10 @@ def data(tmp_path_factory):
     return base
 
 
-def words(model, data, out, *more):
-    command = ["--models", model, "--data", str(data), "--out", str(out), "--protocol", "fast", "--repeats", "2"]
-    return [*command, "--evaluate=--device=cpu", "--set", *QUICK, *more]
+def words(model, data, out, *more, protocol="fast"):
+    command = ["--models", model, "--data", str(data), "--out", str(out), "--protocol", protocol, "--repeats", "2"]
+    settings = QUICK if protocol == "fast" else small_datasets.REPOSITORY
+    return [*command, "--evaluate=--device=cpu", "--set", *settings, *more]
 
 
 @pytest.fixture
@@ -77,6 +79,29 @@ def test_numbers_that_can_be_had_stand_beside_reasons_for_the_others(model, data
     assert main(words(model, data, out, "--tables", "1", "2", "4", "5")) == 1
     assert len(in_this_process) == 5  # nothing is run again
     assert before == {path: path.stat().st_mtime_ns for path in (out / "results").rglob("*")}
+
+
+@pytest.mark.slow
+def test_the_repositorys_protocols_end_in_the_table(model, data, tmp_path, in_this_process):
+    out = tmp_path / "out"
+    assert (
+        main(words(model, data, out, "--tables", "2", "3", "--repeats", "1", "--limit", "6", protocol="repository"))
+        == 0
+    )
+    assert in_this_process == ["linear-seg", "linear-seg", "depth", "detection"]
+    records = [json.loads(path.read_text())["result"] for path in (out / "jobs").glob("*.json")]
+    assert {record["protocol"] for record in records} == {"repository"}
+    lines = [line.split(" | ") for line in (out / "RESULTS.md").read_text().splitlines() if "| not published |" in line]
+    table = {(state, number): ours for _, state, number, _, ours, *_ in lines}
+    expected = {
+        (state, heading((record["task"], record["dataset"], number))): summary["mean"]
+        for record in records
+        for state, numbers in record["states"].items()
+        for number, summary in numbers.items()
+    }
+    assert len(table) == 2 * 7
+    for key, ours in table.items():
+        assert float(ours.rstrip("*")) == pytest.approx(expected[key], abs=6e-3)
 
 
 def test_parts_do_all_of_the_work_between_them(data, tmp_path, monkeypatch):
