@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import time
 from functools import partial
@@ -141,6 +143,21 @@ def test_the_plan_says_what_is_missing_and_how_long_the_rest_takes(model, data, 
     assert capsys.readouterr().out.count(": done") == 2
 
 
+@pytest.mark.slow
+def test_half_of_a_data_set_is_said_in_the_plan(model, data, tmp_path, capsys):
+    half = tmp_path / "half"
+    shutil.copytree(data, half)
+    shutil.rmtree(half / "voc" / "VOCdevkit" / "VOC2007")
+    (half / "nyu" / "val_room" / "rgb_00003.jpg").unlink()
+    shutil.rmtree(half / "coco")
+    assert main(words(model, half, tmp_path / "out", "--tables", "2", "3", "4", "--plan")) == 0
+    said = capsys.readouterr().out
+    assert f"there is no file {half}/nyu/val_room/rgb_00003.jpg" in said
+    assert f"there is no folder {half}/voc/VOCdevkit/VOC2007" in said  # Table 3's
+    assert re.search(r"discovery_voc_.*about .*, but for CorLoc/voc2007: no images", said)
+    assert "6 jobs, 3 of them without data or weights; the others take about" in said
+
+
 def test_weights_that_are_missing_are_said_in_the_plan(data, tmp_path, capsys):
     assert main(words("local-dir:nowhere", data, tmp_path / "out", "--tables", "4", "--plan")) == 0
     assert capsys.readouterr().out.count("missing: cannot create 'local-dir:nowhere'") == 2
@@ -216,10 +233,13 @@ def test_what_has_no_number_says_why_and_a_trial_is_marked():
     assert outcome(row, {}).verdict == "not run" and outcome(row, {"error": "no data"}).reason == "no data"
     assert cells(outcome(row, {}), ["no data", "not run yet"])[-1] == "not run (b)"
     assert "it has denoised" in outcome(row, record(denoised=(1.0, 0.0, 1))).reason
-    trial = record(raw=(1.0, 0.0, 1))
-    trial["result"]["limit"] = 4
-    assert cells(outcome(row, trial))[4].endswith("*")
-    assert isinstance(outcome(row, trial), Outcome)
+    full = record(raw=(1.0, 0.0, 1))
+    assert cells(outcome(row, full))[4] == "1.00"
+    for change in ({"limit": 4}, {"changed": ["steps=3"]}, {"protocol": "fast"}):
+        assert cells(outcome(row, {"result": full["result"] | change}))[4] == "1.00*"
+    assert cells(outcome(row, full | {"command": ["linear-seg", "--input-size=98"]}))[4] == "1.00*"
+    (missing,) = (r for r in select(["4"], [DINOV2]) if r.key[2] == "CorLoc/voc2007" and r.state == "raw")
+    assert outcome(missing, full).reason == "voc has no images for CorLoc/voc2007"
 
 
 # ---- killed and shared
