@@ -23,7 +23,7 @@ TITLES = {
     "5": "Table 5: k-NN segmentation by stage 1's maps",
     "6": "Table 6: architectures of the denoiser",
     "7": "Figure 7 (a): sizes of DINOv2, by the numbers of the authors' README",
-    "S2": "Table S2: detection with fixed position embeddings",
+    "S2": "Table S2: detection with fixed position embeddings; its DeiT-III and CLIP interchanged, as Table 3 has them",
     "S3": "Table S3: classification by an attentive probe",
     "README": "The authors' README",
 }
