@@ -266,3 +266,10 @@ def saved_model(folder: Path, arguments: dict[str, Any]) -> str:
     vit = timm.create_model("vit_tiny_patch16_224", **arguments)
     timm_dvt.save_pretrained(timm_dvt.add_denoiser(vit), folder, model_args=arguments)
     return f"local-dir:{folder}"
+
+
+def small_vit(**arguments: Any) -> Any:
+    """A ViT of random weights for 64 pixels."""
+    torch.manual_seed(0)
+    options = dict(img_size=SIZE, depth=2, embed_dim=32, num_heads=2, num_classes=0) | arguments
+    return timm.create_model("vit_tiny_patch16_224", **options).eval()

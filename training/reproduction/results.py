@@ -47,8 +47,8 @@ HEADINGS = ["model", "state", "number", "published", "ours", "difference", "spre
 LEAD = (
     "Ours is the mean over seeds, the spread their standard deviation and, in parentheses, how many they are. A "
     "difference is within the spread, and green, if it is at most two standard deviations plus the rounding of the "
-    "published number. * is not the authors' protocol: the quick one, or images were limited, settings or the size of the "
-    "input changed."
+    "published number. * is not the authors' protocol: the quick one, or images were limited, settings or the size of "
+    "the input changed."
 )
 
 

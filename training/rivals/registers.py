@@ -5,11 +5,11 @@ content. One more token, zero at first, is put beside the class token, and of ea
 
     h[register, n] = max over tokens of h[., n],   h[patches, n] = 0        h: after the activation
 
-Theirs (their code): outliers are tokens longer than a number chosen for each model (150 for DINOv2-L, 30 for CLIP) after
-one of the last blocks; the neurons are those of the largest mean |h| on outliers, without those that are not below 0.5 on
-half of an image's tokens, in the blocks up to where outliers appear, their number chosen for each model (45 in their list
-for DINOv2-L, 10 for CLIP); the largest by magnitude, of the class token too, goes to the register, and is one for all
-neurons of a block.
+Theirs (their code): outliers are tokens longer than a number chosen for each model (150 for DINOv2-L, 30 for CLIP)
+after one of the last blocks; the neurons are those of the largest mean |h| on outliers, without those that are not
+below 0.5 on half of an image's tokens, in the blocks up to where outliers appear, their number chosen for each model
+(45 in their list for DINOv2-L, 10 for CLIP); the largest by magnitude, of the class token too, goes to the register,
+and is one for all neurons of a block.
 
 Ours: an outlier is `LONG` times as long as the median patch token of its image, before the final norm, and outliers
 appear in the first block after which they are `LONG` times as long as the other tokens are on average; of the `MOST`
