@@ -16,7 +16,8 @@ so that all rounds follow of two moments, which one pass over the photographs gi
 where its loss is minimized; where it stops before, w keeps some of its random start. With no bias w is nearly
 orthogonal to the mean token, as theirs. A vector that explains less than `LEAST` of the variance of rows or columns is
 not taken out, and where there is none the rounds end; theirs takes out all 18. Gram-Schmidt within a plane and one
-round behind the other make one projection, F = (I - U U^T) y."""
+round behind the other make one projection, F = (I - U U^T) y.
+"""
 
 from typing import Any
 
