@@ -34,6 +34,9 @@ def build(kind: str, **kwargs):
     patch = 14 if "patch14" in name else 16
     arguments = {"depth": 3, "img_size": 4 * patch, "dynamic_img_size": True, **arguments, **kwargs}
     plain = timm.create_model(name, **arguments).eval()
+    for norm in plain.modules():
+        if isinstance(norm, torch.nn.LayerNorm):  # as of a trained model: applied twice it shows
+            torch.nn.init.normal_(norm.weight, 1, 0.3)
     model = timm.create_model(name, **arguments).eval()
     model.load_state_dict(plain.state_dict())
     assert timm_dvt.add_denoiser(model) is model

@@ -16,7 +16,6 @@ import timm_dvt
 
 NAMES = ["vit_small_patch14_reg4_dinov2.lvd142m_dvt", "eva02_base_patch16_clip_224.merged2b_dvt"]
 
-OWN_GRID = [(name, True) for name in NAMES]
 THIN = {"depth": 2, "embed_dim": 128, "num_heads": 2}
 
 
@@ -191,7 +190,7 @@ class Tokens(torch.nn.Module):
         return self.model.forward_features(images)
 
 
-@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize(("name", "state"), [(NAMES[0], True), (NAMES[0], False), (NAMES[1], True)])
 @torch.no_grad()
 def test_export(name, state):
     model, images = create(name, depth=1)
@@ -202,10 +201,8 @@ def test_export(name, state):
     assert torch.allclose(program.module()(more), model.forward_features(more), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "own_grid"),
-    [(NAMES[0], False), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((NAMES[1], False), *OWN_GRID))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("own_grid", [True, False])
 @torch.no_grad()
 def test_onnx_export_with_dynamic_batch(name, own_grid, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
