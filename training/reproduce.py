@@ -32,7 +32,7 @@ from timm_dvt.options import part
 from timm_dvt.shared_folder import SharedFolder, write_atomically
 from training.common.command import command_parser, exit_code_of, flush_subnormals, positive
 from training.reproduction.jobs import Job, Options, Runner, job_of, write_lists
-from training.reproduction.plan import missing_data, plan
+from training.reproduction.plan import missing_data, numbers_missing, plan
 from training.reproduction.published import BACKBONES, TABLES, Row, select
 from training.reproduction.results import outcome, results_page, results_table, short_title
 
@@ -135,10 +135,12 @@ def run(args: argparse.Namespace) -> int:
 def describe(found: Mapping[Row, Job | str], runner: Runner) -> str:
     """The plan in words: a line a job, with what it is for, the sum, and a line a reason for what no job gives."""
     uses: dict[str, dict[str, None]] = {}  # of each job, or of each reason why there is none
+    numbers: dict[str, dict[str, None]] = {}
     jobs = {}
     for row, job in found.items():
         name = job if isinstance(job, str) else job.name
         uses.setdefault(name, {}).update(dict.fromkeys((short_title(row.table), *row.settings)))
+        numbers.setdefault(name, {})[row.key[2]] = None
         if isinstance(job, Job):
             jobs[name] = job
     plans = plan(list(jobs.values()), runner.done)
@@ -146,13 +148,16 @@ def describe(found: Mapping[Row, Job | str], runner: Runner) -> str:
     for one in plans:
         name = one.job.name
         state = f"missing: {one.missing}" if one.missing else f"about {duration(one.seconds)}"
+        if one.job.row and (lost := numbers_missing(one.job, numbers[name])):
+            state += f", but for {', '.join(lost)}: no images"
         lines.append(
             f"{name} ({', '.join(uses.get(name, ['for what follows']))}): {'done' if runner.done(one.job) else state}"
         )
     short = sum(one.missing is not None for one in plans)
     seconds = sum(one.seconds for one in plans)
     lines.append(
-        f"{len(plans)} jobs, {short} of them without data or weights; {duration(seconds)} for one process here"
+        f"{len(plans)} jobs, {short} of them without data or weights"
+        + (f"; the others take about {duration(seconds)} in one process here" if seconds else "")
     )
     lines += [f"not run ({', '.join(tables)}): {reason}" for reason, tables in uses.items() if reason not in jobs]
     return "\n".join(lines)

@@ -15,6 +15,32 @@ import timm_dvt
 SIZE = 64
 COLORS = np.array([[220, 40, 40], [40, 200, 40], [50, 60, 230]])
 VOC_NAMES = ("aeroplane", "bicycle", "bird")
+REPOSITORY = [  # settings of the repository's protocols for images of this size
+    "linear-seg.steps=30",
+    "linear-seg.warmup=3",
+    "linear-seg.lr=0.01",
+    "linear-seg.batch_size=4",
+    "linear-seg.short=32",
+    "linear-seg.longest=128",
+    "linear-seg.crop=32",
+    "linear-seg.stride=20",
+    "linear-seg.validate_every=20",
+    "depth.steps=20",
+    "depth.warmup=5",
+    "depth.batch_size=4",
+    "depth.crop=(40, 48)",
+    "depth.bins=32",
+    "depth.validate_every=8",
+    "depth.loss_warmup=5",
+    "detection.steps=3",
+    "detection.batch_size=2",
+    "detection.size=48",
+    "detection.width=8",
+    "detection.hidden=16",
+    "detection.proposals=16",
+    "detection.candidates=(20, 20, 20, 20)",
+    "detection.anchors=(8, 12, 16, 24, 32)",
+]
 
 
 class Scene:
@@ -240,3 +266,10 @@ def saved_model(folder: Path, arguments: dict[str, Any]) -> str:
     vit = timm.create_model("vit_tiny_patch16_224", **arguments)
     timm_dvt.save_pretrained(timm_dvt.add_denoiser(vit), folder, model_args=arguments)
     return f"local-dir:{folder}"
+
+
+def small_vit(**arguments: Any) -> Any:
+    """A ViT of random weights for 64 pixels."""
+    torch.manual_seed(0)
+    options = dict(img_size=SIZE, depth=2, embed_dim=32, num_heads=2, num_classes=0) | arguments
+    return timm.create_model("vit_tiny_patch16_224", **options).eval()

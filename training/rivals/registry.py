@@ -24,9 +24,10 @@ RAW, DENOISER, REGISTERS = "raw", "denoiser", "registers"
 FITS: dict[str, Callable[[Any, Sample], str]] = {
     "mean-map": mean_map.fit,
     "insid3": insid3.fit,
-    "insid3-energy": insid3.fit_energy,
+    "insid3-matching": partial(insid3.fit, channels=insid3.MATCHING),
+    "insid3-energy": partial(insid3.fit, energy=insid3.ENERGY),
     "rasa": rasa.fit,
     "static": partial(_calibrate, method="static"),
     "project": partial(_calibrate, method="project"),
 }
-ROWS = (RAW, "mean-map", "insid3", "insid3-energy", "rasa", REGISTERS, "static", "project", DENOISER)
+ROWS = (RAW, "mean-map", "insid3", "insid3-matching", "insid3-energy", "rasa", REGISTERS, "static", "project", DENOISER)

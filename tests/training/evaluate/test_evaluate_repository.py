@@ -16,32 +16,6 @@ from training.evaluate.tasks import tasks_of
 from training.loop.checkpoints import save_checkpoint
 
 ARGS = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 64, "num_heads": 2, "num_classes": 0}
-QUICK = [
-    "linear-seg.steps=30",
-    "linear-seg.warmup=3",
-    "linear-seg.lr=0.01",
-    "linear-seg.batch_size=4",
-    "linear-seg.short=32",
-    "linear-seg.longest=128",
-    "linear-seg.crop=32",
-    "linear-seg.stride=20",
-    "linear-seg.validate_every=20",
-    "depth.steps=20",
-    "depth.warmup=5",
-    "depth.batch_size=4",
-    "depth.crop=(40, 48)",
-    "depth.bins=32",
-    "depth.validate_every=8",
-    "depth.loss_warmup=5",
-    "detection.steps=3",
-    "detection.batch_size=2",
-    "detection.size=48",
-    "detection.width=8",
-    "detection.hidden=16",
-    "detection.proposals=16",
-    "detection.candidates=(20, 20, 20, 20)",
-    "detection.anchors=(8, 12, 16, 24, 32)",
-]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +30,7 @@ def data(tmp_path_factory):
 
 def words_for(task, dataset, model, data, out):
     words = [task, "--protocol", "repository", "--dataset", dataset, "--data", str(data[dataset]), "--out", str(out)]
-    return [*words, "--model", model, "--device", "cpu", "--set", *QUICK]
+    return [*words, "--model", model, "--device", "cpu", "--set", *small_datasets.REPOSITORY]
 
 
 def result_in(out):

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import time
 from functools import partial
@@ -12,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 
 from tests.helpers import processes, small_datasets
-from timm_dvt.publish.published import DINOV2, REG, VOC
+from timm_dvt.publish.published import DINOV2
 from timm_dvt.shared_folder import SharedFolder
+from training.evaluate.results import heading
 from training.reproduce import main
 from training.reproduction import jobs, making
 from training.reproduction.jobs import Job, Runner
-from training.reproduction.published import ROWS, select
-from training.reproduction.results import Outcome, cells, grid, outcome, results_page, results_table
+from training.reproduction.published import select
 
 ARGS = {"img_size": 64, "patch_size": 8, "depth": 1, "embed_dim": 64, "num_heads": 1, "num_classes": 0}
 QUICK = "linear-seg.steps=3 linear-seg.label_size=16 depth.steps=3 depth.bins=8".split()
@@ -38,9 +40,10 @@ def data(tmp_path_factory):
     return base
 
 
-def words(model, data, out, *more):
-    command = ["--models", model, "--data", str(data), "--out", str(out), "--protocol", "fast", "--repeats", "2"]
-    return [*command, "--evaluate=--device=cpu", "--set", *QUICK, *more]
+def words(model, data, out, *more, protocol="fast"):
+    command = ["--models", model, "--data", str(data), "--out", str(out), "--protocol", protocol, "--repeats", "2"]
+    settings = QUICK if protocol == "fast" else small_datasets.REPOSITORY
+    return [*command, "--evaluate=--device=cpu", "--set", *settings, *more]
 
 
 @pytest.fixture
@@ -79,6 +82,29 @@ def test_numbers_that_can_be_had_stand_beside_reasons_for_the_others(model, data
     assert before == {path: path.stat().st_mtime_ns for path in (out / "results").rglob("*")}
 
 
+@pytest.mark.slow
+def test_the_repositorys_protocols_end_in_the_table(model, data, tmp_path, in_this_process):
+    out = tmp_path / "out"
+    assert (
+        main(words(model, data, out, "--tables", "2", "3", "--repeats", "1", "--limit", "6", protocol="repository"))
+        == 0
+    )
+    assert in_this_process == ["linear-seg", "linear-seg", "depth", "detection"]
+    records = [json.loads(path.read_text())["result"] for path in (out / "jobs").glob("*.json")]
+    assert {record["protocol"] for record in records} == {"repository"}
+    lines = [line.split(" | ") for line in (out / "RESULTS.md").read_text().splitlines() if "| not published |" in line]
+    table = {(state, number): ours for _, state, number, _, ours, *_ in lines}
+    expected = {
+        (state, heading((record["task"], record["dataset"], number))): summary["mean"]
+        for record in records
+        for state, numbers in record["states"].items()
+        for number, summary in numbers.items()
+    }
+    assert len(table) == 2 * 7
+    for key, ours in table.items():
+        assert float(ours.rstrip("*")) == pytest.approx(expected[key], abs=6e-3)
+
+
 def test_parts_do_all_of_the_work_between_them(data, tmp_path, monkeypatch):
     ran = []
 
@@ -114,6 +140,21 @@ def test_the_plan_says_what_is_missing_and_how_long_the_rest_takes(model, data, 
     capsys.readouterr()
     main([*arguments, "--plan"])
     assert capsys.readouterr().out.count(": done") == 2
+
+
+@pytest.mark.slow
+def test_half_of_a_data_set_is_said_in_the_plan(model, data, tmp_path, capsys):
+    half = tmp_path / "half"
+    shutil.copytree(data, half)
+    shutil.rmtree(half / "voc" / "VOCdevkit" / "VOC2007")
+    (half / "nyu" / "val_room" / "rgb_00003.jpg").unlink()
+    shutil.rmtree(half / "coco")
+    assert main(words(model, half, tmp_path / "out", "--tables", "2", "3", "4", "--plan")) == 0
+    said = capsys.readouterr().out
+    assert f"there is no file {half}/nyu/val_room/rgb_00003.jpg" in said
+    assert f"there is no folder {half}/voc/VOCdevkit/VOC2007" in said  # Table 3's
+    assert re.search(r"discovery_voc_.*about .*, but for CorLoc/voc2007: no images", said)
+    assert "6 jobs, 3 of them without data or weights; the others take about" in said
 
 
 def test_weights_that_are_missing_are_said_in_the_plan(data, tmp_path, capsys):
@@ -155,61 +196,7 @@ def test_a_job_that_fails_is_not_tried_by_others_and_again_in_the_next_run(tmp_p
     assert len(calls) == 2
 
 
-# ---- ours beside the published
-
-
-def record(**states):
-    summaries = {
-        state: {"mIoU": {"mean": mean, "std": std, "values": [mean] * count}}
-        for state, (mean, std, count) in states.items()
-    }
-    return {"result": {"states": summaries, "limit": None, "changed": []}}
-
-
-@pytest.mark.parametrize(
-    "mean, std, verdict",
-    [
-        (83.6, 0.0, "within"),
-        (83.604, 0.0, "within"),  # the paper prints 83.60
-        (83.61, 0.0, "outside"),
-        (83.0, 0.3, "within"),
-        (82.9, 0.3, "outside"),
-    ],
-)
-def test_a_difference_is_within_two_standard_deviations_or_the_rounding(mean, std, verdict):
-    (row,) = (r for r in select(["2"], [DINOV2]) if r.key[1:] == ("voc", "mIoU") and r.state == "raw")
-    one = outcome(row, record(raw=(mean, std, 3)))
-    assert row.value == 83.6 and one.difference == pytest.approx(mean - 83.6)
-    assert one.verdict == verdict == cells(one)[-1]
-    html = results_page([one]).decode()
-    assert ('<tr class="green">' in html) == (verdict == "within")
-    assert f"| {verdict} |" in results_table([one])
-
-
-def test_what_has_no_number_says_why_and_a_trial_is_marked():
-    row = select(["2"], [DINOV2])[0]
-    assert outcome(row, {}).verdict == "not run" and outcome(row, {"error": "no data"}).reason == "no data"
-    assert cells(outcome(row, {}), ["no data", "not run yet"])[-1] == "not run (b)"
-    assert "it has denoised" in outcome(row, record(denoised=(1.0, 0.0, 1))).reason
-    trial = record(raw=(1.0, 0.0, 1))
-    trial["result"]["limit"] = 4
-    assert cells(outcome(row, trial))[4].endswith("*")
-    assert isinstance(outcome(row, trial), Outcome)
-
-
 # ---- killed and shared
-
-
-def test_a_table_stands_as_the_paper_prints_it():
-    rows = [row for row in ROWS if row.table == "2" and row.backbone in (DINOV2, REG)]
-    outcomes = [Outcome(row, "", row.value + 1, 0.1, 3) if row.key == VOC else Outcome(row, "no data") for row in rows]
-    headings, lines = grid(outcomes, ["other", "no data"])
-    assert headings[:5] == ["model", "state", "VOC12 mIoU", "VOC12 mAcc", "ADE20k mIoU"] and len(headings) == 8
-    assert [line[:4] for line in lines if line[0] == DINOV2] == [
-        [DINOV2, "raw", "84.60 (83.60)", "- b (90.82)"],
-        [DINOV2, "denoised", "85.84 (84.84)", "- b (91.70)"],
-    ]
-    assert len(lines) == 4 and [line[0] for line in lines] in ([DINOV2] * 2 + [REG] * 2, [REG] * 2 + [DINOV2] * 2)
 
 
 @pytest.mark.slow

@@ -2,17 +2,16 @@
 
 import numpy as np
 import pytest
-import timm
 import torch
 from torch import nn
 
 from tests.helpers import small_datasets
+from tests.helpers.small_datasets import small_vit
 from timm_dvt.calibration.calibrate import projecting_out
 from timm_dvt.calibration.samples import canvas
 from timm_dvt.loading import load_model
-from training.evaluate.features.cached import Extractor
 from training.evaluate.position import share
-from training.rivals import insid3, mean_map, rasa, registers
+from training.rivals import insid3, mean_map, rasa
 from training.rivals.__main__ import main
 from training.rivals.sample import Moments, Sample
 
@@ -64,13 +63,19 @@ def test_insid3_has_the_cosines_of_its_own_order_of_steps():
     np.testing.assert_allclose(ours @ ours.T, theirs @ theirs.T, atol=1e-5)
 
 
+def test_insid3_takes_their_numbers_of_directions():
+    large, base = torch.randn(23, 23, 1024), torch.randn(5, 5, 768)
+    assert insid3.directions(large).shape == (1024, 500)
+    assert insid3.directions(base, insid3.MATCHING).shape == (768, 20)
+
+
 def test_insid3_energy_counts_directions_until_they_hold_the_share():
     directions = orthonormal(3) * torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
     weights = torch.linalg.qr(torch.randn(K * K, 4, dtype=torch.float64) + 1).Q
     weights = torch.linalg.qr(torch.cat([torch.ones(K * K, 1, dtype=torch.float64), weights[:, :3]], 1)).Q[:, 1:]
     mean = torch.linalg.qr(torch.cat([directions, torch.randn(C, 1, dtype=torch.float64)], 1)).Q[:, 3]
     blank = (1e4 * mean + weights @ directions.T).reshape(K, K, C)  # so long that lengths are all but equal
-    counts = [insid3.directions(blank, energy).shape[1] for energy in (0.6, 0.7, 0.92, 0.94)]
+    counts = [insid3.directions(blank, energy=energy).shape[1] for energy in (0.6, 0.7, 0.92, 0.94)]
     assert counts == [1, 2, 2, 3]  # squares 9, 4, 1 of 14: 0.643, 0.929, 1
 
 
@@ -105,6 +110,27 @@ def test_a_round_of_rasa_is_the_plane_of_a_regression_without_bias():
     weights = np.linalg.lstsq(flat.numpy(), np.tile(rasa.positions(K, K).numpy(), (9, 1)), rcond=None)[0]
     found = rasa.directions(moments, rounds=1).numpy()
     np.testing.assert_allclose(found @ found.T, weights @ np.linalg.pinv(weights), atol=1e-3)  # the ridge's
+
+
+def test_a_round_of_rasa_is_the_plane_that_minimizes_the_loss_with_a_sigmoid():
+    places = rasa.positions(K, K)
+    root, along = orthonormal(C) * torch.linspace(0.2, 1, C), orthonormal(2) * torch.tensor([1.5, 0.8])
+    tokens = 2 * root[:, 0] + torch.randn(40, K * K, C, dtype=torch.float64) @ root.T + places @ along.T
+    flat = tokens.flatten(0, 1)
+    weights = torch.zeros(C, 2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = nn.functional.mse_loss((tokens @ weights).sigmoid(), (places + 0.5).expand(40, -1, -1))
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    moments = Moments(tokens.mean(0).reshape(K, K, C), flat.T @ flat / len(flat))
+    plane = torch.linalg.qr(weights.detach()).Q
+    cosines = torch.linalg.svdvals(plane.T @ rasa.directions(moments, rounds=1))
+    assert cosines.min() > 0.995
 
 
 def test_after_rasa_no_regression_predicts_row_or_column_from_tokens():
@@ -145,14 +171,8 @@ def folder(tmp_path_factory):
     return where
 
 
-def small(**more):
-    torch.manual_seed(0)
-    options = dict(img_size=64, depth=2, embed_dim=32, num_heads=2, num_classes=0) | more
-    return timm.create_model("vit_tiny_patch16_224", **options).eval()
-
-
 def test_the_moments_are_those_of_the_crops_tokens(folder):
-    model = small()
+    model = small_vit()
     images = sorted((folder / "train" / "images").rglob("*.jpg"))
     sample = Sample(model, images, 64, views=5, batch_size=2)
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -167,7 +187,7 @@ def test_the_moments_are_those_of_the_crops_tokens(folder):
 
 
 def test_the_mean_map_is_subtracted_and_the_mean_token_stays(folder):
-    model = small()
+    model = small_vit()
     images = sorted((folder / "train" / "images").rglob("*.jpg"))
     sample = Sample(model, images, 64, views=4)
     crops = torch.cat(list(sample.batches()))
@@ -177,102 +197,6 @@ def test_the_mean_map_is_subtracted_and_the_mean_token_stays(folder):
         clean = model.denoiser(raw.flatten(1, 2).float(), (4, 4)).double()
     planted = raw.mean(0) - raw.mean((0, 1, 2))
     torch.testing.assert_close(clean, (raw - planted).flatten(1, 2), atol=1e-5, rtol=0)
-
-
-# ---- test-time registers
-
-NEURON = (1, 7)
-
-
-def with_outliers(**more):
-    """A ViT whose tokens do not mix, and a neuron of which makes tokens long where a patch is white."""
-    model = small(depth=3, pos_embed="none", **more)
-    model.norm = nn.Identity()
-    for block in model.blocks:
-        nn.init.zeros_(block.attn.proj.weight)
-        nn.init.zeros_(block.attn.proj.bias)
-    block, neuron = NEURON
-    mlp = model.blocks[block].mlp
-    with torch.no_grad():
-        # The first channel is 2 of white patches and about -1.8 of dark ones.
-        model.patch_embed.proj.weight[0], model.patch_embed.proj.bias[0] = 4 / (3 * 16**2), -2
-        mlp.fc1.weight[neuron], mlp.fc1.bias[neuron] = 10 * torch.eye(32)[0], -10.0
-        mlp.fc2.weight[:, neuron] = torch.linspace(-1, 1, 32)
-        # Its neighbor says much, everywhere.
-        mlp.fc1.weight[neuron + 1], mlp.fc1.bias[neuron + 1], mlp.fc2.weight[:, neuron + 1] = 0, 30.0, 0
-    return model
-
-
-def squares():
-    """Two dark images, each with two white patches, and which patches of 16 these are."""
-    images, white = 0.1 * torch.rand(2, 3, 64, 64), torch.zeros(2, 4, 4, dtype=torch.bool)
-    for image, y, x in ((0, 0, 1), (0, 2, 3), (1, 1, 1), (1, 3, 0)):
-        images[image, :, 16 * y : 16 * y + 16, 16 * x : 16 * x + 16] = 1
-        white[image, y, x] = True
-    return images, white.flatten(1)
-
-
-def test_the_planted_neuron_is_found_alone():
-    model, (images, white) = with_outliers(), squares()
-    with torch.no_grad():
-        lengths = model.forward_features(images)[:, 1:].norm(dim=-1)
-    assert lengths[white].min() > 4 * lengths[~white].max()  # it does make outliers
-    assert registers.register_neurons(model, [images]) == [NEURON]
-
-
-@torch.no_grad()
-def test_the_register_takes_what_the_neuron_says_and_other_tokens_stay():
-    model, (images, white) = with_outliers(), squares()
-    before = model.forward_features(images)
-    silenced = with_outliers()
-    silenced.blocks[NEURON[0]].mlp.fc2.weight[:, NEURON[1]] = 0
-    registers.add_register(model, [NEURON])
-    after = model.forward_features(images)
-    patches = after[:, model.num_prefix_tokens :]
-    # Tokens do not mix, so what is left is the model without that neuron.
-    torch.testing.assert_close(patches, silenced.forward_features(images)[:, 1:])
-    torch.testing.assert_close(patches[~white], before[:, 1:][~white], atol=1e-4, rtol=0)
-    torch.testing.assert_close(after[:, 0], before[:, 0])
-    assert (after[:, 1].norm(dim=-1) > 3 * patches.norm(dim=-1).amax(1)).all()  # the register is the outlier now
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("more", [{}, {"no_embed_class": True}, {"class_token": False, "global_pool": "avg"}])
-def test_a_register_without_neurons_is_one_more_token_of_zeros(more):
-    """With attention that is given it, and with nobody's position embedding: the reference is timm's own model."""
-    model, images = small(**more), torch.randn(2, 3, 64, 64)
-    reference = small(reg_tokens=1, **more)
-    prefix = model.num_prefix_tokens
-    state = model.state_dict()
-    if not more.get("no_embed_class"):
-        rows = state["pos_embed"]
-        state["pos_embed"] = torch.cat([rows[:, :prefix], torch.zeros(1, 1, 32), rows[:, prefix:]], 1)
-    reference.load_state_dict({**state, "reg_token": torch.zeros(1, 1, 32)})
-    registers.add_register(model, [])
-    torch.testing.assert_close(model.forward_features(images), reference.forward_features(images))
-
-
-@torch.no_grad()
-def test_features_with_a_register_are_read_at_any_size_for_all_evaluations():
-    model = small(dynamic_img_size=True)
-    registers.add_register(model, [(0, 3), (1, 5)])
-    for size in (64, 96):
-        images = torch.rand(2, 3, size, size)
-        extractor = Extractor(model, size)
-        tokens = model.forward_features((images - extractor.reader.mean) / extractor.reader.std)
-        found = extractor.backbone(images)
-        torch.testing.assert_close(found["raw"].flatten(1, 2), tokens[:, 2:], atol=1e-5, rtol=0)
-        torch.testing.assert_close(found["prefix"], tokens[:, :2], atol=1e-5, rtol=0)
-    assert extractor.states == ("raw",)
-
-
-def test_registers_refuse_what_they_are_not_for():
-    with pytest.raises(registers.NotForThisModel, match="trained with 4 registers"):
-        registers.check(small(reg_tokens=4))
-    with pytest.raises(registers.NotForThisModel, match="ResNet"):
-        registers.check(timm.create_model("resnet18", num_classes=0))
-    with pytest.raises(registers.NotForThisModel, match="3 times as long"):
-        registers.register_neurons(small(), [torch.randn(2, 3, 64, 64)])
 
 
 # ---- the command

@@ -88,8 +88,15 @@ def open_dataset(
         for split in splits.values() if kind != "images" else ():  # whose annotations nobody reads
             check(split)
     except (OSError, RuntimeError, UnicodeError) as error:  # torchvision raises RuntimeError for a missing folder
-        raise UserError(f"{name} under {folder}: {error}\nExpected layout:\n{dataset.layout}") from error
+        raise UserError(f"{name} under {folder}: {reason(error)}\nExpected layout:\n{dataset.layout}") from error
     return splits
+
+
+def reason(error: Exception) -> str:
+    """What an error of reading says, without its number."""
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"there is no file {error.filename}"
+    return str(error)
 
 
 def _check_classes(splits: Mapping[str, Split]) -> None:

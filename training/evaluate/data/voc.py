@@ -38,7 +38,7 @@ def read_voc(folder: Path, kind: str, trainaug: bool | None = None) -> dict[str,
     if kind == "discovery":
         years = [year for year in ("2007", "2012") if (folder / "VOCdevkit" / f"VOC{year}").is_dir()] or ["2007"]
         return {f"voc{year}": _voc_boxes(folder, year, "trainval") for year in years}
-    val = VOCSegmentation(str(folder), "2012", "val")
+    val = VOCSegmentation(_with_year(folder, "2012"), "2012", "val")
     parts = {"val": _voc_masks("VOC2012 val", val.images, val.masks)}
     if kind == "masks":
         base = folder / "VOCdevkit" / "VOC2012"
@@ -57,6 +57,14 @@ def read_voc(folder: Path, kind: str, trainaug: bool | None = None) -> dict[str,
     return parts
 
 
+def _with_year(folder: Path, year: str) -> str:
+    """The folder, if it holds that year's: torchvision would only say that it is corrupted."""
+    base = folder / "VOCdevkit" / f"VOC{year}"
+    if not base.is_dir():
+        raise FileNotFoundError(f"there is no folder {base}")
+    return str(folder)
+
+
 def _voc_masks(name: str, images: Sequence[str], masks: Sequence[str]) -> Split:
     names = ["background", *VOC_CLASSES]
     return Split(
@@ -65,7 +73,7 @@ def _voc_masks(name: str, images: Sequence[str], masks: Sequence[str]) -> Split:
 
 
 def _voc_boxes(folder: Path, year: str, part: str) -> Split:
-    reader = VOCDetection(str(folder), year, part)
+    reader = VOCDetection(_with_year(folder, year), year, part)
     images = [Path(p) for p in reader.images]
     index = {name: i for i, name in enumerate(VOC_CLASSES)}
 
