@@ -29,21 +29,10 @@ for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGINGFACE_HUB_CACHE", "HF_HUB_CACH
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from timm.layers import weight_init  # noqa: E402
 
-_drawn = weight_init._trunc_normal_
-LARGE = 1 << 18
+from tests.helpers import drawing  # noqa: E402
 
-
-def _draw(tensor: torch.Tensor, mean: float, std: float, *ends: float) -> torch.Tensor:
-    """timm's random weights; large ones without their ends cut off, which takes most of the time of drawing them, and
-    none on the meta device, where they take half a second a model and are nowhere."""
-    if tensor.is_meta:
-        return tensor
-    return tensor.normal_(mean, std) if tensor.numel() > LARGE else _drawn(tensor, mean, std, *ends)
-
-
-weight_init._trunc_normal_ = _draw
+drawing.install()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 """Claims about the rooms of `training`: imports flow one way, so that each can be read without those above it."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def room_of(module: str) -> str:
     return parts[1] if len(parts) > 2 or (TRAINING / parts[1]).is_dir() else "commands"
 
 
+@functools.cache
 def imports() -> list[tuple[str, str]]:
     """(importing module, imported module) of all of `training`."""
     found = []

@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from timm_dvt.errors import UserError
 from timm_dvt.weights.files import write_whole
 
 try:
@@ -40,7 +41,7 @@ _BINARY = getattr(os, "O_BINARY", 0)  # Windows would write line feeds as two by
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class SettingsDiffer(ValueError):
+class SettingsDiffer(UserError):
     """The folder was begun with other settings than this run's."""
 
 

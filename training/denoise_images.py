@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from timm_dvt.errors import UserError
 from timm_dvt.image_files import list_images
 from timm_dvt.loading import load_model, pick_device
 from timm_dvt.options import add_options, build
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = PairFolder(args.out, describe_pairs(args.model, args.pretrained, model, settings), args.precision)
     except OutputError as error:
         return complain(3, error)
-    except (ValueError, TypeError) as error:
+    except UserError as error:
         return complain(2, error)
     with folder:
         try:

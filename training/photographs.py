@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         convert(args.name, args.source, args.out)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         return complain(2, error)
     return 0
 

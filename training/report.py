@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from timm_dvt.errors import UserError
 from timm_dvt.publish.published import SEVEN, Key, Numbers, Source, numbers_for
 from timm_dvt.shared_folder import OutputError, write_atomically
 from timm_dvt.variants import SUFFIXES
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{folder / name}.png")
         write_atomically(folder / "report.html", results_page(rows, pictures))
         print(folder / "report.html")
-    except (ValueError, OutputError) as error:
+    except (UserError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _video(args, model, settings)
         draw = _positional if args.positional else _stage1
         return draw(args, model, settings, sources[: args.limit])
-    except (ValueError, TypeError, OSError, *IMAGE_ERRORS) as error:
+    except (UserError, OSError) as error:
         return complain(2, error)
     except KeyboardInterrupt:
         return complain(130, "stopped; nothing was drawn.")

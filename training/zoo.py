@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         for name, job in jobs.items():
             try:
                 check_backbone(name)  # all of them, before hours go into the first
-            except (ValueError, TypeError) as error:
+            except UserError as error:
                 runner.fail(job, str(error).splitlines()[0])
         runner.run(list(jobs.values()))
         failed = {name: str(runner.failure(job)) for name, job in jobs.items() if not runner.done(job)}

@@ -1,5 +1,6 @@
 """The page without a browser: what its server reads, keeps and answers, whoever asks and however slowly."""
 
+import importlib.util
 import io
 import json
 import os
@@ -24,7 +25,8 @@ from tests.helpers.app_server import (
 )
 from timm_dvt.__main__ import main
 
-pytest.importorskip("gradio", reason="needs the extra app")
+if not importlib.util.find_spec("gradio"):  # seconds to import, in every process that runs tests
+    pytest.skip("needs the extra app", allow_module_level=True)
 
 
 def png(*size: int) -> bytes:

@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from scipy.signal import correlate2d
 from timm.layers import resample_abs_pos_embed
 
 import timm_dvt
@@ -36,6 +35,8 @@ def build(arch: str, **kwargs):
 @pytest.mark.parametrize("arch", ["conv1x1", "conv3x3"])
 @torch.no_grad()
 def test_convolutions_equal_scipys_with_relus_between_and_zeros_around(arch):
+    from scipy.signal import correlate2d  # seconds to import
+
     denoiser = random_denoiser(arch).double()
     tokens = torch.randn(1, 30, 8, dtype=torch.float64)
     maps = tokens[0].T.reshape(8, 5, 6).numpy()

@@ -16,6 +16,7 @@ from timm_dvt.calibration.views import ViewReader
 from timm_dvt.publish.cards import Facts
 
 VARIANT = "vit_base_patch16_224.dino_dvt"
+THIN = {"depth": 1, "embed_dim": 64, "num_heads": 1}
 BLANK = ["--views", "32", "--no-pretrained"]
 
 
@@ -30,11 +31,11 @@ def saved(folder, **options):
 @pytest.mark.parametrize("method", ["static", "project"])
 @torch.no_grad()
 def test_a_variant_calibrated_anew_keeps_its_backbones_name_and_its_folder_loads(method, tmp_path):
-    model = timm.create_model(VARIANT, depth=1, img_size=64).eval()
+    model = timm.create_model(VARIANT, img_size=64, **THIN).eval()
     calibrate(model, views=32, method=method)
     assert model.backbone_name == "vit_base_patch16_224.dino"
     images = torch.randn(1, 3, 64, 64)
-    folder = timm_dvt.save_pretrained(model, tmp_path, model_args={"depth": 1})
+    folder = timm_dvt.save_pretrained(model, tmp_path, model_args=THIN)
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.equal(again.forward_features(images), model.forward_features(images))
     assert again.backbone_name == "vit_base_patch16_224.dino"
@@ -73,7 +74,7 @@ def test_the_command_takes_layers_and_refuses_those_that_are_not_there(tmp_path,
 
 @pytest.mark.parametrize("method", ["static", "project", "leftover"])
 def test_a_variant_is_looked_at_at_the_size_that_it_is_meant_for(method, monkeypatch):
-    model = timm.create_model(VARIANT, depth=1, embed_dim=64, num_heads=1).eval()
+    model = timm.create_model(VARIANT, **THIN).eval()
     assert model.patch_embed.img_size == (224, 224)
     sizes = set()
     monkeypatch.setattr(ViewReader, "__call__", _recorded(ViewReader.__call__, sizes))
@@ -187,13 +188,16 @@ def test_what_is_wrong_at_sight_leaves_no_folder(command, wrong, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("method", ["static", "project"])
 def test_a_callers_default_dtype_and_device_change_nothing(dtype, method):
+    def small():
+        return vit("test_vit", img_size=48)
+
     def found(models):
         with_images = calibrate(models[0], photographs(4), views=32, method=method)
         with_blanks = calibrate(models[1], views=32, method=method)
         denoisers = [with_images.denoiser, with_blanks.denoiser]
         return [tensor for denoiser in denoisers for tensor in denoiser.state_dict().values()]
 
-    want, models = found([vit(), vit()]), [vit(), vit()]
+    want, models = found([small(), small()]), [small(), small()]
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):

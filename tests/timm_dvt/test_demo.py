@@ -40,11 +40,12 @@ def test_the_demo_draws_both_states_of_the_packages_photographs(folder, tmp_path
 
 
 @pytest.mark.skipif(bool(focus.missing_packages()), reason=f"needs the extra dinov2: {focus.INSTALL}")
-def test_the_default_has_learned_weights_without_a_network(tmp_path, capsys):
-    assert main(["demo", "--size", "140", "--out", str(tmp_path / "a.png")]) == 0
+def test_the_default_has_learned_weights_without_a_network(folder, tmp_path, capsys):
+    assert main(["demo", "--size", "98", "--out", str(tmp_path / "a.png")]) == 0
     printed = capsys.readouterr().out
     assert "vit_small_patch14_dinov2.focus_dvt" in printed and "random" not in printed
-    assert main(["demo", "--size", "140", "--no-pretrained", "--out", str(tmp_path / "b.png")]) == 0
+    small = ["--model", f"local-dir:{folder}", "--size", "64"]
+    assert main(["demo", *small, "--no-pretrained", "--out", str(tmp_path / "b.png")]) == 0
     assert "random weights, as asked for" in capsys.readouterr().out
 
 

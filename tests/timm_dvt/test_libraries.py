@@ -12,7 +12,7 @@ import torch
 
 import timm_dvt
 
-SMALL = {"depth": 4, "img_size": 64}
+SMALL = {"depth": 4, "img_size": 64, "embed_dim": 96, "num_heads": 3}
 
 
 @pytest.fixture(

@@ -49,7 +49,7 @@ def test_cards_and_their_check(tmp_path, capsys):
 
 @pytest.mark.usefixtures("at_once")
 def test_calibrate_as_json(tmp_path, capsys):
-    command = ["calibrate", "--model", "vit_tiny_patch16_224", "--no-pretrained", "--views", "32", "--json"]
+    command = ["calibrate", "--model", "test_vit", "--no-pretrained", "--views", "32", "--json"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert has_bar(printed.err, "image", 32) and json.loads(printed.out)["folder"] == str(tmp_path)

@@ -238,9 +238,10 @@ def test_what_push_cannot_do_is_one_line(account, tmp_path, capsys, monkeypatch)
 
 
 def test_a_model_of_ones_own_gets_a_card_without_published_results(account, tmp_path):
+    thin = {"depth": 1, "embed_dim": 64, "num_heads": 1}
     backbone = "vit_base_patch16_224.mae"  # a name that has published results, with weights that are not those
-    model = timm.create_model(f"{backbone}_dvt", depth=1, img_size=64)
-    folder = timm_dvt.save_pretrained(model, tmp_path / "own", model_args={"depth": 1})
+    model = timm.create_model(f"{backbone}_dvt", img_size=64, **thin)
+    folder = timm_dvt.save_pretrained(model, tmp_path / "own", model_args=thin)
     assert pushing.push(str(folder), "me/own")
     card = huggingface_hub.ModelCard((account.folder / "me/own/README.md").read_text())
     assert card.data.license == "cc-by-nc-4.0" and card.data.base_model == f"timm/{backbone}"

@@ -28,7 +28,7 @@ def model():
 @torch.no_grad()
 def test_a_saved_model_loads_bit_equal(backbone, tmp_path):
     patch = 14 if "patch14" in backbone else 16
-    arguments = dict(depth=2, img_size=4 * patch, dynamic_img_size=True)
+    arguments = dict(depth=2, img_size=4 * patch, dynamic_img_size=True, embed_dim=48)
     model = timm_dvt.add_denoiser(timm.create_model(backbone, **arguments).eval(), depth=2, grid_size=(4, 6))
     folder = timm_dvt.save_pretrained(model, tmp_path / "new" / "folder", model_args=arguments)
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]

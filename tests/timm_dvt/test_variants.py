@@ -15,22 +15,15 @@ TABLE = [*published_variants(), FOCUS]
 NAMES = [variant.name for variant in TABLE]
 DENOISED = [variant.name for variant in TABLE if not variant.distilled]
 ARCHITECTURES = sorted({f"{variant.architecture}_dvt" for variant in TABLE})
-LARGE = re.compile("large|giant")  # and slow; .ci/run tries them too
-
-
-def of_any_size(names, *arguments) -> list:
-    """A name a test, with arguments; the large ones among the slow tests."""
-    return [pytest.param(n, *arguments, marks=[pytest.mark.slow] if LARGE.search(n) else []) for n in names]
-
-
-SHALLOW = {"depth": 2}  # the real widths, patch sizes and prefix tokens, at a depth that a test can afford
+# The real patch sizes, prefix tokens and positions; the width and depth are what a test can afford.
+SMALL = {"depth": 2, "embed_dim": 128, "num_heads": 2}
 
 
 def pair(name: str, dtype=torch.float32, **kwargs):
     """A variant, its plain timm model with the same arguments and weights, and images of a grid of its own."""
-    model = timm.create_model(name, **SHALLOW, **kwargs).eval().to(dtype)
+    model = timm.create_model(name, **SMALL, **kwargs).eval().to(dtype)
     size = model.patch_embed.img_size
-    arguments = {"img_size": size, "dynamic_img_size": True, **SHALLOW, **kwargs}
+    arguments = {"img_size": size, "dynamic_img_size": True, **SMALL, **kwargs}
     # Random weights would be drawn in vain, but buffers that no state dict holds (EVA-02's) are computed on the way.
     device = None if any(True for _ in model.buffers()) else "meta"
     plain = timm.create_model(model.backbone_name, device=device, **arguments).eval()
@@ -42,7 +35,7 @@ def pair(name: str, dtype=torch.float32, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), of_any_size(DENOISED, torch.float32) + of_any_size(ARCHITECTURES, torch.bfloat16)
+    ("name", "dtype"), [(n, torch.float32) for n in DENOISED] + [(n, torch.bfloat16) for n in ARCHITECTURES]
 )
 @torch.no_grad()
 def test_switching_off_gives_the_backbone_bit_for_bit(name, dtype):
@@ -67,7 +60,7 @@ def test_switching_off_gives_the_backbone_bit_for_bit(name, dtype):
             assert torch.equal(model(images), logits)
 
 
-@pytest.mark.parametrize("name", of_any_size(DENOISED))
+@pytest.mark.parametrize("name", DENOISED)
 @torch.no_grad()
 def test_switched_on_equals_the_recomputed_denoiser_on_the_backbones_tokens(name):
     model, plain, images = pair(name, torch.float64)

@@ -20,24 +20,25 @@ from timm_dvt.variants import DVT_REPO, published_variants
 NAME = "vit_small_patch14_dinov2.lvd142m_dvt"
 BACKBONE = "vit_small_patch14_dinov2.lvd142m"
 PUBLISHED = [variant for variant in published_variants() if variant.hub_file]
+THIN = {"depth": 1, "embed_dim": 64, "num_heads": 1}  # test_variants has the real widths
 
 
 @pytest.mark.parametrize("variant", PUBLISHED, ids=lambda variant: variant.name)
 @torch.no_grad()
 def test_a_training_checkpoint_loads_from_the_hub_where_it_is_published(variant, hub, tmp_path):
-    backbone = publish_backbone(hub, variant.backbone, depth=1)
-    arch = timm.create_model(variant.backbone, device="meta")
+    backbone = publish_backbone(hub, variant.backbone, **THIN)
+    patch = timm.create_model(variant.backbone, device="meta", **THIN).patch_embed.patch_size[0]
     if variant.distilled:
         state = {k: torch.randn_like(v) * 0.05 for k, v in backbone.items() if not k.startswith("head.")}
         whole = {f"model.{key}": value for key, value in state.items()}
         publish(hub, variant.hub_file, authors.training_checkpoint("model", whole))
     else:
-        state = reference.published_state(arch.embed_dim, variant.resolution // arch.patch_embed.patch_size[0])
+        state = reference.published_state(64, variant.resolution // patch)
         publish(hub, variant.hub_file, authors.training_checkpoint("denoiser", state))
     hub.requests.clear()
-    model = timm.create_model(variant.name, pretrained=True, depth=1, cache_dir=tmp_path).eval()
+    model = timm.create_model(variant.name, pretrained=True, cache_dir=tmp_path, **THIN).eval()
     assert f"HEAD /{DVT_REPO}/resolve/main/{variant.hub_file}" in hub.requests
-    arguments = {"depth": 1, "dynamic_img_size": True, "cache_dir": tmp_path}
+    arguments = {**THIN, "dynamic_img_size": True, "cache_dir": tmp_path}
     plain = timm.create_model(variant.backbone, pretrained=True, **arguments).eval()
     images = images_for(model)
     if variant.distilled:
@@ -46,7 +47,7 @@ def test_a_training_checkpoint_loads_from_the_hub_where_it_is_published(variant,
         assert model.num_classes == 0 and type(model) is type(plain)
         return
     tokens, prefix = plain.forward_features(images), plain.num_prefix_tokens
-    want = reference.denoise(state, tokens[:, prefix:], (3, 4), arch.embed_dim // 64)
+    want = reference.denoise(state, tokens[:, prefix:], (3, 4), 1)
     assert torch.allclose(model.forward_features(images)[:, prefix:], want, atol=1e-3)
     model.set_denoise(False)
     assert torch.equal(model.forward_features(images), tokens) and torch.equal(model(images), plain(images))

@@ -80,6 +80,28 @@ def test_a_number_that_is_too_small_is_refused_before_anything_is_done_as_the_he
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "words"),
+    [
+        ("training.denoise_images", "list_images", IN),
+        ("training.visualize", "pick_device", ["cat.jpg", *IN[4:]]),
+        ("training.make_denoiser", "run", IN),
+        ("training.evaluate.__main__", "run", ["mic", "--dataset", "voc", "--data", "D", *IN[4:]]),
+        ("training.reproduce", "run", ["--data", "D", "--out", "OUT"]),
+        ("training.report", "read_rows", ["D"]),
+    ],
+)
+@pytest.mark.parametrize("kind", [ValueError, TypeError])
+def test_a_bug_shows_its_traceback_and_is_no_line_for_the_person_at_the_keyboard(name, part, words, kind, monkeypatch):
+    def fail(*args, **options):
+        raise kind("a bug")
+
+    command = importlib.import_module(name)
+    monkeypatch.setattr(command, part, fail)
+    with pytest.raises(kind, match="a bug"):
+        command.main(words)
+
+
 def test_calibrate_says_how_many_views_it_needs_before_anything_is_done(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
@@ -98,9 +120,12 @@ def test_without_posix_locks_training_says_in_one_line_what_it_needs(name):
 
 
 @pytest.mark.slow
-def test_the_plug_in_needs_nothing_that_windows_lacks():
-    code = "import sys; sys.modules.update(fcntl=None, resource=None, pwd=None); import timm_dvt.__main__"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_the_plug_in_needs_nothing_that_windows_lacks_and_imports_nothing_that_only_one_verb_needs():
+    code = (
+        "import sys; sys.modules.update(fcntl=None, resource=None, pwd=None); import timm_dvt.__main__\n"
+        "print([m for m in ('gradio', 'onnx', 'matplotlib') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -121,11 +146,6 @@ def test_the_installed_command_and_the_module_are_the_same():
     name, _, function = script.partition(" = ")
     module, _, attribute = function.partition(":")
     assert name == "timm-dvt" and getattr(importlib.import_module(module), attribute) is commands.main
-
-
-def test_what_only_one_verb_needs_is_not_imported_before_it():
-    code = "import sys, timm_dvt.__main__; print([m for m in ('gradio', 'onnx', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):

@@ -20,7 +20,7 @@ from training.evaluate.before_after import worse
 from training.figures.page import Picture, Section, Table, Text, page
 from training.stage1 import images as stage1_images
 
-MODEL = ("--model", "vit_tiny_patch16_224", "--no-pretrained")
+MODEL = ("--model", "test_vit", "--no-pretrained")
 SMALL = ("--input-size", "64", "--views", "8", "--steps", "12", "--device", "cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,7 +58,7 @@ def test_the_folder_loads_and_its_denoiser_can_be_switched(made):
         model.set_denoise(False)
         off = model.forward_features(x)
     torch.manual_seed(0)
-    plain = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True).eval()
+    plain = timm.create_model("test_vit", dynamic_img_size=True).eval()
     plain.set_input_size(img_size=(64, 64))
     with torch.no_grad():
         assert torch.equal(off, plain.forward_features(x)) and not torch.equal(on, off)
@@ -241,7 +241,7 @@ def test_a_model_that_has_a_denoiser_gets_another_one_of_its_backbone(images, ma
     backbone = {key for key in first if not key.startswith("denoiser.")}
     assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in backbone)
     configs = [json.loads((out / "config.json").read_text()) for out in (made, tmp_path / "again")]
-    assert [config["model_args"]["backbone"] for config in configs] == ["vit_tiny_patch16_224.augreg_in21k_ft_in1k"] * 2
+    assert [config["model_args"]["backbone"] for config in configs] == ["test_vit.r160_in1k"] * 2
 
 
 def test_a_model_that_can_have_no_denoiser_is_refused_before_its_first_forward_pass(images, tmp_path, capsys):

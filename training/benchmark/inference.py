@@ -243,7 +243,7 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(args.threads)
     try:
         device, dtype = pick_device(args.device), DTYPES[args.dtype]
-    except ValueError as error:
+    except UserError as error:
         parser.error(f"--device: {error}")
     clock = waiting(device, CLOCKS[args.clock])
     print(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from timm_dvt.errors import UserError
 from timm_dvt.options import at_least
 from timm_dvt.shared_folder import OutputError
 
@@ -56,7 +57,7 @@ def exit_code_of(run: Callable[[], int]) -> int:
         return run()
     except OutputError as error:
         return complain(3, error)
-    except (ValueError, TypeError, OSError) as error:
+    except (UserError, OSError) as error:
         return complain(2, error)
     except KeyboardInterrupt:
         return complain(130, "stopped; run the same command again to continue.")

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args)
     except Diverged as error:
         return complain(1, error)
-    except (ValueError, TypeError, OSError) as error:
+    except (UserError, OSError) as error:
         return complain(2, error)
     except KeyboardInterrupt:
         return complain(130, "stopped; run the same command again to continue.")

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from timm_dvt.errors import UserError
+from timm_dvt.errors import ImageError, UserError
 from timm_dvt.extraction.video import video_frames, video_rate, write_video
 from timm_dvt.image_files import decode_image, list_images, read_file
 from timm_dvt.viewer.colors import fit_projection
@@ -30,7 +30,7 @@ def read_frames(source: str | Path) -> Iterator[np.ndarray]:
         for image in list_images(source):
             try:
                 yield to_bytes(decode_image(read_file(image.path)[0]))
-            except ValueError as error:
+            except ImageError as error:
                 raise UserError(f"frame {image.name}: {error}") from error
         return
     yield from video_frames(source)

@@ -32,7 +32,7 @@ class Diverged(ArithmeticError):
         )
 
 
-class BadCheckpoint(ValueError):
+class BadCheckpoint(UserError):
     """A checkpoint that cannot be continued from; names the file."""
 
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from timm_dvt import CheckpointError
 from timm_dvt.errors import UserError
 from timm_dvt.shared_folder import OutputError, SharedFolder, explain
 from training.common.command import complain, flush_subnormals
@@ -31,7 +30,7 @@ def exit_code(train: Callable[[], object]) -> int:
         return complain(3, f"{error}\nOnce that is settled, run the same command again to continue.")
     except Diverged as error:
         return complain(1, error)
-    except (ValueError, TypeError, CheckpointError) as error:
+    except UserError as error:
         return complain(2, error)
     except KeyboardInterrupt:
         return complain(130, "stopped; run the same command again to continue from the last checkpoint.")

@@ -21,7 +21,7 @@ PRECISIONS = {"half": torch.float16, "full": torch.float32}
 Maps = Mapping[int, Mapping[str, Tensor]]  # {layer: {part: (K, K, C)}}, of N crops {"crops." + part: (N, K, K, C)}
 
 
-class ValueTooLarge(ValueError):
+class ValueTooLarge(UserError):
     """A feature does not fit the precision on disk."""
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from timm_dvt import add_denoiser
 from timm_dvt.bars import tqdm
+from timm_dvt.errors import UserError
 from timm_dvt.loading import load_model, pick_device
 from timm_dvt.options import build
 from training.common.models import load_backbone
@@ -71,7 +72,7 @@ def _plan(job: Job, done: Callable[[Job], bool], seconds: Callable[[Job], float]
         return Plan(job, missing)
     try:
         return Plan(job, seconds=seconds(job))
-    except (ValueError, TypeError, OSError) as error:
+    except (UserError, OSError) as error:
         return Plan(job, str(error).splitlines()[0])
 
 
@@ -147,6 +148,6 @@ def _counts(args: Any) -> dict[str, int] | str:
 def _read_counts(dataset: str, folder: Path, kind: str) -> dict[str, int] | str:
     try:
         counts = {part: len(split) for part, split in named(dataset).read(folder, kind).items()}
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, UnicodeError, UserError) as error:  # as `open_dataset`
         return f"{dataset} under {folder}: {reason(error).splitlines()[0]}"
     return counts if all(counts.values()) else f"{dataset} under {folder}: no images"

@@ -7,10 +7,12 @@ import warnings
 import torch
 from torch import Tensor
 
+from timm_dvt.errors import UserError
+
 LEAST_VIEWS = 3  # different ones, with which F and G can be told apart at all
 
 
-class IllConditioned(RuntimeError):
+class IllConditioned(UserError, RuntimeError):
     """The views cannot tell F and G apart; the message says what to change."""
 
 

@@ -20,7 +20,7 @@ from training.stage1.linear.solver import LinearSolver
 from training.stage1.settings import SOLVERS, Stage1Settings
 
 
-class NonFiniteFeatures(ValueError):
+class NonFiniteFeatures(UserError):
     """The backbone gave NaN or infinite features for this image."""
 
 

@@ -171,7 +171,9 @@ def test_the_field_gives_the_same_kind_of_answer():
 
 @pytest.mark.parametrize("solver", ["linear", "field"])
 def test_a_callers_default_dtype_and_device_change_nothing(solver):
-    settings = Stage1Settings(views=4, solver=solver, field=FieldSettings(steps=2, grid=HashGridSettings(levels=2)))
+    settings = Stage1Settings(
+        views=8, input_size=64, solver=solver, field=FieldSettings(steps=2, grid=HashGridSettings(levels=2))
+    )
     model, image = small_vit(), photograph()
     want = decompose(model, image, settings)
     torch.set_default_dtype(torch.float64)

@@ -132,6 +132,7 @@ def test_views_that_tell_nothing_fail_the_image_with_the_remedy(tmp_path):
     assert "use more views" in failure["reason"]
 
 
+@pytest.mark.slow
 def test_the_field_solver_is_run_with_its_steps(images, tmp_path):
     options = ["--solver", "field", "--field-steps", "20", "--limit", "1"]
     assert run(images, tmp_path / "out", *options) == 0
