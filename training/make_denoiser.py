@@ -82,14 +82,16 @@ def make_parser() -> argparse.ArgumentParser:
     add_options(parser, Stage1Settings, "input_size", "dtype", views="forward passes an image (%(default)s)")
     parser.add_argument("--steps", type=positive, help="of stage 2 (default: 15 epochs at 8, 150 at least)")
     keep_length = "bring clean tokens to the length of the raw ones (default: yes)"
-    add_options(parser, Stage2Settings, "blank_gate", target="of stage 2 (%(default)s)", keep_length=keep_length)
+    keep_content = "put back what a regression shrinks and is not position (default: yes); see training/README.md"
+    texts = {"target": "of stage 2 (%(default)s)", "keep_length": keep_length, "keep_content": keep_content}
+    add_options(parser, Stage2Settings, "blank_gate", **texts)
     parser.add_argument(
         "--leftover",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="take off what the trained denoiser leaves of position, by timm_dvt.calibrate (default: yes)",
     )
-    parser.set_defaults(views=VIEWS, keep_length=True)
+    parser.set_defaults(views=VIEWS, keep_length=True, keep_content=True)
     parser.add_argument("--pairs", action=argparse.BooleanOptionalAction, default=True, help="keep pairs in OUT/pairs")
     return parser
 
@@ -188,6 +190,7 @@ def stage2_settings(args: argparse.Namespace, count: int, processes: Processes) 
         batch_size=batch_size,
         seed=args.seed,
         keep_length=args.keep_length,
+        keep_content=args.keep_content,
         blank_gate=args.blank_gate,
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from training.loop.distance import DISTANCES
 from training.pairs.reader import PairReader, PairSet
-from training.stage2.targets import raw_and_target
+from training.stage2.targets import Target
 
 PICTURES = 4  # pairs in a picture
 MOST_VALIDATION = 512  # pairs that a validation reads
@@ -52,11 +52,15 @@ class Validation:
     """The loss on pairs that are not trained on, and a picture of some of them."""
 
     def __init__(
-        self, reader: PairReader, target: str, device: torch.device, autocasting: Callable[[], AbstractContextManager]
+        self,
+        reader: PairReader,
+        target: Target,
+        device: torch.device,
+        autocasting: Callable[[], AbstractContextManager],
     ) -> None:
         """
         Args:
-            reader: of the maps of `parts_for(target)`. autocasting: makes contexts for forward passes.
+            reader: of the target's parts. autocasting: makes contexts for forward passes.
         """
         self.reader, self.target, self.device, self.autocasting = reader, target, device, autocasting
         self.places = list(range(min(len(reader.pairs.files), MOST_VALIDATION)))
@@ -73,7 +77,7 @@ class Validation:
         rows: list[tuple[np.ndarray, ...]] = []
         for first in range(0, len(self.places), CHUNK):
             maps = self.reader.read(self.places[first : first + CHUNK]).to(self.device, torch.float32)
-            raw, clean = raw_and_target(maps, self.target)
+            raw, clean = self.target(maps)
             with self.autocasting():
                 predicted = module.predict(raw)
             losses.append(torch.stack([module.distance(x, clean).mean((1, 2)) for x in (predicted, raw)]))

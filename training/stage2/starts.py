@@ -12,27 +12,26 @@ from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from timm_dvt.errors import UserError
 from timm_dvt.weights.checkpoints import EXTRAS, denoiser_for, read_checkpoint
 from training.pairs.reader import PairReader, PairSet
-from training.stage2.targets import raw_and_target
+from training.stage2.content import Content, ContentFit
+from training.stage2.targets import Target
 
-START_PAIRS = 2000  # the mean of so many correction maps is known to 2% of their spread
+START_PAIRS = 2000  # what is to be known of all pairs is found in so many: a mean to 2% of the spread
 CHUNK = 16  # pairs in memory at once while a mean is taken
 
 
-def start_as_static(denoisers: dict[int, Denoiser], reader: PairReader, target: str) -> None:
+def start_as_static(denoisers: dict[int, Denoiser], reader: PairReader, target: Target) -> None:
     """Let transformer blocks start as the best fixed map: PE = mean of target - raw, the blocks the identity.
 
     At a learning rate of 2e-4 no entry of the position embedding moves by more than 2e-4 a step, half that on the
     average of a cosine: a short run would be over before the artifacts, whose size is that of the features, are
     learned. From here on every step goes into what a fixed map cannot do. The paper does not say how it starts.
     """
-    count = len(reader.pairs.files)
-    places = list(range(0, count, -(-count // START_PAIRS)))
 
     def correction_of(*maps: Tensor) -> Tensor:
-        raw, wanted = raw_and_target(torch.stack(maps), target)
+        raw, wanted = target(torch.stack(maps))
         return wanted - raw
 
-    corrections = _mean(reader, places, correction_of)
+    corrections = _mean(reader, _some(reader), correction_of)
     denoiser: Any
     for denoiser, correction in zip(denoisers.values(), corrections, strict=True):
         with torch.no_grad():
@@ -41,6 +40,15 @@ def start_as_static(denoisers: dict[int, Denoiser], reader: PairReader, target: 
             for block in denoiser.blocks:
                 for last in (block.attn.proj, block.mlp.fc2):  # what the two residual branches add
                     nn.init.zeros_(last.weight)
+
+
+def find_content(reader: PairReader, target: Target) -> Content:
+    """What to put back into a target, from whole images, evenly spread over all pairs."""
+    fit = ContentFit()
+    places = _some(reader)
+    for first in range(0, len(places), CHUNK):
+        fit.add(*target(reader.read(places[first : first + CHUNK]).float()))
+    return fit.result()
 
 
 def subtract_mean_artifacts(denoisers: dict[int, Denoiser], reader: PairReader) -> None:
@@ -78,6 +86,12 @@ def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backb
         for after_training in EXTRAS:  # what this run is asked for decides them
             state.pop(after_training, None)
         denoiser.load_state_dict(state)
+
+
+def _some(reader: PairReader) -> list[int]:
+    """Places of at most `START_PAIRS` pairs, evenly spread."""
+    count = len(reader.pairs.files)
+    return list(range(0, count, -(-count // START_PAIRS)))
 
 
 def _mean(reader: PairReader, places: Sequence[int], of: Callable[..., Tensor]) -> Tensor:

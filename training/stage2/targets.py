@@ -5,14 +5,25 @@ from __future__ import annotations
 from torch import Tensor
 
 from training.pairs.mixtures import MIXTURES as TARGETS
+from training.stage2.content import Content
 
 
-def parts_for(target: str) -> tuple[str, ...]:
-    """The maps of a pair that a target of `TARGETS` is made of, the raw one first."""
-    return ("raw", "clean") if target == "F" else ("raw", "clean", "artifacts")
+class Target:
+    """What is to be predicted of pairs.
 
+    Attributes:
+        parts: the maps of a pair that it is made of, the raw one first.
+        content: what is put back into it, if anything.
+    """
 
-def raw_and_target(maps: Tensor, target: str) -> tuple[Tensor, Tensor]:
-    """Maps (parts, B, layers, K*K, C) of `parts_for(target)` to raw features and target, (B, layers, K*K, C) each."""
-    raw, semantics = maps[0], maps[1]
-    return raw, TARGETS[target](raw, semantics, maps[-1])
+    def __init__(self, name: str) -> None:
+        """Name: of `TARGETS`."""
+        self.parts = ("raw", "clean") if name == "F" else ("raw", "clean", "artifacts")
+        self.mixture = TARGETS[name]
+        self.content: Content | None = None
+
+    def __call__(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps (parts, B, layers, K*K, C) to raw features and target, (B, layers, K*K, C) each."""
+        raw = maps[0]
+        target = self.mixture(raw, maps[1], maps[-1])
+        return raw, target if self.content is None else self.content.put_back(raw, target)

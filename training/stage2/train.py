@@ -30,8 +30,8 @@ from training.loop.run import FolderTraining
 from training.loop.settings import REPOSITORY, USUAL_PACE, OverAll, Pace, TrainingSettings
 from training.pairs.reader import PairReader, PairSet
 from training.stage2.denoisers import Stage2, Validation, make_denoisers
-from training.stage2.starts import load_init, start_as_static, subtract_mean_artifacts
-from training.stage2.targets import TARGETS, parts_for, raw_and_target
+from training.stage2.starts import find_content, load_init, start_as_static, subtract_mean_artifacts
+from training.stage2.targets import TARGETS, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,11 @@ class Stage2Settings(TrainingSettings):
         "what to predict: the paper's F, F at the length of raw - G, raw - G, or the mean of the first and the last "
         "(default: %(default)s); see training/stage2/targets.py",
         choices=TARGETS,
+    )
+    keep_content: bool = option(
+        False,
+        "put back into the target what a linear map of raw tokens explains of its change: a regression shrinks it, and "
+        "it is not position (default: no, as in the paper); see training/stage2/content.py",
     )
     whole: float = option(
         0.25,
@@ -153,9 +158,12 @@ class Stage2Training(FolderTraining):
         if not ARCHITECTURES[settings.arch].trains:
             subtract_mean_artifacts(self.denoisers, make_reader(training, ("artifacts",)))
             self.steps, self.schedule = 0, replace(self.schedule, steps=0, warmup=0)  # what follows only validates
-        self.reader = make_reader(training, parts_for(settings.target))
-        shown = make_reader(validation if validation.files else training, parts_for(settings.target))
-        self.validation = Validation(shown, settings.target, device, self.autocasting)
+        self.target = Target(settings.target)
+        self.reader = make_reader(training, self.target.parts)
+        if settings.keep_content:
+            self.target.content = find_content(self.reader, self.target)
+        shown = make_reader(validation if validation.files else training, self.target.parts)
+        self.validation = Validation(shown, self.target, device, self.autocasting)
 
     def run(self, folder: Path, pace: Pace = USUAL_PACE) -> None:
         super().run(folder, pace)
@@ -169,7 +177,7 @@ class Stage2Training(FolderTraining):
         if not first and settings.init:
             load_init(self.denoisers, settings.init, self.reader.pairs, self.backbone)
         elif not first and settings.start == "static" and ARCHITECTURES[settings.arch].deep and self.processes.first:
-            start_as_static(self.denoisers, self.reader, settings.target)
+            start_as_static(self.denoisers, self.reader, self.target)
         # A GPU is sent what the files hold and makes float32 of it faster than a CPU does.
         on_cpu = self.device.type == "cpu"
         self.precision = torch.float32 if on_cpu else self.reader.read(self.places(first)[:1]).dtype
@@ -189,7 +197,7 @@ class Stage2Training(FolderTraining):
 
     def loss(self, step: int) -> Tensor:
         """Of each layer; they share nothing, so each gradient is as if it were alone."""
-        raw, self.clean = raw_and_target(next(self.batches).to(self.device, torch.float32), self.settings.target)
+        raw, self.clean = self.target(next(self.batches).to(self.device, torch.float32))
         with self.autocasting():
             return self.model(raw, self.clean)
 

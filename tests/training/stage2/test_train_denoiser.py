@@ -16,7 +16,7 @@ from training.loop.distance import norm_distance as distance
 from training.loop.optimization import make_adamw
 from training.loop.order import positions
 from training.pairs.reader import open_pairs
-from training.stage2.targets import raw_and_target
+from training.stage2.targets import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,14 +48,14 @@ def test_the_loss_of_a_perfect_prediction_is_zero_and_its_gradient_finite():
 
 def test_targets_are_f_and_shares_of_the_residual():
     raw, semantics, artifacts = torch.randn(3, 2, 1, 16, 8)
-    _, target = raw_and_target(torch.stack([raw, semantics]), "F")
+    _, target = Target("F")(torch.stack([raw, semantics]))
     assert torch.equal(target, semantics)
     both = (raw.double() + semantics.double() - artifacts.double()) / 2
     for name, want in (("mean", both), ("raw-G", raw.double() - artifacts.double())):
-        given, target = raw_and_target(torch.stack([raw, semantics, artifacts]), name)
+        given, target = Target(name)(torch.stack([raw, semantics, artifacts]))
         assert torch.equal(given, raw)
         torch.testing.assert_close(target.double(), want, atol=1e-6, rtol=0)
-    _, target = raw_and_target(torch.stack([raw, semantics, artifacts]), "rescaled")
+    _, target = Target("rescaled")(torch.stack([raw, semantics, artifacts]))
     torch.testing.assert_close(target.norm(dim=-1), (raw - artifacts).norm(dim=-1))
     assert torch.cosine_similarity(target, semantics, dim=-1).min() > 1 - 1e-6
 
