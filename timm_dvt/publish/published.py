@@ -216,7 +216,9 @@ def results(variant: Variant) -> list[tuple[str, Source, Numbers]]:
 def trained_on(variant: Variant) -> str | None:
     """The images the weights were trained on; those of voc_distilled as the authors' README says."""
     if variant.name == FOCUS.name:
-        return "freely licensed photographs and images composed of such, and tuned on PASCAL VOC and Clothing Co-Parsing"
+        return (
+            "freely licensed photographs and images composed of such, and tuned on PASCAL VOC and Clothing Co-Parsing"
+        )
     return {
         "voc_denoised": "PASCAL VOC",
         "voc_distilled": "ImageNet-1k, with a denoiser of PASCAL VOC as its teacher",

@@ -1,9 +1,9 @@
 """Content that a target of stage 2 has lost, and how to put it back.
 
-F is an average over crops. What an object is in its surroundings differs from crop to crop, so that F is smaller than the
-raw features along directions that tell content apart: a linear map of the raw token itself, the same at every place,
-explains most of F - raw. Nothing of that is position. A block that learns it gives up what discovery and linear probes
-live on.
+F is an average over crops. What an object is in its surroundings differs from crop to crop, so that F is smaller than
+the raw features along directions that tell content apart: a linear map of the raw token itself, the same at every
+place, explains most of what F - raw has beyond its mean at each place. That is not position, and a block that learns it
+gives up what discovery lives on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 RIDGE = 1e-4  # of the mean variance of a channel
 LEADING = 0.7  # of the variance of an image's patches: 4 directions of 384 in a DINOv2-S
-DAMPED = 0.8  # what is left along them: nearest neighbors gain, and centered similarity keeps 0.92 to 0.96 of its contrast
+DAMPED = 0.8  # what is left along them: nearest neighbors gain, and similarity keeps 0.92 to 0.96 of its contrast
 
 
 @dataclass(frozen=True)
