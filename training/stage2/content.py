@@ -34,9 +34,13 @@ class Content:
 
     def put_back(self, raw: Tensor, target: Tensor) -> Tensor:
         """The target with its content back, but for a fifth along the leading directions; all (B, layers, K*K, C)."""
-        linear, expected, leading = (part.to(raw) for part in (self.linear, self.expected, self.leading))
-        kept = target - (_centered(raw) - expected) @ linear
-        return kept - (1 - DAMPED) * _centered(kept) @ leading
+        here = self.to(raw)
+        kept = target - (_centered(raw) - here.expected) @ here.linear
+        return kept - (1 - DAMPED) * _centered(kept) @ here.leading
+
+    def to(self, other: Tensor | torch.device) -> Content:
+        """The same on another device, or of another tensor's device and type."""
+        return Content(self.linear.to(other), self.expected.to(other), self.leading.to(other))
 
 
 class ContentFit:
@@ -64,7 +68,11 @@ class ContentFit:
         )
         expected = tokens / self.images
         moments = products - tokens.mT @ expected
-        ridge = RIDGE * moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(moments.shape[-1])
+        # One image, or images that are all alike, say nothing: then it is the ridge alone, and the map is 0.
+        means = [part.diagonal(dim1=1, dim2=2).mean(1) for part in (moments, products)]
+        ridge = (RIDGE * means[0].maximum(1e-6 * means[1]).clamp(min=1e-12))[:, None, None] * torch.eye(
+            moments.shape[-1]
+        )
         linear = torch.linalg.solve(moments + ridge, crossed - expected.mT @ changes)
         leading = torch.stack([_leading(layer) for layer in products])
         return Content(linear.float(), expected.float(), leading.float())

@@ -48,6 +48,7 @@ def find_content(reader: PairReader, target: Target) -> Content:
     places = _some(reader)
     for first in range(0, len(places), CHUNK):
         fit.add(*target(reader.read(places[first : first + CHUNK]).float()))
+    _check_finite(reader, places, fit.crossed)
     return fit.result()
 
 
@@ -100,7 +101,10 @@ def _mean(reader: PairReader, places: Sequence[int], of: Callable[..., Tensor]) 
     for first in range(0, len(places), CHUNK):
         maps = reader.read(places[first : first + CHUNK]).double()
         total = total + of(*maps).sum(0)
-    mean = torch.as_tensor(total) / len(places)
-    if not bool(mean.isfinite().all()):
+    _check_finite(reader, places, total)
+    return (torch.as_tensor(total) / len(places)).float()
+
+
+def _check_finite(reader: PairReader, places: Sequence[int], total: Tensor | float) -> None:
+    if not bool(torch.as_tensor(total).isfinite().all()):
         raise UserError(f"NaN or infinite features in {', '.join(map(str, reader.not_finite(places)[:3]))}")
-    return mean.float()

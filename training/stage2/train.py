@@ -161,7 +161,7 @@ class Stage2Training(FolderTraining):
         self.target = Target(settings.target)
         self.reader = make_reader(training, self.target.parts)
         if settings.keep_content:
-            self.target.content = find_content(self.reader, self.target)
+            self.target.content = find_content(self.reader, self.target).to(device)
         shown = make_reader(validation if validation.files else training, self.target.parts)
         self.validation = Validation(shown, self.target, device, self.autocasting)
 

@@ -141,7 +141,7 @@ def test_the_layout_says_which_pairs_and_without_it_all_are_taken(tmp_path):
         ({"src_kps": [[1, 2]]}, "must have the same points .N, 2., got .1, 2. and .5, 2."),
         ({"trg_bndbox": [1, 2, 3]}, "the points or the box of 0s.jpg and 0t.jpg"),
         ({"src_kps": [], "trg_kps": []}, "must have the same points"),
-        ({"trg_imname": "none.jpg"}, "No such file.*none.jpg.*\nExpected layout"),
+        ({"trg_imname": "none.jpg"}, "no file .*none.jpg.*\nExpected layout"),
     ],
 )
 def test_an_annotation_that_cannot_be_is_named(change, message, tmp_path):

@@ -71,3 +71,24 @@ def test_the_command_learns_a_target_with_content_put_back(tmp_path):
     assert run(folder, out, "--keep-content", "--lr", "0", "--steps", "1", "--val-fraction", "0") == 0
     assert torch.allclose(denoiser_weights(out)["denoiser.pos_embed"][0], want, atol=1e-2)
     assert json.loads((out / "settings.json").read_text())["keep_content"] is True
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_images_that_are_all_alike_lose_nothing_but_along_leading_directions(images):
+    _, raw, target = (part[:1].expand(images, -1, -1, -1) for part in planted())
+    fit = ContentFit()
+    fit.add(raw, target)
+    found = fit.result()
+    assert found.linear.abs().max() < 1e-4
+    centered = target - target.mean(2, keepdim=True)
+    torch.testing.assert_close(
+        found.put_back(raw, target), target - (1 - DAMPED) * centered @ found.leading[0], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_pair_of_nan_is_named(tmp_path, capsys):
+    folder = write_pairs(tmp_path / "pairs", count=4)
+    change_pair(pair_path(folder, 2), raw=torch.full((4, 4, 64), torch.nan).half())
+    assert run(folder, tmp_path / "out", "--keep-content", "--steps", "1", "--val-fraction", "0") == 2
+    said = capsys.readouterr().err
+    assert "NaN or infinite features in " in said and pair_path(folder, 2).name in said
