@@ -134,7 +134,9 @@ def run(args: argparse.Namespace) -> None:
                     "views of each": str(stage1.views),
                     "forward passes": str(len(pairs.files) * stage1.views),
                     "training steps": str(stage2.steps),
-                    "learned to give": f"{stage2.target} (training/README.md explains the symbols)",
+                    "learned to give": stage2.target
+                    + ", content put back" * stage2.keep_content
+                    + " (training/README.md explains the symbols)",
                 }
                 if args.leftover:
                     facts["views for what it left of position, taken off"] = str(LEFTOVER_VIEWS)

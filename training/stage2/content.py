@@ -68,12 +68,11 @@ class ContentFit:
         )
         expected = tokens / self.images
         moments = products - tokens.mT @ expected
-        # One image, or images that are all alike, say nothing: then it is the ridge alone, and the map is 0.
-        means = [part.diagonal(dim1=1, dim2=2).mean(1) for part in (moments, products)]
-        ridge = (RIDGE * means[0].maximum(1e-6 * means[1]).clamp(min=1e-12))[:, None, None] * torch.eye(
-            moments.shape[-1]
-        )
-        linear = torch.linalg.solve(moments + ridge, crossed - expected.mT @ changes)
+        # One image, or images that are all alike, say nothing: then the ridge is all there is, and the map is 0.
+        variance, whole = (part.diagonal(dim1=1, dim2=2).mean(1) for part in (moments, products))
+        ridge = RIDGE * variance.maximum(1e-6 * whole).clamp(min=1e-12)
+        moments = moments + ridge[:, None, None] * torch.eye(moments.shape[-1])
+        linear = torch.linalg.solve(moments, crossed - expected.mT @ changes)
         leading = torch.stack([_leading(layer) for layer in products])
         return Content(linear.float(), expected.float(), leading.float())
 
