@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
+from timm_dvt.errors import UserError
 from timm_dvt.shared_folder import write_atomically
 from timm_dvt.viewer.colors import Projection, fit_projection
 
@@ -80,7 +81,7 @@ class Basis:
 def _components(rows: np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean (C,) and the first principal components (count, C) of (N, C) rows, float32."""
     if count > min(len(rows) - 1, rows.shape[1]):
-        raise ValueError(f"--pca {count}: {len(rows)} patches of {rows.shape[1]} channels have not so many components")
+        raise UserError(f"--pca {count}: {len(rows)} patches of {rows.shape[1]} channels have not so many components")
     mean = rows.mean(0)
     centered = rows - mean
     _, vectors = np.linalg.eigh(centered.T @ centered)

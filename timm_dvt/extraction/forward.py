@@ -39,14 +39,11 @@ class Extractor:
     def __init__(self, settings: ExtractSettings) -> None:
         """Raises UserError: no such model, or it has not what is asked for."""
         self.settings = settings
-        try:
-            self.device = pick_device(settings.device)
-            self.model: Any = _load(settings).to(self.device).eval()
-            check_rgb(self.model)
-            self.states = self._states()
-            self.patch, self.size = self._sizes()
-        except (TypeError, ValueError) as error:
-            raise UserError(str(error)) from error
+        self.device = pick_device(settings.device)
+        self.model: Any = _load(settings).to(self.device).eval()
+        check_rgb(self.model)
+        self.states = self._states()
+        self.patch, self.size = self._sizes()
         config = resolve_model_data_config(self.model)
         self.config = {**config, "input_size": (3, *self.size)}
         self.mean, self.std = (torch.tensor(config[key], device=self.device).view(-1, 1, 1) for key in ("mean", "std"))
@@ -134,14 +131,14 @@ class Extractor:
         has = isinstance(self.model, Denoised) and self.model.denoiser is not None
         states = self.settings.states or (("on",) if has else ("off",))
         if "on" in states and not has:
-            raise ValueError(
+            raise UserError(
                 f"{self.settings.model} has no denoiser to switch on: take it as it is (--no-denoise), calibrate one "
                 "(timm-dvt calibrate), or name a variant (timm-dvt list)"
             )
         return states
 
     def _sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Height and width of a patch and of an input, in pixels. Raises ValueError for a size that cannot be."""
+        """Height and width of a patch and of an input, in pixels. Raises UserError for a size that cannot be."""
         layout: Any = getattr(self.model, "layout", None) or layout_of(self.model)
         patch: Any = layout.img_size[0] // layout.grid[0], layout.img_size[1] // layout.grid[1]
         side = self.settings.size
@@ -149,9 +146,9 @@ class Extractor:
         dynamic = getattr(self.model, "dynamic_img_size", False)
         if any(pixels % step for pixels, step in zip(size, patch)):
             lower = max(1, size[0] // patch[0]) * patch[0]
-            raise ValueError(f"--size must be a multiple of {patch[0]}, the patch, such as {lower}; got {size[0]}")
+            raise UserError(f"--size must be a multiple of {patch[0]}, the patch, such as {lower}; got {size[0]}")
         if self.settings.keep_aspect and not dynamic:
-            raise ValueError(f"--keep-aspect: a {type(self.model).__name__} takes images of one size only")
+            raise UserError(f"--keep-aspect: a {type(self.model).__name__} takes images of one size only")
         if not dynamic:
             fit_to(self.model, size)
         return patch, size

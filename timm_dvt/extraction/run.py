@@ -159,10 +159,7 @@ class _Extraction:
                 for pixels in itertools.islice(decoded, SAMPLE)
                 if bar.update() or True
             )
-            try:
-                return Basis.fit(samples, self.settings.pca, self.settings.pictures)
-            except ValueError as error:
-                raise UserError(str(error)) from error
+            return Basis.fit(samples, self.settings.pca, self.settings.pictures)
 
     def _of_sample(self, number: int) -> bool:
         """Whether an image is in the sample: evenly spread ones of a list, the first of a stream."""

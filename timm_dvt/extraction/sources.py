@@ -88,7 +88,7 @@ def open_source(where: str, out: Path) -> ImageSource:
 
 def _stream(identity: dict[str, Any], begin: Callable[[], Iterator[Read]], video: Path | None = None) -> ImageSource:
     if next(begin(), None) is None:  # before anything slow
-        raise ValueError(f"{identity['source']} holds no images")
+        raise UserError(f"{identity['source']} holds no images")
     return ImageSource(identity, [], begin, video=video)
 
 
