@@ -17,7 +17,10 @@ class Target:
     """
 
     def __init__(self, name: str) -> None:
-        """Name: of `TARGETS`."""
+        """
+        Args:
+            name: of `TARGETS`.
+        """
         self.parts = ("raw", "clean") if name == "F" else ("raw", "clean", "artifacts")
         self.mixture = TARGETS[name]
         self.content: Content | None = None
