@@ -107,9 +107,7 @@ def _save(pixels: np.ndarray, target: Path) -> None:
 def voc_boxes(source: Path, out: Path) -> None:
     """Photographs that have a box, each once, with boxes as COCO's JSON."""
     unique = {sha256(path.read_bytes()).digest(): path for path in _listing(source / "project", "*/img/*.jpg")}
-    records = {
-        path: json.loads((path.parents[1] / "ann" / f"{path.name}.json").read_text()) for path in unique.values()
-    }
+    records = {path: _record(path.parents[1] / "ann" / f"{path.name}.json") for path in unique.values()}
     images = {path: record for path, record in records.items() if record["objects"]}
     classes = sorted({thing["classTitle"] for record in images.values() for thing in record["objects"]})
     for part, paths in _split(list(images), VAL["voc-boxes"]).items():
@@ -117,6 +115,14 @@ def voc_boxes(source: Path, out: Path) -> None:
             _copy(path, out / part / "images" / path.name)
         record = _coco([(path.name, images[path]) for path in paths], classes)
         (out / part / "boxes.json").write_text(json.dumps(record))
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): clone the repository again") from error
+    return record
 
 
 def _coco(images: Sequence[tuple[str, dict[str, Any]]], classes: Sequence[str]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class ImageSource:
                     taken = wanted(number // length)
                 if taken:
                     yield number // length, f"{number:06d}", read
-        except ValueError as error:  # a network that fails in the middle, say
+        except UserError as error:  # a network that fails in the middle, say
             raise UserError(f"{error}; the same command continues") from error
         self.count = number + 1
 
@@ -69,17 +69,14 @@ class ImageSource:
 def open_source(where: str, out: Path) -> ImageSource:
     """The images that SOURCE stands for, without those below `out`. Raises UserError where there are none."""
     path = Path(where)
-    try:
-        if where.startswith(hub.SCHEME):
-            source = _stream({"source": where}, lambda: map(_decoder, hub.stream_images(where)))
-            source.expected = hub.stream_length(where)
-            return source
-        if path.is_file() and path.suffix.lower() in video.SUFFIXES:
-            identity = {"source": path.name, "bytes": path.stat().st_size}
-            return _stream(identity, lambda: map(_frame, video.video_frames(path)), path)
-        listed = list_images(path)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    if where.startswith(hub.SCHEME):
+        source = _stream({"source": where}, lambda: map(_decoder, hub.stream_images(where)))
+        source.expected = hub.stream_length(where)
+        return source
+    if path.is_file() and path.suffix.lower() in video.SUFFIXES:
+        identity = {"source": path.name, "bytes": path.stat().st_size}
+        return _stream(identity, lambda: map(_frame, video.video_frames(path)), path)
+    listed = list_images(path)
     if out.resolve().is_relative_to(path.resolve()):  # pictures of the run that is continued
         listed = [source for source in listed if not source.path.resolve().is_relative_to(out.resolve())]
     names = hashlib.sha256("\n".join(source.name for source in listed).encode(errors="surrogateescape")).hexdigest()

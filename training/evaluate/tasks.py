@@ -38,6 +38,7 @@ TASKS = {
     "knn-seg": {"fast": "segmentation.knn"},
     "linear-seg": {"fast": "segmentation.linear", "repository": "segmentation.repository"},
     "mic": {"fast": "position.mic"},
+    "one-sided": {"fast": "segmentation.one_sided"},
     "position": {"fast": "position.share"},
     "propagation": {"fast": "propagation"},
 }

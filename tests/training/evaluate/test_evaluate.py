@@ -47,6 +47,7 @@ QUICK = [
 # task, dataset, number, what chance gives at most (for errors: at least). None: nothing to learn there.
 RUNS = [
     ("mic", "voc", "mic", None),
+    ("one-sided", "voc", "wrong", None),
     ("position", "ade20k", "share", None),
     ("blank", "voc", "ratio", None),
     ("knn-seg", "voc", "mIoU", 25.0),
