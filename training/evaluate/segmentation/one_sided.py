@@ -80,7 +80,7 @@ def counts(groups: Tensor) -> bool:
 
 
 def labeled_patches(groups: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Masks (K, K) of the patches labeled, group `first` on the left and the other on the right, and of those asked for."""
+    """Masks (K, K): what is labeled, group `first` on the left and the other on the right, and what is asked for."""
     labeled, asked = torch.zeros(2, *groups.shape, dtype=torch.bool)
     for side, group in enumerate((first, 1 - first)):
         half = _halves(groups)[side]
