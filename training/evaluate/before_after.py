@@ -19,6 +19,7 @@ from timm_dvt.viewer.panel import Shown, draw
 from training.evaluate.features.cached import Extractor
 from training.evaluate.position.blank import COLORS, spread, token_reader
 from training.evaluate.position.share import PositionStatistics
+from training.evaluate.segmentation.one_sided import color_groups, counts, wrong_share
 from training.figures.page import Picture, Section, Table, Text, page
 
 PICTURES = 4
@@ -26,6 +27,7 @@ WORDS = {
     "share": "variance that position explains, %",
     "zero": "correlation with the map of a blank image",
     "blank": "pattern in images of one color, % of that with the denoiser off",
+    "wrong": "patches that get the wrong label where each class is labeled on one side, %",
     "distance": "distance to the clean features of stage 1, of its own validation",
 }
 GRAY = "gray"  # of COLORS, the blank image that is shown
@@ -64,7 +66,8 @@ def before_after(
     load = f'import timm, timm_dvt\n\nmodel = timm.create_model("local-dir:{name}", pretrained=True).eval()\n'
     code = load + "tokens = model.forward_features(images)   # (B, prefix + H*W, C), patch tokens denoised\n"
     code += "model.set_denoise(False)                 # the original output again, bit for bit\n"
-    rows = [[WORDS[key], *(f"{numbers[state][key]:.3g}" for state in ("raw", "denoised"))] for key in WORDS]
+    said = [key for key in WORDS if key in numbers["raw"]]
+    rows = [[WORDS[key], *(f"{numbers[state][key]:.3g}" for state in ("raw", "denoised"))] for key in said]
     title = f"A denoiser of {getattr(model, 'backbone_name', '') or type(model).__name__}"
     lead = "Its features with the denoiser off and on, on images that it was not trained on."
     sections = [
@@ -101,6 +104,7 @@ def measure(
     size, device = extractor.reader.input_size, extractor.reader.device
     zero = extractor.backbone(extractor.reader.mean.expand(1, 3, size, size))["raw"][0].flatten(0, 1)
     statistics = {"raw": PositionStatistics(), "denoised": PositionStatistics()}
+    wrong: dict[str, list[float]] = {state: [] for state in statistics}
     pictures: list[tuple[bytes, str]] = []
     for source in tqdm(sources, desc="held out", unit="image", leave=False):
         try:
@@ -110,8 +114,11 @@ def measure(
             continue
         raw = extractor.backbone(image[None].to(device))["raw"]
         denoised = extractor.denoise(raw)
-        for state, maps in (("raw", raw), ("denoised", denoised)):
-            statistics[state].add(maps.cpu())
+        groups = color_groups(image, extractor.reader.grid)
+        for state, maps in (("raw", raw.cpu()), ("denoised", denoised.cpu())):
+            statistics[state].add(maps)
+            if counts(groups):
+                wrong[state] += [wrong_share(maps[0], groups, first) for first in (0, 1)]
         if len(pictures) < PICTURES:
             pictures.append((draw_png(image, raw[0], denoised[0]), Path(source.name).name))
     if statistics["raw"].count < 2:
@@ -120,6 +127,9 @@ def measure(
         state: {"share": 100 * sums.share(), "zero": map_correlation(zero.cpu().numpy(), sums.mean_map().numpy())}
         for state, sums in statistics.items()
     }
+    for state, shares in wrong.items():
+        if shares:
+            numbers[state]["wrong"] = 100 * sum(shares) / len(shares)
     patterns, picture = blanks(extractor)
     for state, pattern in patterns.items():
         numbers[state]["blank"] = pattern
