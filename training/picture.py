@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             ("The mean of many photographs", f"position explains {off.share.value:.1%}, then {on.share.value:.1%}"),
         )
         pairs = (maps.flat[off.name], maps.flat[on.name]), (maps.means[off.name], maps.means[on.name])
-        sheet = draw(captions, [in_colors(*pair) for pair in pairs])
+        sheet = draw_row(2 * STATES, [tile for pair in pairs for tile in in_colors(*pair)], captions)
         if args.examples:
             example = find_example(Extractor(model), [source.path for source in list_images(args.examples)])
             sheet = below(sheet, draw_example(example))
@@ -116,21 +116,28 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def draw(captions: Sequence[tuple[str, str]], tiles: Sequence[Pair]) -> Image.Image:
-    """Pairs of tiles (H, W, 3) of bytes side by side, off and on, over a title and a line of numbers for each pair."""
+def draw_row(
+    headings: Sequence[str],
+    tiles: Sequence[np.ndarray],
+    captions: Sequence[tuple[str, str]],
+    framed: bool = False,
+) -> Image.Image:
+    """Two pairs of tiles (H, W, 3) of bytes under their headings, over a title and a line of numbers for each pair."""
     side, gap, margin = SCALE * TILE, SCALE * GAP, SCALE * MARGIN
     head, foot = SCALE * 34, SCALE * 64
     sheet = Image.new("RGB", (SCALE * WIDTH, head + side + foot), PAPER)
     pen = ImageDraw.Draw(sheet)
-    between = SCALE * WIDTH - 2 * margin - 4 * side - 2 * gap
-    for number, ((title, numbers), pair) in enumerate(zip(captions, tiles, strict=True)):
-        left = margin + number * (2 * side + gap + between)
-        for place, (state, tile) in enumerate(zip(STATES, pair)):
-            x = left + place * (side + gap)
-            pen.text((x, SCALE * 4), state, fill=INK, font=_font(21))
-            sheet.paste(Image.fromarray(tile).resize((side, side), Image.Resampling.NEAREST), (x, head))
-        pen.text((left, head + side + SCALE * 6), title, fill=INK, font=_font(22))
-        pen.text((left, head + side + SCALE * 34), numbers, fill=FAINT, font=_font(20))
+    pairs = margin, SCALE * WIDTH - margin - 2 * side - gap
+    places = [x for left in pairs for x in (left, left + side + gap)]
+    for x, heading, tile in zip(places, headings, tiles, strict=True):
+        pen.text((x, SCALE * 4), heading, fill=INK, font=_font(21))
+        how = Image.Resampling.NEAREST if len(tile) < side else Image.Resampling.LANCZOS
+        sheet.paste(Image.fromarray(tile).resize((side, side), how), (x, head))
+        if framed:
+            pen.rectangle((x, head, x + side - 1, head + side - 1), outline=FAINT)
+    for x, (title, numbers) in zip(pairs, captions, strict=True):
+        pen.text((x, head + side + SCALE * 6), title, fill=INK, font=_font(22))
+        pen.text((x, head + side + SCALE * 34), numbers, fill=FAINT, font=_font(20))
     return sheet
 
 
@@ -177,28 +184,17 @@ def in_classes(groups: Tensor) -> np.ndarray:
 
 
 def draw_example(example: Example) -> Image.Image:
-    """A row of four tiles: photograph, labels, and what becomes of them off and on."""
-    side, gap, margin = SCALE * TILE, SCALE * GAP, SCALE * MARGIN
-    head, foot = SCALE * 34, SCALE * 64
-    sheet = Image.new("RGB", (SCALE * WIDTH, head + side + foot), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    right = SCALE * WIDTH - margin - 2 * side - gap
-    places = (margin, margin + side + gap, right, right + side + gap)
-    tiles = (example.photograph, example.labels, *example.predicted)
-    for x, heading, tile in zip(places, ("A photograph", "Labels given", *STATES), tiles):
-        pen.text((x, SCALE * 4), heading, fill=INK, font=_font(21))
-        how = Image.Resampling.LANCZOS if tile is example.photograph else Image.Resampling.NEAREST
-        sheet.paste(Image.fromarray(tile).resize((side, side), how), (x, head))
-        pen.rectangle((x, head, x + side - 1, head + side - 1), outline=FAINT)
+    """Photograph, labels, and what becomes of them off and on."""
     (off, on), (off_mean, on_mean, _) = example.wrong, example.means
-    lines = (
-        (margin, "Each class labeled on one side", f"the best of {example.count} photographs"),
-        (right, f"wrong patches: {off:.0%}, then {on:.0%}", f"mean of all: {off_mean:.1%}, then {on_mean:.1%}"),
+    return draw_row(
+        ("A photograph", "Labels given", *STATES),
+        (example.photograph, example.labels, *example.predicted),
+        (
+            ("Each class labeled on one side", f"the best of {example.count} photographs"),
+            (f"wrong patches: {off:.0%}, then {on:.0%}", f"mean of all: {off_mean:.1%}, then {on_mean:.1%}"),
+        ),
+        framed=True,
     )
-    for x, title, numbers in lines:
-        pen.text((x, head + side + SCALE * 6), title, fill=INK, font=_font(22))
-        pen.text((x, head + side + SCALE * 34), numbers, fill=FAINT, font=_font(20))
-    return sheet
 
 
 def below(upper: Image.Image, lower: Image.Image) -> Image.Image:
