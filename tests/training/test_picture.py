@@ -74,7 +74,8 @@ def test_the_example_is_where_the_gain_is_largest_and_the_mean_is_over_all(tmp_p
     assert (found.name, found.count, found.wrong[1]) == ("b.png", 3, 0.0) and found.wrong[0] > 0
     assert found.means[:2] == pytest.approx((found.wrong[0] / 3, 0), abs=0.02)
     given = (found.labels != 255).any(-1)
-    sides = {tuple(color) for color in found.labels[:, :4][given[:, :4]]}, {
-        tuple(color) for color in found.labels[:, 4:][given[:, 4:]]
-    }
+    sides = (
+        {tuple(color) for color in found.labels[:, :4][given[:, :4]]},
+        {tuple(color) for color in found.labels[:, 4:][given[:, 4:]]},
+    )
     assert all(len(colors) == 1 for colors in sides) and sides[0] != sides[1]
