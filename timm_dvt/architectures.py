@@ -3,6 +3,7 @@
 To add one, add a row: building it, knowing its weights again, and what a card says follow from that.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,8 @@ class Architecture:
 
     Attributes:
         build: (channels, heads, blocks, {"device", "dtype"}) -> what maps tokens (B, H*W, C), or maps (B, C, H, W).
-        owns: whether a denoiser's state dict, without what any architecture can have beside its own, is of this one.
+        owns: whether a denoiser's state dict, without what any architecture can have beside its own, is of this one. Of
+            each state dict this is true of one row at the most.
         kind: what a card says that there is of it; {s} is an s where there are several.
         pos_embed: has a learned position embedding, added to the tokens before `build`'s.
         on_maps: takes maps (B, C, H, W).
@@ -61,16 +63,23 @@ def _nothing(dim: int, num_heads: int, depth: int, factory: dict[str, Any]) -> n
     return nn.Sequential()
 
 
-def _kernel(state: State) -> tuple[int, ...] | None:
-    """The shape of the first weight where the first block is a plain layer; a transformer block has several."""
-    return tuple(state["blocks.0.weight"].shape) if "blocks.0.weight" in state else None
+def _layers(state: State) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights of plain layers, by key; a transformer block is none, its weights lie deeper."""
+    return {key: tuple(x.shape) for key, x in state.items() if re.fullmatch(r"blocks\.\d+\.weight", key)}
+
+
+def _is_convolutions(size: int, state: State) -> bool:
+    layers = _layers(state)
+    return set(layers) == {f"blocks.{i}.weight" for i in (0, 2, 4)} and all(
+        len(shape) == 4 and shape[-1] == size for shape in layers.values()
+    )
 
 
 ARCHITECTURES = {
     # Paper, Tab. 6 d: F = block(y + PE), the denoiser of Eq. 11.
     "block": Architecture(
         _blocks,
-        lambda state: "pos_embed" in state and len(state) > 1 and _kernel(state) is None,
+        lambda state: "pos_embed" in state and len(state) > 1 and not _layers(state),
         "transformer block{s}",
         pos_embed=True,
         deep=True,
@@ -78,21 +87,21 @@ ARCHITECTURES = {
     # Tab. 6 e.
     "block-no-pe": Architecture(
         _blocks,
-        lambda state: "pos_embed" not in state and _kernel(state) is None,
+        lambda state: "pos_embed" not in state and not _layers(state),
         "transformer block{s} without position embedding",
         deep=True,
     ),
     # Tab. 6 b.
     "conv1x1": Architecture(
         partial(_convolutions, 1),
-        lambda state: len(_kernel(state) or ()) > 2 and (_kernel(state) or ())[-1] != 3,
+        partial(_is_convolutions, 1),
         "convolution{s} of 1 x 1",
         on_maps=True,
     ),
     # Tab. 6 c.
     "conv3x3": Architecture(
         partial(_convolutions, 3),
-        lambda state: len(_kernel(state) or ()) > 2 and (_kernel(state) or ())[-1] == 3,
+        partial(_is_convolutions, 3),
         "convolution{s} of 3 x 3",
         on_maps=True,
     ),
@@ -107,13 +116,19 @@ ARCHITECTURES = {
     ),
     # F = W y + b: for W = I - U U^T, the directions U of position projected out.
     "project": Architecture(
-        _linear, lambda state: len(_kernel(state) or ()) == 2, "linear map{s} of each token", identity=True
+        _linear,
+        lambda state: [(key, len(shape)) for key, shape in _layers(state).items()] == [("blocks.0.weight", 2)],
+        "linear map{s} of each token",
+        identity=True,
     ),
 }
 
 
 def initialize(arch: str, blocks: nn.Sequential, pos_embed: nn.Parameter | None) -> None:
-    """Initialize as timm initializes a ViT, truncated normals of deviation 0.02 and zero biases, or as the identity."""
+    """Initialize as timm initializes a ViT, truncated normals of deviation 0.02 and zero biases, or as the identity.
+
+    Other layers than linear ones keep what torch gives them.
+    """
     identity = ARCHITECTURES[arch].identity
     if pos_embed is not None:
         nn.init.zeros_(pos_embed) if identity else trunc_normal_(pos_embed, std=0.02)

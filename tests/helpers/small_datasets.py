@@ -256,6 +256,7 @@ def written(names: Iterable[str], make_folder: Callable[[str], Path], train: int
     """Folders of the data sets of these names, which are those of the functions above."""
     folders = {name: make_folder(name) for name in names}
     for name, folder in folders.items():
+        assert name in globals(), f"write a function {name} in this file: a small data set to test with"
         globals()[name](folder, train=train, val=val)
     return folders
 

@@ -32,6 +32,20 @@ def build(arch: str, **kwargs):
     return model
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_weights_are_of_one_architecture_and_no_other(arch):
+    state = Denoiser(8, (4, 4), arch=arch, num_heads=2).state_dict()
+    assert [name for name, row in ARCHITECTURES.items() if row.owns(state)] == [arch]
+
+
+def test_an_architecture_of_other_plain_layers_is_taken_for_none_of_these():
+    convolution, linear = torch.zeros(8, 8, 1, 1), torch.zeros(8, 8)
+    two = {f"blocks.{i}.{key}": x for i in (0, 2) for key, x in (("weight", convolution), ("bias", torch.zeros(8)))}
+    behind = {"blocks.1.weight": linear, "blocks.1.bias": torch.zeros(8)}  # an activation first
+    for state in (two, behind):
+        assert not any(row.owns(state) for row in ARCHITECTURES.values())
+
+
 @pytest.mark.parametrize("arch", ["conv1x1", "conv3x3"])
 @torch.no_grad()
 def test_convolutions_equal_scipys_with_relus_between_and_zeros_around(arch):

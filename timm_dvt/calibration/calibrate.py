@@ -1,9 +1,9 @@
 """A denoiser without training: the mean artifact map, or the directions in which position shows, from a few images."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import to_2tuple
@@ -18,7 +18,6 @@ from timm_dvt.defaults import torch_defaults
 from timm_dvt.denoiser import Denoiser, combine, resample
 from timm_dvt.errors import CalibrationError
 
-METHODS = ("static", "project", "leftover")
 LEAST_VIEWS = 4 * WINDOWS  # two canvases, whose estimates are compared, of the images and of blank ones
 GATE_BLANKS, GATE_IMAGES = 24, 16  # forward passes by which blank images are told from photographs
 
@@ -241,19 +240,23 @@ def _denoiser(position: Position, blanks: Position, facts: dict) -> Denoiser:
     Args:
         position: as the images show it. blanks: as blank images show it, if the method is "project".
     """
-    components = 0
-    if facts["method"] == "static":
-        after = position.share_without_artifacts
-        denoiser = subtracting(position.artifacts)
-    else:
-        basis = blanks.components()
-        components = basis.shape[1]
-        after = position.share_after(_outside(basis))
-        denoiser = projecting_out(basis, position.artifacts.shape[:2], position.mean)
+    make = METHODS[facts["method"]].make
+    assert make is not None  # leftover came to its end above
+    denoiser, components, after = make(position, blanks)
     denoiser.calibration = Calibration(
         **facts, error=blanks.error, components=components, share_before=position.share, share_after=after
     )
     return denoiser
+
+
+def _static(position: Position, blanks: Position) -> tuple[Denoiser, int, float]:
+    return subtracting(position.artifacts), 0, position.share_without_artifacts
+
+
+def _project(position: Position, blanks: Position) -> tuple[Denoiser, int, float]:
+    basis = blanks.components()
+    denoiser = projecting_out(basis, position.artifacts.shape[:2], position.mean)
+    return denoiser, basis.shape[1], position.share_after(_outside(basis))
 
 
 def subtracting(artifacts: torch.Tensor) -> Denoiser:
@@ -279,3 +282,23 @@ def projecting_out(basis: torch.Tensor, grid: int | tuple[int, int], mean: torch
 def _outside(basis: torch.Tensor) -> torch.Tensor:
     """I - U U^T, (C, C)."""
     return torch.eye(len(basis), dtype=basis.dtype) - basis @ basis.T
+
+
+class Method(NamedTuple):
+    """A row of `METHODS`.
+
+    Attributes:
+        help: what it does, in words.
+        make: of position as the images and as blank images show it, the denoiser, the directions projected out, and the
+            share of variance that position explains after; None where one is there already.
+    """
+
+    help: str
+    make: Callable[[Position, Position], tuple[Denoiser, int, float]] | None
+
+
+METHODS = {
+    "static": Method("subtract the mean artifact map", _static),
+    "project": Method("take out the directions in which position shows", _project),
+    "leftover": Method("keep the model's denoiser, subtract the mean map that it leaves", None),
+}

@@ -47,8 +47,7 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default="static",
-        help="static: subtract the mean artifact map; project: take out the directions in which position "
-        "shows; leftover: keep the model's denoiser, subtract the mean map that it leaves (default: %(default)s)",
+        help="; ".join(f"{name}: {method.help}" for name, method in METHODS.items()) + " (default: %(default)s)",
     )
     parser.add_argument(
         "--layers",

@@ -83,7 +83,7 @@ def _kind(model: Any) -> str:
     """What the denoisers of a model are."""
     denoisers = model.denoisers()
     denoiser = denoisers[max(denoisers)]  # all are of one kind
-    count = max(sum(not isinstance(part, nn.ReLU) for part in denoiser.blocks), 1)
+    count = max(sum(any(True for _ in part.parameters()) for part in denoiser.blocks), 1)
     kind = f"{count} {ARCHITECTURES[denoiser.arch].kind.format(s='s' * (count > 1))}"
     if list(denoisers) == [model.final_block]:
         return kind

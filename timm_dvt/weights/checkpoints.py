@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from timm_dvt.architectures import architecture_of
+from timm_dvt.architectures import ARCHITECTURES, architecture_of
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from timm_dvt.errors import UnsupportedModelError, UserError
 from timm_dvt.layouts import unwrapping
@@ -203,11 +203,11 @@ EXTRAS = {"keeps_length", "pos_embed_out", "blank_gate.weight", "blank_gate.bias
 
 def _one_denoiser(state: State, new: Callable[..., Denoiser], grids: dict, path: str, prefix: str) -> Denoiser:
     """What `new` makes, with these weights; the keys tell its architecture and number of blocks."""
+    arch = architecture_of({key: tensor for key, tensor in state.items() if key not in EXTRAS})
     numbers = [int(m[1]) for m in (re.match(r"blocks\.(\d{1,9})\.", key) for key in state) if m]
-    depth = 1 if "blocks.0.weight" in state else 1 + max(numbers, default=0)
+    depth = 1 + max(numbers, default=0) if ARCHITECTURES[arch].deep else 1
     if depth > 64:
         raise CheckpointError(f"{path}: block {depth - 1} of a denoiser is beyond reason; the file is damaged.")
-    arch = architecture_of({key: tensor for key, tensor in state.items() if key not in EXTRAS})
     out = "pos_embed_out" in state and _out_grid(state["pos_embed_out"], grids["pos_embed_out"])
     more = dict(keep_length="keeps_length" in state, blank_gate="blank_gate.weight" in state, pos_embed_out=out)
     denoiser = new(grids["pos_embed"], depth=depth, arch=arch, **more)

@@ -1,4 +1,7 @@
-"""Fetching files of the Hub: checked against the Hub's hashes, and every failure told in one line."""
+"""Fetching files of the Hub: checked against the Hub's hashes, and every failure told in one line.
+
+Which repo and file a variant is made of stands in `variants.py`.
+"""
 
 import hashlib
 import os

@@ -8,10 +8,11 @@ A task is a module with
     STATES              which of "raw", "denoised", "artifacts" it is for; those that the model has are run
     PAIRS               True if --pairs says something for it (may be left out)
     NUMBERS, MEANING    what training.report shows of it: {number: heading}, where a name that ends in "/" stands for
-                        all that begin with it, and a sentence for who has not read the paper (left out: all numbers)
+                        all that begin with it, and a sentence for who has not read the paper
     run(data, settings, run) -> {name: number}
 
-where `data` is {part: Features} and `run` a `Run`. Numbers called mIoU, CorLoc, ... are percentages.
+where `data` is {part: Features} of the parts that a data set has for KIND ("train", "val", ...), and `run` a `Run`.
+Numbers called mIoU, CorLoc, ... are percentages.
 """
 
 from __future__ import annotations
