@@ -285,12 +285,8 @@ def _outside(basis: torch.Tensor) -> torch.Tensor:
 
 
 class Method(NamedTuple):
-    """A row of `METHODS`.
-
-    Attributes:
-        help: what it does, in words.
-        make: of position as the images and as blank images show it, the denoiser, the directions projected out, and the
-            share of variance that position explains after; None where one is there already.
+    """A row of `METHODS`: `make` gives, of position as images and as blank images show it, the denoiser, how many
+    directions it projects out and the share of variance that position explains after; None where there is one already.
     """
 
     help: str
