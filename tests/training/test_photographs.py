@@ -194,3 +194,13 @@ def test_what_is_no_checkout_or_is_there_already_is_one_line(tmp_path, capsys):
         assert "must be a checkout" in told and told.count("\n") == 1
     assert photographs.main(["bsds", "--source", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_damaged_record_is_one_line_that_names_it(tmp_path, capsys):
+    voc_checkout(tmp_path / "source")
+    path = tmp_path / "source/project/val/ann/c.jpg.json"
+    path.write_text(path.read_text()[:-5])
+    words = ["voc-boxes", "--source", str(tmp_path / "source"), "--out", str(tmp_path / "out")]
+    assert photographs.main(words) == 2
+    told = capsys.readouterr().err
+    assert f"{path} is damaged" in told and told.count("\n") == 1 and not (tmp_path / "out").exists()
