@@ -40,7 +40,7 @@ from training.evaluate.segmentation.one_sided import (
     even_share,
     labeled_patches,
     spread_labels,
-    wrong_share,
+    wrong_shares,
 )
 
 SCALE = 2  # pixels of the file a pixel of a repository's page, for screens of twice the density
@@ -147,8 +147,8 @@ def find_example(extractor: Extractor, files: Sequence[Path]) -> Example:
     Raises:
         UserError: there is none.
     """
-    best: tuple[float, Any] = (-np.inf, None)
-    shares = []
+    best: Any = None
+    most, shares = -np.inf, []
     for path in tqdm(files, "examples", unit=" photographs"):
         image = extractor.resize(load_image(path))
         groups = color_groups(image, extractor.reader.grid)
@@ -156,19 +156,19 @@ def find_example(extractor: Extractor, files: Sequence[Path]) -> Example:
             continue
         raw = extractor.backbone(image[None])["raw"].cpu()
         states = raw[0], extractor.denoise(raw)[0].cpu()
-        wrong = np.array([[wrong_share(state, groups, first) for state in states] for first in (0, 1)])
-        shares.append(wrong.mean(0))
-        if all(even_share(state, groups) <= APART for state in states):
-            for first, (off, on) in enumerate(wrong):
-                best = max(best, (off - on, (path, image, groups, states, first, (off, on))), key=lambda one: one[0])
-    if best[1] is None:
+        off, on = (np.array(wrong_shares(state, groups)) for state in states)
+        shares.append((off.mean(), on.mean()))
+        first = int((off - on).argmax())
+        if off[first] - on[first] > most and all(even_share(state, groups) <= APART for state in states):
+            most, best = off[first] - on[first], (path, image, groups, states, first, (off[first], on[first]))
+    if best is None:
         raise UserError("none of the --examples has two groups of color on both sides that features tell apart")
-    path, image, groups, states, first, shown = best[1]
+    path, image, groups, states, first, shown = best
     means, gains = np.mean(shares, 0), -np.diff(shares)
     labeled, _ = labeled_patches(groups, first)
     off_map, on_map = (in_classes(spread_labels(state, groups, labeled)) for state in states)
     return Example(
-        name=Path(path).name,
+        name=path.name,
         photograph=(255 * image).round().byte().permute(1, 2, 0).numpy(),
         labels=np.where(labeled[..., None], in_classes(groups), 255).astype(np.uint8),
         predicted=(off_map, on_map),

@@ -241,7 +241,7 @@ def _denoiser(position: Position, blanks: Position, facts: dict) -> Denoiser:
         position: as the images show it. blanks: as blank images show it, if the method is "project".
     """
     make = METHODS[facts["method"]].make
-    assert make is not None  # leftover came to its end above
+    assert make is not None  # leftover keeps the denoiser that there is
     denoiser, components, after = make(position, blanks)
     denoiser.calibration = Calibration(
         **facts, error=blanks.error, components=components, share_before=position.share, share_after=after

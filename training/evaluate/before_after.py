@@ -19,7 +19,7 @@ from timm_dvt.viewer.panel import Shown, draw
 from training.evaluate.features.cached import Extractor
 from training.evaluate.position.blank import COLORS, spread, token_reader
 from training.evaluate.position.share import PositionStatistics
-from training.evaluate.segmentation.one_sided import color_groups, counts, wrong_share
+from training.evaluate.segmentation.one_sided import color_groups, counts, wrong_shares
 from training.figures.page import Picture, Section, Table, Text, page
 
 PICTURES = 4
@@ -118,7 +118,7 @@ def measure(
         for state, maps in (("raw", raw.cpu()), ("denoised", denoised.cpu())):
             statistics[state].add(maps)
             if counts(groups):
-                wrong[state] += [wrong_share(maps[0], groups, first) for first in (0, 1)]
+                wrong[state] += wrong_shares(maps[0], groups)
         if len(pictures) < PICTURES:
             pictures.append((draw_png(image, raw[0], denoised[0]), Path(source.name).name))
     if statistics["raw"].count < 2:

@@ -54,7 +54,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
         for image, tokens in zip(features.images(indices), maps.cpu()):
             groups = color_groups(image, features.grid)
             if counts(groups):
-                wrong += [wrong_share(tokens, groups, first, settings.neighbors) for first in (0, 1)]
+                wrong += wrong_shares(tokens, groups, settings.neighbors)
                 even.append(even_share(tokens, groups, settings.neighbors))
     if not wrong:
         raise UserError(
@@ -101,6 +101,11 @@ def wrong_share(tokens: Tensor, groups: Tensor, first: int, neighbors: int = 5) 
     """Of the patches asked for, the share that gets the wrong group."""
     labeled, asked = labeled_patches(groups, first)
     return float((spread_labels(tokens, groups, labeled, neighbors) != groups)[asked].float().mean())
+
+
+def wrong_shares(tokens: Tensor, groups: Tensor, neighbors: int = 5) -> list[float]:
+    """The same, both ways round."""
+    return [wrong_share(tokens, groups, first, neighbors) for first in (0, 1)]
 
 
 def even_share(tokens: Tensor, groups: Tensor, neighbors: int = 5) -> float:
