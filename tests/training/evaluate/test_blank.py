@@ -95,7 +95,9 @@ def test_of_a_model_that_adds_its_embedding_a_denoiser_that_takes_off_three_quar
     model.denoiser.pos_embed.data = -0.75 * embedding
     found = numbers(model, split, "denoised", sizes=(64,))
     assert found["ratio"] == pytest.approx(0.25, rel=1e-4) and found["ratio_worst"] == pytest.approx(0.25, rel=1e-4)
+    assert found["ratio_walls"] == pytest.approx(0.25, rel=1e-4)  # whatever is beside them, here
     raw = numbers(model, split, "raw", sizes=(64,))
+    assert raw["ratio_walls"] == 1
     assert raw["spread/64x64/zero"] == pytest.approx(loop(embedding[0]), rel=1e-5)
     photographs = [loop(map_.flatten(0, 1)) for map_ in Features(Extractor(model), split, None).maps([0, 1, 2], "raw")]
     want = 100 * loop(embedding[0]) / np.sqrt(np.mean(np.square(photographs)))
@@ -113,7 +115,10 @@ def test_a_model_that_knows_no_place_has_no_spread_and_no_denoiser_makes_it_less
 def test_sizes_are_rounded_to_whole_patches_and_seeds_draw_the_noise(split):
     model = timm_dvt.add_denoiser(small())
     found = numbers(model, split, "raw", sizes=(30, (50, 75), 33), images=0)
-    assert {key.split("/")[1] for key in found if "/" in key} == {"32x32", "48x80"} and "of_photographs" not in found
+    assert {key.split("/")[1] for key in found if "/" in key} == {"32x32", "48x80"} and not {
+        "of_photographs",
+        "ratio_walls",
+    } & {*found}
     features = {"val": Features(Extractor(model), split, None)}
     first, again, other = (blank.run(features, blank.Settings((32,), 0), Run("raw", seed)) for seed in (0, 0, 1))
     assert first == again and first["spread/32x32/noise"] != other["spread/32x32/noise"]

@@ -11,18 +11,21 @@ of images of one color, of zero input (zero after normalization) and of uniform 
                          Clean features are near 0; above 1 the denoiser adds a pattern
     ratio_worst          the largest of them
     ratio_noise          that of noise, mean over sizes. Noise has a little content, and so a spread of its own
+    ratio_walls          s over that of the raw tokens in the half of a photograph that is painted over in one of the
+                         colors, mean over photographs: what is beside a wall shows in it as well
     of_photographs       s of colors and zero input in percent of that in photographs of the dataset, both in this state
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from timm_dvt.errors import UserError
 from timm_dvt.layouts import KNOWN
@@ -33,10 +36,16 @@ from training.evaluate.run import Run
 
 KIND = "images"
 STATES = ("raw", "denoised")
-NUMBERS = {"ratio": "blank ratio", "ratio_noise": "noise ratio", "of_photographs": "blank, % of photographs"}
+NUMBERS = {
+    "ratio": "blank ratio",
+    "ratio_noise": "noise ratio",
+    "ratio_walls": "walls ratio",
+    "of_photographs": "blank, % of photographs",
+}
 MEANING = (
-    "blank ratio, noise ratio: how far patches of an image of one color, or of noise, still differ by their place, "
-    "denoiser on over off; 0 is clean. blank, % of photographs: the same over how far those of photographs do."
+    "blank ratio, noise ratio, walls ratio: how far patches of an image of one color, of noise, or of a wall that fills "
+    "half of a photograph, still differ, denoiser on over off; 0 is clean. blank, % of photographs: the same over how "
+    "far those of photographs do."
 )
 COLORS = {
     "gray": (0.5, 0.5, 0.5),
@@ -88,8 +97,23 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     chosen = range(min(settings.images, len(features)))
     if chosen:
         photos = fmean(spread(features.maps([i], run.state)[0].flatten(0, 1)) ** 2 for i in chosen)
+        numbers["ratio_walls"] = fmean(walls(features, chosen, run.state))
         numbers["of_photographs"] = 100 * (fmean(spreads[key] ** 2 for key in blank) / max(photos, _NOTHING**2)) ** 0.5
     return {**numbers, **{f"spread/{key}": value for key, value in spreads.items()}}
+
+
+def walls(features: Features, indices: Sequence[int], state: str) -> Iterator[float]:
+    """s of a wall over that of its raw tokens, photograph by photograph: sides and colors by turns."""
+    extractor, grid = features.extractor, features.grid
+    read = token_reader(extractor, (extractor.reader.input_size,) * 2)
+    for number, image in zip(indices, features.images(indices)):
+        hidden = torch.zeros(grid, grid, dtype=torch.bool)
+        hidden[: grid // 2] = True
+        hidden = hidden.rot90(number)
+        pixels = interpolate(hidden[None, None].float(), image.shape[1:], mode="nearest")[0].bool()
+        color = torch.tensor([*COLORS.values()][number % len(COLORS)]).view(3, 1, 1)
+        tokens = {name: x[hidden.flatten()] for name, x in read(torch.where(pixels, color, image)).items()}
+        yield spread(tokens[state]) / max(spread(tokens["raw"]), _NOTHING)
 
 
 def spread(tokens: Tensor) -> float:
