@@ -1,6 +1,7 @@
 """What the denoiser costs at inference, as ratios within one run.
 
 python -m training.benchmark inference
+python -m training.benchmark inference --blank-gate      with the gate that trained and calibrated denoisers have
 python -m training.benchmark inference --arch static     what timm_dvt.calibrate makes
 python -m training.benchmark inference --device cuda --dtype bfloat16 --compile --batch-sizes 1 32
 """
@@ -22,6 +23,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 import timm_dvt
+from timm_dvt.architectures import ARCHITECTURES
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError
 from timm_dvt.loading import pick_device
@@ -148,7 +150,7 @@ def arrangements(name: str, model: Any) -> dict[str, Callable[[torch.Tensor], to
         return model.forward_intermediates(images, indices=1, intermediates_only=True)[0]
 
     calls = {"plain": plain.forward_features, "off": off, "on": model.forward_features}
-    if model.denoiser.arch == "block":
+    if model.denoiser.arch == "block" and model.denoiser.blank_gate is None:
         calls |= {"on (map)": on_map, "published (map)": Published(plain, model).to(weight).eval()}
     return calls
 
@@ -222,9 +224,8 @@ def main(argv: Sequence[str]) -> int:
         "--size", nargs="+", type=int, metavar="PIXELS", help="sides of the input (default: the variant's own)"
     )
     parser.add_argument("--rounds", type=int, default=15, help="forwards of each arrangement (default: %(default)s)")
-    parser.add_argument(
-        "--arch", choices=("block", "static", "project"), default="block", help="of the denoiser (default: %(default)s)"
-    )
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="block", help="of the denoiser (default: %(default)s)")
+    parser.add_argument("--blank-gate", action="store_true", help="level patches without content, too")
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of weights and images (default: %(default)s)"
@@ -257,7 +258,8 @@ def main(argv: Sequence[str]) -> int:
         print("\nimport\n" + HEAD, comparisons[-1].line(), sep="\n", flush=True)
     for name in args.models:
         torch.manual_seed(0)
-        model = timm.create_model(name, num_classes=0, denoiser={"arch": args.arch}).eval().to(device, dtype)
+        denoiser = {"arch": args.arch, "blank_gate": args.blank_gate}
+        model = timm.create_model(name, num_classes=0, denoiser=denoiser).eval().to(device, dtype)
         calls = arrangements(name, model)
         for size in args.size or [VARIANTS[name].resolution]:
             with torch.inference_mode():
