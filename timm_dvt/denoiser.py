@@ -14,11 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from timm_dvt.architectures import ARCHITECTURES, initialize
 from timm_dvt.errors import UserError
 
-SHARPNESS, ROUNDS = (
-    20.0,
-    2,
-)  # of `level`: a token whose cosine is 0.9 counts an eighth; one round leaves a tenth of walls
-LEAST_KNOWN = -1e4  # what half precision can hold
+SHARPNESS = 20.0  # of `level`: a token whose cosine is 0.9 counts an eighth
+ROUNDS = 2  # one leaves a tenth of a wall's pattern, two next to nothing where the gate is open
 SHUT = -10.0  # the bias of a gate that finds no token blank: its sigmoid is 0.00005
 
 
@@ -187,17 +184,23 @@ class Denoiser(nn.Module):
         self.grid_size = self.out_grid_size = (rows, columns)
 
 
-def level(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def level(
+    tokens: torch.Tensor, logits: torch.Tensor, sharpness: float = SHARPNESS, rounds: int = ROUNDS
+) -> torch.Tensor:
     """Bring tokens (B, N, C) that are known as blank to the mean of those like them: mean shift on the sphere.
 
     Args:
         logits: (B, N, 1), of being blank; by its probability a token counts in means, and follows its own.
+        sharpness: a token counts exp(sharpness * cosine).
+        rounds: of taking means; with each, tokens are nearer to one.
     """
     blank = logits.float().sigmoid()
-    known = logsigmoid(logits.float()).clamp(min=LEAST_KNOWN).to(tokens.dtype).transpose(1, 2)  # (B, 1, N)
-    for _ in range(ROUNDS):
-        units = normalize(tokens.float(), dim=-1).to(tokens.dtype)
-        means = scaled_dot_product_attention(units, units, tokens, attn_mask=known, scale=SHARPNESS)
+    # Half precision holds 65504 at most.
+    known = logsigmoid(logits.float()).clamp(min=-1e4).to(tokens.dtype)[:, None].transpose(2, 3)  # (B, 1, 1, N)
+    for _ in range(rounds):
+        # One head, as a dimension: exporters know no attention without.
+        units, values = normalize(tokens.float(), dim=-1).to(tokens.dtype)[:, None], tokens[:, None]
+        means = scaled_dot_product_attention(units, units, values, attn_mask=known, scale=sharpness)[:, 0]
         tokens = torch.lerp(tokens.float(), means.float(), blank).to(tokens.dtype)
     return tokens
 

@@ -209,7 +209,10 @@ def test_onnx_export_with_dynamic_batch(name, own_grid, tmp_path):
     model, images = create(name, depth=1)
     if own_grid:
         side = model.patch_embed.img_size[0]
-        model, images = create(name, depth=1, denoiser={"grid_size": (4, 4)})[0], torch.randn(2, 3, side, side)
+        model, images = (
+            create(name, depth=1, denoiser={"grid_size": (4, 4), "blank_gate": True})[0],
+            torch.randn(2, 3, side, side),
+        )
     path = tmp_path / "model.onnx"
     batch = torch.export.Dim("batch", min=1, max=64)
     shapes = {"images": {0: batch}}
@@ -225,7 +228,7 @@ def test_onnx_export_with_dynamic_batch(name, own_grid, tmp_path):
 def test_the_tracing_onnx_exporter_takes_any_grid_of_a_denoiser(pos_embed_out, tmp_path):
     """At the backbone's own size; elsewhere, and of EVA-02 anywhere, it takes no plain timm model either."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    model, _ = create(NAMES[0], denoiser={"grid_size": (3, 5), "pos_embed_out": pos_embed_out})
+    model, _ = create(NAMES[0], denoiser={"grid_size": (3, 5), "pos_embed_out": pos_embed_out, "blank_gate": True})
     images = torch.randn(1, 3, *model.patch_embed.img_size)
     path = tmp_path / "model.onnx"
     torch.onnx.export(Tokens(model).eval(), (images,), path, dynamo=False, input_names=["images"])
@@ -235,7 +238,7 @@ def test_the_tracing_onnx_exporter_takes_any_grid_of_a_denoiser(pos_embed_out, t
 
 @torch.no_grad()
 def test_torchscript_scripts_where_timm_does_and_keeps_the_toggle(name):
-    model, images = create(name)
+    model, images = create(name, denoiser={"blank_gate": True})
     script = torch.jit.script(model)
     assert torch.allclose(script(images), model(images), atol=1e-5)
     assert torch.allclose(script.forward_features(images), model.forward_features(images), atol=1e-5)
