@@ -14,11 +14,11 @@ from timm_dvt.calibration.blanks import (
     GATE_BLANKS,
     GATE_WALLS,
     PLAIN,
+    busy_patches,
     draw_blank,
     draw_plain,
     draw_wall,
     fit_gate,
-    textures,
 )
 from timm_dvt.denoiser import ROUNDS, SHARPNESS, Denoiser, level
 
@@ -49,13 +49,14 @@ def test_a_gate_parts_two_kinds_of_tokens_as_the_true_direction_does():
     assert weight[3] / weight.norm() > 0.95  # the one channel in which they differ
 
 
-def test_plain_patches_of_photographs_are_known_as_blank_ones_and_busy_ones_are_not():
+def test_walls_are_known_as_blank_images_are_busy_patches_are_not_and_others_do_not_count():
     tokens, seen = images_of(apart=12.0)
     seen[6:, :20], seen[6:, 20:30] = PLAIN, BETWEEN
     tokens[6:, :20, 5] += 20.0  # unlike blank images, and unlike all else
+    tokens[6:, 20:30] = tokens[6:, :10]  # as walls, of which nobody said that they are
     weight, bias = fit_gate(tokens, seen)
-    known = [float((tokens[seen == kind] @ weight + bias > 0).float().mean()) for kind in (PLAIN, BUSY)]
-    assert known[0] > 0.98 and known[1] < 0.05
+    known = [float((tokens[seen == kind] @ weight + bias > 0).float().mean()) for kind in (PLAIN, BETWEEN, BUSY)]
+    assert known[0] > 0.98 and known[1] > 0.98 and known[2] < 0.05
 
 
 def test_tokens_that_do_not_differ_get_no_gate_however_few_they_are():
@@ -68,6 +69,7 @@ def test_without_blank_images_or_busy_patches_there_is_no_gate():
     tokens, seen = images_of(apart=12.0)
     assert fit_gate(*images_of(apart=12.0, shown=BETWEEN)) is None
     assert fit_gate(tokens[6:], seen[6:]) is None
+    assert fit_gate(tokens[:7], seen[:7]) is None  # one photograph
 
 
 @pytest.mark.parametrize("size, grid", [((56, 56), (4, 4)), ((42, 70), (3, 5))])
@@ -91,13 +93,13 @@ def test_what_a_gate_is_fitted_to_is_plain_where_nothing_is_and_walls_are():
     assert len(draw_plain(4, (56, 70), (4, 5))[0]) == GATE_BLANKS  # there is no photograph of four channels
 
 
-def test_textures_tell_plain_patches_from_busy_ones_by_their_pixels():
+def test_busy_patches_are_those_whose_pixels_differ():
     image = torch.full((1, 3, 56, 70), 0.5)  # 4 x 5 patches of 14
-    image[..., 28:42, 56:] += torch.linspace(-0.2, 0.2, 14)  # one busy patch, in the third row, at the right edge
-    image[..., :14, :14] += torch.linspace(-0.011, 0.011, 14)  # one of a deviation of 0.007
-    wanted = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 0, 1, 1], [0, 0, 0, 1, 2], [0, 0, 0, 1, 1]])
-    assert torch.equal(textures(image, (4, 5))[0], wanted.to(torch.uint8))
-    assert (PLAIN, BETWEEN, BUSY) == (0, 1, 2)  # as pairs on disk have them
+    image[..., 28:42, 56:] += torch.linspace(-0.2, 0.2, 14)
+    image[..., :14, :14] += torch.linspace(-0.011, 0.011, 14)  # of a deviation of 0.007
+    wanted = torch.zeros(4, 5, dtype=torch.bool)
+    wanted[2, 4] = True
+    assert torch.equal(busy_patches(image, (4, 5))[0], wanted)
 
 
 def test_tokens_of_blank_patches_get_the_mean_of_those_like_them():

@@ -1,23 +1,23 @@
 """Images without content, flat color or noise, walls beside content, and a gate that knows their tokens.
 
-Nothing but position tells the patches of a blank image apart, so what is clean of them is known: their mean. In the
-plain parts of photographs it is not much else. One linear map parts the tokens of both from those that show something.
+Nothing but position tells the patches of a blank image apart, so what is clean of them is known: their mean. Of a plain
+wall beside something it is not much else. One linear map parts the tokens of both from those that show something.
 """
 
 from typing import Any
 
 import torch
-from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_logits, interpolate, max_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_logits, interpolate
 
 from timm_dvt.calibration.samples import canvas
 from timm_dvt.images import PHOTOGRAPHS
 
-GATE_BLANKS, GATE_WALLS = 16, 24  # images that a gate is fitted to, beside photographs
+GATE_BLANKS, GATE_WALLS = 16, 64  # images that a gate is fitted to, beside photographs
 MOST_TOKENS = 20_000  # of a kind, to fit a gate
-SPARED = 0.97  # of busy patches, below a logit of 0
+SPARED = 0.98  # of busy patches, below a logit of 0
 CERTAIN = 6.0  # the logit that 99% of the tokens of blank images have at least; the sigmoid is then 0.9975
 PLAIN, BETWEEN, BUSY = range(3)
-PLAIN_MOST, BUSY_LEAST = 0.005, 0.01  # deviation of the pixels of a patch, whose values are 0 to 1
+BUSY_LEAST = 0.01  # deviation of the pixels of a patch, whose values are 0 to 1
 WEIGHT_DECAY = 1e-4  # keeps the weights of kinds that can be parted finite
 
 
@@ -74,41 +74,32 @@ def draw_blank(channels: int, size: tuple[int, int], seed: int) -> torch.Tensor:
     return (color + noise * 10 ** (-3 + 2.6 * spread[3])).clamp(0, 1)
 
 
-def textures(images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """What is to be seen in the patches of images (B, channels, h, w) in [0, 1], as the model sees them: (B, H, W) uint8.
-
-    BUSY where the pixels of a patch of the grid (H, W) differ, PLAIN where they hardly do, there and in all patches
-    around it, else BETWEEN.
-    """
+def busy_patches(images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """In which patches of images (B, channels, h, w) in [0, 1], as the model sees them, there is something: (B, H, W)."""
     means, squares = (adaptive_avg_pool2d(x, grid) for x in (images, images.square()))
-    deviations = (squares - means.square()).mean(1, keepdim=True).clamp(min=0).sqrt()
-    plain = max_pool2d(deviations, 3, 1, 1) < PLAIN_MOST
-    kinds = torch.where(deviations > BUSY_LEAST, BUSY, torch.where(plain, PLAIN, BETWEEN))
-    return kinds[:, 0].to(torch.uint8)
+    return (squares - means.square()).mean(1).clamp(min=0).sqrt() > BUSY_LEAST
 
 
 def fit_gate(tokens: torch.Tensor, kinds: torch.Tensor) -> tuple[torch.Tensor, float] | None:
     """The linear map by which tokens of patches without content are known: see `Denoiser`, `blank_gate`.
 
-    Few tokens of many channels can always be parted: weights are fitted to half of the images, two by turns, and the
-    others tell where to part, and whether that can be done.
+    Few tokens of many channels can always be parted: weights are fitted to the busy patches of half of the photographs,
+    and those of the others tell where to part, and whether that can be done.
 
     Args:
         tokens: (n, N, C) of images, as the denoiser is given them.
-        kinds: (n, N), what their patches show: PLAIN ones are to be known, BUSY ones are not.
+        kinds: (n, N), what their patches show: PLAIN ones are to be known, BUSY ones are not, others may be.
 
     Returns:
         Weight (C,) and bias by logistic regression; None where blank images, which are PLAIN all over, are not known
-        by it, or where there are none, or no BUSY patches.
+        by it, or where there are none, or fewer than two images with BUSY patches.
     """
-    learned = torch.arange(len(tokens)) % 4 < 2
-    others = ~learned
-    plain, busy = (_some(tokens[learned][kinds[learned] == kind]) for kind in (PLAIN, BUSY))
-    blank = _some(tokens[others][(kinds[others] == PLAIN).all(1)])
-    unseen = _some(tokens[others][kinds[others] == BUSY])
-    if not min(map(len, (plain, busy, blank, unseen))):
+    photographs = (kinds == BUSY).any(1).nonzero()[:, 0]
+    seen, unseen = (_some(tokens[some][kinds[some] == BUSY]) for some in (photographs[::2], photographs[1::2]))
+    blank = _some(tokens[(kinds == PLAIN).all(1)])
+    if not min(map(len, (blank, seen, unseen))):
         return None
-    direction = _direction(plain, busy)
+    direction = _direction(_some(tokens[kinds == PLAIN]), seen)
     low, high = float((blank @ direction).quantile(0.01)), float((unseen @ direction).quantile(SPARED))
     if not low > high:
         return None

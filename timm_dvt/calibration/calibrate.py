@@ -10,7 +10,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from timm_dvt.attach import Denoised, add_denoiser, attach_denoiser, check_supported, remove_denoiser
-from timm_dvt.calibration.blanks import draw_plain, fit_gate, textures
+from timm_dvt.calibration.blanks import BETWEEN, BUSY, busy_patches, draw_plain, fit_gate
 from timm_dvt.calibration.positions import Position
 from timm_dvt.calibration.samples import Source, canvas, sources
 from timm_dvt.calibration.views import WINDOWS, ViewReader, estimate_positions
@@ -88,7 +88,7 @@ def calibrate(
             object discovery (CorLoc) falls from 52.5 to 46.0 with a "static" map of 16 images, and with lengths kept
             stays at 52.5. "leftover" keeps lengths where the denoiser does already.
         blank_gate: where `images` are given, know images and patches without content and level them: the map of
-            photographs leaves a pattern of its own in a plain color. It takes 56 forward passes more. Where no linear
+            photographs leaves a pattern of its own in a plain color. It takes 96 forward passes more. Where no linear
             map can tell them from others there is none, and "leftover" leaves it as it is.
         progress: show a bar with the error so far.
 
@@ -148,7 +148,7 @@ def _add_gates(denoisers: dict[int, Denoiser], reader: ViewReader, images: list[
     """Let denoisers, whose model the reader reads without them, know images and patches without content."""
     plain, kinds = draw_plain(reader.channels, reader.size, reader.grid)
     shown = torch.stack([canvas(images[i % len(images)], reader.size, i) for i in range(GATE_IMAGES)])
-    kinds = torch.cat([kinds, textures(shown, reader.grid).flatten(1)])
+    kinds = torch.cat([kinds, torch.where(busy_patches(shown, reader.grid), BUSY, BETWEEN).flatten(1)])
     for block, maps in reader(reader.normalized(torch.cat([plain, shown]))).items():
         gate = fit_gate(maps.flatten(1, 2).cpu(), kinds)
         if gate is not None:

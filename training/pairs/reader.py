@@ -178,14 +178,14 @@ class PairReader:
         assert out is not None
         return out
 
-    def textures(self, place: int) -> str | None:
-        """What is to be seen in each patch of the image at this place (`timm_dvt.calibration.blanks`), as a digit;
-        None of a pair of an older version, which does not tell.
+    def busy(self, place: int) -> str | None:
+        """In which patches of the image at this place there is something (`timm_dvt.calibration.blanks`), a 0 or 1
+        each; None of a pair of an older version, which does not tell.
 
         Raises:
             UserError: the pair is damaged.
         """
-        return read_header(self._path(place)).get("textures")
+        return read_header(self._path(place)).get("busy")
 
     def _batch_shape(self, count: int) -> tuple[int, ...]:
         """(parts, B, layers, K*K, C) for B = count pairs."""

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from timm_dvt.bars import tqdm
-from timm_dvt.calibration.blanks import textures
+from timm_dvt.calibration.blanks import busy_patches
 from timm_dvt.errors import ImageError
 from timm_dvt.image_files import Fingerprint, Source, decode_image, read_file
 from timm_dvt.loading import weights_digest
@@ -131,7 +131,7 @@ def _denoise_image(
             "seed": seeded.seed,
             "image_size": list(image.shape[1:]),
             "diagnostics": {layer: part.diagnostics for layer, part in parts.items()},
-            "textures": encode_textures(image, next(iter(parts.values())).raw.shape[0]),
+            "busy": encode_busy(image, next(iter(parts.values())).raw.shape[0]),
         }
         for warning in caught:
             if (warning.filename, warning.lineno) not in warned:
@@ -156,10 +156,10 @@ def image_seed(seed: int, digest: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {digest}".encode()).digest()[:7], "big")
 
 
-def encode_textures(image: Tensor, grid: int) -> str:
-    """`textures` of an image (3, h, w) made square, on K = grid rows of patches: K*K digits, row after row."""
+def encode_busy(image: Tensor, grid: int) -> str:
+    """`busy_patches` of an image (3, h, w) made square, on K = grid rows: K*K characters 0 and 1, row after row."""
     square = render_views(image, whole_view(), PATCH * grid)
-    return "".join(map(str, textures(square, (grid, grid)).flatten().tolist()))
+    return "".join(str(int(busy)) for busy in busy_patches(square, (grid, grid)).flatten().tolist())
 
 
 def pair_maps(parts: Decomposition) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from training.common.backbone import FeatureReader
 from training.pairs.folder import PRECISIONS, pair_file, stored_part
 from training.pairs.reader import PairReader, PairSet
 from training.stage1.decompose import Stage1Settings, decompose
-from training.stage1.images import IMAGE_ERRORS, encode_textures, image_seed, pair_maps
+from training.stage1.images import IMAGE_ERRORS, encode_busy, image_seed, pair_maps
 
 
 def pairs_of_images(
@@ -62,9 +62,9 @@ class SolvingReader(PairReader):
         self.sources, self.model, self.settings = sources, model, settings
         self._one_at_a_time = threading.Lock()
 
-    def textures(self, place: int) -> str | None:
+    def busy(self, place: int) -> str | None:
         image = load_image(self.sources[self.pairs.files[place]].path)
-        return encode_textures(image, self.pairs.grid[0])
+        return encode_busy(image, self.pairs.grid[0])
 
     def _load(self, position: int) -> list[list[Tensor]]:
         crop, place = divmod(position, len(self.pairs.files))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from timm_dvt.calibration.blanks import BUSY, draw_plain, fit_gate
+from timm_dvt.calibration.blanks import BETWEEN, BUSY, draw_plain, fit_gate
 from timm_dvt.denoiser import Denoiser
 from training.common.backbone import FeatureReader
 from training.pairs.reader import PairReader, PairSet
@@ -37,14 +37,15 @@ def add_gates(
     size = (reader.input_size, reader.input_size)
     pair_reader, places = make_reader(pairs, ("raw",)), range(min(PAIRS, len(pairs.files)))
     maps = pair_reader.read(places)[0]
-    described = [pair_reader.textures(place) for place in places]
+    described = [pair_reader.busy(place) for place in places]
     images, kinds = draw_plain(3, size, (reader.grid, reader.grid))
     plain: dict[int, list[torch.Tensor]] = {layer: [] for layer in pairs.layers}
     for batch in images.split(BATCH):
         for layer, features in reader.patch_features(batch).items():
             plain[layer].append(features.flatten(1, 2).cpu())
-    unknown = str(BUSY) * kinds.shape[1]  # of older pairs: nothing is plain for sure
-    kinds = torch.cat([kinds, torch.tensor([[int(digit) for digit in digits or unknown] for digits in described])])
+    unknown = "1" * kinds.shape[1]  # of older pairs: nothing is plain for sure
+    busy = torch.tensor([[digit == "1" for digit in digits or unknown] for digits in described])
+    kinds = torch.cat([kinds, torch.where(busy, BUSY, BETWEEN)])
     for place, layer in enumerate(pairs.layers):
         gate = fit_gate(torch.cat([*plain[layer], maps[:, place].float()]), kinds)
         if gate is None:

@@ -44,18 +44,18 @@ def test_a_pair_holds_what_the_library_function_gives(images, tmp_path):
         torch.testing.assert_close(torch.stack([clean for _, (clean,) in crops]), wanted[layer].crop_semantics)
 
 
-def test_a_pair_tells_which_patches_are_plain_and_so_does_one_that_is_never_written(tmp_path):
+def test_a_pair_tells_which_patches_are_busy_and_so_does_one_that_is_never_written(tmp_path):
     (tmp_path / "images").mkdir()
     half = np.full((80, 120, 3), 90, np.uint8)
     half[:, 75:] = np.random.default_rng(0).integers(0, 255, (80, 45, 3))
     Image.fromarray(half).save(tmp_path / "images" / "half.png")  # at its left one color, at its right noise
     assert run(tmp_path / "images", tmp_path / "out", "--crops", "0") == 0
     written = PairReader(open_pairs(tmp_path / "out"), ("raw",))
-    assert written.textures(0) == 4 * "0122"  # patches beside noise are not plain
+    assert written.busy(0) == 4 * "0011"
     model = load_model("test_vit", pretrained=False, seed=0)
     settings = Stage1Settings(views=24, input_size=64).settled(model)
     pairs, by_file = pairs_of_images(list_images(tmp_path / "images"), tmp_path / "none", model, settings, {})
-    assert SolvingReader(pairs, ("raw",), by_file, model, settings).textures(0) == written.textures(0)
+    assert SolvingReader(pairs, ("raw",), by_file, model, settings).busy(0) == written.busy(0)
 
 
 def test_an_image_gets_the_same_pair_in_any_order_and_company(images, tmp_path):
