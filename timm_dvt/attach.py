@@ -56,7 +56,7 @@ def add_denoiser(
             Their denoised maps come out of forward_intermediates, get_intermediate_layers and features_only. Others
             than the last only where class and patch tokens go through all blocks together.
         keep_length, pos_embed_out, blank_gate: give clean tokens the length of the raw ones; add a second position
-            embedding to them; level patches without content: see `timm_dvt.denoiser.Denoiser`.
+            embedding to them; level images without content: see `timm_dvt.denoiser.Denoiser`.
 
     Raises:
         TypeError: the model does not give the patches of one grid (the message says why), or has a denoiser already.

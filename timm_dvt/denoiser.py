@@ -8,14 +8,11 @@ import torch
 from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models import register_notrace_module
 from torch import nn
-from torch.nn.functional import logsigmoid, normalize, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from timm_dvt.architectures import ARCHITECTURES, initialize
 from timm_dvt.errors import UserError
 
-SHARPNESS = 20.0  # of `level`: a token whose cosine is 0.9 counts an eighth
-ROUNDS = 2  # one leaves a tenth of a wall's pattern, two next to nothing where the gate is open
 SHUT = -10.0  # the bias of a gate that finds no token blank: its sigmoid is 0.00005
 
 
@@ -40,11 +37,9 @@ class Denoiser(nn.Module):
         pos_embed_out: add a second position embedding to the clean tokens, F = blocks(y + PE) + PE_out: for
             PE_out = -G of its predictions, what still shows of position in them (`timm_dvt.calibrate`, "leftover").
             True for one of `grid_size`, or rows and columns of its own: such a rest can be smooth.
-        blank_gate: find the tokens of patches without content and give each the mean of those like it, (1 - s) F +
-            s A F, where s is the sigmoid of a linear map of each raw token and A attention of one head among them, with
-            cosines in place of learned products (`level`). In a plain color, a wall or a sky little but position
-            tells patches apart, and what is taken off photographs leaves a pattern of its own there. A new gate is
-            shut.
+        blank_gate: find the tokens of images without content and give them their mean, (1 - s) F + s mean(y), where s
+            is the sigmoid of a linear map of each raw token. In a plain color nothing but position tells patches
+            apart, and what is taken off photographs leaves a pattern of its own there. A new gate is shut.
     """
 
     def __init__(
@@ -146,7 +141,10 @@ class Denoiser(nn.Module):
             lengths = [torch.linalg.vector_norm(y.float(), dim=-1, keepdim=True) for y in (x, clean)]
             clean = (clean.float() * (lengths[0] / lengths[1].clamp(min=1e-6))).to(x.dtype)
         if self.blank_gate is not None:
-            clean = level(clean, self.blank_gate(x))
+            blank = self.blank_gate(x).float().sigmoid()
+            weights = blank / blank.sum(1, keepdim=True).clamp(min=1e-6)
+            mean = (weights * x.float()).sum(1, keepdim=True)
+            clean = torch.lerp(clean.float(), mean.expand_as(clean), blank).to(x.dtype)
         return clean
 
     def _clean(self, x: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
@@ -182,27 +180,6 @@ class Denoiser(nn.Module):
                     new = resample(old, grid, (rows, columns))
                 setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
         self.grid_size = self.out_grid_size = (rows, columns)
-
-
-def level(
-    tokens: torch.Tensor, logits: torch.Tensor, sharpness: float = SHARPNESS, rounds: int = ROUNDS
-) -> torch.Tensor:
-    """Bring tokens (B, N, C) that are known as blank to the mean of those like them: mean shift on the sphere.
-
-    Args:
-        logits: (B, N, 1), of being blank; by its probability a token counts in means, and follows its own.
-        sharpness: a token counts exp(sharpness * cosine).
-        rounds: of taking means; with each, tokens are nearer to one.
-    """
-    blank = logits.float().sigmoid()
-    # Half precision holds 65504 at most.
-    known = logsigmoid(logits.float()).clamp(min=-1e4).to(tokens.dtype)[:, None].transpose(2, 3)  # (B, 1, 1, N)
-    for _ in range(rounds):
-        # One head, as a dimension: exporters know no attention without.
-        units, values = normalize(tokens.float(), dim=-1).to(tokens.dtype)[:, None], tokens[:, None]
-        means = scaled_dot_product_attention(units, units, values, attn_mask=known, scale=sharpness)[:, 0]
-        tokens = torch.lerp(tokens.float(), means.float(), blank).to(tokens.dtype)
-    return tokens
 
 
 def resample(pos_embed: torch.Tensor, old_grid: tuple[int, int], grid_size: tuple[int, int]) -> torch.Tensor:

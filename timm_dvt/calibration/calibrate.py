@@ -10,7 +10,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from timm_dvt.attach import Denoised, add_denoiser, attach_denoiser, check_supported, remove_denoiser
-from timm_dvt.calibration.blanks import BETWEEN, BUSY, busy_patches, draw_plain, fit_gate
+from timm_dvt.calibration.blanks import draw_blank, fit_gate
 from timm_dvt.calibration.positions import Position
 from timm_dvt.calibration.samples import Source, canvas, sources
 from timm_dvt.calibration.views import WINDOWS, ViewReader, estimate_positions
@@ -19,7 +19,7 @@ from timm_dvt.denoiser import Denoiser, combine, resample
 from timm_dvt.errors import CalibrationError
 
 LEAST_VIEWS = 4 * WINDOWS  # two canvases, whose estimates are compared, of the images and of blank ones
-GATE_IMAGES = 16  # that tell a gate what is not blank
+GATE_BLANKS, GATE_IMAGES = 24, 16  # forward passes by which blank images are told from photographs
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def calibrate(
         keep_length: bring each clean token to the length of the raw one, for what lives on lengths: of a DINOv2-S,
             object discovery (CorLoc) falls from 52.5 to 46.0 with a "static" map of 16 images, and with lengths kept
             stays at 52.5. "leftover" keeps lengths where the denoiser does already.
-        blank_gate: where `images` are given, know images and patches without content and level them: the map of
-            photographs leaves a pattern of its own in a plain color. It takes 96 forward passes more. Where no linear
-            map can tell them from others there is none, and "leftover" leaves it as it is.
+        blank_gate: where `images` are given, know images without content and level them: the map of photographs leaves
+            a pattern of its own in a plain color. It takes 40 forward passes more. Where no linear map can tell the
+            two apart there is none, and "leftover" leaves it as it is.
         progress: show a bar with the error so far.
 
     Raises:
@@ -145,14 +145,14 @@ def check_arguments(
 
 
 def _add_gates(denoisers: dict[int, Denoiser], reader: ViewReader, images: list[Source]) -> None:
-    """Let denoisers, whose model the reader reads without them, know images and patches without content."""
-    plain, kinds = draw_plain(reader.channels, reader.size, reader.grid)
+    """Let denoisers, whose model the reader reads without them, know blank images from these."""
+    blanks = torch.stack([draw_blank(reader.channels, reader.size, seed) for seed in range(GATE_BLANKS)])
     shown = torch.stack([canvas(images[i % len(images)], reader.size, i) for i in range(GATE_IMAGES)])
-    kinds = torch.cat([kinds, torch.where(busy_patches(shown, reader.grid), BUSY, BETWEEN).flatten(1)])
-    for block, maps in reader(reader.normalized(torch.cat([plain, shown]))).items():
-        gate = fit_gate(maps.flatten(1, 2).cpu(), kinds)
+    tokens = [reader(reader.normalized(kind)) for kind in (blanks, shown)]
+    for block, denoiser in denoisers.items():
+        gate = fit_gate(*(maps[block].flatten(1, 2).cpu() for maps in tokens))
         if gate is not None:
-            denoisers[block].start_gating(*gate)
+            denoiser.start_gating(*gate)
 
 
 def _with_lengths(model: Any, keep: bool) -> nn.Module:

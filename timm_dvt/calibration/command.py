@@ -71,7 +71,7 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
         "--blank-gate",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="with images: know images and patches without content, and level them (default: yes)",
+        help="with images: know images without content, and level them (default: yes)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print what was found as JSON, and nothing else; progress goes to stderr"

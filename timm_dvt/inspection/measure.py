@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from timm_dvt.attach import timm_name
-from timm_dvt.calibration.blanks import GATE_BLANKS, GATE_WALLS
-from timm_dvt.calibration.calibrate import GATE_IMAGES, LEAST_VIEWS, calibrate
+from timm_dvt.calibration.calibrate import GATE_BLANKS, GATE_IMAGES, LEAST_VIEWS, calibrate
 from timm_dvt.calibration.samples import Source
 from timm_dvt.calibration.views import WINDOWS
 from timm_dvt.defaults import torch_defaults
@@ -70,7 +69,7 @@ def inspect(
         shown = photographs(images, views // WINDOWS, reader.channels, try_calibration)
         count = Count(reader, shown, views // WINDOWS if shown else views)
         if progress:
-            tried = 3 * _tried(views) + GATE_BLANKS + GATE_WALLS + GATE_IMAGES if try_calibration else 0
+            tried = 3 * _tried(views) + GATE_BLANKS + GATE_IMAGES if try_calibration else 0
             print(count.cost(2 * BLANKS + tried), file=sys.stderr)
         count.run(progress)
         blanks = {kind: count_blanks(reader, kind, progress) for kind in ("flat", "noise")}

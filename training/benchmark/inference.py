@@ -225,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--rounds", type=int, default=15, help="forwards of each arrangement (default: %(default)s)")
     parser.add_argument("--arch", choices=ARCHITECTURES, default="block", help="of the denoiser (default: %(default)s)")
-    parser.add_argument("--blank-gate", action="store_true", help="level patches without content, too")
+    parser.add_argument("--blank-gate", action="store_true", help="level images without content, too")
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of weights and images (default: %(default)s)"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from timm_dvt.errors import UserError
 from training.loop.order import split_places
-from training.pairs.file import damaged, read_header, read_maps
+from training.pairs.file import damaged, read_maps
 from training.pairs.folder import INDEX, read_index, read_settings
 
 
@@ -177,15 +177,6 @@ class PairReader:
                     grids[part, layer].copy_(tokens)
         assert out is not None
         return out
-
-    def busy(self, place: int) -> str | None:
-        """In which patches of the image at this place there is something (`timm_dvt.calibration.blanks`), a 0 or 1
-        each; None of a pair of an older version, which does not tell.
-
-        Raises:
-            UserError: the pair is damaged.
-        """
-        return read_header(self._path(place)).get("busy")
 
     def _batch_shape(self, count: int) -> tuple[int, ...]:
         """(parts, B, layers, K*K, C) for B = count pairs."""

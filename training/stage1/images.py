@@ -12,12 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from timm_dvt.bars import tqdm
-from timm_dvt.calibration.blanks import busy_patches
 from timm_dvt.errors import ImageError
 from timm_dvt.image_files import Fingerprint, Source, decode_image, read_file
 from timm_dvt.loading import weights_digest
 from training.common.models import DENOISER
-from training.common.views import render_views, whole_view
 from training.pairs.folder import PairFolder, ValueTooLarge
 from training.stage1.conditioning import IllConditioned
 from training.stage1.decompose import Decomposition, NonFiniteFeatures, decompose
@@ -28,7 +26,6 @@ from training.stage1.settings import SOLVERS, Stage1Settings, stage1_recipes
 # views and 96 of 16 gave the best denoisers (README). The paper's is 768 (Stage1Settings.views).
 VIEWS = 32
 CROPS = 8  # of the views, kept for stage 2
-PATCH = 14  # pixels, at which it is seen what a patch shows, whatever the model's are
 STAGE1 = stage1_recipes(Stage1Settings(views=VIEWS, crops=CROPS))
 
 # What costs one image its pair, while the others go on.
@@ -131,7 +128,6 @@ def _denoise_image(
             "seed": seeded.seed,
             "image_size": list(image.shape[1:]),
             "diagnostics": {layer: part.diagnostics for layer, part in parts.items()},
-            "busy": encode_busy(image, next(iter(parts.values())).raw.shape[0]),
         }
         for warning in caught:
             if (warning.filename, warning.lineno) not in warned:
@@ -154,12 +150,6 @@ def _say(source: Source, message: str) -> None:
 def image_seed(seed: int, digest: str) -> int:
     """An image's own seed, from the run's and its file's sha256: the same in any order, on any process."""
     return int.from_bytes(hashlib.sha256(f"{seed} {digest}".encode()).digest()[:7], "big")
-
-
-def encode_busy(image: Tensor, grid: int) -> str:
-    """`busy_patches` of an image (3, h, w) made square, on K = grid rows: K*K characters 0 and 1, row after row."""
-    square = render_views(image, whole_view(), PATCH * grid)
-    return "".join(str(int(busy)) for busy in busy_patches(square, (grid, grid)).flatten().tolist())
 
 
 def pair_maps(parts: Decomposition) -> dict[str, Tensor]:

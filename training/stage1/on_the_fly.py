@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from timm_dvt.errors import UserError
-from timm_dvt.image_files import Source, decode_image, load_image, read_file
+from timm_dvt.image_files import Source, decode_image, read_file
 from training.common.backbone import FeatureReader
 from training.pairs.folder import PRECISIONS, pair_file, stored_part
 from training.pairs.reader import PairReader, PairSet
 from training.stage1.decompose import Stage1Settings, decompose
-from training.stage1.images import IMAGE_ERRORS, encode_busy, image_seed, pair_maps
+from training.stage1.images import IMAGE_ERRORS, image_seed, pair_maps
 
 
 def pairs_of_images(
@@ -61,10 +61,6 @@ class SolvingReader(PairReader):
         super().__init__(pairs, parts)
         self.sources, self.model, self.settings = sources, model, settings
         self._one_at_a_time = threading.Lock()
-
-    def busy(self, place: int) -> str | None:
-        image = load_image(self.sources[self.pairs.files[place]].path)
-        return encode_busy(image, self.pairs.grid[0])
 
     def _load(self, position: int) -> list[list[Tensor]]:
         crop, place = divmod(position, len(self.pairs.files))

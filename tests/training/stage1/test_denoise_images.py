@@ -7,14 +7,12 @@ import torch
 from PIL import Image
 
 from tests.helpers.stage1_runs import contents, draw_images, read_lines, run
-from timm_dvt.image_files import list_images, load_image
+from timm_dvt.image_files import load_image
 from timm_dvt.loading import load_model
 from training import denoise_images
 from training.pairs.folder import read_header, read_index, read_maps, read_pair, read_settings
-from training.pairs.reader import PairReader, open_pairs
 from training.stage1 import images as stage1_images
 from training.stage1.decompose import NonFiniteFeatures, Stage1Settings, decompose
-from training.stage1.on_the_fly import SolvingReader, pairs_of_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,20 +40,6 @@ def test_a_pair_holds_what_the_library_function_gives(images, tmp_path):
         crops = [read_maps(tmp_path / "out" / entry.file, [layer], ("raw", "clean"), k) for k in range(1, 9)]
         torch.testing.assert_close(torch.stack([raw for (raw,), _ in crops]), wanted[layer].crop_raw)
         torch.testing.assert_close(torch.stack([clean for _, (clean,) in crops]), wanted[layer].crop_semantics)
-
-
-def test_a_pair_tells_which_patches_are_busy_and_so_does_one_that_is_never_written(tmp_path):
-    (tmp_path / "images").mkdir()
-    half = np.full((80, 120, 3), 90, np.uint8)
-    half[:, 75:] = np.random.default_rng(0).integers(0, 255, (80, 45, 3))
-    Image.fromarray(half).save(tmp_path / "images" / "half.png")  # at its left one color, at its right noise
-    assert run(tmp_path / "images", tmp_path / "out", "--crops", "0") == 0
-    written = PairReader(open_pairs(tmp_path / "out"), ("raw",))
-    assert written.busy(0) == 4 * "0011"
-    model = load_model("test_vit", pretrained=False, seed=0)
-    settings = Stage1Settings(views=24, input_size=64).settled(model)
-    pairs, by_file = pairs_of_images(list_images(tmp_path / "images"), tmp_path / "none", model, settings, {})
-    assert SolvingReader(pairs, ("raw",), by_file, model, settings).busy(0) == written.busy(0)
 
 
 def test_an_image_gets_the_same_pair_in_any_order_and_company(images, tmp_path):
