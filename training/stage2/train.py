@@ -40,8 +40,8 @@ class Stage2Settings(TrainingSettings):
 
     arch: str = option(
         "block",
-        "the paper's block with position embedding (default), its ablations of Tab. 6, or the mean artifact map "
-        "subtracted, which needs no training",
+        "the paper's block with position embedding (default), its ablations (Tab. 6) and baselines: "
+        + "; ".join(f"{name}, {row.kind.format(s='')}" for name, row in ARCHITECTURES.items()),
         choices=list(ARCHITECTURES),
     )
     blocks: int = option(1, "transformer blocks (default: the paper's %(default)s)", least=1)
