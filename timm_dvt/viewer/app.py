@@ -25,7 +25,7 @@ from timm_dvt.variants import DEFAULT_MODEL
 from timm_dvt.viewer import page, pairs
 from timm_dvt.viewer.examples import EXAMPLES
 from timm_dvt.viewer.studio import Studio
-from timm_dvt.viewer.uploads import KEPT, MAX_PIXELS, SUFFIXES, SWEEPING, Uploads
+from timm_dvt.viewer.uploads import KEPT, MAX_PIXELS, MEGABYTES, SUFFIXES, SWEEPING, Uploads
 
 INSTALL = 'pip install "gradio>=6.31,<7" pi-heif'  # what the extra app holds
 
@@ -37,7 +37,7 @@ try:
     from starlette.responses import PlainTextResponse, Response
     from starlette.routing import Route
 
-    from timm_dvt.viewer.guard import MEGABYTES, Guard, check_address, names_of
+    from timm_dvt.viewer.guard import Guard, check_address, names_of
 except ModuleNotFoundError as e:
     raise UserError(f"the page needs Gradio, and {e.name} is not installed; run: {INSTALL}") from e
 

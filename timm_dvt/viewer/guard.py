@@ -11,9 +11,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from timm_dvt.errors import UserError
-from timm_dvt.viewer.uploads import Uploads
+from timm_dvt.viewer.uploads import MEGABYTES, Uploads
 
-MEGABYTES = "100"  # of a file, at the most; what lies compressed in one is bounded by its pixels
 LARGEST, SHORT = (int(MEGABYTES) << 20) + (1 << 16), 1 << 16  # bytes of a request; all but uploads are short
 TOO_LARGE = PlainTextResponse(f"This is too large; the most that is taken is {MEGABYTES} MB.", 413)
 POLICY = (

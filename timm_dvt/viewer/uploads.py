@@ -28,6 +28,7 @@ REMEDIES = {  # of a file that begins so, where it cannot be read
     b"avif": "Pillow 11.3 or later reads AVIF",
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"), "pip install pi-heif, to read HEIC"),
 }
+MEGABYTES = "100"  # of a file, at the most; what lies compressed in one is bounded by its pixels
 MAX_PIXELS = 25e6
 SIDE = 1536  # pixels of the longer side of what is kept of an image; models see about 518
 ABANDONED = 600  # seconds since its last byte after which a part of an upload is one that nobody goes on sending
