@@ -209,10 +209,8 @@ def test_onnx_export_with_dynamic_batch(name, own_grid, tmp_path):
     model, images = create(name, depth=1)
     if own_grid:
         side = model.patch_embed.img_size[0]
-        model, images = (
-            create(name, depth=1, denoiser={"grid_size": (4, 4), "blank_gate": True})[0],
-            torch.randn(2, 3, side, side),
-        )
+        model, _ = create(name, depth=1, denoiser={"grid_size": (4, 4), "blank_gate": True})
+        images = torch.randn(2, 3, side, side)
     path = tmp_path / "model.onnx"
     batch = torch.export.Dim("batch", min=1, max=64)
     shapes = {"images": {0: batch}}

@@ -108,7 +108,7 @@ def walls(features: Features, indices: Sequence[int], state: str) -> Iterator[fl
     read = token_reader(extractor, (extractor.reader.input_size,) * 2)
     for number, image in zip(indices, features.images(indices)):
         hidden = torch.zeros(grid, grid, dtype=torch.bool)
-        hidden[: grid // 2] = True
+        hidden[: max(1, grid // 2)] = True
         hidden = hidden.rot90(number)
         pixels = interpolate(hidden[None, None].float(), image.shape[1:], mode="nearest")[0].bool()
         color = torch.tensor([*COLORS.values()][number % len(COLORS)]).view(3, 1, 1)
