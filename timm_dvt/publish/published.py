@@ -59,6 +59,8 @@ MEASURED = (
     ("photographs (VOC): wrong patches where each class is labeled on one side, %", "34.5", "30.5"),
     ("photographs (VOC): object discovery, CorLoc", "46.5", "45.5"),
     ("photographs (VOC): detection, 150 to learn from, mAP", "20.0", "19.5"),
+    ("a kitchen (100 frames): depth, delta1, %", "70.5", "71.8"),
+    ("a kitchen (100 frames): depth, RMSE, m, less is better", "0.407", "0.415"),
     ("videos (DAVIS): masks handed on from frame to frame, J&F", "54.0", "54.1"),
     ("clothing (59 classes, 100 photographs): linear segmentation, mIoU", "10.55", "10.80"),
     ("clothing (59 classes, 100 photographs): k-NN segmentation, a bank of 50, mIoU", "5.79", "6.00"),
