@@ -43,9 +43,9 @@ NUMBERS = {
     "of_photographs": "blank, % of photographs",
 }
 MEANING = (
-    "blank ratio, noise ratio, walls ratio: how far patches of an image of one color, of noise, or of a wall that fills "
-    "half of a photograph, still differ, denoiser on over off; 0 is clean. blank, % of photographs: the same over how "
-    "far those of photographs do."
+    "blank ratio, noise ratio, walls ratio: how far patches of an image of one color, of noise, or of a wall painted "
+    "over half of a photograph still differ, denoiser on over off; 0 is clean. blank, % of photographs: the same over "
+    "how far those of photographs do."
 )
 COLORS = {
     "gray": (0.5, 0.5, 0.5),
