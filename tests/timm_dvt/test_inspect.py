@@ -244,4 +244,4 @@ def test_every_class_that_can_have_a_denoiser_can_be_inspected():
         assert len(found.layers) == layout_of(model).maps + 1, name
         assert len(page(found)) > 10_000 and found.trained
         kinds.add(type(model).__name__)
-    assert len(kinds) > 12
+    assert len(kinds) > 15
