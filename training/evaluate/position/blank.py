@@ -97,7 +97,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     chosen = range(min(settings.images, len(features)))
     if chosen:
         photos = fmean(spread(features.maps([i], run.state)[0].flatten(0, 1)) ** 2 for i in chosen)
-        numbers["ratio_walls"] = fmean(walls(features, chosen, run.state))
+        numbers["ratio_walls"] = 1.0 if run.state == "raw" else fmean(walls(features, chosen, run.state))
         numbers["of_photographs"] = 100 * (fmean(spreads[key] ** 2 for key in blank) / max(photos, _NOTHING**2)) ** 0.5
     return {**numbers, **{f"spread/{key}": value for key, value in spreads.items()}}
 
