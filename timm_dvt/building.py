@@ -280,8 +280,8 @@ def _timms(variant: Variant) -> Callable[..., nn.Module]:
 
 
 def _denoiser_options(variant: Variant, layout: Layout, cfg: dict, kwargs: dict, given: dict | None) -> dict:
-    """Arguments of `add_denoiser`: the grid of the variant's resolution, and what the caller says."""
-    options = dict(given or {})
+    """Arguments of `add_denoiser`: what the caller says, the variant's own, and the grid of its resolution."""
+    options = {**variant.denoiser, **(given or {})}
     if options.get("grid_size") is None:
         if kwargs.get("patch_size"):  # the denoiser was trained with patches of the backbone's own size
             original = {key: value for key, value in kwargs.items() if key != "patch_size"}

@@ -1,7 +1,9 @@
 """The table of published variants, and what a registered name stands for."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
+from typing import Any
 
 from timm.models import split_model_name_tag
 
@@ -60,6 +62,8 @@ class Variant:
     hub_file: str | None = None
     file: str | None = None  # a path on this machine
     license: str | None = None
+    # Arguments of `add_denoiser` by which the file's denoiser is made, so that a model without its weights is the same.
+    denoiser: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def architecture(self) -> str:
@@ -83,6 +87,7 @@ FOCUS = Variant(
     resolution=518,
     file=str(resources.files("timm_dvt") / "assets" / "focus" / "denoiser.safetensors"),
     license="apache-2.0",
+    denoiser={"keep_length": True, "pos_embed_out": (19, 19), "blank_gate": True},
 )
 DEFAULT_MODEL = FOCUS.name  # of the demo and the page
 

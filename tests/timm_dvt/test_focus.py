@@ -95,6 +95,17 @@ def test_another_file_is_refused(monkeypatch, tmp_path):
 
 
 @needs_focus
+def test_a_model_without_weights_is_the_same_and_takes_its_checkpoints(model, tmp_path):
+    file = tmp_path / "mine.pth"
+    torch.save(model.state_dict(), file)
+    plain = timm.create_model(FOCUS.name, checkpoint_path=str(file)).eval()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
+    assert plain.denoiser.keep_length and plain.denoiser.out_grid_size == model.denoiser.out_grid_size
+    own = timm.create_model(FOCUS.name, denoiser={"blank_gate": False})
+    assert own.denoiser.keep_length and own.denoiser.blank_gate is None
+
+
+@needs_focus
 def test_a_folder_saved_from_it_needs_the_package_no_more(model, tmp_path, monkeypatch):
     timm_dvt.save_pretrained(model, tmp_path)
     monkeypatch.setattr(metadata, "distribution", None)
