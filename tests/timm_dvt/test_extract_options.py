@@ -15,6 +15,7 @@ import timm_dvt
 from tests.helpers.photographs import MODEL, denoised_folder, write_pictures
 from timm_dvt import shared_folder
 from timm_dvt.__main__ import main
+from timm_dvt.errors import UserError
 from timm_dvt.weights import files
 
 
@@ -142,7 +143,8 @@ def _patches(path, shape):
         (["--blocks", "77"], "blocks 0 to"),
         (["--pca", "65"], "have not so many components"),
         (["--model", "vit_smal_patch16_224"], "did you mean"),
-        (["--model", "resnet18"], "ResNet"),
+        (["--model", "resnet18"], "A ResNet gives no features to extract"),
+        (["--model", "hiera_tiny_224", "--size", "224", "--blocks", "0"], "timm norms no blocks of a Hiera"),
         (["--model", "vit_base_patch16_siglip_224", "--class-token", "--size", "32"], "no class token"),
         (["--device", "cuda:77"], "device"),
     ],
@@ -151,6 +153,43 @@ def test_what_cannot_be_is_one_clear_line(extract, options, said, capsys):
     assert extract("--size", "64", "--no-pretrained", *options) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert said in line
+
+
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ({"states": "off"}, "states must be None or one of ('on',), ('off',), ('on', 'off'), got 'off'"),
+        ({"format": "csv"}, "format must be one of zarr"),
+        ({"dtype": "bfloat16"}, "dtype must be one of float16, float32"),
+        ({"size": 0}, "size must be 1 or more"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"blocks": "0,5"}, "blocks must be None"),
+        ({"blocks": 5}, "blocks must be None"),
+        ({"part": (3, 2)}, "part must be"),
+        ({"model": timm.create_model("test_vit")}, "local-dir:FOLDER"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_python_refuses_what_the_command_line_cannot_say(photographs, tmp_path, setting, said):
+    with pytest.raises(UserError) as error:
+        timm_dvt.extract(str(photographs), **{"model": MODEL, "out": str(tmp_path / "out"), **setting})
+    assert said in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_class_whose_blocks_timm_does_not_norm_gives_its_features(photographs, tmp_path):
+    torch.manual_seed(0)
+    small = {"embed_dim": 32, "num_heads": 1, "stages": (1, 1, 1, 1), "img_size": 64}
+    model = timm_dvt.add_denoiser(timm.create_model("hiera_tiny_224", **small), arch="static").eval()
+    torch.nn.init.normal_(model.denoiser.pos_embed)
+    name = f"local-dir:{timm_dvt.save_pretrained(model, tmp_path / 'model', model_args=small)}"
+    image = photographs / "0000.png"
+    timm_dvt.extract(str(image), name, str(tmp_path / "out"), states=("on", "off"), dtype="float32")
+    config = resolve_model_data_config(timm.create_model(name))
+    pixels = create_transform(**config, is_training=False)(Image.open(image).convert("RGB"))
+    for variable, denoise in (("features", True), ("features_raw", False)):
+        with torch.no_grad(), model.denoising(denoise):
+            wanted = model.forward_features(pixels[None]).reshape(2, 2, -1)
+        np.testing.assert_allclose(timm_dvt.open_features(tmp_path / "out", variable)["0000.png"], wanted, atol=2e-5)
 
 
 def test_a_folder_of_other_settings_is_refused_and_one_that_is_none_is_not_opened(extract, capsys, tmp_path):

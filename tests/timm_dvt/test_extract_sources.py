@@ -1,6 +1,7 @@
 """Claims about what `timm-dvt extract` takes: an image, a list, a video, a streamed data set."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -48,6 +49,31 @@ def test_a_folder_that_is_filled_within_the_source_is_no_source(photographs, tmp
     source = write_pictures(tmp_path / "photographs", 3)
     for _ in range(2):
         assert len(extract(source, source / "features", "--pictures")) == 3
+
+
+def test_pictures_of_another_extraction_are_no_source(photographs, tmp_path):
+    shutil.copytree(photographs, tmp_path / "images")
+    extract(tmp_path / "images", tmp_path / "images" / "features", "--pictures")
+    assert len(extract(tmp_path / "images", tmp_path / "out")) == 20
+    shown = extract(tmp_path / "images" / "features" / "pictures", tmp_path / "of pictures")
+    assert len(shown) == 20  # unless they are asked for
+
+
+def test_files_that_were_changed_or_mended_are_taken_again(photographs, of_folder, tmp_path, capsys):
+    images = shutil.copytree(photographs, tmp_path / "images")
+    broken = (images / "0000.png").read_bytes()
+    (images / "0000.png").write_bytes(bytes(len(broken)))
+    first = extract(images, tmp_path / "out")
+    assert "0000.png" not in first
+    (images / "0000.png").write_bytes(broken)
+    shutil.copyfile(photographs / "0004.png", images / "0002.png")
+    again = extract(images, tmp_path / "out")
+    assert "1 shards hold images that are others now" in capsys.readouterr().out
+    assert list(again) == list(of_folder) and same(again["0000.png"], of_folder["0000.png"])
+    assert same(again["0002.png"], of_folder["0004.png"]) and not same(again["0002.png"], of_folder["0002.png"])
+    assert (tmp_path / "out" / "errors.jsonl").read_text() == ""
+    extract(images, tmp_path / "out")
+    assert "others now" not in capsys.readouterr().out
 
 
 def test_a_video_gives_frames_in_order_and_a_video_of_their_colors(tmp_path):

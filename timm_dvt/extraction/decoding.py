@@ -17,26 +17,26 @@ Decoded = tuple[int, torch.Tensor | None, Record]  # shard; pixels (3, h, w) uin
 
 
 def decoded(
-    walk: Iterable[tuple[int, str, Read]], prepare: Callable[[Image.Image], torch.Tensor], pool: Executor, ahead: int
+    walk: Iterable[tuple[int, Record, Read]], prepare: Callable[[Image.Image], torch.Tensor], pool: Executor, ahead: int
 ) -> Iterator[Decoded]:
     """Images of shards in their order. Memory does not grow with their number, whatever is slower."""
     waiting: deque[Future[Decoded]] = deque()
-    for shard, name, read in walk:
-        waiting.append(pool.submit(_decode, shard, name, read, prepare))
+    for shard, record, read in walk:
+        waiting.append(pool.submit(_decode, shard, record, read, prepare))
         if len(waiting) > ahead:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _decode(shard: int, name: str, read: Read, prepare: Callable[[Image.Image], torch.Tensor]) -> Decoded:
+def _decode(shard: int, record: Record, read: Read, prepare: Callable[[Image.Image], torch.Tensor]) -> Decoded:
     try:
         image = read()
-        return shard, prepare(image), {"name": name, "height": image.height, "width": image.width}
+        return shard, prepare(image), {**record, "height": image.height, "width": image.width}
     except ImageError as error:
-        return shard, None, {"name": name, "error": str(error)}
+        return shard, None, {**record, "error": str(error)}
     except (OSError, MemoryError, ValueError) as error:  # Pillow's, of a shape that it cannot resize
-        return shard, None, {"name": name, "error": f"cannot be resized: {error or type(error).__name__}"}
+        return shard, None, {**record, "error": f"cannot be resized: {error or type(error).__name__}"}
 
 
 def batches(images: Iterable[Decoded], records: list[Record], size: int) -> Iterator[tuple[list[int], torch.Tensor]]:

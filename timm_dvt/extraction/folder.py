@@ -1,7 +1,8 @@
 """The folder that an extraction fills: what it was begun with, and which shards are finished.
 
     OUT/settings.json   what decides the maps, and how they lie
-    OUT/index.jsonl     one line a finished shard: its number, and name, size and grid of each image, or its error
+    OUT/index.jsonl     one line a finished shard: its number, and name, bytes, size and grid of each image, or its
+                        error; of two lines of a shard the later one counts
     OUT/errors.jsonl    one line an image that gave no maps, with the reason
     OUT/basis.safetensors, OUT/pictures    with --pca and --pictures
     the maps            see timm_dvt/extraction/formats.py
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ class Index:
             self._read_to = end
             self.shards[line["shard"]] = line["images"]
         return self
+
+    def forget(self, shards: Iterable[int]) -> int:
+        """Take these for unfinished, until a later line says otherwise; returns how many there are."""
+        return len([self.shards.pop(shard) for shard in list(shards)])
 
     def images(self) -> Iterator[tuple[int, int, Record]]:
         """Shard, place in it, and record of each image, in order."""

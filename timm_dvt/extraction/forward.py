@@ -14,11 +14,11 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.data.transforms import str_to_pil_interp
 
 from timm_dvt.attach import Denoised
-from timm_dvt.errors import UserError
+from timm_dvt.errors import UnsupportedModelError, UserError
 from timm_dvt.extraction.settings import ExtractSettings
-from timm_dvt.layouts import check_rgb, layout_of, meant_size
+from timm_dvt.layouts import Layout, check_rgb, layout_of, meant_size, unwrapping
 from timm_dvt.loading import load_model, pick_device, weights_digest
-from timm_dvt.reading import fit_to
+from timm_dvt.reading import fit_to, normed
 
 TOKEN = "class_token"
 LONGEST = 8  # times the shorter side
@@ -41,6 +41,7 @@ class Extractor:
         self.settings = settings
         self.device = pick_device(settings.device)
         self.model: Any = _load(settings).to(self.device).eval()
+        self._layout = _layout(self.model)
         check_rgb(self.model)
         self.states = self._states()
         self.patch, self.size = self._sizes()
@@ -58,8 +59,15 @@ class Extractor:
         )
         if self._once:
             self.model.set_denoise(False)
+        self._by_blocks = True
         self._run = torch.compile(self._forward, dynamic=False) if settings.compile else self._forward
-        self.shapes = {key: value.shape[1:] for key, value in self(torch.zeros(1, 3, *self.size).byte()).items()}
+        try:
+            self.shapes = self._shapes()
+        except AssertionError as e:  # timm's, of a class whose blocks it does not norm, as Hiera's
+            if settings.blocks is not None:
+                raise UserError(f"--blocks: timm norms no blocks of a {type(self.model).__name__}; leave it out") from e
+            self._by_blocks = False
+            self.shapes = self._shapes()
         self.facts = {
             "model": settings.model,
             "pretrained": settings.pretrained,
@@ -74,6 +82,9 @@ class Extractor:
             "denoised": [state == "on" for state in self.states],
             "autocast": settings.autocast,
         }
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: value.shape[1:] for key, value in self(torch.zeros(1, 3, *self.size).byte()).items()}
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """An RGB image as (3, h, w) uint8: as timm's own transform for evaluation, or of its own shape."""
@@ -114,6 +125,11 @@ class Extractor:
     @torch.no_grad()  # torch.compile and inference mode do not go together
     def _forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         inputs = (images.float() / 255 - self.mean) / self.std
+        if not self._by_blocks:
+            with torch.autocast(self.device.type, enabled=self.settings.autocast):
+                _, patches = normed(self.model, self.model.forward_features(inputs), self._layout)
+            grid = self._layout.grid_at(inputs.shape[2], inputs.shape[3], patches.shape[1])
+            return [patches.unflatten(1, grid).float()], None
         token: dict[str, Any] = {"return_prefix_tokens": True} if self.settings.class_token else {}
         with torch.autocast(self.device.type, enabled=self.settings.autocast):
             maps = self.model.forward_intermediates(
@@ -139,7 +155,7 @@ class Extractor:
 
     def _sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Height and width of a patch and of an input, in pixels. Raises UserError for a size that cannot be."""
-        layout: Any = getattr(self.model, "layout", None) or layout_of(self.model)
+        layout: Any = self._layout
         patch: Any = layout.img_size[0] // layout.grid[0], layout.img_size[1] // layout.grid[1]
         side = self.settings.size
         size: Any = meant_size(self.model) if side is None else (side, side)
@@ -154,7 +170,7 @@ class Extractor:
         return patch, size
 
     def _blocks(self) -> tuple[int, ...]:
-        count, wanted = layout_of(self.model).maps, self.settings.blocks
+        count, wanted = self._layout.maps, self.settings.blocks
         if self.settings.class_token:
             known = "return_prefix_tokens" in inspect.signature(self.model.forward_intermediates).parameters
             if not known or getattr(self.model, "cls_token", None) is None:
@@ -164,6 +180,16 @@ class Extractor:
         if any(not -count <= int(block) < count for block in wanted):
             raise UserError(f"--blocks: {self.settings.model} has the blocks 0 to {count - 1}; got {wanted}")
         return tuple(sorted({int(block) % count for block in wanted}))
+
+
+def _layout(model: Any) -> Layout:
+    try:
+        return getattr(model, "layout", None) or layout_of(model)
+    except UnsupportedModelError as e:
+        raise UserError(
+            f"A {type(model).__name__} gives no features to extract: {e.reason}. They are taken of models whose final "
+            f"features are the patches of one grid; timm-dvt families lists the classes.{unwrapping(model)}"
+        ) from e
 
 
 def _load(settings: ExtractSettings) -> Any:

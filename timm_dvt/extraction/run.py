@@ -27,7 +27,7 @@ from timm_dvt.extraction.decoding import Decoded, batches, decoded
 from timm_dvt.extraction.folder import ERRORS, INDEX, Index, check_room, shard_length
 from timm_dvt.extraction.formats import NEEDS, WRITERS, Layout, Record, write_zarr_metadata
 from timm_dvt.extraction.forward import TOKEN, Extractor
-from timm_dvt.extraction.settings import ExtractSettings
+from timm_dvt.extraction.settings import ExtractSettings, check_settings
 from timm_dvt.extraction.sources import ImageSource, Read, open_source
 from timm_dvt.shared_folder import OutputError, SettingsDiffer, SharedFolder, write_atomically
 from timm_dvt.version import __version__
@@ -65,6 +65,7 @@ def run(settings: ExtractSettings, say: Callable[[str], object] = print) -> Path
         UserError: the source, the model or the folder cannot be used, or the disk is full; the message says what
             to do.
     """
+    check_settings(settings)
     for package in NEEDS.get(settings.format, ()):
         if find_spec(package) is None:
             raise UserError(f"--format {settings.format} needs the package {package}: pip install timm-dvt[extract]")
@@ -129,6 +130,8 @@ class _Extraction:
 
     def run(self) -> Path:
         """The whole extraction; returns the folder."""
+        if changed := self.index.forget(self.source.changed(self.index.shards, self.layout.length)):
+            self.say(f"{changed} shards hold images that are others now, or could not be read: taken again")
         done = sum(len(images) for images in self.index.shards.values())
         check_room(self.out, self.layout.image_bytes, self.source.count or self.source.expected, done, self.say)
         self.basis = self._basis()
@@ -203,7 +206,7 @@ class _Extraction:
                     break
         self.folder.check()
 
-    def _pass(self, walk: Iterator[tuple[int, str, Read]], claims: dict[int, ExitStack], bar: Any) -> None:
+    def _pass(self, walk: Iterator[tuple[int, Record, Read]], claims: dict[int, ExitStack], bar: Any) -> None:
         writing: deque[Future[None]] = deque()
         bar.update(sum(map(len, self.index.shards.values())) - bar.n)
         try:
@@ -227,7 +230,7 @@ class _Extraction:
         finally:
             wait(writing)  # they use the claims
 
-    def _decoded(self, walk: Iterator[tuple[int, str, Read]]) -> Iterator[Decoded]:
+    def _decoded(self, walk: Iterator[tuple[int, Record, Read]]) -> Iterator[Decoded]:
         return decoded(walk, self.extractor.prepare, self.pool, ahead=2 * self.settings.batch_size)
 
     def _launch(self, places: list[int], batch: torch.Tensor) -> Passed:
@@ -259,7 +262,7 @@ class _Extraction:
                 records[place] |= dict(zip(("rows", "columns"), values[self.default][place].shape))
             else:
                 why = "features are not finite" + (" in float16" if self.settings.dtype == "float16" else "")
-                records[place] = {"name": records[place]["name"], "error": why}
+                records[place] |= {"error": why}
 
     def _write(self, shard: int, records: list[Record], values: dict, claims: dict[int, ExitStack]) -> None:
         self.folder.check()

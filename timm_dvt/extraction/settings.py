@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from timm_dvt.options import add_options, block_list, option, part
+from timm_dvt.errors import UserError
+from timm_dvt.options import add_options, block_list, check, option, part
 
 FORMATS = ("zarr", "safetensors", "npy", "parquet")
 DTYPES = ("float16", "float32")
@@ -20,7 +21,8 @@ class ExtractSettings:
         source: an image, a folder, a `.txt` list of paths, a video, or hf:OWNER/NAME.
         model: a name for timm.create_model.
         out: the folder to fill.
-        states: "on" and "off": the denoiser's, in which maps are taken; None is "on" where the model has a denoiser.
+        states: of the denoiser, in which maps are taken: ("on",), ("off",) or ("on", "off"); None is "on" where the
+            model has a denoiser.
         blocks: counted from 0, or from the end with a minus; "all"; None for the final features alone.
     """
 
@@ -59,6 +61,25 @@ class ExtractSettings:
     )
     part: tuple[int, int] = option((1, 1), "part I of N of the work, for an array of jobs", type=part, metavar="I/N")
     pretrained: bool = option(True, "random weights: fetch nothing", "--no-pretrained", action="store_false")
+
+
+def check_settings(settings: ExtractSettings) -> None:
+    """Raise UserError for what a command line could not say."""
+    if not isinstance(settings.model, str):
+        raise UserError(
+            f"model must be a name for timm.create_model, got a {type(settings.model).__name__}: save it by "
+            "timm_dvt.save_pretrained(model, FOLDER), and name local-dir:FOLDER"
+        )
+    if settings.states is not None and settings.states not in STATES.values():
+        known = ", ".join(map(str, STATES.values()))
+        raise UserError(f"states must be None or one of {known}, got {settings.states!r}")
+    blocks = settings.blocks
+    if blocks not in (None, "all") and (isinstance(blocks, (str, int)) or not all(type(b) is int for b in blocks)):
+        raise UserError(f'blocks must be None, "all" or numbers such as (0, 5, 11), got {blocks!r}')
+    number, parts = settings.part
+    if not 1 <= number <= parts:
+        raise UserError(f"part must be (I, N) with I from 1 to N, got {settings.part}")
+    check(settings)
 
 
 def add_extract_options(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,9 @@ from PIL import Image
 
 from timm_dvt.errors import UserError
 from timm_dvt.extraction import hub, video
+from timm_dvt.extraction.folder import INDEX
+from timm_dvt.extraction.formats import Record
+from timm_dvt.extraction.pictures import FOLDER as PICTURES
 from timm_dvt.image_files import Source, decode_rgb, list_images, read_file
 
 AHEAD = 16  # images of a stream that wait to be decoded
@@ -41,8 +44,8 @@ class ImageSource:
     expected: int | None = None
     video: Path | None = None
 
-    def walk(self, length: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, str, Read]]:
-        """Shard, name and reader of each image of the shards of `length` images that are wanted; a stream gets a count.
+    def walk(self, length: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Record, Read]]:
+        """Shard, record, reader of each image of the shards of `length` images that are wanted; a stream gets a count.
 
         Args:
             wanted: asked once for each shard, when it is come to.
@@ -52,7 +55,7 @@ class ImageSource:
                 if wanted(shard):
                     for source in self.listed[first : first + length]:
                         name = source.name.encode(errors="surrogateescape").decode(errors="replace")
-                        yield shard, name, partial(_read, source.path)
+                        yield shard, {"name": name, "bytes": _bytes(source.path)}, partial(_read, source.path)
             return
         number, taken = -1, False
         try:
@@ -60,10 +63,15 @@ class ImageSource:
                 if number % length == 0:
                     taken = wanted(number // length)
                 if taken:
-                    yield number // length, f"{number:06d}", read
+                    yield number // length, {"name": f"{number:06d}"}, read
         except UserError as error:  # a network that fails in the middle, say
             raise UserError(f"{error}; the same command continues") from error
         self.count = number + 1
+
+    def changed(self, shards: Mapping[int, list[Record]], length: int) -> list[int]:
+        """Those of which a file is of another size than it was, or gave an error and can be read now."""
+        pairs = ((shard, zip(self.listed[shard * length :], shards[shard])) for shard in shards if self.listed)
+        return [shard for shard, images in pairs if any(_changed(source.path, record) for source, record in images)]
 
 
 def open_source(where: str, out: Path) -> ImageSource:
@@ -76,11 +84,38 @@ def open_source(where: str, out: Path) -> ImageSource:
     if path.is_file() and path.suffix.lower() in video.SUFFIXES:
         identity = {"source": path.name, "bytes": path.stat().st_size}
         return _stream(identity, lambda: map(_frame, video.video_frames(path)), path)
-    listed = list_images(path)
+    listed = [source for source in list_images(path) if not (path.is_dir() and _is_picture(source))]
     if out.resolve().is_relative_to(path.resolve()):  # pictures of the run that is continued
         listed = [source for source in listed if not source.path.resolve().is_relative_to(out.resolve())]
+    if not listed:
+        raise UserError(f"{where} holds no images but the pictures of an extraction")
     names = hashlib.sha256("\n".join(source.name for source in listed).encode(errors="surrogateescape")).hexdigest()
     return ImageSource({"count": len(listed), "names": names}, listed, count=len(listed))
+
+
+def _is_picture(source: Source) -> bool:
+    """Whether an extraction below the same folder drew it."""
+    folders = Path(source.name).parents
+    return any(folder.name == PICTURES and (source.root / folder.parent / INDEX).exists() for folder in folders)
+
+
+def _bytes(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:  # which reading it will say
+        return None
+
+
+def _changed(path: Path, record: Record) -> bool:
+    if record.get("bytes", size := _bytes(path)) != size:
+        return True
+    if "error" not in record:
+        return False
+    try:
+        _read(path)
+    except UserError:
+        return False
+    return True
 
 
 def _stream(identity: dict[str, Any], begin: Callable[[], Iterator[Read]], video: Path | None = None) -> ImageSource:
