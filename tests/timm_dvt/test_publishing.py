@@ -134,6 +134,17 @@ def test_what_convert_cannot_do_is_one_line(hub, tmp_path, capsys):
     whole = "vit_base_patch16_224.mae_dvt_distilled"
     assert "whole ViT" in error(capsys, "convert", "--model", whole, "--out", out, "--denoiser-only")
     assert not out.exists()
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    assert "holds config.json, not written by convert" in error(capsys, "convert", "--model", name, "--out", out)
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+
+
+def test_a_folder_of_convert_is_written_again(hub, tmp_path, capsys):
+    name = publish_tiny(hub)
+    for _ in range(2):
+        assert main(["convert", "--model", name, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith(": README.md, config.json, model.safetensors\n")
 
 
 # ---- push

@@ -4,7 +4,7 @@ import argparse
 
 from timm_dvt.errors import UserError
 from timm_dvt.publish.cards import stale_cards, write_cards
-from timm_dvt.publish.convert import convert
+from timm_dvt.publish.convert import WRITTEN, convert
 from timm_dvt.publish.push import push, push_all
 from timm_dvt.publish.space import FOLDER as SPACE
 from timm_dvt.publish.space import push_space
@@ -62,7 +62,7 @@ def add_push(parser: argparse.ArgumentParser) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     folder = convert(args.source, args.model, args.out, args.denoiser_only)
-    print(f"wrote {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
+    print(f"wrote {folder}: {', '.join(WRITTEN)}")
 
 
 def _cards(args: argparse.Namespace) -> None:

@@ -16,6 +16,8 @@ from timm_dvt.weights.fetching import WEIGHTS_NAME, fetch
 from timm_dvt.weights.files import write_whole
 from timm_dvt.weights.saving import save_plain, save_pretrained
 
+WRITTEN = ("README.md", "config.json", WEIGHTS_NAME)
+
 
 def convert(source: str | None, model: str, out: str | os.PathLike, denoiser_only: bool = False) -> Path:
     """Write a variant, with the weights of `source`, as a folder that timm and transformers load; returns the folder.
@@ -28,7 +30,8 @@ def convert(source: str | None, model: str, out: str | os.PathLike, denoiser_onl
         denoiser_only: leave out the backbone's weights, which are then fetched from its own repo on loading.
 
     Raises:
-        UserError: a name or the folder cannot be used. WeightsNotFoundError, CheckpointError: as on loading.
+        UserError: a name cannot be used, or the folder, one of another model say. WeightsNotFoundError,
+            CheckpointError: as on loading.
     """
     variant = known_variant(model)
     if denoiser_only and variant.distilled:
@@ -36,15 +39,20 @@ def convert(source: str | None, model: str, out: str | os.PathLike, denoiser_onl
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"cannot write {out}: it is a file, and a folder is needed")
+    readme = out / "README.md"
+    own = readme.is_file() and f"\n# {model}\n" in readme.read_text(encoding="utf-8", errors="replace")
+    if not own and (there := [name for name in WRITTEN if (out / name).exists()]):
+        raise UserError(f"{out} holds {', '.join(there)}, not written by convert for {model}; name another folder")
     overlay: Any = {} if source is None else {"pretrained_cfg_overlay": {"file": find(source)}}
     network = timm.create_model(model, pretrained=True, **overlay)
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        text = str(card(variant, denoiser_only=denoiser_only, model=network))
+        write_whole(readme, lambda path: path.write_text(text, encoding="utf-8"))  # first: by it the folder is known
         if variant.distilled:
             save_plain(network, out, variant.backbone)
         else:
             save_pretrained(network, out, denoiser_only)
-        text = str(card(variant, denoiser_only=denoiser_only, model=network))
-        write_whole(out / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}") from e
     return out
