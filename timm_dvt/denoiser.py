@@ -61,6 +61,8 @@ class Denoiser(nn.Module):
         num_heads = num_heads or default_num_heads(dim)
         if arch not in ARCHITECTURES:
             raise UserError(f"arch is {arch!r}; it must be one of {', '.join(ARCHITECTURES)}")
+        if min(grid_size) < 1:
+            raise UserError(f"grid_size is {tuple(grid_size)}; a position embedding has at least one place")
         if depth < 1:
             raise UserError(f"depth is {depth}; a denoiser has at least one block")
         self.arch = "block-no-pe" if arch == "block" and not pos_embed else arch

@@ -205,6 +205,21 @@ def test_images_come_in_every_form(tmp_path):
         assert one.shape == (3, 64, 96) and (one - cut[0]).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("kind", ["16 bits", "transparent", "turned"])
+def test_an_opened_image_is_what_its_file_is(kind, tmp_path):
+    file, pixels = tmp_path / "image.png", np.arange(64 * 96).reshape(64, 96)
+    image, more = photographs(1)[0], {}
+    if kind == "16 bits":
+        image = Image.fromarray((pixels * 10).astype(np.uint16))
+    elif kind == "transparent":
+        image.putalpha(Image.fromarray((pixels % 256).astype(np.uint8)).resize(image.size))
+    else:
+        more = {"exif": image.getexif()}
+        more["exif"][0x0112] = 6  # orientation: a quarter turn
+    image.save(file, **more)
+    assert torch.equal(canvas(Image.open(file), (64, 96), 3), canvas(file, (64, 96), 3))
+
+
 def test_a_folder_is_walked_as_training_walks_it_and_broken_files_are_left_out_and_named(tmp_path, caplog, capsys):
     folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
     good = ["a.png", "x.jpg/b.png", "linked/c.JPEG"]

@@ -215,3 +215,5 @@ def test_impossible_sizes_are_refused():
         Denoiser(64, (4, 4), num_heads=5)
     with pytest.raises(ValueError, match="depth is 0"):
         Denoiser(64, (4, 4), depth=0)
+    with pytest.raises(ValueError, match="grid_size is \\(0, 4\\)"):
+        Denoiser(64, (0, 4))

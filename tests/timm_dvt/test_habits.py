@@ -253,10 +253,11 @@ def test_torch_jit_trace_does_not_bake_the_position_embedding(name):
     assert torch.allclose(traced(images), model.forward_features(images), atol=1e-4)
 
 
+@pytest.mark.parametrize("safe", [True, False])
 @torch.no_grad()
-def test_timms_own_save_for_hf_makes_a_folder_that_loads(tmp_path):
+def test_timms_own_save_for_hf_makes_a_folder_that_loads(tmp_path, safe):
     model = timm.create_model("vit_small_patch14_dinov2.lvd142m_dvt", depth=12, img_size=56).eval()
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True, model_args={"img_size": (56, 56)})
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=safe, model_args={"img_size": (56, 56)})
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.randn(1, 3, 56, 70)
     assert torch.equal(again.forward_features(images), model.forward_features(images))

@@ -134,7 +134,8 @@ def run(
     for block in sorted(of_blocks)[:-1]:
         say(f"block {block}: {describe(of_blocks[block])}")
     if max(calibration.error for calibration in of_blocks.values()) > 0.5:
-        spent = facts.images * WINDOWS >= views  # so that more images would not be looked at
+        # Whether more images would not be looked at; those of "project" share the views with blank ones.
+        spent = facts.images * WINDOWS * (2 if method == "project" else 1) >= views
         wanted = "views (--views)" if spent else "images"
         say(f"note: little is known of the artifacts; use {f'more {wanted}' if images else 'images (--images)'}")
     written = ["config.json", "model.safetensors", FACTS]

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from timm_dvt.errors import CalibrationError, UserError
-from timm_dvt.images import image_names, read_image
+from timm_dvt.images import image_names, read_image, to_rgb, upright
 
 Source = str | os.PathLike | Image.Image | torch.Tensor
 AREA = (0.5, 1.0)  # of the largest box of the canvas's shape that an image holds
@@ -113,9 +113,10 @@ def canvas(source: Source, size: tuple[int, int], visit: int) -> torch.Tensor:
 
 
 def _upright(source: str | os.PathLike | Image.Image) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
     try:
+        if isinstance(source, Image.Image):
+            source.load()
+            return to_rgb(upright(source))
         return read_image(Path(source))
     except UserError as e:
         raise CalibrationError(f"{e}; leave it out.") from e

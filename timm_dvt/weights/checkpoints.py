@@ -20,7 +20,7 @@ from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from timm_dvt.errors import UnsupportedModelError, UserError
 from timm_dvt.layouts import unwrapping
 from timm_dvt.variants import ROWS
-from timm_dvt.weights.fetching import WEIGHTS_NAME, first_line, printable
+from timm_dvt.weights.fetching import TIMMS_WEIGHTS_NAME, WEIGHTS_NAME, first_line, printable
 from timm_dvt.weights.limits import MAX_HEADER, MAX_TENSORS
 from timm_dvt.weights.pickles import DTYPES, RefusedError, read_pickle
 
@@ -63,7 +63,8 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """
     path = str(path)
     if os.path.isdir(path):
-        path = os.path.join(path, WEIGHTS_NAME)
+        names = [name for name in (WEIGHTS_NAME, TIMMS_WEIGHTS_NAME) if os.path.exists(os.path.join(path, name))]
+        path = os.path.join(path, (names or [WEIGHTS_NAME])[0])
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file.")
     try:

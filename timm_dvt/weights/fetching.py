@@ -17,7 +17,7 @@ from timm.models import get_pretrained_cfg
 from timm_dvt.errors import WeightsNotFoundError
 from timm_dvt.timm_private import download_cached_file, get_safe_alternatives, hf_hub_download, hf_split
 
-WEIGHTS_NAME = "model.safetensors"
+WEIGHTS_NAME, TIMMS_WEIGHTS_NAME = "model.safetensors", "pytorch_model.bin"
 PROBE_SECONDS = 5.0
 PROBE_LASTS = 60.0  # seconds for which an answer of the Hub is trusted to be followed by others
 DEAD_LASTS = 10.0  # and a dead network to stay dead: a load asks for several files
@@ -195,7 +195,7 @@ def backbone_files(backbone: str) -> Files:
         hub_id = cfg.hf_hub_id or ""
     if not hub_id:
         return []
-    name = (cfg and cfg.hf_hub_filename) or "pytorch_model.bin"
+    name = (cfg and cfg.hf_hub_filename) or TIMMS_WEIGHTS_NAME
     repo, revision = hf_split(hub_id)
     return [(repo, filename, revision) for filename in (*get_safe_alternatives(name), name)]
 
@@ -233,8 +233,9 @@ def locate(cfg: dict, backbone: str, whole: bool = False, cache_dir: str | os.Pa
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, of a length to print."""
-    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:1000])
+    """The first line of an error's text, of a length to print; and the next where it only leads to that."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return printable((f"{first} {more[0].strip()}" if first.endswith(":") and more else first)[:1000])
 
 
 def printable(text: str) -> str:
