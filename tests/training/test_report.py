@@ -62,6 +62,22 @@ def test_measured_stands_above_what_is_published(tmp_path, capsys):
     assert "published linear probes" in html.lower() and "http" not in html and "`" not in html
 
 
+def test_two_folders_of_one_dataset_are_two_columns(tmp_path):
+    for place, value in (("a/voc", 1.0), ("b/voc", 2.0), ("b/kitchen", 3.0)):
+        states = {"raw": {"share": (value, 0)}}
+        result(tmp_path, place.replace("/", "-"), "m", states, task="position", dataset="folder", data=f"/{place}")
+    result(tmp_path, "camvid", "m", {"raw": {"share": (4.0, 0)}}, task="position", dataset="camvid", data="/c")
+    assert main([str(tmp_path)]) == 0
+    headings, _, row = table((tmp_path / "report.md").read_text())
+    found = dict(zip(headings[3:], row[3:]))
+    assert found == {
+        "CamVid position %": "4.00",
+        "/a/voc position %": "1.0000",
+        "/b/voc position %": "2.00",
+        "kitchen position %": "3.00",
+    }
+
+
 def test_depth_and_the_other_folders_of_checkpoints(tmp_path):
     depth = {"RMSE": (0.38, 0), "AbsRel": (0.12, 0), "delta1": (88.0, 0)}
     states = {"dvt_in1k": "denoised", "dvt_in1k_distilled": "distilled", "dvt_distilled": "distilled"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,11 @@ def read_rows(folder: Path) -> list[Row]:
         ValueError: there is no result in the folder.
     """
     rows: dict[tuple, Row] = {}
-    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
-        result = _read(path)
-        if not {"task", "dataset", "model", "states"} <= result.keys():
-            continue
+    files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    read = [(path, _read(path)) for path in files]
+    results = [(path, result) for path, result in read if {"task", "dataset", "model", "states"} <= result.keys()]
+    label = labels(place_of(result) for _, result in results)
+    for path, result in results:
         whole = not result.get("limit") and not result.get("changed")
         tags = dict(result.get("tags", {}))
         protocol = result.get("protocol", "fast")  # results before there were several do not say
@@ -63,12 +64,29 @@ def read_rows(folder: Path) -> list[Row]:
                 row = rows.setdefault(key, Row(result["model"], state, tags, int(result["parameters"])))
                 for name, summary in numbers.items():
                     spread = float(summary["std"]) if len(summary["values"]) > 1 else None
-                    row.cells[(result["task"], result["dataset"], name)] = (float(summary["mean"]), spread, whole)
+                    cell = (result["task"], label[place_of(result)], name)
+                    row.cells[cell] = (float(summary["mean"]), spread, whole)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no result: {type(error).__name__}: {error}; remove it") from error
     if not rows:
         raise UserError(f"no results in {folder}: python -m training.evaluate TASK --out {folder} writes them")
     return sorted(rows.values(), key=lambda row: (row.model, sorted(row.tags.items()), _place(row.state, STATES)))
+
+
+def place_of(result: Mapping[str, Any]) -> tuple[str, str]:
+    """A result's dataset, and the folder that it was read from, "" where an older result does not say."""
+    return str(result["dataset"]), str(result.get("data", ""))
+
+
+def labels(places: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What datasets are called in tables: by their names, where one is of several folders with the folder's behind."""
+    known = list(dict.fromkeys(places))
+    called = {}
+    for dataset, data in known:
+        others = [Path(other).name for same, other in known if same == dataset and other != data]
+        short = Path(data).name
+        called[dataset, data] = f"{dataset} {data if short in others else short}".strip() if others else dataset
+    return called
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -98,8 +116,10 @@ def heading(key: Key) -> str:
     entry = _entry(key)
     if entry.endswith("/"):  # what follows says of which part of which dataset it is
         return f"{number.removeprefix(entry)} {_title(key)}"
-    title = DATASETS[dataset].title if dataset in DATASETS else ""
-    return f"{title or dataset} {_title(key)}"
+    name, _, folder = dataset.partition(" ")  # as `labels` calls it
+    title = (DATASETS[name].title if name in DATASETS else "") or name
+    where = folder if name == "folder" and folder else f"{title} {folder}".strip()
+    return f"{where} {_title(key)}"
 
 
 def numbers_of(task: str) -> dict[str, str]:

@@ -156,6 +156,7 @@ def evaluate(
         states = {state: states[state] for state in STATES if state in states}
     result = {
         **facts,
+        "data": str(request.data.resolve()),
         "pair_folders": [str(folder) for folder in request.pairs],
         "limit": request.limit,
         "changed": [word for word in request.settings if word.partition(".")[0] in (request.task, word)],

@@ -31,10 +31,11 @@ from timm_dvt.errors import UserError
 from timm_dvt.loading import pick_device
 from timm_dvt.options import at_least
 from training.common.backbone import DTYPES
-from training.common.command import add_model_arguments, command_parser, positive
+from training.common.command import add_model_arguments, command_parser, complain, positive
 from training.evaluate.data.datasets import DATASETS
 from training.evaluate.data.splits import Split
 from training.evaluate.features.cached import Extractor
+from training.evaluate.results import labels, place_of
 from training.evaluate.runner import Request, evaluate, open_splits
 from training.evaluate.tasks import TASKS
 from training.loop.entry import exit_code
@@ -48,7 +49,10 @@ LEAST_VIEWS = 32  # of timm_dvt.calibrate
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
-    return exit_code(lambda: run(args))
+    try:
+        return exit_code(lambda: run(args))
+    except OSError as error:  # of the folder; of images, errors of other kinds tell
+        return complain(3, error)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -136,9 +140,11 @@ def _evaluate(
     prepared = prepare(row)
     extractor = Extractor(prepared.model, prepare.size, dtype)
     numbers: table.Numbers = {}
+    label = labels((request.dataset, str(request.data.resolve())) for request in requests)
     for request, opened in zip(requests, splits):
         request = replace(request, model=prepared.name, tags=(f"rival={row}",))
-        numbers |= table.numbers_of(evaluate(request, prepared.model, extractor, opened)[0])
+        result, _ = evaluate(request, prepared.model, extractor, opened)
+        numbers |= table.numbers_of(result, label[place_of(result)])
     return {"learned": prepared.learned, "numbers": numbers}
 
 

@@ -15,16 +15,19 @@ from training.rivals.registry import RAW, REGISTERS
 Numbers = dict[Key, dict[str, Any]]  # {(task, dataset, number): summary}
 
 
-def numbers_of(result: Mapping[str, Any]) -> Numbers:
+def numbers_of(result: Mapping[str, Any], dataset: str) -> Numbers:
     """What a result of training.evaluate says of its model as it is: denoised, where it has a denoiser.
 
     Of a model that was changed inside and has no denoiser, ratios to its own raw features say nothing.
+
+    Args:
+        dataset: what the table calls the result's.
     """
     states = result["states"]
     numbers = states.get("denoised") or next(iter(states.values()))
     if result["tags"]["rival"] == REGISTERS:
         numbers = {name: summary for name, summary in numbers.items() if not name.startswith("ratio")}
-    return {(result["task"], result["dataset"], name): summary for name, summary in numbers.items()}
+    return {(result["task"], dataset, name): summary for name, summary in numbers.items()}
 
 
 def gains(numbers: Numbers, raw: Numbers) -> Numbers:

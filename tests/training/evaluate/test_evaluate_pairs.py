@@ -105,6 +105,9 @@ def test_pairs_that_do_not_fit_are_named(model, data, tmp_path):
     write(tmp_path / "size", [split.images[0]], grid=4)
     with pytest.raises(ValueError, match="4 x 4 patches and 64 channels, the model gives 8 x 8"):
         PairFeatures(tmp_path / "size", split, extractor)
+    write(tmp_path / "weights", [split.images[0]], weights="0" * 64, model="vit_x", pretrained=False, seed=7)
+    with pytest.raises(ValueError, match="weights of 'vit_x', random ones of --seed 7, which are not those of --model"):
+        PairFeatures(tmp_path / "weights", split, extractor)
 
 
 def test_a_second_folder_solved_without_g_adds_the_view_average(model, data, tmp_path, capsys):

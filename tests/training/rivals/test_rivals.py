@@ -202,6 +202,16 @@ def test_the_mean_map_is_subtracted_and_the_mean_token_stays(folder):
 # ---- the command
 
 
+def test_two_folders_are_two_columns(folder, tmp_path):
+    small_datasets.folder(tmp_path / "second", train=2, val=3)
+    arguments = dict(img_size=64, depth=1, embed_dim=32, num_heads=2, num_classes=0)
+    words = ["--model", small_datasets.saved_model(tmp_path / "model", arguments), "--views", "32"]
+    words += ["--images", str(folder / "train" / "images"), "--out", str(tmp_path / "out"), "--rivals", "static"]
+    assert main([*words, "--tasks", f"position:folder:{folder}", f"position:folder:{tmp_path / 'second'}"]) == 0
+    headings = (tmp_path / "out" / "rivals.md").read_text().splitlines()[0]
+    assert all(headings.count(f"| {name} position % |") == 1 for name in (folder.name, "second"))
+
+
 @pytest.mark.slow
 def test_a_table_of_all_rows_and_nothing_done_twice(folder, tmp_path, monkeypatch, capsys):
     model = small_datasets.saved_model(

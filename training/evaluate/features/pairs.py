@@ -91,7 +91,7 @@ class PairFeatures:
             folder: what training.denoise_images wrote.
 
         Raises:
-            ValueError: there are no pairs, they are not of this model's width and grid, or the split has none.
+            ValueError: there are no pairs, they are not of this model's weights and grid, or the split has none.
         """
         try:
             settings, entries = read_settings(folder), read_index(folder)
@@ -108,6 +108,12 @@ class PairFeatures:
             raise UserError(
                 f"--pairs {folder} holds maps of {self.grid} x {self.grid} patches and {self.channels} channels, the "
                 f"model gives {made[0]} x {made[0]} and {made[1]}: they are of another model or size (see --input-size)"
+            )
+        if settings.get("weights", known := extractor.describe()["weights"]) != known:
+            kind = "" if settings.get("pretrained", True) else f", random ones of --seed {settings.get('seed', 0)}"
+            raise UserError(
+                f"--pairs {folder} was made with the weights of {settings.get('model')!r}{kind}, which are not those "
+                "of --model"
             )
         by_content = {entry.sha256: folder / entry.file for entry in entries}
         matches = [(i, by_content.get(read_file(path)[1].sha256)) for i, path in enumerate(split.images)]
