@@ -211,16 +211,26 @@ def _facts_of(state: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known_tags(model: str) -> dict[str, str]:
     """What the folder of a trained denoiser says of itself: the number of pairs it was trained on."""
-    path = Path(model.removeprefix("local-dir:")) / "settings.json"
     try:
-        return {"pairs": str(json.loads(path.read_text())["pairs"]["count"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {"pairs": str(_trained(model)["pairs"]["count"])}
+    except (KeyError, TypeError):
         return {}
+
+
+def _trained(model: str) -> dict[str, Any]:
+    """What a model's folder says of its training; nothing where it says none."""
+    try:
+        settings = json.loads((Path(model.removeprefix("local-dir:")) / "settings.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _label(state: str, model: str, extractor: Extractor) -> str:
     """A distilled ViT has one state, which is no raw one."""
-    return "distilled" if len(extractor.states) == 1 and "distilled" in model else state
+    if len(extractor.states) > 1:
+        return state
+    return "distilled" if "distilled" in model or _trained(model).get("task") == "stage 3" else state
 
 
 def _summaries(numbers: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -44,6 +45,8 @@ TASKS = {
     "propagation": {"fast": "propagation"},
 }
 PROTOCOLS = ("fast", "repository")
+# Settings that may be 0 though they are not by default; below that none may be.
+ZERO = ("weight_decay", "warmup", "loss_warmup", "context", "shuffled")
 
 
 def tasks_of(protocol: str) -> tuple[str, ...]:
@@ -68,7 +71,8 @@ def task_settings(name: str, dataset: str, words: Sequence[str] = (), protocol: 
     """A task's settings for a dataset, with `NAME=VALUE` or `TASK.NAME=VALUE` overriding them.
 
     Raises:
-        ValueError: no such dataset or setting, or a value of the wrong type; a `TASK.` of another task is left alone.
+        ValueError: no such dataset or setting, or a value of the wrong type or size; a `TASK.` of another task is left
+            alone.
     """
     task = load_task(name, protocol)
     settings = getattr(task, "SMALL", task.Settings()) if named(dataset).small else task.Settings()
@@ -86,6 +90,7 @@ def task_settings(name: str, dataset: str, words: Sequence[str] = (), protocol: 
         if key not in known:
             raise UserError(f"--set {word}: {name} has the settings {', '.join(known) or 'none'}")
         changes[key] = _parse(word, text, known[key])
+        _check_size(word, changes[key], zero=key in ZERO or not (known[key] and getattr(task.Settings(), key)))
     return replace(settings, **changes)
 
 
@@ -97,10 +102,16 @@ def _parse(word: str, text: str, default: Any) -> Any:
     except (ValueError, SyntaxError):
         raise UserError(f"--set {word}: {text!r} is not a value like {default!r}") from None
     kinds = (int, float) if isinstance(default, float) else (type(default),)
-    if (
-        value is not None
-        and default is not None
-        and (not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)))
-    ):
+    if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
         raise UserError(f"--set {word}: must be {type(default).__name__}, like {default!r}, got {text!r}")
     return value
+
+
+def _check_size(word: str, value: Any, zero: bool) -> None:
+    """Raise UserError for a number below 0, at 0 where that is none either, or without end; for one of several too."""
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, tuple):
+            _check_size(word, number, zero)
+        elif isinstance(number, (int, float)) and not isinstance(number, bool):
+            if not (0 <= number < math.inf and (zero or number > 0)):
+                raise UserError(f"--set {word}: must be {'0 or more' if zero else 'above 0'}, got {number}")

@@ -188,6 +188,14 @@ def test_distilled_variant_is_called_so(data, tmp_path):
     assert set(result["states"]) == {"distilled"}
 
 
+def test_a_vit_of_distill_is_called_so_whatever_its_folder_is_called(data, tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", **ARGS)
+    timm.models.save_for_hf(vit, tmp_path / "mine", safe_serialization=True, model_args=ARGS)
+    (tmp_path / "mine" / "settings.json").write_text('{"task": "stage 3"}')
+    result = evaluate("knn-seg", "stamps", f"local-dir:{tmp_path / 'mine'}", data, tmp_path / "out")["knn-seg"]
+    assert set(result["states"]) == {"distilled"}
+
+
 @pytest.mark.slow
 def test_killed_run_continues_to_the_same_result(model, data, tmp_path):
     command = [
@@ -275,7 +283,14 @@ def test_one_missing_mask_is_named(model, data, tmp_path, capsys):
         (["depth", "--dataset", "voc"], "dataset voc has no depth; those that have: nyu"),
         (["knn-seg", "--dataset", "stamps", "--set", "nearest=3"], "knn-seg has the settings neighbors"),
         (["knn-seg", "--dataset", "stamps", "--set", "neighbors=many"], "'many' is not a value like 20"),
-        (["knn-seg", "--dataset", "stamps", "--set", "bank_share=0"], "bank_share must be in (0, 1], got 0"),
+        (["knn-seg", "--dataset", "stamps", "--set", "bank_share=1.5"], "bank_share must be in (0, 1], got 1.5"),
+        (["knn-seg", "--dataset", "stamps", "--set", "bank_share=0"], "bank_share=0: must be above 0, got 0"),
+        (["knn-seg", "--dataset", "stamps", "--set", "neighbors=None"], "neighbors=None: must be int, like 20"),
+        (["knn-seg", "--dataset", "stamps", "--set", "query_size=-3"], "query_size=-3: must be 0 or more, got -3"),
+        (["linear-seg", "--dataset", "stamps", "--set", "steps=0"], "steps=0: must be above 0, got 0"),
+        (["linear-seg", "--dataset", "stamps", "--set", "weight_decay=-1"], "weight_decay=-1: must be 0 or more"),
+        (["blank", "--dataset", "stamps", "--set", "sizes=(64,(0,64))"], "must be above 0, got 0"),
+        (["depth", "--dataset", "nyu", "--set", "least=5", "most=1"], "least must be below most, got 5 and 1 m"),
         (["detection", "--dataset", "stamps", "--set", "finest=3"], "finest must be one of (4, 2, 1), got 3"),
         (["detection", "--dataset", "stamps", "--set", "fixed_pe=all"], "fixed_pe must be one of"),
         (["detection", "--dataset", "stamps", "--set", "embedding=learned"], "embedding must be one of"),

@@ -41,6 +41,14 @@ def test_without_names_the_masks_say_how_many_classes_there_are(where):
     assert open_dataset("folder", where, "masks")["train"].classes == [f"class {i}" for i in range(7)]
 
 
+def test_masks_of_one_class_are_refused(where):
+    (where / "classes.txt").write_text("all\n")
+    for path in where.glob("*/masks/**/*.png"):
+        paint(path, np.zeros((64, 64)))
+    with pytest.raises(ValueError, match="its masks have one class"):
+        open_dataset("folder", where, "masks")
+
+
 def test_any_image_suffix_and_a_turned_photograph(where):
     image = where / "train" / "images" / "000.jpg"
     Image.open(image).convert("RGB").save(image.with_suffix(".webp"))

@@ -84,6 +84,8 @@ def open_dataset(
         if empty:
             raise FileNotFoundError(f"no images for {', '.join(empty)}")
         _check_classes(splits)
+        if kind == "masks" and any(len(split.classes) < 2 for split in splits.values()):
+            raise UserError(f"{name} under {folder}: its masks have one class, and there is nothing to tell it from")
         splits = {part: split.limit(limit) for part, split in splits.items()}
         for split in splits.values() if kind != "images" else ():  # whose annotations nobody reads
             check(split)

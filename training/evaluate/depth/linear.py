@@ -60,6 +60,10 @@ class Settings:
     upsampling: int = 4
     eigen_crop: bool = True
 
+    def __post_init__(self) -> None:
+        if self.least >= self.most:
+            raise UserError(f"least must be below most, got {self.least} and {self.most} m")
+
 
 SMALL = Settings(steps=1_500, warmup=500, upsampling=1, eigen_crop=False)
 
