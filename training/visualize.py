@@ -36,7 +36,7 @@ from training.common.command import add_model_arguments, command_parser, complai
 from training.common.recipes import add_recipe
 from training.common.views import render_views, whole_view
 from training.figures.panels import Row, draw_positional, draw_stage1
-from training.figures.sheet import save_figure
+from training.figures.sheet import check_picture, save_figure
 from training.figures.video import Maps, check_suffix, count_frames, draw_video
 from training.stage1.cost import describe_cost, seconds_a_view
 from training.stage1.decompose import decompose
@@ -70,6 +70,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments. Raises ValueError for what is wrong whatever the model and the images are."""
     if not 1 <= args.clusters <= len(PALETTE):
         raise UserError(f"clusters must be from 1 to {len(PALETTE)}, got {args.clusters}")
+    if args.out:
+        check_picture(args.out)
     if args.video:
         check_suffix(args.video)
         if len(args.images) != 1:

@@ -57,6 +57,12 @@ def test_safetensors_own_files_get_that_mode_too(tmp_path):
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
+def test_an_error_of_the_system_that_safetensors_has_in_words_is_one_again(tmp_path):
+    with pytest.raises(IsADirectoryError) as error:
+        write_whole(tmp_path / "a", lambda path: safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path))
+    assert error.value.filename == str(tmp_path / "a")
+
+
 def killed_at(replacement: int, folder: Path) -> None:
     """Save over a folder in a process that is killed in place of its nth replacement of a file."""
     code = (

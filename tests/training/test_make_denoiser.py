@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -267,6 +268,15 @@ def test_an_image_that_cannot_be_read_is_left_out(images, made, tmp_path, capsys
     (folder / "9.png").write_bytes(b"no image")
     for more in ((), ("--no-pairs",)):
         assert run(folder, tmp_path / f"out{len(more)}", *more) == 0
+
+
+@pytest.mark.slow
+def test_an_image_that_cannot_be_decomposed_is_left_out_with_pairs_and_without(images, tmp_path, caplog, capsys):
+    folder = shutil.copytree(images, tmp_path / "images")
+    Image.new("RGB", (1, 1)).save(folder / "0.png")  # all of its views are the same
+    for more in ((), ("--no-pairs",)):
+        assert run(folder, tmp_path / f"out{len(more)}", *more) == 0
+    assert f"left out {folder / '0.png'}" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,7 @@ def test_a_model_with_a_denoiser_draws_its_own_output_and_raw_features_beside_it
     ("options", "message"),
     [
         (["--video", "out.avi"], "out must end in .mp4 or .gif"),
+        (["--out", "b.txt"], "b.txt: a picture's name ends in one of"),
         (["--clusters", "11"], "clusters must be from 1 to 10"),
         (["--stride", "17"], "stride must be from 1"),
     ],

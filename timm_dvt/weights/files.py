@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -57,6 +59,11 @@ def _filled(file: Path, write: Write, path: Path) -> Iterator[None]:
             file.chmod(mode)  # safetensors puts another in its place, which only its owner can read
             with open(file, "r+b") as written:  # Windows flushes what can be written to, and nothing else
                 os.fsync(written.fileno())
+        except SafetensorError as e:  # which has the system's error in words, of a full disk say
+            number = re.search(r"os error (\d+)", str(e))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from e
         except OSError as e:
             if e.errno and e.filename is None:  # that of a full disk does not say which file has no room
                 e.filename = str(path)

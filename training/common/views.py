@@ -60,8 +60,7 @@ def sample_views(
     """
     if count < 1:
         raise UserError(f"count must be at least 1, got {count}")
-    if not 0 < area[0] <= area[1] <= 1:
-        raise UserError(f"area must be (smallest, largest) within (0, 1], got {area}")
+    check_area(area)
     if not 0 < aspect[0] <= aspect[1]:
         raise UserError(f"aspect must be (smallest, largest), both positive, got {aspect}")
     if not 0 <= flip <= 1:
@@ -73,6 +72,12 @@ def sample_views(
     x0, x1 = _interval(np.sqrt(share * ratio), draws[:, 2], image_size[1])
     y0, y1 = _interval(np.sqrt(share / ratio), draws[:, 3], image_size[0])
     return Views(torch.from_numpy(np.stack([x0, y0, x1, y1], 1)), torch.from_numpy(draws[:, 4] < flip))
+
+
+def check_area(area: tuple[float, float]) -> None:
+    """Raise UserError for what are no shares of an image."""
+    if not 0 < area[0] <= area[1] <= 1:
+        raise UserError(f"area must be (smallest, largest) within (0, 1], got {area}")
 
 
 def _interval(length: np.ndarray, place: np.ndarray, pixels: int) -> tuple[np.ndarray, np.ndarray]:

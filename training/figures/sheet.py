@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from timm_dvt.errors import UserError
 from timm_dvt.viewer.colors import heat
 from timm_dvt.viewer.pairs import Scale
 from timm_dvt.viewer.panel import FAINT, INK, MARK
@@ -109,6 +111,13 @@ class Sheet:
 def shortened(label: str, most: int) -> str:
     """A label of at most so many letters, its middle left out; the end tells files apart."""
     return label if len(label) <= most else f"{label[: most - 10]}…{label[-9:]}"
+
+
+def check_picture(path: str | Path) -> None:
+    """Raise UserError for a name whose suffix says no kind of picture."""
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if (suffix := Path(path).suffix[1:].lower()) and suffix not in kinds:
+        raise UserError(f"{path}: a picture's name ends in one of {' '.join(kinds)}")
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,8 @@ from training.pairs.folder import PRECISIONS, pair_file, stored_part
 from training.pairs.reader import PairReader, PairSet
 from training.stage1.decompose import Stage1Settings, decompose
 from training.stage1.images import IMAGE_ERRORS, image_seed, pair_maps
+
+_logger = logging.getLogger(__name__)
 
 
 def pairs_of_images(
@@ -60,7 +63,7 @@ class SolvingReader(PairReader):
         """
         super().__init__(pairs, parts)
         self.sources, self.model, self.settings = sources, model, settings
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time, self._left_out = threading.Lock(), set[Source]()
 
     def _load(self, position: int) -> list[list[Tensor]]:
         crop, place = divmod(position, len(self.pairs.files))
@@ -81,15 +84,22 @@ class SolvingReader(PairReader):
         return [[of(layer, part) for layer in self.pairs.layers] for part in self.parts]
 
     def _solve(self, place: int) -> dict[int, dict[str, Tensor]]:
-        """All that a pair's file would hold."""
-        source = self.sources[self.pairs.files[place]]
+        """All that a pair's file would hold; of an image that cannot be decomposed, what the next one's would."""
         with self._one_at_a_time:
-            try:
-                data, content = read_file(source.path)
-                seed = image_seed(self.settings.seed, content.sha256)
-                image = decode_image(data).to(next(self.model.parameters()).device)
-                parts = decompose(self.model, image, replace(self.settings, seed=seed))
-            except IMAGE_ERRORS as error:
-                raise UserError(f"{source.path}: {error}") from error
-        assert isinstance(parts, dict)  # settings.layers is filled in
-        return {layer: pair_maps(part) for layer, part in parts.items()}
+            for tried in range(len(self.pairs.files)):
+                source = self.sources[self.pairs.files[(place + tried) % len(self.pairs.files)]]
+                if source in self._left_out:
+                    continue
+                try:
+                    data, content = read_file(source.path)
+                    seed = image_seed(self.settings.seed, content.sha256)
+                    image = decode_image(data).to(next(self.model.parameters()).device)
+                    parts = decompose(self.model, image, replace(self.settings, seed=seed))
+                except IMAGE_ERRORS as error:  # the next one stands for it, as its place was drawn already
+                    self._left_out.add(source)
+                    reason = f"{source.path}: {error}"
+                    _logger.warning("left out %s", reason)
+                    continue
+                assert isinstance(parts, dict)  # settings.layers is filled in
+                return {layer: pair_maps(part) for layer, part in parts.items()}
+        raise UserError(f"none of the {len(self.pairs.files)} images can be decomposed; the last: {reason}")

@@ -11,6 +11,7 @@ from torch import nn
 from timm_dvt.errors import UserError
 from timm_dvt.options import option
 from training.common.backbone import DTYPES, FeatureReader
+from training.common.views import check_area
 from training.stage1.conditioning import LEAST_VIEWS
 from training.stage1.field.fit import FieldSettings
 from training.stage1.linear.solver import LinearSettings
@@ -77,6 +78,7 @@ class Stage1Settings:
         Raises:
             UserError: a value that cannot be. TypeError: the model is none of timm's ViTs.
         """
+        check_area(self.area)
         reader = replace(self, layers=_blocks(self.layers, model)).reader(model)
         filled: dict[str, Any] = {name: getattr(reader, name) for name in ("layers", "input_size", "stride")}
         return replace(self, crops=min(self.crops, self.views - 1), **filled)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_dvt.architectures import ARCHITECTURES
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from timm_dvt.errors import UserError
 from timm_dvt.weights.checkpoints import EXTRAS, denoiser_for, read_checkpoint
@@ -79,14 +80,18 @@ def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backb
             raise UserError(f"--init {folder} holds denoisers for blocks {list(by_layer)}, none for {layer}")
         if (init.arch, len(init.blocks)) != (denoiser.arch, len(denoiser.blocks)):
             raise UserError(
-                f"--init {folder} holds {init.arch} of {len(init.blocks)} blocks, "
-                f"but this run trains {denoiser.arch} of {len(denoiser.blocks)}; see --arch and --blocks"
+                f"--init {folder} holds {_described(init)}, but this run trains {_described(denoiser)}; "
+                "see --arch and --blocks"
             )
         init.fix_grid(denoiser.grid_size)
         state = init.state_dict()
         for after_training in EXTRAS:  # what this run is asked for decides them
             state.pop(after_training, None)
         denoiser.load_state_dict(state)
+
+
+def _described(denoiser: Denoiser) -> str:
+    return f"{denoiser.arch} of {len(denoiser.blocks)}" if ARCHITECTURES[denoiser.arch].deep else denoiser.arch
 
 
 def _some(reader: PairReader) -> list[int]:
