@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import pytest
 import safetensors.torch
@@ -170,3 +171,26 @@ def test_a_config_cannot_name_a_backbone_outside_timms_registry(backbone, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="not a model of timm's registry"):
         timm.create_model(f"local-dir:{tmp_path}")
+
+
+def test_what_will_not_load_is_warned_of(tmp_path):
+    class Adapter(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.low = inner, torch.nn.Linear(8, 8)
+
+    arguments = {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 0}
+    model = timm_dvt.add_denoiser(timm.create_model("vit_tiny_patch16_224", **arguments))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        timm_dvt.save_pretrained(model, tmp_path / "good", model_args=arguments)
+    model.head = torch.nn.Linear(32, 4)
+    with pytest.warns(UserWarning, match="will not load as the model that was saved: head.bias, head.weight differ"):
+        timm_dvt.save_pretrained(model, tmp_path / "head", model_args=arguments)
+    model.head = torch.nn.Identity()
+    model.blocks[0].attn.qkv = Adapter(model.blocks[0].attn.qkv)
+    with pytest.warns(UserWarning, match="blocks.0.attn.qkv.bias, .* and 2 more differ"):
+        timm_dvt.save_pretrained(model, tmp_path / "adapter", model_args=arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        timm_dvt.save_pretrained(model, tmp_path / "denoiser", denoiser_only=True, model_args=arguments)

@@ -3,12 +3,14 @@
 import inspect
 import json
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import timm
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ from timm_dvt.layouts import input_size, meant_size, unwrapping
 from timm_dvt.timm_private import save_config_for_hf
 from timm_dvt.variants import saved_architecture
 from timm_dvt.version import __version__
-from timm_dvt.weights.fetching import WEIGHTS_NAME
+from timm_dvt.weights.fetching import WEIGHTS_NAME, first_line
 from timm_dvt.weights.files import Write, write_together
 
 
@@ -35,6 +37,8 @@ def save_pretrained(
             whose own published weights are fetched when it is loaded: not for a backbone that was fine-tuned.
         model_args: arguments the backbone was created with beyond its image size, channels, classes and pooling
             (those are known), where timm has not recorded them itself.
+
+    Warns where what was written will not load as this model, as of one with adapters or a head of another kind.
 
     Raises:
         TypeError: the model has no denoiser (timm.models.save_for_hf saves a plain one).
@@ -54,7 +58,29 @@ def save_pretrained(
         state = {key: tensor for key, tensor in state.items() if key.startswith("denoiser.")}
     metadata = {"format": "pt", "backbone": str(model.backbone_name), "timm_dvt": __version__, **_grids(model)}
     tensors = _apart(state)
-    return _write_folder(folder, tensors, metadata, lambda path: _write_config(model, path, model_args or {}))
+    _write_folder(folder, tensors, metadata, lambda path: _write_config(model, path, model_args or {}))
+    if problem := _problem(folder, tensors):
+        warnings.warn(
+            f"{folder} will not load as the model that was saved: {problem}. Merge adapters into the layers that they "
+            "wrap, set the classes by reset_classifier, and pass what the backbone was made with as model_args",
+            stacklevel=2,
+        )
+    return folder
+
+
+def _problem(folder: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """What keeps a folder's model from taking these weights; "" where nothing does."""
+    try:
+        sketch = timm.create_model(f"local-dir:{folder}", device="meta")
+    except Exception as e:  # of timm, of whatever kind: arguments that it does not take
+        return f"config.json makes no model ({first_line(e)})"
+    expected = {key: tuple(value.shape) for key, value in sketch.state_dict().items()}
+    if not any(not key.startswith("denoiser.") for key in tensors):
+        expected = {key: shape for key, shape in expected.items() if key.startswith("denoiser.")}
+    saved = {key: tuple(value.shape) for key, value in tensors.items()}
+    others = sorted(key for key in {*expected, *saved} if expected.get(key) != saved.get(key))
+    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+    return f"{', '.join(others[:4])}{more} differ" if others else ""
 
 
 def _write_folder(folder: Path, tensors: dict, metadata: dict[str, str], write_config: Write) -> Path:
