@@ -68,7 +68,7 @@ def test_files_that_were_changed_or_mended_are_taken_again(photographs, of_folde
     (images / "0000.png").write_bytes(broken)
     shutil.copyfile(photographs / "0004.png", images / "0002.png")
     again = extract(images, tmp_path / "out")
-    assert "1 shards hold images that are others now" in capsys.readouterr().out
+    assert "taken again: 1 shard with images that are others now" in capsys.readouterr().out
     assert list(again) == list(of_folder) and same(again["0000.png"], of_folder["0000.png"])
     assert same(again["0002.png"], of_folder["0004.png"]) and not same(again["0002.png"], of_folder["0002.png"])
     assert (tmp_path / "out" / "errors.jsonl").read_text() == ""

@@ -131,7 +131,8 @@ class _Extraction:
     def run(self) -> Path:
         """The whole extraction; returns the folder."""
         if changed := self.index.forget(self.source.changed(self.index.shards, self.layout.length)):
-            self.say(f"{changed} shards hold images that are others now, or could not be read: taken again")
+            shards = f"{changed} shard{'s' * (changed > 1)}"
+            self.say(f"taken again: {shards} with images that are others now, or could not be read before")
         done = sum(len(images) for images in self.index.shards.values())
         check_room(self.out, self.layout.image_bytes, self.source.count or self.source.expected, done, self.say)
         self.basis = self._basis()
