@@ -15,7 +15,7 @@ from timm_dvt.building import checked_file, naming_config
 from timm_dvt.errors import UserError, WeightsNotFoundError
 from timm_dvt.registry import VARIANTS
 from timm_dvt.timm_private import hf_split
-from timm_dvt.weights.fetching import WEIGHTS_NAME, dead_network, fetch, fetch_backbone, first_line
+from timm_dvt.weights.fetching import TIMMS_WEIGHTS_NAME, WEIGHTS_NAME, dead_network, fetch, fetch_backbone, first_line
 
 SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -66,20 +66,29 @@ def create_model(name: str, pretrained: bool, **kwargs: Any) -> Any:
     Raises:
         WeightsNotFoundError: they cannot be had. Whatever timm raises.
     """
-    on_hub = name.startswith(SCHEMES[:2])
+    on_hub, missing = name.startswith(SCHEMES[:2]), None
     if on_hub and dead_network():  # timm's client would try for long
         repo, revision = hf_split(name.partition(":")[2])
-        for filename in ("config.json", *([WEIGHTS_NAME] if pretrained else [])):
-            name = f"local-dir:{Path(fetch(repo, filename, revision)).parent}"
+        folder = Path(fetch(repo, "config.json", revision)).parent
+        try:
+            folder = Path(fetch(repo, WEIGHTS_NAME, revision)).parent if pretrained else folder
+        except WeightsNotFoundError:
+            if not (folder / TIMMS_WEIGHTS_NAME).exists():
+                raise
+        name = f"local-dir:{folder}"
     elif on_hub and pretrained:
         try:
             fetch_backbone(name)  # timm, which compares no hashes, then reads what is here
         except WeightsNotFoundError as error:
             if not isinstance(error.__cause__, EntryNotFoundError):  # its config.json may name another file
                 raise
+            missing = error
     elif pretrained and timm.is_model(name) and name not in VARIANTS and (file := fetch_backbone(name)):
         kwargs["pretrained_cfg_overlay"] = checked_file(file)
-    return timm.create_model(name, pretrained=pretrained, **kwargs)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except EntryNotFoundError as error:
+        raise missing or error from error
 
 
 def did_you_mean(name: str, names: list[str] | None = None) -> str:

@@ -16,6 +16,7 @@ from tests.helpers.fabricated import BACKBONE, publish, publish_backbone, publis
 from timm_dvt import registry
 from timm_dvt.__main__ import main
 from timm_dvt.publish import push as pushing
+from timm_dvt.publish.cards import card as card_of
 from timm_dvt.publish.convert import convert
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import Variant
@@ -99,6 +100,14 @@ def test_a_source_is_named_in_any_form(form, hub, tmp_path):
         "revision": f"hf-hub:jjiaweiyang/DVT@{hub.keep('jjiaweiyang/DVT')}/{file}",
     }[form]
     same(name, f"local-dir:{convert(source, name, tmp_path / 'folder')}")
+
+
+def test_the_card_of_a_folder_of_ones_own_claims_nothing_published(hub, tmp_path):
+    name = publish_tiny(hub)
+    first = convert(None, name, tmp_path / "published")
+    second = convert(str(first), name, tmp_path / "own")
+    cards = [(folder / "README.md").read_text() for folder in (first, second)]
+    assert ["published at" in card for card in cards] == [True, False]
 
 
 def test_a_denoiser_only_folder_fetches_its_backbone(hub, tmp_path):
@@ -246,6 +255,21 @@ def test_what_push_cannot_do_is_one_line(account, tmp_path, capsys, monkeypatch)
     monkeypatch.delenv("HF_TOKEN")
     assert "log in" in error(capsys, "push", name, "--repo", "me/x")
     assert not (account.folder / "me").exists()
+
+
+def test_the_card_of_ones_own_denoisers_says_which_blocks_have_one_and_nothing_published(account, tmp_path):
+    name = "vit_base_patch16_224.mae_dvt"
+    thin = {"depth": 3, "embed_dim": 64, "num_heads": 1}
+    for layers, said in (((1,), "the last block has no denoiser"), ((0, 2), "blocks 0, 2 are denoised")):
+        model = timm.create_model(name, img_size=64, **thin, denoiser={"layers": layers})
+        folder = timm_dvt.save_pretrained(model, tmp_path / f"of {len(layers)}", model_args=thin)
+        assert pushing.push(str(folder), "me/own")
+        card = (account.folder / "me/own/README.md").read_text()
+        assert said in card and "denoisers stand behind the blocks" in card
+        assert "of the last block are denoised" not in card and "behind the final norm" not in card
+    text = str(card_of(VARIANTS[name], own=True))
+    assert "trained on" not in text.split("## Use")[0] and "published at" not in text and "## Results" not in text
+    assert "trained on" in str(card_of(VARIANTS[name])).split("## Use")[0]
 
 
 def test_a_model_of_ones_own_gets_a_card_without_published_results(account, tmp_path):

@@ -173,6 +173,24 @@ def test_a_config_cannot_name_a_backbone_outside_timms_registry(backbone, tmp_pa
         timm.create_model(f"local-dir:{tmp_path}")
 
 
+@pytest.mark.parametrize("written", ["now", "by an older version"])
+@torch.no_grad()
+def test_heads_are_the_files(written, tmp_path):
+    small = {"img_size": 32, "depth": 1, "embed_dim": 64, "num_heads": 2, "num_classes": 0}
+    models = [
+        timm_dvt.add_denoiser(timm.create_model("vit_tiny_patch16_224", **small), num_heads=heads).eval()
+        for heads in (4, 1)
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    folder = timm_dvt.save_pretrained(models[0], tmp_path, model_args=small)
+    if written != "now":
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+        safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
+    timm_dvt.load_denoiser(models[1], folder)
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(models[0].forward_features(images), models[1].forward_features(images))
+
+
 def test_what_will_not_load_is_warned_of(tmp_path):
     class Adapter(torch.nn.Module):
         def __init__(self, inner):

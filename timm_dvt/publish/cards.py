@@ -61,6 +61,8 @@ class Facts:
     whole: int
     denoiser: int
     describes: str  # the denoiser in a few words
+    blocks: str = ""  # that have one, where it is not the last alone
+    final: bool = True  # whether the last has one
 
     @classmethod
     def of(cls, model: Any) -> "Facts":
@@ -76,7 +78,15 @@ class Facts:
             whole=BYTES * sum(p.numel() for p in model.parameters()),
             denoiser=BYTES * parameters,
             describes="" if denoiser is None else f"{_kind(model)} of {parameters / 1e6:.1f} M parameters",
+            blocks=_blocks(model),
+            final=denoiser is None or model.final_block in model.denoisers(),
         )
+
+
+def _blocks(model: Any) -> str:
+    """The blocks that have a denoiser, where it is not the last one alone."""
+    blocks = [] if getattr(model, "denoiser", None) is None else list(model.denoisers())
+    return "" if not blocks or blocks == [model.final_block] else ", ".join(map(str, blocks))
 
 
 def _kind(model: Any) -> str:
@@ -85,9 +95,8 @@ def _kind(model: Any) -> str:
     denoiser = denoisers[max(denoisers)]  # all are of one kind
     count = max(sum(any(True for _ in part.parameters()) for part in denoiser.blocks), 1)
     kind = f"{count} {ARCHITECTURES[denoiser.arch].kind.format(s='s' * (count > 1))}"
-    if list(denoisers) == [model.final_block]:
-        return kind
-    return f"for each of the blocks {', '.join(map(str, denoisers))}, counted from 0, {kind}, together"
+    blocks = _blocks(model)
+    return f"for each of the blocks {blocks}, counted from 0, {kind}, together" if blocks else kind
 
 
 def publishable() -> list[Variant]:
@@ -101,7 +110,11 @@ def has_weights(variant: Variant) -> bool:
 
 
 def card(
-    variant: Variant, repo_id: str | None = None, denoiser_only: bool = False, model: nn.Module | None = None
+    variant: Variant,
+    repo_id: str | None = None,
+    denoiser_only: bool = False,
+    model: nn.Module | None = None,
+    own: bool = False,
 ) -> ModelCard:
     """The card of a variant; published results are in it where the variant's weights are the published ones.
 
@@ -109,12 +122,13 @@ def card(
         repo_id: where it is going to be; None for a card that waits to be published.
         denoiser_only: whether the repo leaves the backbone's weights out.
         model: the model, where it is not simply the variant's (on any device, also "meta").
+        own: its denoiser is not the one that was published for the variant, of which nothing is said then.
     """
     facts = Facts.of(model if model is not None else timm.create_model(variant.name, device="meta"))
     base = RELATIVE if variant.name == FOCUS.name else getattr(get_pretrained_cfg(variant.backbone), "hf_hub_id", None)
     license = variant.license or "other"
     repo = repo_id or f"{NAMESPACE}/{variant.name}"
-    results, images = published.results(variant), published.trained_on(variant)
+    results, images = ([], None) if own else (published.results(variant), published.trained_on(variant))
     named = base and variant.name != FOCUS.name
     base_link = f"[{base}](https://huggingface.co/{base})" if named else f"`{variant.backbone}`"
     content = "backbone and denoiser" if not variant.distilled else "the whole ViT"
@@ -129,10 +143,12 @@ def card(
         base=base_link,
         license=license,
         license_note=_license_note(variant, license),
-        source=_source(variant),
+        source="" if own else _source(variant),
         trained_on=images,
         distilled=variant.distilled,
         denoiser=facts.describes,
+        blocks=facts.blocks,
+        final=facts.final,
         resolution=variant.resolution,
         tokens=facts.prefix + facts.grid**2,
         dim=facts.dim,
@@ -143,7 +159,7 @@ def card(
         content=content,
         columns=[f"{PROBES[dataset][2]} {METRICS[number][1]}" for _, dataset, number in published.SEVEN],
         results=[(features, source, _cells(numbers)) for features, source, numbers in results],
-        measured=published.MEASURED if variant.name == FOCUS.name else (),
+        measured=published.MEASURED if variant.name == FOCUS.name and not own else (),
         repository=REPOSITORY,
     )
     return text

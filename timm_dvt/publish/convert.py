@@ -43,11 +43,12 @@ def convert(source: str | None, model: str, out: str | os.PathLike, denoiser_onl
     own = readme.is_file() and f"\n# {model}\n" in readme.read_text(encoding="utf-8", errors="replace")
     if not own and (there := [name for name in WRITTEN if (out / name).exists()]):
         raise UserError(f"{out} holds {', '.join(there)}, not written by convert for {model}; name another folder")
+    own_weights = source is not None and os.path.isdir(source)  # of a training or a calibration, say
     overlay: Any = {} if source is None else {"pretrained_cfg_overlay": {"file": find(source)}}
     network = timm.create_model(model, pretrained=True, **overlay)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        text = str(card(variant, denoiser_only=denoiser_only, model=network))
+        text = str(card(variant, denoiser_only=denoiser_only, model=network, own=own_weights))
         write_whole(readme, lambda path: path.write_text(text, encoding="utf-8"))  # first: by it the folder is known
         if variant.distilled:
             save_plain(network, out, variant.backbone)

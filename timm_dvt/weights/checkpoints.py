@@ -51,6 +51,7 @@ class Checkpoint:
     denoiser: State = field(default_factory=dict)
     made_for: str | None = None  # the backbone's name, where the file or its name says so
     grids: dict[str, Grid] = field(default_factory=dict)  # of the denoiser's embeddings by key, where the file says so
+    num_heads: int | None = None  # of the denoiser, where the file says so, or the config.json beside it
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -61,8 +62,9 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     Raises:
         CheckpointError: the file is missing, damaged, or holds something else.
     """
-    path = str(path)
+    path, heads = str(path), None
     if os.path.isdir(path):
+        heads = _heads_of_config(path)
         names = [name for name in (WEIGHTS_NAME, TIMMS_WEIGHTS_NAME) if os.path.exists(os.path.join(path, name))]
         path = os.path.join(path, (names or [WEIGHTS_NAME])[0])
     if not os.path.isfile(path):
@@ -84,7 +86,18 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     # A file of ours says what grids the embeddings are of, as "4x9".
     sides = {key: re.fullmatch(r"(\d{1,4})x(\d{1,4})", metadata.get(key, "")) for key in ("pos_embed", "pos_embed_out")}
     grids = {key: (int(match[1]), int(match[2])) for key, match in sides.items() if match}
-    return Checkpoint(path, *_split(_unwrap(content, path), path), metadata.get("backbone") or named, grids)
+    if re.fullmatch(r"[1-9]\d{0,2}", said := metadata.get("num_heads", "")):
+        heads = int(said)
+    return Checkpoint(path, *_split(_unwrap(content, path), path), metadata.get("backbone") or named, grids, heads)
+
+
+def _heads_of_config(folder: str) -> int | None:
+    """The denoiser's heads by a folder's config.json: weights of older versions do not say."""
+    try:
+        heads = json.loads(Path(folder, "config.json").read_text())["model_args"]["denoiser"]["num_heads"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return heads if type(heads) is int and 0 < heads < 1000 else None
 
 
 def _read_safetensors(path: str) -> tuple[dict, State]:
@@ -166,8 +179,9 @@ def denoiser_for(
 ) -> Denoiser | LayerDenoisers:
     """A denoiser with the checkpoint's weights, for a ViT of width `dim`.
 
-    The backbone's blocks that have a denoiser, its architecture, number of blocks and grids are the file's. One that
-    names no grids, as no published one does, must be of `grid_size`, its output embedding of `out_grid` or a square.
+    The backbone's blocks that have a denoiser, its architecture, number of blocks, heads and grids are the file's. One
+    that names no grids and heads, as no published one does, must be of `grid_size` and `num_heads`, and its output
+    embedding of `out_grid` or a square.
 
     Args:
         backbone, depth: the backbone's name and number of blocks, where the caller knows them.
@@ -180,7 +194,7 @@ def denoiser_for(
         raise CheckpointError(f"{path}: made for {checkpoint.made_for}, not for {backbone}.")
     if not state:
         raise CheckpointError(f"{path}: holds no denoiser (keys: {_some(checkpoint.backbone)}).")
-    new = partial(Denoiser, dim, num_heads=num_heads, device="meta")
+    new = partial(Denoiser, dim, num_heads=checkpoint.num_heads or num_heads, device="meta")
     grids = {"pos_embed": grid_size, "pos_embed_out": out_grid or grid_size, **checkpoint.grids}
     layers = sorted({int(m[1]) for m in (re.match(r"layers\.(\d{1,9})\.", key) for key in state) if m})
     if not layers:

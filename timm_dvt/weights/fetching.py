@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import get_pretrained_cfg
 
 from timm_dvt.errors import WeightsNotFoundError
@@ -68,12 +68,17 @@ def fetch_backbone(
         WeightsNotFoundError: as `fetch`.
     """
     files = backbone_files(backbone)
+    unanswered: WeightsNotFoundError | None = None
     for file in files:
         try:
             return fetch(*file, cache_dir, needed or files[:1])
         except WeightsNotFoundError as e:
-            if file == files[-1] or not isinstance(e.__cause__, EntryNotFoundError):
+            if not isinstance(e.__cause__, EntryNotFoundError):
                 raise
+            if unanswered is None and isinstance(e.__cause__, LocalEntryNotFoundError):  # of the cache, not of the Hub
+                unanswered = e
+            if file == files[-1]:
+                raise (unanswered or e)
     return None
 
 

@@ -56,7 +56,7 @@ def save_pretrained(
     state = model.state_dict()
     if denoiser_only:
         state = {key: tensor for key, tensor in state.items() if key.startswith("denoiser.")}
-    metadata = {"format": "pt", "backbone": str(model.backbone_name), "timm_dvt": __version__, **_grids(model)}
+    metadata = {"format": "pt", "backbone": str(model.backbone_name), "timm_dvt": __version__, **_shapes(model)}
     tensors = _apart(state)
     _write_folder(folder, tensors, metadata, lambda path: _write_config(model, path, model_args or {}))
     if problem := _problem(folder, tensors):
@@ -90,11 +90,12 @@ def _write_folder(folder: Path, tensors: dict, metadata: dict[str, str], write_c
     return folder
 
 
-def _grids(model: Any) -> dict[str, str]:
-    """The grids of the denoisers' position embeddings: how many places there are does not tell 4 x 9 from 6 x 6."""
+def _shapes(model: Any) -> dict[str, str]:
+    """What no tensor tells: the denoisers' heads, and grids of position embeddings, 4 x 9 places or 6 x 6."""
     denoiser = next(iter(model.denoisers().values()))  # all are of one kind
     grids = {"pos_embed": denoiser.grid_size, "pos_embed_out": denoiser.out_grid_size}
-    return {key: f"{rows}x{columns}" for key, (rows, columns) in grids.items() if getattr(denoiser, key) is not None}
+    there = {key: f"{rows}x{columns}" for key, (rows, columns) in grids.items() if getattr(denoiser, key) is not None}
+    return {"num_heads": str(denoiser.num_heads), **there}
 
 
 def recorded_arguments(name: str) -> dict[str, Any]:

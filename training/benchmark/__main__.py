@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import training.benchmark as package
+from timm_dvt.errors import UserError
+from training.common.command import complain
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +23,10 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("name", metavar="NAME", choices=sorted(benchmarks), help="one of those below")
     name = parser.parse_args(argv[:1]).name
-    return importlib.import_module(f"{package.__name__}.{name}").main(argv[1:])
+    try:
+        return importlib.import_module(f"{package.__name__}.{name}").main(argv[1:])
+    except UserError as error:
+        return complain(2, error)
 
 
 def _says(name: str) -> str:

@@ -72,13 +72,13 @@ def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backb
     saved = denoiser_for(read_checkpoint(folder), pairs.channels, pairs.grid, backbone=backbone)
     if isinstance(saved, LayerDenoisers):
         by_layer = {int(block): init for block, init in saved.layers.items()}
-    else:  # a folder of the last block alone does not number it
-        by_layer = {pairs.layers[-1]: saved}
+    else:  # a folder of the last block alone does not number it: the last of the pairs', whether trained now or not
+        by_layer = {max(pairs.settings.get("layers") or pairs.layers): saved}
     for layer, denoiser in denoisers.items():
         init: Any = by_layer.get(layer)
         if init is None:
             raise UserError(f"--init {folder} holds denoisers for blocks {list(by_layer)}, none for {layer}")
-        if (init.arch, len(init.blocks)) != (denoiser.arch, len(denoiser.blocks)):
+        if _described(init) != _described(denoiser):
             raise UserError(
                 f"--init {folder} holds {_described(init)}, but this run trains {_described(denoiser)}; "
                 "see --arch and --blocks"
@@ -91,7 +91,10 @@ def load_init(denoisers: dict[int, Denoiser], folder: str, pairs: PairSet, backb
 
 
 def _described(denoiser: Denoiser) -> str:
-    return f"{denoiser.arch} of {len(denoiser.blocks)}" if ARCHITECTURES[denoiser.arch].deep else denoiser.arch
+    count = len(denoiser.blocks)
+    if not ARCHITECTURES[denoiser.arch].deep:
+        return denoiser.arch
+    return f"{denoiser.arch} of {count} block{'s' * (count > 1)} and {denoiser.num_heads} heads"
 
 
 def _some(reader: PairReader) -> list[int]:

@@ -24,6 +24,12 @@ def test_help_names_each_benchmark_and_each_can_be_run(capsys):
         assert callable(importlib.import_module(f"training.benchmark.{name}").main)
 
 
+def test_what_a_model_cannot_do_is_one_line(capsys):
+    words = ["--model", "test_vit", "--images", "2", "--rounds", "1", "--size", "50"]
+    assert main(["extract", *words]) == 2
+    assert "--size must be a multiple of 16" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [[], ["scenes"], ["_scenes"], ["nonsense"]])
 def test_what_is_no_benchmark_is_one_clear_line(arguments, capsys):
     with pytest.raises(SystemExit) as leaving:

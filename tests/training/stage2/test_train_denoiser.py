@@ -203,6 +203,13 @@ def test_init_goes_on_from_a_trained_denoiser(trained, pairs, tmp_path):
     assert run(pairs, tmp_path / "other", "--init", str(trained), "--steps", "1", "--blocks", "2") == 2
 
 
+def test_init_of_the_last_block_is_for_no_other(tmp_path, capsys):
+    pairs = write_pairs(tmp_path / "pairs", layers=(2, 5))
+    assert run(pairs, tmp_path / "last", "--layers", "5", "--steps", "1") == 0
+    assert run(pairs, tmp_path / "earlier", "--layers", "2", "--init", str(tmp_path / "last"), "--steps", "1") == 2
+    assert "holds denoisers for blocks [5], none for 2" in capsys.readouterr().err
+
+
 def test_bfloat16_and_several_blocks_and_warmup_are_trained(pairs, tmp_path):
     options = ["--dtype", "bfloat16", "--blocks", "2", "--warmup", "2", "--epochs", "2"]
     assert run(pairs, tmp_path / "out", *options) == 0
