@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
                     facts["views for what it left of position, taken off"] = str(LEFTOVER_VIEWS)
                 last = [record for record, _ in read_lines(folder / LOG) if "val_loss" in record][-1]
                 distance = last["val_loss_raw"], last["val_loss"]
-                before_after(model.to(device).eval(), held_out, folder, args.out, facts, distance)
+                before_after(model.to(device).eval(), held_out, folder, args.out, facts, distance, args.pretrained)
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
                 print(f"{folder / 'page.html'}")
 

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -20,6 +21,7 @@ from timm_dvt.__main__ import main
 from timm_dvt.errors import UnsupportedModelError, UserError
 from timm_dvt.families import examples
 from timm_dvt.inspection import InspectionError, inspect
+from timm_dvt.inspection.findings import findings
 from timm_dvt.inspection.page import page
 from timm_dvt.inspection.reader import LayerReader
 from timm_dvt.layouts import layout_of
@@ -118,6 +120,30 @@ def test_what_is_read_is_what_timm_gives_and_the_model_stays_as_it_was():
             features = model.fc_norm(model.forward_features(images)).unflatten(1, (6, 6))
     for name, want in zip(names, (off[0], on[0], off[1], None, on[1])):
         torch.testing.assert_close(maps[name], features if want is None else want.permute(0, 2, 3, 1))
+
+
+def test_what_is_said_agrees_with_the_numbers_beside_it():
+    report = inspect(timm_dvt.add_denoiser(of_position_alone(0.5), arch="static"), photographs(4), **FEW)
+    share = report.layer().share
+    nothing = replace(share, value=0.0, error=0.1, chance=0.1)
+
+    def said(denoised):
+        hidden = [replace(layer, row=nothing, column=nothing) for layer in report.layers]
+        layers = [replace(layer, share=denoised) if layer.denoised else layer for layer in hidden]
+        return [finding.text for finding in findings(replace(report, layers=layers))]
+
+    # Little is left behind the denoiser, and the last block is no earlier one: of both nothing is to be advised.
+    left = replace(share, value=0.005, error=0.001, chance=0.01)
+    assert "nothing for a denoiser to remove from the final features" in said(denoised=left)[0]
+    assert "earlier blocks" not in said(denoised=left)[0]
+    # 5% that two errors reach down to nothing from are not nothing.
+    unsure = replace(share, value=0.05, error=0.03, chance=0.01)
+    assert "do not tell this from nothing: inspect more" in said(denoised=unsure)[0]
+    # Norms beyond the histogram's valley that are near the usual ones are in the sentence as in the table.
+    outliers = replace(report.layer().outliers, count=9, ratio=1.4, share=replace(share, value=0.113, error=0.037))
+    layers = [replace(layer, outliers=outliers) for layer in report.layers]
+    (words,) = (found.text for found in findings(replace(report, layers=layers)) if "utlier" in found.text)
+    assert "No outlier tokens" in words and "11.3 ± 3.7% lie beyond a valley, at 1.4 times the usual norm" in words
 
 
 def test_a_denoiser_that_takes_off_three_quarters_leaves_a_sixteenth_of_the_pattern_and_one_that_adds_is_named():

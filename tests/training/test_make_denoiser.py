@@ -102,6 +102,7 @@ def test_card_and_page_say_what_came_of_it(made):
     assert f"its own validation | {last['val_loss_raw']:.3g} | {last['val_loss']:.3g} |" in card
     numbers = re.search(r"position explains, % \| (\S+) \| (\S+) \|", card)
     assert numbers and all(float(number) == float(number) for number in numbers.groups())
+    assert "A denoiser of test_vit.r160_in1k with random weights" in html
     assert "a gray image" in html and html.count("<img") == 3  # and the two that are held out
     assert "http" not in re.sub(r'src="data:[^"]*"', "", html)
     seen = {json.loads(line)["image"] for line in (made / "pairs" / "index.jsonl").read_text().splitlines()}

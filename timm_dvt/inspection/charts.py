@@ -79,8 +79,8 @@ def norms(edges: np.ndarray, counts: np.ndarray, outliers: Outliers) -> str:
                 f'<line x1="{x(cut):.1f}" x2="{x(cut):.1f}" y1="12" y2="{HEIGHT - BOTTOM}" stroke="currentColor" '
                 f'stroke-dasharray="{style}"/>'
             )
-    for norm in np.geomspace(edges[0], edges[-1], 5):
-        parts.append(f'<text x="{x(norm):.1f}" y="{HEIGHT - 12}" text-anchor="middle">{norm:.3g}</text>')
+    for anchor, norm in zip(("middle", "middle", "middle", "middle", "end"), np.geomspace(edges[0], edges[-1], 5)):
+        parts.append(f'<text x="{x(norm):.1f}" y="{HEIGHT - 12}" text-anchor="{anchor}">{norm:.3g}</text>')
     return _svg(parts, "Histogram of norms", NARROW)
 
 

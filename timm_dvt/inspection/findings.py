@@ -61,16 +61,24 @@ def _position(report: Inspection, off: Layer, on: Layer | None) -> Finding:
     where += "nothing)."
     name = report.model
     calibrate = f"timm-dvt calibrate --model {name} --images PHOTOS --out calibrated"
-    blocks = [block for block in report.layers if not block.final]
-    inner = max(blocks, key=lambda block: block.share.value, default=layer)
-    if inner.share.value > max(MORE * layer.share.value, SMALL) and not inner.share.is_chance and not inner.denoised:
+    # What a denoiser leaves is no measure for blocks that have none; the last block is what the features are made of.
+    blocks = [block for block in report.layers if not (block.final or block.denoised) and block.block != off.block]
+    inner = max(blocks, key=lambda block: block.share.value, default=off)
+    if inner.share.value > max(MORE * off.share.value, SMALL) and not inner.share.is_chance:
         where += (
             f" If you use earlier blocks: most of it, {percent(inner.share)}, is in block {inner.block} (calibrate "
         )
         where += f"takes --layers {inner.block} -1)."
     if share.is_chance or share.value < SMALL:
+        if not readable and share.value > max(share.chance, SMALL):
+            return Finding(
+                "note",
+                f"{what} {where} So few images do not tell this from nothing: inspect more (--images, --views).",
+            )
         if not readable:
-            return Finding("nothing", f"{what} {where} There is nothing for a denoiser to remove.")
+            return Finding(
+                "nothing", f"{what} {where} There is nothing for a denoiser to remove from the final features."
+            )
         return Finding(
             "position",
             f"{what} {where} So a place can be read, but takes up little of the features. If it disturbs your use, "
@@ -119,7 +127,15 @@ def _blank(report: Inspection, off: Layer, on: Layer) -> Iterator[Finding]:
 def _outliers(report: Inspection) -> Finding:
     layers = [layer for layer in report.layers if not layer.denoised and _stands_out(layer)]
     if not layers:
-        return Finding("nothing", "No outlier tokens: no second kind of norms stands apart in the features.")
+        near = [layer for layer in report.layers if not layer.denoised and layer.outliers.count]
+        words = "No outlier tokens: no second kind of norms stands apart in the features."
+        if near:
+            layer = max(near, key=lambda layer: layer.outliers.ratio)
+            words = (
+                f"No outlier tokens: of the norms of {layer.name} {percent(layer.outliers.share)} lie beyond a valley, "
+                f"at {layer.outliers.ratio:.1f} times the usual norm; outliers have {STANDS_OUT:g} times and more."
+            )
+        return Finding("nothing", words)
     # The features' norm hides what stands out; the last block shows it.
     layer = layers[-1] if not layers[-1].final or len(layers) == 1 else layers[-2]
     outliers = layer.outliers

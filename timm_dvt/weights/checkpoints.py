@@ -20,8 +20,8 @@ from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from timm_dvt.errors import UnsupportedModelError, UserError
 from timm_dvt.layouts import unwrapping
 from timm_dvt.variants import ROWS
-from timm_dvt.weights.fetching import TIMMS_WEIGHTS_NAME, WEIGHTS_NAME, first_line, printable
-from timm_dvt.weights.limits import MAX_HEADER, MAX_TENSORS
+from timm_dvt.weights.fetching import first_line, printable, weights_file_of
+from timm_dvt.weights.limits import MAX_HEADER, MAX_TENSORS, recorded_heads
 from timm_dvt.weights.pickles import DTYPES, RefusedError, read_pickle
 
 State = dict[str, torch.Tensor]
@@ -62,18 +62,13 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     Raises:
         CheckpointError: the file is missing, damaged, or holds something else.
     """
-    path, heads = str(path), None
-    if os.path.isdir(path):
-        heads = _heads_of_config(path)
-        names = [name for name in (WEIGHTS_NAME, TIMMS_WEIGHTS_NAME) if os.path.exists(os.path.join(path, name))]
-        path = os.path.join(path, (names or [WEIGHTS_NAME])[0])
+    folder = str(path)
+    path = weights_file_of(folder) if os.path.isdir(folder) else folder
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file.")
     try:
-        if path.endswith(".safetensors"):
-            metadata, content = _read_safetensors(path)
-        else:
-            metadata, content = {}, read_pickle(path)
+        ours = path.endswith(".safetensors")
+        metadata, content = _read_safetensors(path) if ours else ({}, read_pickle(path))
     except RefusedError as e:
         raise CheckpointError(
             f"{path}: refused. It is damaged, or a pickle that holds more than tensors; such a file could run code "
@@ -86,18 +81,8 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     # A file of ours says what grids the embeddings are of, as "4x9".
     sides = {key: re.fullmatch(r"(\d{1,4})x(\d{1,4})", metadata.get(key, "")) for key in ("pos_embed", "pos_embed_out")}
     grids = {key: (int(match[1]), int(match[2])) for key, match in sides.items() if match}
-    if re.fullmatch(r"[1-9]\d{0,2}", said := metadata.get("num_heads", "")):
-        heads = int(said)
+    heads = recorded_heads(metadata.get("num_heads"), folder)
     return Checkpoint(path, *_split(_unwrap(content, path), path), metadata.get("backbone") or named, grids, heads)
-
-
-def _heads_of_config(folder: str) -> int | None:
-    """The denoiser's heads by a folder's config.json: weights of older versions do not say."""
-    try:
-        heads = json.loads(Path(folder, "config.json").read_text())["model_args"]["denoiser"]["num_heads"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return heads if type(heads) is int and 0 < heads < 1000 else None
 
 
 def _read_safetensors(path: str) -> tuple[dict, State]:

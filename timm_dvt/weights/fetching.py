@@ -237,6 +237,12 @@ def locate(cfg: dict, backbone: str, whole: bool = False, cache_dir: str | os.Pa
     )
 
 
+def weights_file_of(folder: str) -> str:
+    """The path of a saved model's weights: ours, or those of timm's `save_for_hf` by its defaults."""
+    ours, timms = (os.path.join(folder, name) for name in (WEIGHTS_NAME, TIMMS_WEIGHTS_NAME))
+    return timms if os.path.exists(timms) and not os.path.exists(ours) else ours
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, of a length to print; and the next where it only leads to that."""
     first, *more = str(error).strip().splitlines() or [type(error).__name__]

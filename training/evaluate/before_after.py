@@ -48,6 +48,7 @@ def before_after(
     name: str,
     facts: Mapping[str, str],
     distance: tuple[float, float],
+    pretrained: bool = True,
 ) -> None:
     """Write README.md and page.html into the folder of a trained denoiser.
 
@@ -57,6 +58,7 @@ def before_after(
         folder: where to write. name: what it is called on the pages.
         facts: what it was trained on, in words.
         distance: of raw and of denoised tokens to F, as training measured it last (Eq. 11).
+        pretrained: whether the backbone's weights are those that its name stands for, or random ones.
     """
     extractor = Extractor(model)
     numbers, pictures, count = measure(extractor, sources)
@@ -69,6 +71,7 @@ def before_after(
     said = [key for key in WORDS if key in numbers["raw"]]
     rows = [[WORDS[key], *(f"{numbers[state][key]:.3g}" for state in ("raw", "denoised"))] for key in said]
     title = f"A denoiser of {getattr(model, 'backbone_name', '') or type(model).__name__}"
+    title += "" if pretrained else " with random weights"
     lead = "Its features with the denoiser off and on, on images that it was not trained on."
     sections = [
         Section("In numbers", [Table(["", "off", "on"], rows), Text(meaning)]),
