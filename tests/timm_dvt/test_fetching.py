@@ -362,6 +362,21 @@ def test_a_repo_in_the_cache_is_loaded_by_its_name_on_a_dead_network(hub, repo, 
         create_model("hf-hub:no/repo", True)
 
 
+def test_a_plain_repo_of_timms_default_file_is_loaded_on_a_dead_network_too(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    small = {"depth": 1, "embed_dim": 64, "num_heads": 1, "img_size": 32}
+    timm.models.save_for_hf(
+        timm.create_model("vit_tiny_patch16_224", **small),
+        hub.folder / "me/bin",
+        safe_serialization=False,
+        model_args=small,
+    )
+    want = create_model("hf-hub:me/bin", True).pos_embed
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("timm_dvt.weights.fetching._probed", (-1e9, None))
+    assert torch.equal(create_model("hf-hub:me/bin", True).pos_embed, want)
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -70,8 +70,12 @@ class ImageSource:
 
     def changed(self, shards: Mapping[int, list[Record]], length: int) -> list[int]:
         """Those of which a file is of another size than it was, or gave an error and can be read now."""
-        pairs = ((shard, zip(self.listed[shard * length :], shards[shard])) for shard in shards if self.listed)
-        return [shard for shard, images in pairs if any(_changed(source.path, record) for source, record in images)]
+
+        def differs(shard: int) -> bool:
+            files = self.listed[shard * length : (shard + 1) * length]
+            return any(_changed(source.path, record) for source, record in zip(files, shards[shard]))
+
+        return list(filter(differs, shards))
 
 
 def open_source(where: str, out: Path) -> ImageSource:
@@ -84,7 +88,9 @@ def open_source(where: str, out: Path) -> ImageSource:
     if path.is_file() and path.suffix.lower() in video.SUFFIXES:
         identity = {"source": path.name, "bytes": path.stat().st_size}
         return _stream(identity, lambda: map(_frame, video.video_frames(path)), path)
-    listed = [source for source in list_images(path) if not (path.is_dir() and _is_picture(source))]
+    listed = list_images(path)
+    if path.is_dir():
+        listed = [source for source in listed if not _is_picture(source)]
     if out.resolve().is_relative_to(path.resolve()):  # pictures of the run that is continued
         listed = [source for source in listed if not source.path.resolve().is_relative_to(out.resolve())]
     if not listed:

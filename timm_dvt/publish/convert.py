@@ -43,8 +43,10 @@ def convert(source: str | None, model: str, out: str | os.PathLike, denoiser_onl
     own = readme.is_file() and f"\n# {model}\n" in readme.read_text(encoding="utf-8", errors="replace")
     if not own and (there := [name for name in WRITTEN if (out / name).exists()]):
         raise UserError(f"{out} holds {', '.join(there)}, not written by convert for {model}; name another folder")
-    own_weights = source is not None and os.path.isdir(source)  # of a training or a calibration, say
-    overlay: Any = {} if source is None else {"pretrained_cfg_overlay": {"file": find(source)}}
+    file = None if source is None else find(source)
+    # Of a training or a calibration, say: what is published for these variants, pickles, is not written by any of ours.
+    own_weights = file is not None and (os.path.isdir(file) or file.endswith(".safetensors"))
+    overlay: Any = {} if file is None else {"pretrained_cfg_overlay": {"file": file}}
     network = timm.create_model(model, pretrained=True, **overlay)
     try:
         out.mkdir(parents=True, exist_ok=True)
