@@ -8,12 +8,14 @@ from sklearn.decomposition import PCA
 from timm_dvt.viewer.colors import (
     cluster_labels,
     fit_projection,
+    heat,
     map_correlation,
     matched_labels,
     norms,
     principal_colors,
     similarity,
 )
+from timm_dvt.viewer.pairs import scale_of
 
 
 @pytest.fixture()
@@ -99,3 +101,10 @@ def test_norm_similarity_and_correlation_by_their_formulas(features):
     assert map_correlation(features, 3 * features + 5) == pytest.approx(1)
     single = features[..., :1], np.random.default_rng(1).normal(size=(9, 9, 1))
     assert map_correlation(*single) == pytest.approx(np.corrcoef(*(m.ravel() for m in single))[0, 1])
+
+
+def test_lengths_that_differ_by_rounding_alone_are_of_one_color():
+    same = 8 + 1e-6 * np.random.default_rng(0).normal(size=(9, 9))
+    assert np.ptp(heat(same, *scale_of([same])), axis=(0, 1)).max() < 1e-4
+    apart = np.linspace(8, 8.1, 81).reshape(9, 9)
+    assert np.ptp(heat(apart, *scale_of([apart])), axis=(0, 1)).max() > 0.3

@@ -8,6 +8,7 @@ from timm_dvt.viewer.colors import PALETTE, Projection, cluster_labels, fit_proj
 
 Pair = tuple[np.ndarray, np.ndarray]  # denoiser off and on
 Scale = tuple[float, float]  # the values at the two ends of the color scale
+ROUNDING = 1e-4  # of float32's forward passes
 CLUSTERS = 4
 AGREEING = 0.95  # of the patches in the same group from whatever seed, or groups are not shown
 WORDS = {
@@ -102,7 +103,8 @@ def _heated(off: np.ndarray, on: np.ndarray) -> tuple[Pair, Scale]:
 def scale_of(values: Sequence[np.ndarray]) -> Scale:
     """What the ends of a color scale stand for: the first and last percentile of all values.
 
-    A few outlier tokens must not decide the contrast of all others.
+    A few outlier tokens must not decide the contrast of all others, nor rounding that of values that are all the same,
+    as lengths behind a new norm are.
     """
     low, high = np.percentile(np.concatenate([v.ravel() for v in values]), (1, 99))
-    return float(low), float(high)
+    return float(low), float(high if high - low > ROUNDING * max(abs(low), abs(high)) else low)
