@@ -63,7 +63,7 @@ class SolvingReader(PairReader):
         """
         super().__init__(pairs, parts)
         self.sources, self.model, self.settings = sources, model, settings
-        self._one_at_a_time, self._left_out = threading.Lock(), set[Source]()
+        self._one_at_a_time, self._left_out = threading.Lock(), dict[Source, str]()
 
     def _load(self, position: int) -> list[list[Tensor]]:
         crop, place = divmod(position, len(self.pairs.files))
@@ -96,10 +96,10 @@ class SolvingReader(PairReader):
                     image = decode_image(data).to(next(self.model.parameters()).device)
                     parts = decompose(self.model, image, replace(self.settings, seed=seed))
                 except IMAGE_ERRORS as error:  # the next one stands for it, as its place was drawn already
-                    self._left_out.add(source)
-                    reason = f"{source.path}: {error}"
-                    _logger.warning("left out %s", reason)
+                    self._left_out[source] = f"{source.path}: {error}"
+                    _logger.warning("left out %s", self._left_out[source])
                     continue
                 assert isinstance(parts, dict)  # settings.layers is filled in
                 return {layer: pair_maps(part) for layer, part in parts.items()}
-        raise UserError(f"none of the {len(self.pairs.files)} images can be decomposed; the last: {reason}")
+        *_, last = self._left_out.values()
+        raise UserError(f"none of the {len(self._left_out)} images can be decomposed; the last: {last}")
