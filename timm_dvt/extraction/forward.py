@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 from timm.data.transforms import str_to_pil_interp
+from timm.models.hiera import Hiera
 
 from timm_dvt.attach import Denoised
 from timm_dvt.errors import UnsupportedModelError, UserError
@@ -59,15 +60,8 @@ class Extractor:
         )
         if self._once:
             self.model.set_denoise(False)
-        self._by_blocks = True
         self._run = torch.compile(self._forward, dynamic=False) if settings.compile else self._forward
-        try:
-            self.shapes = self._shapes()
-        except AssertionError as e:  # timm's, of a class whose blocks it does not norm, as Hiera's
-            if settings.blocks is not None:
-                raise UserError(f"--blocks: timm norms no blocks of a {type(self.model).__name__}; leave it out") from e
-            self._by_blocks = False
-            self.shapes = self._shapes()
+        self.shapes = {key: value.shape[1:] for key, value in self(torch.zeros(1, 3, *self.size).byte()).items()}
         self.facts = {
             "model": settings.model,
             "pretrained": settings.pretrained,
@@ -82,9 +76,6 @@ class Extractor:
             "denoised": [state == "on" for state in self.states],
             "autocast": settings.autocast,
         }
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {key: value.shape[1:] for key, value in self(torch.zeros(1, 3, *self.size).byte()).items()}
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """An RGB image as (3, h, w) uint8: as timm's own transform for evaluation, or of its own shape."""
@@ -125,7 +116,7 @@ class Extractor:
     @torch.no_grad()  # torch.compile and inference mode do not go together
     def _forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         inputs = (images.float() / 255 - self.mean) / self.std
-        if not self._by_blocks:
+        if isinstance(self.model, Hiera):
             with torch.autocast(self.device.type, enabled=self.settings.autocast):
                 _, patches = normed(self.model, self.model.forward_features(inputs), self._layout)
             grid = self._layout.grid_at(inputs.shape[2], inputs.shape[3], patches.shape[1])
@@ -175,6 +166,8 @@ class Extractor:
             known = "return_prefix_tokens" in inspect.signature(self.model.forward_intermediates).parameters
             if not known or getattr(self.model, "cls_token", None) is None:
                 raise UserError(f"--class-token: {self.settings.model} has no class token")
+        if isinstance(self.model, Hiera) and wanted is not None:
+            raise UserError(f"--blocks: timm norms no blocks of a {type(self.model).__name__}; leave it out")
         if wanted is None or wanted == "all":
             return (count - 1,) if wanted is None else tuple(range(count))
         if any(not -count <= int(block) < count for block in wanted):
