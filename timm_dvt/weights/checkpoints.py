@@ -21,8 +21,9 @@ from timm_dvt.errors import UnsupportedModelError, UserError
 from timm_dvt.layouts import unwrapping
 from timm_dvt.variants import ROWS
 from timm_dvt.weights.fetching import first_line, printable, weights_file_of
-from timm_dvt.weights.limits import MAX_HEADER, MAX_TENSORS, recorded_heads
+from timm_dvt.weights.limits import MAX_HEADER, MAX_TENSORS
 from timm_dvt.weights.pickles import DTYPES, RefusedError, read_pickle
+from timm_dvt.weights.saving import recorded_heads
 
 State = dict[str, torch.Tensor]
 Grid = tuple[int, int]
@@ -67,8 +68,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file.")
     try:
-        ours = path.endswith(".safetensors")
-        metadata, content = _read_safetensors(path) if ours else ({}, read_pickle(path))
+        metadata, content = _read_safetensors(path) if path.endswith(".safetensors") else ({}, read_pickle(path))
     except RefusedError as e:
         raise CheckpointError(
             f"{path}: refused. It is damaged, or a pickle that holds more than tensors; such a file could run code "

@@ -1,11 +1,8 @@
 """What sizes a model may ask for: a config.json comes from anywhere, and must not make us allocate without end."""
 
 import inspect
-import json
 import math
-import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from torch import nn
 
@@ -79,14 +76,3 @@ def check_total(sketch: nn.Module) -> None:
             f"A model of {count:,} parameters for {tokens:,} patches is beyond reason (at most {MAX_PARAMETERS:,} and "
             f"{MAX_TOKENS:,}); its sizes are not meant, or its config.json is damaged."
         )
-
-
-def recorded_heads(said: str | None, folder: str) -> int | None:
-    """A denoiser's heads by its file's metadata, or, of an older version's, by the config.json of its folder."""
-    if said is not None and re.fullmatch(r"[1-9]\d{0,2}", said):
-        return int(said)
-    try:
-        heads = json.loads(Path(folder, "config.json").read_text())["model_args"]["denoiser"]["num_heads"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return heads if type(heads) is int and 0 < heads < 1000 else None

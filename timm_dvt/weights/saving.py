@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import warnings
 from functools import partial
 from pathlib import Path
@@ -75,7 +76,7 @@ def _problem(folder: Path, tensors: dict[str, torch.Tensor]) -> str:
     except Exception as e:  # of timm, of whatever kind: arguments that it does not take
         return f"config.json makes no model ({first_line(e)})"
     expected = {key: tuple(value.shape) for key, value in sketch.state_dict().items()}
-    if not any(not key.startswith("denoiser.") for key in tensors):
+    if all(key.startswith("denoiser.") for key in tensors):
         expected = {key: shape for key, shape in expected.items() if key.startswith("denoiser.")}
     saved = {key: tuple(value.shape) for key, value in tensors.items()}
     others = sorted(key for key in {*expected, *saved} if expected.get(key) != saved.get(key))
@@ -107,6 +108,17 @@ def recorded_arguments(name: str) -> dict[str, Any]:
     if scheme != "local-dir":
         return {}
     return json.loads((Path(folder) / "config.json").read_text()).get("model_args") or {}
+
+
+def recorded_heads(said: str | None, folder: str) -> int | None:
+    """A denoiser's heads by its file's metadata, or, of an older version's, by the config.json of its folder."""
+    if said is not None and re.fullmatch(r"[1-9]\d{0,2}", said):
+        return int(said)
+    try:
+        heads = json.loads(Path(folder, "config.json").read_text())["model_args"]["denoiser"]["num_heads"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return heads if type(heads) is int and 0 < heads < 1000 else None
 
 
 def save_plain(model: nn.Module, folder: str | os.PathLike, name: str) -> Path:
