@@ -40,17 +40,17 @@ def convert(source: str | None, model: str, out: str | os.PathLike, denoiser_onl
     if out.exists() and not out.is_dir():
         raise UserError(f"cannot write {out}: it is a file, and a folder is needed")
     readme = out / "README.md"
-    own = readme.is_file() and f"\n# {model}\n" in readme.read_text(encoding="utf-8", errors="replace")
-    if not own and (there := [name for name in WRITTEN if (out / name).exists()]):
+    again = readme.is_file() and f"\n# {model}\n" in readme.read_text(encoding="utf-8", errors="replace")
+    if not again and (there := [name for name in WRITTEN if (out / name).exists()]):
         raise UserError(f"{out} holds {', '.join(there)}, not written by convert for {model}; name another folder")
     file = None if source is None else find(source)
     # Of a training or a calibration, say: what is published for these variants, pickles, is not written by any of ours.
-    own_weights = file is not None and (os.path.isdir(file) or file.endswith(".safetensors"))
+    own = file is not None and (os.path.isdir(file) or file.endswith(".safetensors"))
     overlay: Any = {} if file is None else {"pretrained_cfg_overlay": {"file": file}}
     network = timm.create_model(model, pretrained=True, **overlay)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        text = str(card(variant, denoiser_only=denoiser_only, model=network, own=own_weights))
+        text = str(card(variant, denoiser_only=denoiser_only, model=network, own=own))
         write_whole(readme, lambda path: path.write_text(text, encoding="utf-8"))  # first: by it the folder is known
         if variant.distilled:
             save_plain(network, out, variant.backbone)

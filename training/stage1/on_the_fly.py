@@ -86,20 +86,22 @@ class SolvingReader(PairReader):
     def _solve(self, place: int) -> dict[int, dict[str, Tensor]]:
         """All that a pair's file would hold; of an image that cannot be decomposed, what the next one's would."""
         with self._one_at_a_time:
-            for tried in range(len(self.pairs.files)):
-                source = self.sources[self.pairs.files[(place + tried) % len(self.pairs.files)]]
+            for file in (*self.pairs.files[place:], *self.pairs.files[:place]):
+                source = self.sources[file]
                 if source in self._left_out:
                     continue
                 try:
-                    data, content = read_file(source.path)
-                    seed = image_seed(self.settings.seed, content.sha256)
-                    image = decode_image(data).to(next(self.model.parameters()).device)
-                    parts = decompose(self.model, image, replace(self.settings, seed=seed))
+                    return self._decomposed(source)
                 except IMAGE_ERRORS as error:  # the next one stands for it, as its place was drawn already
                     self._left_out[source] = f"{source.path}: {error}"
                     _logger.warning("left out %s", self._left_out[source])
-                    continue
-                assert isinstance(parts, dict)  # settings.layers is filled in
-                return {layer: pair_maps(part) for layer, part in parts.items()}
         *_, last = self._left_out.values()
         raise UserError(f"none of the {len(self._left_out)} images can be decomposed; the last: {last}")
+
+    def _decomposed(self, source: Source) -> dict[int, dict[str, Tensor]]:
+        data, content = read_file(source.path)
+        seed = image_seed(self.settings.seed, content.sha256)
+        image = decode_image(data).to(next(self.model.parameters()).device)
+        parts = decompose(self.model, image, replace(self.settings, seed=seed))
+        assert isinstance(parts, dict)  # settings.layers is filled in
+        return {layer: pair_maps(part) for layer, part in parts.items()}
