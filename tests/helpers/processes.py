@@ -11,6 +11,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 
+from timm_dvt.bars import tqdm
 from training.evaluate.features import cached
 
 WARM = multiprocessing.get_context("forkserver")
@@ -140,6 +142,7 @@ def forked(work: Callable[[], object]) -> int:
     if not child:
         code = 1
         cached._READERS = ThreadPoolExecutor(1)  # threads do not come along
+        tqdm.set_lock(threading.RLock())  # the usual one is shared: killed with it, a fork keeps it
         try:
             work()
             code = 0
