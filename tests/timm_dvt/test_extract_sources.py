@@ -76,6 +76,20 @@ def test_files_that_were_changed_or_mended_are_taken_again(photographs, of_folde
     assert "others now" not in capsys.readouterr().out
 
 
+def test_files_that_were_changed_and_have_their_size_still_are_taken_again(photographs, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("0002", "0004"):
+        Image.open(photographs / f"{name}.png").resize((64, 64)).save(images / f"{name}.bmp")
+    first = extract(images, tmp_path / "out")
+    extract(images, tmp_path / "out")
+    assert "taken again" not in capsys.readouterr().out
+    shutil.copyfile(images / "0002.bmp", images / "0004.bmp")
+    again = extract(images, tmp_path / "out")
+    assert "taken again: 1 shard" in capsys.readouterr().out
+    assert same(again["0002.bmp"], first["0002.bmp"]) and same(again["0004.bmp"], first["0002.bmp"])
+
+
 def test_a_video_gives_frames_in_order_and_a_video_of_their_colors(tmp_path):
     imageio = pytest.importorskip("imageio.v2")
     frames = [np.full((64, 96, 3), 5 * i, np.uint8) for i in range(40)]

@@ -1,8 +1,8 @@
 """The folder that an extraction fills: what it was begun with, and which shards are finished.
 
     OUT/settings.json   what decides the maps, and how they lie
-    OUT/index.jsonl     one line a finished shard: its number, and name, bytes, size and grid of each image, or its
-                        error; of two lines of a shard the later one counts
+    OUT/index.jsonl     one line a finished shard: its number, and name, fingerprint, size and grid of each image, or
+                        its error; of two lines of a shard the later one counts
     OUT/errors.jsonl    one line an image that gave no maps, with the reason
     OUT/basis.safetensors, OUT/pictures    with --pca and --pictures
     the maps            see timm_dvt/extraction/formats.py

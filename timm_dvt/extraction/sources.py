@@ -6,14 +6,14 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from timm_dvt.errors import UserError
+from timm_dvt.errors import ImageError, UserError
 from timm_dvt.extraction import hub, video
 from timm_dvt.extraction.folder import INDEX
 from timm_dvt.extraction.formats import Record
@@ -55,7 +55,8 @@ class ImageSource:
                 if wanted(shard):
                     for source in self.listed[first : first + length]:
                         name = source.name.encode(errors="surrogateescape").decode(errors="replace")
-                        yield shard, {"name": name, "bytes": _bytes(source.path)}, partial(_read, source.path)
+                        record = {"name": name}
+                        yield shard, record, partial(_read, source.path, record)
             return
         number, taken = -1, False
         try:
@@ -69,7 +70,7 @@ class ImageSource:
         self.count = number + 1
 
     def changed(self, shards: Mapping[int, list[Record]], length: int) -> list[int]:
-        """Those of which a file is of another size than it was, or gave an error and can be read now."""
+        """Those of which a file is another now, or gave an error and can be read now."""
 
         def differs(shard: int) -> bool:
             files = self.listed[shard * length : (shard + 1) * length]
@@ -105,23 +106,17 @@ def _is_picture(source: Source) -> bool:
     return any(folder.name == PICTURES and (source.root / folder.parent / INDEX).exists() for folder in folders)
 
 
-def _bytes(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:  # which reading it will say
-        return None
-
-
 def _changed(path: Path, record: Record) -> bool:
-    if record.get("bytes", size := _bytes(path)) != size:
-        return True
-    if "error" not in record:
-        return False
     try:
-        _read(path)
-    except UserError:
-        return False
-    return True
+        if "height" not in record:  # it was not decoded
+            return _read(path, {}) is not None
+        status = path.stat()
+        if (status.st_size, status.st_mtime_ns) == (record.get("bytes"), record.get("mtime_ns")):
+            return False
+        found = read_file(path)[1].sha256  # a copy of the images has times of its own
+        return record.get("sha256", found) != found
+    except (ImageError, OSError):
+        return "height" in record
 
 
 def _stream(identity: dict[str, Any], begin: Callable[[], Iterator[Read]], video: Path | None = None) -> ImageSource:
@@ -142,8 +137,11 @@ def _ahead(items: Iterator[Read]) -> Iterator[Read]:
         pool.shutdown(cancel_futures=True)
 
 
-def _read(path: Path) -> Image.Image:
-    return decode_rgb(read_file(path)[0])
+def _read(path: Path, record: Record) -> Image.Image:
+    """Decode a file, and note in its record by what to know it again."""
+    data, content = read_file(path)
+    record |= asdict(content)
+    return decode_rgb(data)
 
 
 def _decoder(data: bytes) -> Read:
