@@ -106,7 +106,11 @@ def evaluate(
         ValueError: a name, setting or dataset that cannot be.
     """
     task = load_task(request.task, request.protocol)
-    settings = task_settings(request.task, request.dataset, request.settings, request.protocol)
+
+    def settings_by(*words: str) -> Any:
+        return task_settings(request.task, request.dataset, words, request.protocol)
+
+    settings = settings_by(*request.settings)
     splits = splits or open_splits([request])[0]
     if request.pairs and request.protocol != "fast":
         raise UserError("--pairs holds maps of whole images: it goes with --protocol fast alone")
@@ -132,6 +136,7 @@ def evaluate(
         "settings": asdict(settings),
         "images": {part: len(features) for part, features in data.items()},
         "features": {part: features.keys for part, features in data.items()},
+        "annotations": {part: split.digest for part, split in splits.items()},
         "input_size": extractor.reader.input_size,
         "dtype": extractor.dtype,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -159,7 +164,7 @@ def evaluate(
         "data": str(request.data.resolve()),
         "pair_folders": [str(folder) for folder in request.pairs],
         "limit": request.limit,
-        "changed": [word for word in request.settings if word.partition(".")[0] in (request.task, word)],
+        "changed": [word for word in request.settings if settings_by(word) != settings_by()],
         "tags": {**_known_tags(request.model), **dict(tag.split("=", 1) for tag in request.tags)},
         "seed": request.seed,
         "repeats": request.repeats,

@@ -1,12 +1,15 @@
 """Every task, end to end through the command line, on tiny datasets in their real layouts."""
 
 import json
+import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 import timm_dvt
@@ -134,6 +137,32 @@ def test_raw_features_are_evaluated_once_for_all_denoisers_of_a_backbone(model, 
     assert len(list((tmp_path / "out" / "parts").glob("*.json"))) == 3
     results = [json.loads(path.read_text())["states"]["raw"] for path in (tmp_path / "out").glob("*.json")]
     assert results == [first["states"]["raw"]] * 2
+
+
+@pytest.mark.parametrize(
+    "task, kind, number", [("knn-seg", "masks", "mIoU"), ("depth", "depths", "RMSE"), ("discovery", "boxes", "CorLoc/folder")]
+)
+def test_corrected_annotations_are_evaluated_anew(task, kind, number, model, data, tmp_path):
+    """Features are those of the images, and are not extracted again."""
+    where = shutil.copytree(data["folder"], tmp_path / "folder")
+    first = evaluate(task, "folder", model, {"folder": where}, tmp_path / "out")[task]
+    features = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "features").rglob("*.safetensors")}
+    for path in where.rglob(f"val/{kind}/**/*.png"):
+        Image.fromarray(np.array(Image.open(path))[::-1].copy()).save(path)
+    for path in where.rglob("val/boxes*.json"):
+        text = re.sub(r'"bbox": \[[^]]*\]', '"bbox": [0, 0, 9, 9]', path.read_text())
+        path.write_text(text)
+    evaluate(task, "folder", model, {"folder": where}, tmp_path / "out")
+    results = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
+    assert len(results) == 2 and first in results
+    assert len({result["states"]["raw"][number]["mean"] for result in results}) == 2
+    assert features == {path: path.stat().st_mtime_ns for path in features}
+
+
+def test_a_setting_with_a_decimal_point_is_a_changed_one(model, data, tmp_path):
+    more = ("knn-seg.bank_share=0.5", "--set", "bank_share=0.25", "depth.lr=0.5")
+    result = evaluate("knn-seg", "stamps", model, data, tmp_path, *more)["knn-seg"]
+    assert result["changed"] == ["knn-seg.query_size=16", "knn-seg.neighbors=5", "bank_share=0.25"]
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,23 +25,52 @@ from training.evaluate.data.splits import IGNORE, Boxes, Split
 Thing = tuple[Any, Any, bool, str]  # corners in pixels, class, whether it is difficult, and what errors call it
 
 
-def check(split: Split) -> None:
-    """Read each annotation once, before anything slow.
+def check(split: Split) -> Split:
+    """Read each annotation once, before anything slow; returns the split with the digest of what was read.
 
     Raises:
         ValueError: nothing is labeled in any of them. Whatever their reader raises.
     """
-    labeled = False
+    labeled, digest = False, sha256(repr(list(split.classes)).encode())
+
+    def look(i: int) -> tuple[bool, bytes]:
+        annotation = split.annotation(i)
+        if isinstance(annotation, Split):  # the frames of a video
+            annotation = check(annotation)
+        return _is_labeled(annotation), _digest(annotation)
+
     with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
-        annotations = pool.map(split.annotation, range(len(split)))
-        for annotation in tqdm(annotations, f"checking {split.name}", len(split), leave=False):
-            if isinstance(annotation, Split):  # the frames of a video
-                check(annotation)
-            labeled = labeled or _is_labeled(annotation)
+        for counts, content in tqdm(
+            pool.map(look, range(len(split))), f"checking {split.name}", len(split), leave=False
+        ):
+            labeled = labeled or counts
+            digest.update(content)
     if not labeled:
         raise UserError(
             f"nothing is labeled in {split.name}: no object, or no pixel that counts, in {len(split)} images"
         )
+    return replace(split, digest=digest.hexdigest())
+
+
+def _digest(annotation: Any) -> bytes:
+    """By which an annotation is known again."""
+    if isinstance(annotation, Tensor):
+        kind = f"{annotation.dtype} {tuple(annotation.shape)}".encode()
+        return sha256(kind + annotation.contiguous().numpy().tobytes()).digest()
+    if isinstance(annotation, tuple):  # `Boxes`, points
+        return sha256(b"".join(map(_digest, annotation))).digest()
+    if isinstance(annotation, Split):
+        return sha256(f"{annotation.digest} {files_digest(annotation.images)}".encode()).digest()
+    return sha256(repr(annotation).encode()).digest()
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """By which files are known again, without a look into them: where they are, their sizes and times."""
+    digest = sha256()
+    for path in paths:
+        status = path.stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def _is_labeled(annotation: Any) -> bool:

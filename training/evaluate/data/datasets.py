@@ -87,8 +87,8 @@ def open_dataset(
         if kind == "masks" and any(len(split.classes) < 2 for split in splits.values()):
             raise UserError(f"{name} under {folder}: its masks have one class, and there is nothing to tell it from")
         splits = {part: split.limit(limit) for part, split in splits.items()}
-        for split in splits.values() if kind != "images" else ():  # whose annotations nobody reads
-            check(split)
+        if kind != "images":  # whose annotations nobody reads
+            splits = {part: check(split) for part, split in splits.items()}
     except (OSError, RuntimeError, UnicodeError) as error:  # torchvision raises RuntimeError for a missing folder
         raise UserError(f"{name} under {folder}: {reason(error)}\nExpected layout:\n{dataset.layout}") from error
     return splits

@@ -42,12 +42,14 @@ class Split:
         annotation: i -> what belongs to image i: a mask (h, w) uint8 with 255 to ignore, `Boxes`, a class
             index, a depth map (h, w) float32 in meters with 0 for unknown, of videos the `Split` of the frames, a
             `PointPair`; None for images alone.
+        digest: of classes and annotations, once they were checked.
     """
 
     name: str
     images: Sequence[Path]
     classes: Sequence[str]
     annotation: Callable[[int], Any]
+    digest: str = ""
 
     def __len__(self) -> int:
         return len(self.images)

@@ -40,6 +40,7 @@ from timm_dvt.version import __version__
 from timm_dvt.weights.files import write_whole
 from timm_dvt.weights.saving import meant_size
 from training.common.backbone import FeatureReader
+from training.evaluate.data.annotations import files_digest
 from training.evaluate.data.splits import Split
 from training.evaluate.tables import write_json
 
@@ -271,15 +272,11 @@ class Features:
         return safe_open(self._shard(name, number), "pt")
 
     def _describe(self) -> dict[str, dict[str, Any]]:
-        files = sha256()
-        for path in self.split.images:
-            status = path.stat()
-            files.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
         raw = {
             **self.extractor.describe(),
             "split": self.split.name,
             "images": len(self.split),
-            "files": files.hexdigest(),
+            "files": files_digest(self.split.images),
         }
         if "denoised" not in self.extractor.states:
             return {"raw": raw}
