@@ -144,7 +144,8 @@ def write_split(folder: Path, composer: Composer, count: int) -> None:
     """Write `count` images, their masks and objects.json; what is there already is not made again."""
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-    objects = {}
+    listed = folder / "objects.json"
+    objects = json.loads(listed.read_text()) if listed.exists() else {}  # of more images, maybe
     for index in tqdm(range(count), desc=folder.name, unit=" images"):
         stamped, name = composer[index], f"{index:05d}"
         objects[name] = [{"class": label, "box": list(box)} for label, box in stamped.objects]
@@ -154,7 +155,7 @@ def write_split(folder: Path, composer: Composer, count: int) -> None:
                 png = io.BytesIO()
                 Image.fromarray(pixels).save(png, "PNG", compress_level=1)
                 write_atomically(path, png.getvalue())
-    write_atomically(folder / "objects.json", json.dumps(objects).encode())
+    write_atomically(listed, json.dumps(objects).encode())
 
 
 def main(argv: list[str] | None = None) -> int:

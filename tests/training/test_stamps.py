@@ -116,6 +116,8 @@ def test_a_folder_takes_more_images_of_its_settings_and_none_of_others(share, tm
         assert f"begun with other settings; use those, or another folder:\n  {other[0][2:]}: " in told
     assert (tmp_path / "train" / "images" / "00000.png").read_bytes() == first
     assert len(list((tmp_path / "train" / "images").iterdir())) == 2
+    assert stamps.main([*arguments, "--train", "1"]) == 0  # of the other one nothing is lost
+    assert set(json.loads((tmp_path / "train" / "objects.json").read_text())) == {"00000", "00001"}
 
 
 def test_a_missing_package_is_one_line_that_says_what_to_install(tmp_path, capsys):

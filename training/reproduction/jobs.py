@@ -114,18 +114,32 @@ def job_of(row: Row, options: Options) -> Job | str:
 def _denoiser(backbone: str, arch: str, options: Options) -> Job:
     """Stage 2, of stage 1 of the paper's images."""
     pairs = _pairs(backbone, "train", options)
-    out = options.out / "denoisers" / slug(backbone, arch)
+    out = options.out / "denoisers" / slug(backbone, arch, *_taken(options, "train")[1:])
     words = ["--recipe", str(options.recipe), "--model", backbone, "--pairs", _value(pairs.command, "--out")]
     command = ("training.train_denoiser", *words, "--arch", arch, *options.stage2, "--out", str(out))
     return _job(("denoiser", backbone, arch), command, options, (pairs,))
 
 
 def _pairs(backbone: str, images: str, options: Options, *more: str) -> Job:
-    """Stage 1, of the images of a list of `write_lists`."""
-    where = options.images if options.images and images == "train" else str(options.out / "lists" / f"{images}.txt")
-    out = options.out / "pairs" / slug(backbone, images, *(["no-artifacts"] if more else []))
+    """Stage 1, of the images of a list of `write_lists`, or of a folder."""
+    taken = _taken(options, images)
+    where = options.images if options.images and images == "train" else _list(options, images)
+    out = options.out / "pairs" / slug(backbone, *taken, *(["no-artifacts"] if more else []))
     words = ["--recipe", str(options.recipe), "--model", backbone, "--images", where, *options.stage1, *more]
     return _job(("pairs", out.name), ("training.denoise_images", *words, "--out", str(out)), options, shared=True)
+
+
+def _taken(options: Options, images: str) -> list[str]:
+    """By which folders of what is made are told apart: the pairs of a trial are no part of the whole."""
+    return [images, options.images] if options.images and images == "train" else [images, *_limit(options)]
+
+
+def _limit(options: Options) -> list[str]:
+    return [f"limit-{options.limit}"] if options.limit else []
+
+
+def _list(options: Options, images: str) -> str:
+    return str(options.out / "lists" / f"{'-'.join([images, *_limit(options)])}.txt")
 
 
 def write_lists(folder: SharedFolder, options: Options) -> None:
@@ -144,7 +158,7 @@ def write_lists(folder: SharedFolder, options: Options) -> None:
     for name, paths in (("train", learned), ("voc12", shown)):
         with folder.alone():
             text = "".join(f"{path.resolve()}\n" for path in paths)
-            write_atomically(folder.path / "lists" / f"{name}.txt", text.encode(errors="surrogateescape"))
+            write_atomically(Path(_list(options, name)), text.encode(errors="surrogateescape"))
 
 
 class Runner:

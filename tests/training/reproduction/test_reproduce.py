@@ -59,6 +59,10 @@ def in_this_process(monkeypatch):
     return ran
 
 
+def option(command, name):
+    return command[command.index(name) + 1]
+
+
 def numbers(out):
     """All results of a folder, by job."""
     records = {path.name: json.loads(path.read_text()) for path in (out / "jobs").glob("*.json")}
@@ -266,6 +270,20 @@ def test_denoisers_are_made_first_by_a_recipe_and_table_5_is_of_maps_that_are_ma
     table = (tmp_path / "out" / "RESULTS.md").read_text()
     assert "view-average" in table and "| not run" not in table
     assert len(list((tmp_path / "out" / "denoisers").iterdir())) == 1
-    lists = (tmp_path / "out" / "lists" / "train.txt").read_text()
+    lists = (tmp_path / "out" / "lists" / "train-limit-2.txt").read_text()
     val = Path(data, "voc/VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").read_text().split()
     assert len(lists.splitlines()) == 2 and not any(name in lists for name in val)
+
+
+def test_what_a_trial_makes_is_no_part_of_the_whole(tmp_path):
+    """Nor is what is made of images of one's own."""
+    folders = set()
+    for more in ({}, {"limit": 4}, {"images": "photographs"}):
+        job = jobs.job_of(select(["2"], [DINOV2])[0], jobs.Options(tmp_path, tmp_path, recipe="paper", **more))
+        (denoiser,) = job.needs
+        (pairs,) = denoiser.needs
+        folders |= {option(made.command, "--out") for made in (denoiser, pairs)} | {
+            made.name for made in (denoiser, pairs)
+        }
+        assert option(denoiser.command, "--pairs") == option(pairs.command, "--out")
+    assert len(folders) == 12
