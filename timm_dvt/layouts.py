@@ -178,8 +178,12 @@ def meant_size(model: Any) -> tuple[int, int]:
     made_at = getattr(model, "created_size", None) or getattr(model, "_model_args", {}).get("img_size", size)
     any_size = getattr(model, "dynamic_img_size", False) and not cfg.get("fixed_input_size", True)
     if any_size and tuple(to_2tuple(made_at)) == size:
-        return tuple(cfg["input_size"][1:])
-    return size
+        size = tuple(cfg["input_size"][1:])
+    embed = getattr(model, "patch_embed", None)
+    if getattr(embed, "strict_img_size", True) or getattr(embed, "dynamic_img_pad", True):
+        return size
+    rows, columns = embed.feat_ratio(as_scalar=False)  # such a model takes whole patches alone: of 384 pixels 378
+    return size[0] // rows * rows, size[1] // columns * columns
 
 
 def _sizes(model: Any) -> Iterator[tuple[int, int]]:

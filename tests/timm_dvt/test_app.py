@@ -196,6 +196,7 @@ def test_an_upload_is_shown_its_maps_are_the_models_and_its_file_is_gone(page, s
     assert Image.open(io.BytesIO(fetched["Picture"])).width > 600
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     _, pixels = demo.prepare(model, Image.open(path))
+    model = demo.sized(model, pixels)
     for state, got in ((False, off), (True, on)):
         with model.denoising(state):
             want = model.forward_features(pixels)[0, 1:].unflatten(0, (5, 8))

@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from timm_dvt.calibration.positions import PositionSums, Windows
+from timm_dvt.inspection import counting
 from timm_dvt.inspection.estimates import alikeness, grid_energy, position_share, products_of
 from timm_dvt.inspection.outliers import cut_of, outliers_of
 from timm_dvt.inspection.probe import PlaceProbe
+from timm_dvt.inspection.reader import LayerReader
 from training.evaluate.position.share import PositionStatistics
 
 ROWS, COLUMNS, DIM = 5, 4, 6
@@ -145,3 +148,20 @@ def test_norms_of_one_kind_have_no_outliers_whatever_their_spread():
         norms = np.exp(spread * draw.standard_normal((32, 14, 14)))
         found, _ = outliers_of(norms, norms, np.arange(32))
         assert found.count == 0 and cut_of(norms.ravel()) is None and found.robust_count < 10
+
+
+def test_of_two_images_no_share_of_the_place_is_told():
+    norms, content, _ = planted(3)
+    found, _ = outliers_of(norms, content, np.arange(32) // 16)
+    assert found.place is None and found.count == 32 * 3 and found.low_content is not None
+
+
+@pytest.mark.parametrize("images", [4, 6, 30])
+def test_norms_are_kept_of_as_many_images_as_there_is_room_for(images, monkeypatch):
+    """Whatever the number of images and of views; here there is room for those of 8 canvases of 8 windows."""
+    monkeypatch.setattr(counting, "MOST_NORMS", 64)
+    model = timm.create_model("test_vit", img_size=32, dynamic_img_size=True).eval()
+    count = counting.Count(LayerReader(model, [-1], 8), list(torch.rand(images, 3, 40, 40)), count=max(images, 16))
+    count.run(progress=False)
+    seen = np.bincount(count.images, minlength=images) // 8
+    assert seen.sum() == 8 and (seen > 0).sum() == min(images, 8) and seen.max() <= -(-8 // images)

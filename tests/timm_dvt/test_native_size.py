@@ -188,3 +188,13 @@ def test_a_variant_whose_size_was_changed_is_meant_for_that():
     assert meant_size(model) == (512, 512) and meant_size(copy.deepcopy(model)) == (512, 512)
     model.set_input_size(128)
     assert meant_size(model) == meant_size(copy.deepcopy(model)) == (128, 128)
+
+
+def test_a_size_that_is_not_of_whole_patches_is_cut_where_any_size_is_taken():
+    """SigLIP's 384 pixels are 27 patches of 14 and 6 pixels, which timm cuts off of a model for that size alone."""
+    for dynamic, size in ((False, 70), (True, 64)):
+        model = timm.create_model("vit_tiny_patch16_224", img_size=70, depth=1, dynamic_img_size=dynamic)
+        assert meant_size(model) == (size, size)
+        assert timm_dvt.inspect(model, views=32).size == (size, size)
+        timm_dvt.calibrate(model, views=32)
+        assert model.forward_features(torch.zeros(1, 3, size, size)).shape == (1, 17, 192)

@@ -21,7 +21,7 @@ from timm_dvt.inspection.results import Estimate
 
 BLANKS = 16  # of one color, and as many of noise
 PROBED = 4  # windows of a canvas that a linear map reads; all turns are among them, so that a sky tells no place
-MOST_NORMS = 512  # views whose norms are kept, at the most or little more
+MOST_NORMS = 512  # views whose norms are kept, at the most
 SOLVING = 30  # canvases that could be counted in the time in which the sums are solved
 
 OfGroups = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # `PositionSums.of_groups`
@@ -85,23 +85,28 @@ class Count:
 
     def run(self, progress: bool) -> None:
         """Read all canvases."""
-        every = -(-self.count * self.each // MOST_NORMS)
+        kept = self._kept()
         # Those that a linear map is fitted to come first; no image is on both sides.
         order = sorted(range(self.count), key=lambda visit: self._image(visit) % 2)
-        for turn, visit in enumerate(tqdm(order, "inspect", unit="image", disable=not progress)):
+        for visit in tqdm(order, "inspect", unit="image", disable=not progress):
             inputs, image = self.inputs(visit), self._image(visit)
             maps = self.reader(inputs)
             for name, layer in self.layers.items():
                 layer.position.add(maps[name], image % self.groups)
                 probed = maps[name][:PROBED]
                 layer.probe.test(probed, image) if image % 2 else layer.probe.add(probed)
-                if turn % every == 0:
+                if visit in kept:
                     layer.norms.append(maps[name].norm(dim=-1).cpu().numpy())
-            if turn % every == 0:
+            if visit in kept:
                 self.images += [image] * self.each
                 for grid in {tuple(features.shape[1:3]) for features in maps.values()}:
                     self.content.setdefault(grid, []).append(_content(inputs, grid))
             self.views += self.each
+
+    def _kept(self) -> set[int]:
+        """The visits whose norms are kept: as many of each image, and where there are too many evenly spread images."""
+        most, once = MOST_NORMS // self.each, self.count if self.shown is None else len(self.shown)
+        return {number * once // most for number in range(most)} if once > most else set(range(most))
 
     def _image(self, visit: int) -> int:
         return visit // 2 if self.shown is None else visit % len(self.shown)

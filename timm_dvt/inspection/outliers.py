@@ -118,7 +118,8 @@ def _where(
         return float(sum(parts[index] for index in kept) / whole) if whole else 0.0
 
     border = Estimate(*jackknife(fraction, groups), float(ring.mean()))
-    return border, _place(mask, group), _low_content(mask, content, group)
+    place = _place(mask, group) if groups > 2 else None  # what an error is estimated without leaves two
+    return border, place, _low_content(mask, content, group)
 
 
 def _place(mask: np.ndarray, group: np.ndarray) -> Estimate | None:

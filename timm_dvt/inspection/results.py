@@ -58,7 +58,7 @@ class Outliers:
         count, robust_count, patches: numbers of tokens.
         ratio: median norm of those above the cut over the median of all; 1 if there are none.
         border, place, low_content: of those above the cut, or if there is none the robust one; None if fewer than two
-            images have any.
+            images have any, and place if there are but two images.
         border: share of them in the outermost ring of patches; chance is the ring's share of all patches, on average.
         place: share of the variance of "is one of them" that position explains.
         low_content: chance that such a patch varies less in its pixels than another of the same view; 0.5 by chance, on

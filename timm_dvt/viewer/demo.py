@@ -1,5 +1,6 @@
 """A first look: a model's features with the denoiser off and on, timed and drawn side by side."""
 
+import copy
 import io
 import os
 import statistics
@@ -18,6 +19,7 @@ from timm_dvt.attach import Denoised
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError, WeightsNotFoundError
 from timm_dvt.images import PHOTOGRAPHS, read_image
+from timm_dvt.layouts import input_size
 from timm_dvt.loading import SCHEMES, load_model
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import DEFAULT_MODEL
@@ -85,7 +87,7 @@ def run(
     shown, changes = [], []
     for source, photograph in zip(sources, photographs):
         resized, pixels = prepare(network, photograph, size)
-        off, on = measure(network, pixels.to(device), rounds, source.name)
+        off, on = measure(sized(network, pixels), pixels.to(device), rounds, source.name)
         rows, columns, channels = on.features.shape
         times = (off.time, on.time) if off.time and on.time else ("", "")
         timed = f"denoiser off {times[0]}, on {times[1]}" if times[0] else "no times: few rounds, or a busy machine"
@@ -163,12 +165,22 @@ def prepare(model: Any, image: Image.Image, size: int | None = None) -> tuple[Im
     patch_height, patch_width = full_height // rows, full_width // columns
     width = max(round(side * aspect / patch_width), 2) * patch_width
     height = max(round(side / aspect / patch_height), 2) * patch_height
-    if hasattr(model, "set_input_size") and not getattr(model, "dynamic_img_size", False):
-        model.set_input_size(img_size=(height, width))
     resized = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(height, width, 3)
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     return resized, ((pixels.permute(2, 0, 1) / 255 - mean) / std).unsqueeze(0)
+
+
+def sized(model: Any, pixels: torch.Tensor) -> Any:
+    """A model that takes this input: the same, or of a class that is made for one size a copy, whose embeddings timm
+    resamples. Resampled in place, they would be others after each image.
+    """
+    size = pixels.shape[2], pixels.shape[3]
+    if getattr(model, "dynamic_img_size", False) or not hasattr(model, "set_input_size") or size == input_size(model):
+        return model
+    twin = copy.deepcopy(model)
+    twin.set_input_size(img_size=size)
+    return twin
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from torch import nn
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError
 from timm_dvt.registry import VARIANTS
-from timm_dvt.viewer.demo import load_denoised, patch_tokens, prepare
+from timm_dvt.viewer.demo import load_denoised, patch_tokens, prepare, sized
 from timm_dvt.viewer.examples import EXAMPLES
 from timm_dvt.viewer.page import Comparison
 
@@ -95,6 +95,7 @@ class Studio:
         with self.lock:
             model: Any = self._model(name)
             resized, pixels = prepare(model, image)
+            model = sized(model, pixels)
             with model.denoising(state):
                 return resized, patch_tokens(model, pixels.to(self.device)).numpy()
 

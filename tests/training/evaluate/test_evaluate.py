@@ -140,7 +140,8 @@ def test_raw_features_are_evaluated_once_for_all_denoisers_of_a_backbone(model, 
 
 
 @pytest.mark.parametrize(
-    "task, kind, number", [("knn-seg", "masks", "mIoU"), ("depth", "depths", "RMSE"), ("discovery", "boxes", "CorLoc/folder")]
+    "task, kind, number",
+    [("knn-seg", "masks", "mIoU"), ("depth", "depths", "RMSE"), ("discovery", "boxes", "CorLoc/folder")],
 )
 def test_corrected_annotations_are_evaluated_anew(task, kind, number, model, data, tmp_path):
     """Features are those of the images, and are not extracted again."""
