@@ -192,6 +192,30 @@ def test_a_class_whose_blocks_timm_does_not_norm_gives_its_features(photographs,
         np.testing.assert_allclose(timm_dvt.open_features(tmp_path / "out", variable)["0000.png"], wanted, atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", ["beit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_maps_are_normed_where_timm_norms_behind_its_pool_too(kind, photographs, tmp_path):
+    """The same in both states: what the denoiser is given is normed, and what there is without it has to be."""
+    torch.manual_seed(0)
+    small = {"embed_dim": 64, "num_heads": 1, "depth": 2, "img_size": 64, "patch_size": 16, "global_pool": "avg"}
+    model = timm.create_model(kind, **small).eval()
+    for parameter in model.fc_norm.parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    name = f"local-dir:{timm_dvt.save_pretrained(timm_dvt.add_denoiser(model, arch='static'), tmp_path / 'm', model_args=small)}"
+    image = photographs / "0000.png"
+    options = dict(states=("on", "off"), dtype="float32", blocks=(0, 1), class_token=True)
+    timm_dvt.extract(str(image), name, str(tmp_path / "out"), **options)
+    config = resolve_model_data_config(timm.create_model(name))
+    pixels = create_transform(**config, is_training=False)(Image.open(image).convert("RGB"))
+    with torch.no_grad(), model.denoising(False):  # of a static denoiser, which takes off a map of zeros
+        first, last = model.forward_intermediates(pixels[None], intermediates_only=True, output_fmt="NLC")
+        token = model.fc_norm(model.forward_features(pixels[None])[0, 0])
+    for block, maps in (("block_0", first), ("block_1", last), ("block_0_raw", first), ("block_1_raw", last)):
+        wanted = model.fc_norm(maps).detach().reshape(4, 4, 64)
+        np.testing.assert_allclose(timm_dvt.open_features(tmp_path / "out", block)["0000.png"], wanted, atol=2e-5)
+    found = timm_dvt.open_features(tmp_path / "out", "class_token")["0000.png"]
+    np.testing.assert_allclose(found, token.detach(), atol=2e-5)
+
+
 def test_a_folder_of_other_settings_is_refused_and_one_that_is_none_is_not_opened(extract, capsys, tmp_path):
     extract("--size", "64", "--no-pretrained")
     assert extract("--size", "48", "--no-pretrained") == 2

@@ -90,6 +90,19 @@ def test_files_that_were_changed_and_have_their_size_still_are_taken_again(photo
     assert same(again["0002.bmp"], first["0002.bmp"]) and same(again["0004.bmp"], first["0002.bmp"])
 
 
+def test_of_an_image_that_is_broken_now_nothing_is_left(photographs, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("0002.png", "0004.png"):
+        shutil.copyfile(photographs / name, images / name)
+    extract(images, tmp_path / "out", "--format", "npy", "--pictures")
+    files = {path.name for path in (tmp_path / "out").rglob("000*")}
+    assert files == {"0002.png.npy", "0004.png.npy", "0002.png.png", "0004.png.png"}
+    (images / "0004.png").write_bytes(b"broken")
+    assert list(extract(images, tmp_path / "out", "--format", "npy", "--pictures")) == ["0002.png"]
+    assert {path.name for path in (tmp_path / "out").rglob("000*")} == {"0002.png.npy", "0002.png.png"}
+
+
 def test_a_video_gives_frames_in_order_and_a_video_of_their_colors(tmp_path):
     imageio = pytest.importorskip("imageio.v2")
     frames = [np.full((64, 96, 3), 5 * i, np.uint8) for i in range(40)]

@@ -137,10 +137,14 @@ def read_safetensors(out: Path, layout: Layout, shard: int, key: str, record: Re
 
 def write_npy(out: Path, layout: Layout, shard: int, key: str, records: Sequence[Record], values: Values) -> None:
     """Write a shard of a variable as a file an image."""
-    for place, value in values.items():
+    for place, record in enumerate(records):
+        path = out / key / file_of(record["name"], ".npy")
+        if place not in values:
+            path.unlink(missing_ok=True)  # of what the image was before
+            continue
         buffer = io.BytesIO()
-        np.save(buffer, value)
-        write_atomically(out / key / file_of(records[place]["name"], ".npy"), buffer.getvalue())
+        np.save(buffer, values[place])
+        write_atomically(path, buffer.getvalue())
 
 
 def read_npy(out: Path, layout: Layout, shard: int, key: str, record: Record, place: int) -> np.ndarray:

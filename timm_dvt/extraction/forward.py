@@ -14,7 +14,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.data.transforms import str_to_pil_interp
 from timm.models.hiera import Hiera
 
-from timm_dvt.attach import Denoised
+from timm_dvt.attach import Denoised, norms_after_pool
 from timm_dvt.errors import UnsupportedModelError, UserError
 from timm_dvt.extraction.settings import ExtractSettings
 from timm_dvt.layouts import Layout, check_rgb, layout_of, meant_size, unwrapping
@@ -52,11 +52,14 @@ class Extractor:
         self._square = create_transform(**self.config, is_training=False, normalize=False)
         self._method = str_to_pil_interp(config["interpolation"])
         self.blocks = self._blocks()
+        # Of models that average: timm norms behind the pool then, and its feature methods do not norm at all.
+        behind = norms_after_pool(self.model) or getattr(self.model, "norm_after_pool", False)
+        self._norm = self.model.fc_norm if behind else None
         self._once = (
             len(self.states) > 1
             and self.model.plain
             and list(self.model.denoisers()) == [self.model.final_block] == list(self.blocks)
-            and not (self.model.norm_after_pool or settings.autocast)
+            and not (behind or settings.autocast)
         )
         if self._once:
             self.model.set_denoise(False)
@@ -129,7 +132,15 @@ class Extractor:
         prefix = maps[-1][1][:, 0].float() if token else None
         if token:
             maps = [patches for patches, _ in maps]
+        if self._norm is not None:
+            denoised = getattr(self.model, "denoise", False) and self.model.denoises_final
+            plain = len(maps) - (denoised and self.blocks[-1] == self.model.final_block)  # a denoised map is normed
+            maps = [self._normed_map(patches) if i < plain else patches for i, patches in enumerate(maps)]
+            prefix = None if prefix is None else self._norm(prefix)
         return [patches.permute(0, 2, 3, 1).float() for patches in maps], prefix
+
+    def _normed_map(self, patches: torch.Tensor) -> torch.Tensor:
+        return self._norm(patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def _name(self, block: int) -> str:
         return "features" if self.settings.blocks is None else f"block_{block}"

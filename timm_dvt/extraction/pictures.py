@@ -35,10 +35,14 @@ def write_pictures(
 ) -> None:
     """Write a picture of each image of a shard: the variables that begin with `default`, on and off side by side."""
     keys = shown(basis, default)
-    for place in values[default]:
+    for place, record in enumerate(records):
+        path = out / FOLDER / file_of(record["name"], ".png")
+        if place not in values[default]:
+            path.unlink(missing_ok=True)  # of what the image was before
+            continue
         buffer = io.BytesIO()
         Image.fromarray(picture(basis.colors, {key: values[key][place] for key in keys})).save(buffer, "PNG")
-        write_atomically(out / FOLDER / file_of(records[place]["name"], ".png"), buffer.getvalue())
+        write_atomically(path, buffer.getvalue())
 
 
 def write_video(out: Path, source: Path, basis: Basis, default: str, progress: bool) -> None:
