@@ -200,7 +200,8 @@ def test_maps_are_normed_where_timm_norms_behind_its_pool_too(kind, photographs,
     model = timm.create_model(kind, **small).eval()
     for parameter in model.fc_norm.parameters():
         torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    name = f"local-dir:{timm_dvt.save_pretrained(timm_dvt.add_denoiser(model, arch='static'), tmp_path / 'm', model_args=small)}"
+    timm_dvt.add_denoiser(model, arch="static")
+    name = f"local-dir:{timm_dvt.save_pretrained(model, tmp_path / 'm', model_args=small)}"
     image = photographs / "0000.png"
     options = dict(states=("on", "off"), dtype="float32", blocks=(0, 1), class_token=True)
     timm_dvt.extract(str(image), name, str(tmp_path / "out"), **options)
