@@ -18,6 +18,7 @@ from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError, UserError
 from timm_dvt.images import SUFFIXES, image_names, to_array, to_rgb, upright
 
+PICTURES, SETTINGS = "pictures", "settings.json"  # of a folder that an extraction or a training fills
 Pixels = TypeVar("Pixels", np.ndarray, Image.Image)
 
 
@@ -37,6 +38,11 @@ class Source:
     def path(self) -> Path:
         """Where the image is."""
         return self.root / self.name
+
+    @property
+    def shown(self) -> str:
+        """The name as text that can be written: of a file's name that is no UTF-8 the other bytes are replaced."""
+        return self.name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,29 @@ def list_images(where: str | Path, limit: int | None = None) -> list[Source]:
     else:
         raise UserError(f"images must be a folder, an image or a .txt list; {where} does not exist")
     return sources[:limit]
+
+
+def given_images(where: str | Path, out: str | Path, limit: int | None = None) -> list[Source]:
+    """As `list_images`, without what this package drew: all below `out`, and in a folder pictures of other runs.
+
+    Raises:
+        ValueError: as `list_images`, or there is nothing else.
+    """
+    sources, out = list_images(where), Path(out).resolve()
+    given = [source for source in sources if not (Path(where).is_dir() and _is_drawn(source))]
+    if out.is_relative_to(Path(where).resolve()):
+        given = [source for source in given if not source.path.resolve().is_relative_to(out)]
+    if not given:
+        raise UserError(f"{where} holds no images but pictures that were made here")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be 1 or more, got {limit}")
+    return given[:limit]
+
+
+def _is_drawn(source: Source) -> bool:
+    """Whether it lies in a folder of pictures beside the settings of what drew it: an extraction, a training."""
+    folders = Path(source.name).parents
+    return any(folder.name == PICTURES and (source.root / folder.parent / SETTINGS).exists() for folder in folders)
 
 
 def load_image(path: str | Path) -> Tensor:

@@ -35,10 +35,10 @@ def image_names(root: Path) -> Iterator[str]:
     """The images below a folder, as paths from there with `/` between folders, in no order.
 
     They are known by `SUFFIXES`, capitals too; names that start with a dot are left out, and so is what lies in such a
-    folder. Links to folders are followed, each real folder once.
+    folder. Links to folders are followed, each real folder once. Raises ImageError for a folder that cannot be read.
     """
     seen: set[tuple[int, int]] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=_refuse, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was, or is being, walked
             subfolders.clear()
@@ -48,6 +48,10 @@ def image_names(root: Path) -> Iterator[str]:
         for name in files:
             if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
                 yield Path(folder, name).relative_to(root).as_posix()
+
+
+def _refuse(error: OSError) -> None:
+    raise ImageError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def read_image(source: Path) -> Image.Image:

@@ -179,7 +179,7 @@ def meant_size(model: Any) -> tuple[int, int]:
     any_size = getattr(model, "dynamic_img_size", False) and not cfg.get("fixed_input_size", True)
     if any_size and tuple(to_2tuple(made_at)) == size:
         size = tuple(cfg["input_size"][1:])
-    embed = getattr(model, "patch_embed", None)
+    embed: Any = getattr(model, "patch_embed", None)
     if getattr(embed, "strict_img_size", True) or getattr(embed, "dynamic_img_pad", True):
         return size
     rows, columns = embed.feat_ratio(as_scalar=False)  # such a model takes whole patches alone: of 384 pixels 378

@@ -153,8 +153,10 @@ class SharedFolder:
                 raise SettingsDiffer(f"{path} is lost, which says what {begun} is of; put it back, or delete both")
             try:
                 stored = json.loads(path.read_text()) if path.exists() else wanted
-            except ValueError as error:
-                raise SettingsDiffer(f"{path} is damaged ({error}); put it back, or use another folder") from error
+            except (OSError, ValueError) as error:
+                raise SettingsDiffer(
+                    f"{path} is damaged, or cannot be read ({error}); put it back, or use another folder"
+                ) from error
             decided = ({k: v for k, v in values.items() if k not in undecided} for values in (wanted, stored))
             ours, theirs = map(_flatten, decided)
             differences = [

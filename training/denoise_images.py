@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from timm_dvt.errors import UserError
-from timm_dvt.image_files import list_images
+from timm_dvt.image_files import given_images
 from timm_dvt.loading import load_model, pick_device
 from timm_dvt.options import add_options, build
 from timm_dvt.shared_folder import OutputError
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser(argv).parse_args(argv)
     keep_freed_memory()
     try:
-        sources = list_images(args.images, args.limit)
+        sources = given_images(args.images, args.out, args.limit)
         device = pick_device(args.device)
         model = load_model(args.model, pretrained=args.pretrained, seed=args.seed)
         settings = build(STAGE1[args.recipe], args).settled(model)
@@ -52,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return complain(130, "stopped; run the same command again to continue.")
     if failed and is_first_process():
         print(f"{failed} of {len(sources)} images failed: see {folder.path / FAILURES}", file=sys.stderr)
+    if is_first_process() and (others := folder.others(sources)):
+        print(
+            f"{folder.path} holds {others} more, of images that are not among these or were others then; "
+            "training.train_denoiser learns from them too",
+            file=sys.stderr,
+        )
     return 1 if failed else 0
 
 

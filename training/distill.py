@@ -29,7 +29,7 @@ from typing import Any
 from torch import nn
 
 from timm_dvt.errors import UnsupportedModelError, UserError
-from timm_dvt.image_files import Source, images_digest, list_images
+from timm_dvt.image_files import Source, given_images, images_digest
 from timm_dvt.layouts import check_rgb, meant_size
 from timm_dvt.loading import load_model, pick_device, weights_digest
 from timm_dvt.options import add_options, build
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """What the parsed arguments ask for. Raises what `exit_code` knows."""
     device = pick_device(args.device)
-    sources = list_images(args.images)
+    sources = given_images(args.images, args.out)
     teacher = load_teacher(args.model, args.pretrained, args.seed)
     with join_processes(device) as processes:
         settings = make_settings(args, teacher, sources, processes)
@@ -105,7 +105,9 @@ def make_settings(
         raise UserError(f"input_size must be a multiple of the patch size {patch}, got {size}")
     make_for(teacher, size)
     settings = replace(build(STAGE3[args.recipe], args), input_size=size)
-    return settings.settled(len(sources), f"{args.images} holds {len(sources)} image", processes)
+    return settings.settled(
+        len(sources), f"{args.images} holds {len(sources)} image{'s' * (len(sources) != 1)}", processes
+    )
 
 
 def describe(

@@ -29,7 +29,7 @@ from torch import nn
 from timm_dvt import calibrate, save_pretrained
 from timm_dvt.attach import timm_name
 from timm_dvt.errors import ImageError, UserError
-from timm_dvt.image_files import Source, list_images, load_image
+from timm_dvt.image_files import Source, decode_image, given_images, read_file
 from timm_dvt.loading import pick_device
 from timm_dvt.options import add_options, at_least, build
 from timm_dvt.shared_folder import read_lines
@@ -42,7 +42,7 @@ from training.loop.entry import exit_code, only_run
 from training.loop.log import LOG
 from training.loop.order import split_places
 from training.loop.settings import Pace
-from training.pairs.folder import PARTS, PRECISIONS, PairFolder
+from training.pairs.folder import FAILURES, PARTS, PRECISIONS, PairFolder
 from training.pairs.reader import PairReader, PairSet, open_pairs
 from training.stage1.cost import describe_cost, seconds_a_view, seconds_of
 from training.stage1.images import CROPS, denoise_images, describe_pairs
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     images = args.images
     if images.startswith(SCHEME):
         images = fetch_images(images, args.limit, Path(args.out) / "images")
-    seen, held_out = hold_out(readable(spread(list_images(images), args.limit)), args.seed)
+    seen, held_out = hold_out(usable(spread(given_images(images, args.out), args.limit)), args.seed)
     model = load_backbone(args.model, args.pretrained, args.seed).to(device)
     stage1 = build(Stage1Settings(crops=CROPS), args).settled(model)
     made_with = describe_pairs(args.model, args.pretrained, model, stage1)
@@ -141,8 +141,10 @@ def run(args: argparse.Namespace) -> None:
                 if args.leftover:
                     facts["views for what it left of position, taken off"] = str(LEFTOVER_VIEWS)
                 last = [record for record, _ in read_lines(folder / LOG) if "val_loss" in record][-1]
-                distance = last["val_loss_raw"], last["val_loss"]
-                before_after(model.to(device).eval(), held_out, folder, args.out, facts, distance, args.pretrained)
+                facts["distance to that, of its own validation"] = (
+                    f"{last['val_loss_raw']:.3g} of raw tokens, {last['val_loss']:.3g} of what it predicts"
+                )
+                before_after(model.to(device).eval(), held_out, folder, args.out, facts, args.pretrained)
                 print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
                 print(f"{folder / 'page.html'}")
 
@@ -154,16 +156,20 @@ def spread(sources: list[Source], most: int) -> list[Source]:
     return [sources[i * len(sources) // most] for i in range(most)]
 
 
-def readable(sources: list[Source]) -> list[Source]:
-    """Those of the images that can be decoded; the others are said."""
-    decodable = []
+def usable(sources: list[Source]) -> list[Source]:
+    """Those of the images that can be decoded, each once, or one that is learned from would be judged by; others are
+    said.
+    """
+    known: dict[str, Source] = {}
     for source in sources:
         try:
-            load_image(source.path)
-            decodable.append(source)
+            data, content = read_file(source.path)
+            decode_image(data)
+            if (first := known.setdefault(content.sha256, source)) is not source:
+                raise ImageError(f"the same image as {first.shown}")
         except ImageError as error:
-            print(f"left out {source.name}: {error}", file=sys.stderr)
-    return decodable
+            print(f"left out {source.shown}: {error}", file=sys.stderr)
+    return list(known.values())
 
 
 def hold_out(sources: list[Source], seed: int) -> tuple[list[Source], list[Source]]:
@@ -204,6 +210,8 @@ def pairs_on_disk(
     with PairFolder(wanted.folder, wanted.settings) as folder:
         denoise_images(model, list(sources.values()), folder, settings)
     processes.wait()
+    if not any((wanted.folder / file).exists() for file in wanted.files):
+        raise UserError(f"none of the {len(sources)} images gives a pair: {wanted.folder / FAILURES} says why")
     return open_pairs(wanted.folder, only=wanted.files)
 
 

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     pairs = open_pairs(args.pairs, args.layers)
     with join_processes(device) as processes:
         count = len(pairs.files)
-        settings = build(STAGE2[args.recipe], args).settled(count, f"{args.pairs} holds {count} pair", processes)
+        held = f"{args.pairs} holds {count} pair{'s' * (count != 1)}"
+        settings = build(STAGE2[args.recipe], args).settled(count, held, processes)
         model = load_pairs_model(args.model, args.pretrained, pairs.settings, args.pairs)
         check_fit(model, pairs, args.model)
         with only_run(args.out, processes, lambda: describe_training(args.model, model, pairs, settings)) as folder:

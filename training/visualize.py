@@ -119,7 +119,7 @@ def stage1_rows(
     seeded = replace(settings, seed=image_seed(settings.seed, content.sha256))
     parts = decompose(model, image, seeded, **({} if progress is None else progress.parts(seeded)))
     square = _square(image, seeded.input_size or 0)[0].permute(1, 2, 0).numpy().clip(0, 1)
-    name = Path(source.name).name
+    name = Path(source.shown).name
     rows = []
     for layer, part in (parts if isinstance(parts, dict) else {parts.layer: parts}).items():
         label = name if len(seeded.layers or ()) < 2 else f"{name}, block {layer}"

@@ -21,9 +21,10 @@ from typing import Any
 
 from timm_dvt.errors import UserError
 from timm_dvt.extraction.formats import Layout, Record
+from timm_dvt.image_files import SETTINGS
 from timm_dvt.shared_folder import read_lines
 
-INDEX, ERRORS, SETTINGS = "index.jsonl", "errors.jsonl", "settings.json"
+INDEX, ERRORS = "index.jsonl", "errors.jsonl"
 SHARD_BYTES = 2**27
 
 

@@ -54,7 +54,7 @@ class Extractor:
         self.blocks = self._blocks()
         # Of models that average: timm norms behind the pool then, and its feature methods do not norm at all.
         behind = norms_after_pool(self.model) or getattr(self.model, "norm_after_pool", False)
-        self._norm = self.model.fc_norm if behind else None
+        self._norm: Any = self.model.fc_norm if behind else None
         self._once = (
             len(self.states) > 1
             and self.model.plain

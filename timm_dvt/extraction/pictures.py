@@ -15,11 +15,12 @@ from timm_dvt.extraction.formats import Record, file_of
 from timm_dvt.extraction.reader import open_features
 from timm_dvt.extraction.video import video_rate
 from timm_dvt.extraction.video import write_video as encode
+from timm_dvt.image_files import PICTURES
 from timm_dvt.shared_folder import write_atomically
 from timm_dvt.viewer.colors import Projection
 from timm_dvt.weights.files import write_whole
 
-FOLDER, VIDEO = "pictures", "pictures.mp4"
+VIDEO = "pictures.mp4"
 SIDE = 448  # pixels of the longer side, about
 
 
@@ -36,7 +37,7 @@ def write_pictures(
     """Write a picture of each image of a shard: the variables that begin with `default`, on and off side by side."""
     keys = shown(basis, default)
     for place, record in enumerate(records):
-        path = out / FOLDER / file_of(record["name"], ".png")
+        path = out / PICTURES / file_of(record["name"], ".png")
         if place not in values[default]:
             path.unlink(missing_ok=True)  # of what the image was before
             continue

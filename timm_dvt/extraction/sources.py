@@ -15,10 +15,8 @@ from PIL import Image
 
 from timm_dvt.errors import ImageError, UserError
 from timm_dvt.extraction import hub, video
-from timm_dvt.extraction.folder import INDEX
 from timm_dvt.extraction.formats import Record
-from timm_dvt.extraction.pictures import FOLDER as PICTURES
-from timm_dvt.image_files import Source, decode_rgb, list_images, read_file
+from timm_dvt.image_files import Source, decode_rgb, given_images, read_file
 
 AHEAD = 16  # images of a stream that wait to be decoded
 Read = Callable[[], Image.Image]  # raises ImageError
@@ -54,8 +52,7 @@ class ImageSource:
             for shard, first in enumerate(range(0, len(self.listed), length)):
                 if wanted(shard):
                     for source in self.listed[first : first + length]:
-                        name = source.name.encode(errors="surrogateescape").decode(errors="replace")
-                        record = {"name": name}
+                        record = {"name": source.shown}
                         yield shard, record, partial(_read, source.path, record)
             return
         number, taken = -1, False
@@ -89,21 +86,9 @@ def open_source(where: str, out: Path) -> ImageSource:
     if path.is_file() and path.suffix.lower() in video.SUFFIXES:
         identity = {"source": path.name, "bytes": path.stat().st_size}
         return _stream(identity, lambda: map(_frame, video.video_frames(path)), path)
-    listed = list_images(path)
-    if path.is_dir():
-        listed = [source for source in listed if not _is_picture(source)]
-    if out.resolve().is_relative_to(path.resolve()):  # pictures of the run that is continued
-        listed = [source for source in listed if not source.path.resolve().is_relative_to(out.resolve())]
-    if not listed:
-        raise UserError(f"{where} holds no images but the pictures of an extraction")
+    listed = given_images(path, out)
     names = hashlib.sha256("\n".join(source.name for source in listed).encode(errors="surrogateescape")).hexdigest()
     return ImageSource({"count": len(listed), "names": names}, listed, count=len(listed))
-
-
-def _is_picture(source: Source) -> bool:
-    """Whether an extraction below the same folder drew it."""
-    folders = Path(source.name).parents
-    return any(folder.name == PICTURES and (source.root / folder.parent / INDEX).exists() for folder in folders)
 
 
 def _changed(path: Path, record: Record) -> bool:

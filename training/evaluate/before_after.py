@@ -28,7 +28,6 @@ WORDS = {
     "zero": "correlation with the map of a blank image",
     "blank": "pattern in images of one color, % of that with the denoiser off",
     "wrong": "patches that get the wrong label where each class is labeled on one side, %",
-    "distance": "distance to the clean features of stage 1, of its own validation",
 }
 GRAY = "gray"  # of COLORS, the blank image that is shown
 MEANING = (
@@ -47,7 +46,6 @@ def before_after(
     folder: Path,
     name: str,
     facts: Mapping[str, str],
-    distance: tuple[float, float],
     pretrained: bool = True,
 ) -> None:
     """Write README.md and page.html into the folder of a trained denoiser.
@@ -57,13 +55,10 @@ def before_after(
         sources: images held out, two or more; those that cannot be read are left out.
         folder: where to write. name: what it is called on the pages.
         facts: what it was trained on, in words.
-        distance: of raw and of denoised tokens to F, as training measured it last (Eq. 11).
         pretrained: whether the backbone's weights are those that its name stands for, or random ones.
     """
     extractor = Extractor(model)
     numbers, pictures, count = measure(extractor, sources)
-    for state, value in zip(("raw", "denoised"), distance):
-        numbers[state]["distance"] = value
     meaning = MEANING.format(count=count) + (TOO_FEW if count < FEW else "") + worse(numbers)
     load = f'import timm, timm_dvt\n\nmodel = timm.create_model("local-dir:{name}", pretrained=True).eval()\n'
     code = load + "tokens = model.forward_features(images)   # (B, prefix + H*W, C), patch tokens denoised\n"
@@ -84,7 +79,7 @@ def before_after(
     made = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     data = f"---\nlibrary_name: timm\n{license_of(model)}tags:\n- timm\n- dvt\n---\n"
     card = f"{data}# {title}\n\n{lead}\n\n{table}\n\n{meaning}\n\n{made}\n\n"
-    write_atomically(folder / "README.md", (card + f"```python\n{code}```\n").encode())
+    write_atomically(folder / "README.md", (card + f"```python\n{code}```\n").encode(errors="replace"))
 
 
 def license_of(model: torch.nn.Module) -> str:
@@ -113,7 +108,7 @@ def measure(
         try:
             image = extractor.resize(load_image(source.path))
         except ImageError as error:
-            tqdm.write(f"left out {source.name}: {error}")
+            tqdm.write(f"left out {source.shown}: {error}")
             continue
         raw = extractor.backbone(image[None].to(device))["raw"]
         denoised = extractor.denoise(raw)
@@ -123,7 +118,7 @@ def measure(
             if counts(groups):
                 wrong[state] += wrong_shares(maps[0], groups)
         if len(pictures) < PICTURES:
-            pictures.append((draw_png(image, raw[0], denoised[0]), Path(source.name).name))
+            pictures.append((draw_png(image, raw[0], denoised[0]), Path(source.shown).name))
     if statistics["raw"].count < 2:
         raise UserError("fewer than two of the images held out can be read")
     numbers = {

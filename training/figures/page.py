@@ -69,7 +69,9 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> bytes:
         body += [f"<h2>{html.escape(section.title)}</h2>", *(part.html() for part in section.parts)]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{"".join(body)}</body></html>\n'.encode()
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{"".join(body)}</body></html>\n'.encode(
+        errors="replace"
+    )
 
 
 def _row(tag: str, cells: Sequence[str], words: int, green: bool = False) -> str:

@@ -38,20 +38,26 @@ def encode_pair(maps: Maps, header: Mapping[str, Any], precision: str) -> bytes:
     Raises:
         ValueTooLarge: half precision cannot hold a value.
     """
-    tensors = {}
-    for layer, parts in maps.items():
-        for part, map_ in parts.items():
-            stored = map_.to("cpu", PRECISIONS[precision]).contiguous()
-            if not bool(stored.isfinite().all()):
-                largest = map_.abs().max().item()
-                raise ValueTooLarge(
-                    f"block {layer}: {part} holds {largest:.3g}, too large for {precision} precision on "
-                    "disk; use full precision (--precision full)"
-                )
-            tensors[f"{layer}.{part}"] = stored
-    header = {**header, "checksums": {key: _checksums(stored.numpy()) for key, stored in tensors.items()}}
+    stored = in_precision(maps, precision)
+    tensors = {f"{layer}.{part}": map_ for layer, parts in stored.items() for part, map_ in parts.items()}
+    header = {**header, "checksums": {key: _checksums(map_.numpy()) for key, map_ in tensors.items()}}
     # One entry, not one a field: safetensors orders entries at random, and equal pairs must be equal files.
     return save(tensors, {"pair": json.dumps(header, sort_keys=True)})
+
+
+def in_precision(maps: Maps, precision: str) -> dict[int, dict[str, Tensor]]:
+    """The maps as a file keeps them, on the CPU. Raises ValueTooLarge if half precision cannot hold a value."""
+    stored: dict[int, dict[str, Tensor]] = {layer: {} for layer in maps}
+    for layer, parts in maps.items():
+        for part, map_ in parts.items():
+            stored[layer][part] = map_.to("cpu", PRECISIONS[precision]).contiguous()
+            if not bool(stored[layer][part].isfinite().all()):
+                largest = map_.abs().max().item()
+                raise ValueTooLarge(
+                    f"block {layer}: {part} holds {largest:.3g}, too large for {precision} precision; "
+                    "training.denoise_images --precision full keeps it"
+                )
+    return stored
 
 
 def read_pair(path: str | Path, layer: int | None = None, parts: Iterable[str] = ("raw", "clean")) -> dict[str, Tensor]:

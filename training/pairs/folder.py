@@ -34,7 +34,7 @@ A million images, for ViT-B at 518 px (K = 37, C = 768; a map has 2.1 MB in half
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,11 +135,16 @@ class PairFolder:
 
     def is_done(self, source: Source) -> bool:
         """Whether the image has its pair, as far as this process knows, and has not changed since."""
+        return (source.name, *self._status(source)) in self._done
+
+    @staticmethod
+    def _status(source: Source) -> tuple[int, int]:
+        """Bytes and time of an image's file, by which it is known again without a look into it."""
         try:
             status = source.path.stat()
         except OSError:
-            return False
-        return (source.name, status.st_size, status.st_mtime_ns) in self._done
+            return -1, -1
+        return status.st_size, status.st_mtime_ns
 
     def is_done_by_now(self, source: Source) -> bool:
         """As `is_done`, after a look at what others finished meanwhile. Ask when it is claimed."""
@@ -203,6 +208,17 @@ class PairFolder:
         """
         known = None if content is None else content.sha256
         self._note(source, {"image": source.name, "sha256": known, "reason": reason, "version": __version__})
+
+    def others(self, sources: Sequence[Source]) -> int:
+        """How many finished pairs are of no image of these, or of what one of them was before."""
+        named = {source.name: source for source in sources}
+        ours, every = set(), set()
+        for record, _ in read_lines(self.path / INDEX):
+            every.add(record["file"])
+            source = named.get(record["image"])
+            if source is not None and self._status(source) == (record["bytes"], record["mtime_ns"]):
+                ours.add(record["file"])
+        return len(every - ours)
 
     def _note(self, source: Source, failure: dict[str, Any] | None) -> None:
         # The file is small. Rewritten whole and sorted, it never holds what is no longer true, and it does

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from timm_dvt.errors import UserError
 from timm_dvt.image_files import Source, decode_image, read_file
 from training.common.backbone import FeatureReader
-from training.pairs.folder import PRECISIONS, pair_file, stored_part
+from training.pairs.file import in_precision
+from training.pairs.folder import pair_file, stored_part
 from training.pairs.reader import PairReader, PairSet
 from training.stage1.decompose import Stage1Settings, decompose
 from training.stage1.images import IMAGE_ERRORS, image_seed, pair_maps
@@ -78,8 +79,7 @@ class SolvingReader(PairReader):
 
         def of(layer: int, part: str) -> Tensor:
             key = stored_part(part, crop)
-            stored = maps[layer][key] if key == part else maps[layer][key][crop - 1]
-            return stored.to(PRECISIONS["half"])
+            return maps[layer][key] if key == part else maps[layer][key][crop - 1]
 
         return [[of(layer, part) for layer in self.pairs.layers] for part in self.parts]
 
@@ -104,4 +104,4 @@ class SolvingReader(PairReader):
         image = decode_image(data).to(next(self.model.parameters()).device)
         parts = decompose(self.model, image, replace(self.settings, seed=seed))
         assert isinstance(parts, dict)  # settings.layers is filled in
-        return {layer: pair_maps(part) for layer, part in parts.items()}
+        return in_precision({layer: pair_maps(part) for layer, part in parts.items()}, "half")

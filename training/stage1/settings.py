@@ -79,6 +79,8 @@ class Stage1Settings:
             UserError: a value that cannot be. TypeError: the model is none of timm's ViTs.
         """
         check_area(self.area)
+        if self.solver == "field" and not self.linear.artifacts:
+            raise UserError("--no-artifacts is of the linear solver: pass --solver linear, too")
         reader = replace(self, layers=_blocks(self.layers, model)).reader(model)
         filled: dict[str, Any] = {name: getattr(reader, name) for name in ("layers", "input_size", "stride")}
         return replace(self, crops=min(self.crops, self.views - 1), **filled)

@@ -94,7 +94,7 @@ def _described(denoiser: Denoiser) -> str:
     count = len(denoiser.blocks)
     if not ARCHITECTURES[denoiser.arch].deep:
         return denoiser.arch
-    return f"{denoiser.arch} of {count} block{'s' * (count > 1)} and {denoiser.num_heads} heads"
+    return f"{denoiser.arch} of {count} block{'s' * (count > 1)} and {denoiser.num_heads} head{'s' * (denoiser.num_heads > 1)}"
 
 
 def _some(reader: PairReader) -> list[int]:

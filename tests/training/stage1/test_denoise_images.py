@@ -191,3 +191,17 @@ def test_a_model_can_come_from_a_folder(images, tmp_path):
     header = read_header(tmp_path / "out" / entry.file)
     wanted = decompose(model.eval(), pixels, Stage1Settings(views=24, seed=header["seed"], input_size=64))
     torch.testing.assert_close(read_pair(tmp_path / "out" / entry.file)["raw"], wanted.raw.half())
+
+
+def test_pairs_of_images_that_are_no_longer_given_are_counted(images, tmp_path, capsys):
+    assert run(images, tmp_path / "out") == 0
+    assert "more" not in capsys.readouterr().err
+    (images / "c.png").write_bytes((images / "b" / "1.png").read_bytes())
+    (images / "b" / "1.png").unlink()
+    assert run(images, tmp_path / "out") == 0
+    assert "holds 2 more, of images that are not among these or were others then" in capsys.readouterr().err
+
+
+def test_a_map_of_the_linear_solver_is_not_asked_of_the_field(images, tmp_path, capsys):
+    assert run(images, tmp_path / "out", "--solver", "field", "--no-artifacts") == 2
+    assert "--no-artifacts is of the linear solver" in capsys.readouterr().err
