@@ -150,7 +150,8 @@ def arrangements(name: str, model: Any) -> dict[str, Callable[[torch.Tensor], to
         return model.forward_intermediates(images, indices=1, intermediates_only=True)[0]
 
     calls = {"plain": plain.forward_features, "off": off, "on": model.forward_features}
-    if model.denoiser.arch == "block" and model.denoiser.blank_gate is None:
+    ours: Any = model.denoiser
+    if ours.arch == "block" and ours.blank_gate is None and ours.pos_embed_out is None and not ours.keep_length:
         calls |= {"on (map)": on_map, "published (map)": Published(plain, model).to(weight).eval()}
     return calls
 

@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     if args.task == "all":
         kinds = kinds_of(args.dataset, args.data)
         names = [name for name in tasks_of(args.protocol) if load_task(name, args.protocol).KIND in kinds]
+        if args.pairs:
+            names = [name for name in names if getattr(load_task(name, args.protocol), "PAIRS", False)]
     request = build(Request, args)
     cache = None if args.cache == Path("off") else args.cache or args.out / "features"
     requests = [replace(request, task=name, cache=cache) for name in names]
@@ -60,17 +62,23 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
     extractor = Extractor(model, args.input_size or input_size_of(request.pairs), args.dtype)
+    code = 0
     for request, opened in zip(requests, splits):
         try:
             result, path = evaluate(request, model, extractor, opened)
         except FileNotFoundError as error:  # an image or mask that a list names
             layout = DATASETS[args.dataset].layout
             raise UserError(f"there is no file {error.filename}\nExpected layout:\n{layout}") from error
+        except (UserError, Diverged) as error:
+            if args.task != "all":
+                raise
+            code = complain(1 if isinstance(error, Diverged) else 2, f"left out {request.task}: {error}")
+            continue
         if args.json:
             print(json.dumps(result), flush=True)
         else:
             print(f"{result_table(result)}\n  {result['seconds']} s, {path}\n", flush=True)
-    return 0
+    return code
 
 
 def make_parser() -> argparse.ArgumentParser:

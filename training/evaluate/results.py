@@ -51,8 +51,8 @@ def read_rows(folder: Path) -> list[Row]:
     results = [(path, result) for path, result in read if {"task", "dataset", "model", "states"} <= result.keys()]
     label = labels(place_of(result) for _, result in results)
     for path, result in results:
-        whole = not result.get("limit") and not result.get("changed")
         tags = dict(result.get("tags", {}))
+        whole = not (result.get("limit") or result.get("changed") or {"input", "dtype"} & tags.keys())
         protocol = result.get("protocol", "fast")  # results before there were several do not say
         if protocol != "fast":
             tags["protocol"] = protocol

@@ -156,6 +156,11 @@ def evaluate(
             ]
             states[_label(state, request.model, extractor)] = [run["numbers"] for run in runs]
             seconds += sum(run["seconds"] for run in runs)
+    tags = {**_known_tags(request.model), **dict(tag.split("=", 1) for tag in request.tags)}
+    if extractor.resized and not request.pairs:
+        tags["input"] = f"{extractor.reader.input_size} px"
+    if extractor.dtype != "float32":
+        tags["dtype"] = extractor.dtype
     if request.pairs:
         facts["pairs"] = [group["val"].keys["pairs"] for group, _ in groups]
         states = {state: states[state] for state in STATES if state in states}
@@ -165,7 +170,7 @@ def evaluate(
         "pair_folders": [str(folder) for folder in request.pairs],
         "limit": request.limit,
         "changed": [word for word in request.settings if settings_by(word) != settings_by()],
-        "tags": {**_known_tags(request.model), **dict(tag.split("=", 1) for tag in request.tags)},
+        "tags": tags,
         "seed": request.seed,
         "repeats": request.repeats,
         "states": {state: _summaries(numbers) for state, numbers in states.items()},
@@ -173,7 +178,10 @@ def evaluate(
         "seconds": round(seconds, 1),
     }
     how = [*(["pairs"] if request.pairs else []), *([] if request.protocol == "fast" else [request.protocol])]
-    path = request.out / f"{slug(request.task, request.dataset, request.model, *how)}-{_key(facts)[:8]}.json"
+    path = (
+        request.out
+        / f"{slug(request.task, request.dataset, request.model, *how)}-{_key({**facts, 'tags': tags})[:8]}.json"
+    )
     write_json(path, result)
     return result, path
 

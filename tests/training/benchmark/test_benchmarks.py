@@ -4,9 +4,10 @@ import importlib
 import re
 
 import pytest
+import timm
 
 from timm_dvt import bars
-from training.benchmark import field_step
+from training.benchmark import field_step, inference
 from training.benchmark.__main__ import main
 
 
@@ -49,3 +50,11 @@ def test_field_step_tells_how_far_it_is(capsys, monkeypatch):
     printed = capsys.readouterr()
     assert "0/400 [00:00<?, ?step/s]" in printed.err and re.search(r"\b[1-9]\d*/400 ", printed.err)
     assert "phase 2" in printed.out
+
+
+def test_the_published_arrangement_stands_beside_denoisers_of_its_kind_alone():
+    """Which is a block and nothing behind it."""
+    variant = "vit_small_patch14_dinov2.lvd142m_dvt"
+    for more, same in (({}, True), ({"keep_length": True}, False), ({"pos_embed_out": True}, False)):
+        model = timm.create_model(variant, img_size=28, denoiser={"grid_size": 2, **more}).eval()
+        assert ("published (map)" in inference.arrangements(variant, model)) == same

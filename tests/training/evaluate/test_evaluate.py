@@ -18,7 +18,8 @@ from training.evaluate.__main__ import main
 from training.evaluate.data.datasets import DATASETS, open_dataset
 from training.evaluate.detection import fast as detection
 from training.evaluate.features.cached import Extractor, Features
-from training.evaluate.tasks import TASKS, load_task
+from training.evaluate.results import read_rows
+from training.evaluate.tasks import TASKS, load_task, tasks_of
 
 ARGS = {"img_size": 64, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 0}
 QUICK = [
@@ -158,6 +159,35 @@ def test_corrected_annotations_are_evaluated_anew(task, kind, number, model, dat
     assert len(results) == 2 and first in results
     assert len({result["states"]["raw"][number]["mean"] for result in results}) == 2
     assert features == {path: path.stat().st_mtime_ns for path in features}
+
+
+def test_all_goes_on_where_one_task_cannot_be(model, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("training.evaluate.__main__.kinds_of", lambda dataset, where: ["images", "masks"])
+    for name in set(tasks_of("fast")) - {"position", "knn-seg"}:
+        monkeypatch.setattr(load_task(name), "KIND", "none")
+    words = ["all", "--dataset", "stamps", "--data", str(data["stamps"]), "--model", model, "--out", str(tmp_path)]
+    assert main([*words, "--limit", "1", "--set", "knn-seg.bank_share=1.0"]) == 2  # position is told by several images
+    assert "error: left out position: " in capsys.readouterr().err
+    (result,) = tmp_path.glob("*.json")
+    assert result.name.startswith("knn-seg")
+
+
+def test_a_bank_without_a_label_is_told(model, data, tmp_path, capsys):
+    where = shutil.copytree(data["stamps"], tmp_path / "stamps")
+    masks = sorted((where / "train" / "masks").iterdir())
+    for path in masks[1:]:
+        Image.fromarray(np.full((64, 64), 255, np.uint8)).save(path)
+    words = ["knn-seg", "--dataset", "stamps", "--data", str(where), "--model", model, "--out", str(tmp_path / "out")]
+    assert main([*words, "--repeats", "4", "--set", "bank_share=0.05"]) == 2
+    assert "in the bank of seed" in capsys.readouterr().err
+
+
+def test_the_report_tells_sizes_and_tags_apart(model, data, tmp_path):
+    for more in ((), ("--input-size", "32"), ("--tag", "views=4"), ("--dtype", "bfloat16")):
+        evaluate("knn-seg", "stamps", model, data, tmp_path, *more)
+    rows = [row for row in read_rows(tmp_path) if row.state == "raw"]
+    wanted = [{}, {"dtype": "bfloat16"}, {"input": "32 px"}, {"views": "4"}]
+    assert sorted((row.tags for row in rows), key=str) == sorted(wanted, key=str)
 
 
 def test_a_setting_with_a_decimal_point_is_a_changed_one(model, data, tmp_path):

@@ -168,3 +168,33 @@ def test_boxes_that_cannot_be_are_named(alter, message, where):
     change(where, alter)
     with pytest.raises(ValueError, match=message):
         open_dataset("folder", where, "boxes")
+
+
+def test_crowds_are_no_objects_to_discover_and_neither_hit_nor_miss_to_detect(where):
+    """LOST leaves them out of COCO; a detector that finds one is not wrong."""
+    path = where / "val" / "boxes.json"
+    record = json.loads(path.read_text())
+    crowd = {"image_id": 0, "category_id": 1, "bbox": [0, 0, 64, 64], "iscrowd": 1, "id": 99}
+    record["annotations"].append(crowd)
+    path.write_text(json.dumps(record))
+    (split,) = open_dataset("folder", where, "discovery").values()
+    assert [len(split.annotation(i).boxes) for i in range(3)] == [1, 1, 1]
+    val = open_dataset("folder", where, "boxes")["val"]
+    assert sorted(flag for i in range(3) for flag in val.annotation(i).difficult.tolist()) == [False] * 3 + [True]
+
+
+def test_masks_of_0_and_255_are_refused_with_the_remedy(where):
+    """Objects of 255 would not count, and whatever is said of the rest would be right."""
+    (where / "classes.txt").write_text("background\nobject\n")
+    for path in where.glob("*/masks/**/*.png"):
+        values = np.where(np.array(Image.open(path)) == 0, 0, 255)
+        paint(path, values)
+    with pytest.raises(ValueError, match="hold class 0 alone.* objects of masks of 0 and 255 have to be 1"):
+        open_dataset("folder", where, "masks")
+
+
+def test_depths_of_8_bits_are_refused(where):
+    for path in where.glob("*/depths/**/*.png"):
+        paint(path, np.full((64, 64), 200))
+    with pytest.raises(ValueError, match="has 16 bits a pixel, 1000 for a meter; this has 8"):
+        open_dataset("folder", where, "depth")

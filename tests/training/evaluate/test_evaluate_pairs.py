@@ -16,6 +16,7 @@ from training.evaluate.features.cached import Extractor
 from training.evaluate.features.pairs import STATES, PairFeatures
 from training.evaluate.position import mic
 from training.evaluate.position import share as position
+from training.evaluate.tasks import load_task
 from training.pairs.folder import PairFolder
 from training.report import main as report
 
@@ -44,7 +45,7 @@ def evaluate(*words: str) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:only .* different crops", "ignore:no view shows", "ignore:F and G are hardly")
-def test_tab_5_from_two_commands(model, data, tmp_path, capsys):
+def test_tab_5_from_two_commands(model, data, tmp_path, capsys, monkeypatch):
     pairs, out = tmp_path / "pairs", tmp_path / "out"
     for part in ("train", "val"):
         options = ["--images", str(data / part / "images"), "--out", str(pairs), "--input-size", "80", "--views", "9"]
@@ -61,6 +62,10 @@ def test_tab_5_from_two_commands(model, data, tmp_path, capsys):
     assert evaluate("knn-seg", *words[:-5], *words[-3:]) == 0 and report([str(out)]) == 0
     rows = [line.split(" | ") for line in (out / "report.md").read_text().splitlines() if "measured" in line]
     assert [row[1] for row in rows] == ["raw", "denoised", *[state for state in STATES if state in states]]
+    with monkeypatch.context() as patch:
+        patch.setattr("training.evaluate.__main__.kinds_of", lambda dataset, where: ["masks", "boxes"])
+        patch.setattr(load_task("linear-seg"), "KIND", "none")
+        assert evaluate("all", *words) == 0  # what is of pairs
     assert evaluate("detection", *words[:-3]) == 2 and "--pairs is for knn-seg" in capsys.readouterr().err
 
 

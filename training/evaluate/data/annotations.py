@@ -25,18 +25,23 @@ from training.evaluate.data.splits import IGNORE, Boxes, Split
 Thing = tuple[Any, Any, bool, str]  # corners in pixels, class, whether it is difficult, and what errors call it
 
 
-def check(split: Split) -> Split:
-    """Read each annotation once, before anything slow; returns the split with the digest of what was read.
+def check(split: Split) -> tuple[Split, set[int]]:
+    """Read each annotation once, before anything slow.
+
+    Returns:
+        The split with the digest of what was read, and the classes that its masks hold.
 
     Raises:
         ValueError: nothing is labeled in any of them. Whatever their reader raises.
     """
-    labeled, digest = False, sha256(repr(list(split.classes)).encode())
+    labeled, present, digest = False, np.zeros(IGNORE, bool), sha256(repr(list(split.classes)).encode())
 
     def look(i: int) -> tuple[bool, bytes]:
         annotation = split.annotation(i)
         if isinstance(annotation, Split):  # the frames of a video
-            annotation = check(annotation)
+            annotation, _ = check(annotation)
+        if isinstance(annotation, Tensor) and annotation.dtype == torch.uint8:
+            present[np.bincount(annotation.numpy().ravel(), minlength=IGNORE)[:IGNORE] > 0] = True
         return _is_labeled(annotation), _digest(annotation)
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
@@ -49,7 +54,7 @@ def check(split: Split) -> Split:
         raise UserError(
             f"nothing is labeled in {split.name}: no object, or no pixel that counts, in {len(split)} images"
         )
-    return replace(split, digest=digest.hexdigest())
+    return replace(split, digest=digest.hexdigest()), set(np.flatnonzero(present).tolist())
 
 
 def _digest(annotation: Any) -> bytes:
@@ -57,6 +62,8 @@ def _digest(annotation: Any) -> bytes:
     if isinstance(annotation, Tensor):
         kind = f"{annotation.dtype} {tuple(annotation.shape)}".encode()
         return sha256(kind + annotation.contiguous().numpy().tobytes()).digest()
+    if isinstance(annotation, Path):  # of a pair of images the other one
+        return files_digest([annotation]).encode()
     if isinstance(annotation, tuple):  # `Boxes`, points
         return sha256(b"".join(map(_digest, annotation))).digest()
     if isinstance(annotation, Split):
@@ -140,7 +147,10 @@ def read_depth(path: Path, image: Path, per_meter: float = 1000) -> Tensor:
         FileNotFoundError: it is not there.
         ValueError: it is no gray image, of another size than the image, or a depth is negative or no number.
     """
-    depths = _read_pixels(path, image, "depth map", "a gray image of one depth a pixel").astype(np.float32)
+    values = _read_pixels(path, image, "depth map", "a gray image of one depth a pixel")
+    if values.dtype.itemsize < 2 and per_meter > 255:
+        raise UserError(f"{path}: a depth map has 16 bits a pixel, {per_meter:g} for a meter; this has 8")
+    depths = values.astype(np.float32)
     if not (np.isfinite(depths).all() and (depths >= 0).all()):
         raise UserError(f"{path}: depths must be finite and 0 or more")
     return torch.from_numpy(depths / np.float32(per_meter))
@@ -204,12 +214,13 @@ def four(box: Any, name: str) -> list[float]:
     return [float(value) for value in box]
 
 
-def coco_split(name: str, path: Path, root: Path, ids: Collection[int] | None = None) -> Split:
+def coco_split(name: str, path: Path, root: Path, ids: Collection[int] | None = None, crowds: bool = True) -> Split:
     """Images with objects as COCO's JSON has them, in the order of their files' names.
 
     Args:
         path: of the JSON. root: where the names of its images start.
         ids: of the images that are wanted; None is all.
+        crowds: whether groups in one box ("iscrowd") are objects; for discovery LOST leaves them out.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it is not COCO's JSON.
@@ -225,7 +236,8 @@ def coco_split(name: str, path: Path, root: Path, ids: Collection[int] | None = 
                 raise UserError(f"{path}: there is no category {thing['category_id']}, which an annotation names")
             if thing["image_id"] not in things:
                 raise UserError(f"{path}: there is no image {thing['image_id']}, which an annotation names")
-            things[thing["image_id"]].append(thing)
+            if crowds or not thing.get("iscrowd"):
+                things[thing["image_id"]].append(thing)
         listed = sorted(record["images"], key=lambda entry: entry["file_name"])
         listed = [entry for entry in listed if ids is None or entry["id"] in ids]
         images = [root / entry["file_name"] for entry in listed]

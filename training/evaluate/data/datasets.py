@@ -88,7 +88,14 @@ def open_dataset(
             raise UserError(f"{name} under {folder}: its masks have one class, and there is nothing to tell it from")
         splits = {part: split.limit(limit) for part, split in splits.items()}
         if kind != "images":  # whose annotations nobody reads
-            splits = {part: check(split) for part, split in splits.items()}
+            checked = {part: check(split) for part, split in splits.items()}
+            splits = {part: split for part, (split, _) in checked.items()}
+            held = set().union(*(classes for _, classes in checked.values()))
+            if kind == "masks" and len(held) < 2:
+                raise UserError(
+                    f"{name} under {folder}: of all classes its masks hold class {min(held)} alone, and there is nothing to "
+                    "tell it from; 255 is for pixels that do not count, so objects of masks of 0 and 255 have to be 1"
+                )
     except (OSError, RuntimeError, UnicodeError) as error:  # torchvision raises RuntimeError for a missing folder
         raise UserError(f"{name} under {folder}: {reason(error)}\nExpected layout:\n{dataset.layout}") from error
     return splits
@@ -192,7 +199,7 @@ def _coco(folder: Path, kind: str) -> dict[str, Split]:
         if wrong:
             raise UserError(f"{chosen}: {wrong[:100]!r} ends with no number of an image of COCO")
         numbers = set(map(int, ends.values()))
-        return {"coco20k": _coco_split(folder, _coco_year(folder, "train"), numbers)}
+        return {"coco20k": _coco_split(folder, _coco_year(folder, "train"), numbers, crowds=False)}
     parts = ("val",) if kind == "images" else ("train", "val")
     return {part: _coco_split(folder, _coco_year(folder, part)) for part in parts}
 
@@ -204,9 +211,9 @@ def _coco_year(folder: Path, part: str) -> str:
     raise FileNotFoundError(f"there is no file {folder}/annotations/instances_{part}2017.json (or 2014)")
 
 
-def _coco_split(folder: Path, name: str, numbers: set[int] | None = None) -> Split:
+def _coco_split(folder: Path, name: str, numbers: set[int] | None = None, crowds: bool = True) -> Split:
     root = folder / name if (folder / name).is_dir() else folder / "images" / name
-    return coco_split(f"COCO {name}", folder / "annotations" / f"instances_{name}.json", root, numbers)
+    return coco_split(f"COCO {name}", folder / "annotations" / f"instances_{name}.json", root, numbers, crowds)
 
 
 # ---- ImageFolder

@@ -58,7 +58,7 @@ def read_folder(folder: Path, kind: str) -> dict[str, Split]:
     if kind == "boxes":
         return {part: _with_boxes(folder / part) for part in PARTS}
     if kind == "discovery":
-        return {"folder": _with_boxes(folder / "val")}
+        return {"folder": _with_boxes(folder / "val", crowds=False)}
     return {"val": Split("folder val", _images(folder / "val"), (), lambda i: None)}
 
 
@@ -68,9 +68,9 @@ def _images(folder: Path) -> list[Path]:
     return [source.path for source in list_images(folder / "images")]
 
 
-def _with_boxes(folder: Path) -> Split:
+def _with_boxes(folder: Path, crowds: bool = True) -> Split:
     """A part with COCO's JSON; images that it does not list are left out."""
-    return coco_split(f"folder {folder.name}", folder / "boxes.json", folder / "images")
+    return coco_split(f"folder {folder.name}", folder / "boxes.json", folder / "images", crowds=crowds)
 
 
 def _with_masks(folder: Path) -> dict[str, Split]:

@@ -56,6 +56,7 @@ class Extractor:
     Attributes:
         states: "raw" and, for a model with a denoiser, "denoised".
         reader: of the raw features of the last block.
+        resized: whether images are of another size than the model is meant for.
         model: the model itself.
     """
 
@@ -71,8 +72,9 @@ class Extractor:
         """
         self.model: Any = model.eval().requires_grad_(False)
         embed = getattr(self.model, "patch_embed", None)
-        size = input_size or (meant_size(model)[0] if getattr(embed, "img_size", None) else None)
-        self.reader = FeatureReader(model, input_size=size, dtype=dtype)
+        meant = meant_size(model)[0] if getattr(embed, "img_size", None) else None
+        self.reader = FeatureReader(model, input_size=input_size or meant, dtype=dtype)
+        self.resized = input_size not in (None, meant)
         self.dtype = dtype
         self.denoiser = _last_denoiser(self.model)
         self.states = ("raw",) if self.denoiser is None else ("raw", "denoised")
