@@ -79,6 +79,36 @@ def test_live_features_of_a_square_are_those_of_the_reader(name):
     assert wide.shape == (1, 3, 6, vit.embed_dim) and wide.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "name, more, prefix",
+    [
+        ("cait_xxs24_224", {"depth": 1}, 1),
+        ("xcit_nano_12_p16_224", {"depth": 1}, 1),
+        ("levit_128s", {}, 0),
+        ("hiera_tiny_224", {"stages": (1, 1, 1, 1)}, 0),
+        ("vit_relpos_small_patch16_224", {"depth": 1}, 0),
+    ],
+)
+def test_live_features_of_other_families_are_the_models_own(name, more, prefix):
+    torch.manual_seed(0)
+    model = timm_dvt.add_denoiser(timm.create_model(name, num_classes=0, **more)).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        denoised = model.forward_features(images)
+        with model.denoising(False):
+            raw = model.forward_features(images)
+    if "relpos" in name:  # timm moves its norm behind the pooling
+        raw = model.fc_norm(raw)
+    features = LiveFeatures(Extractor(model))
+    maps, classes = features(images, "raw")
+    assert torch.allclose(maps.flatten(1, 2), raw[:, prefix:], atol=1e-4)
+    assert torch.allclose(classes, raw[:, :prefix].flatten(1), atol=1e-4)
+    assert torch.allclose(features(images, "denoised")[0].flatten(1, 2), denoised[:, prefix:], atol=1e-4)
+    bare = features(images, "raw", final_norm=False)[0]
+    if prefix:
+        assert not torch.allclose(bare, maps, atol=0.1) and torch.allclose(model.norm(bare), maps, atol=1e-4)
+
+
 # ---- segmentation
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from training.common.backbone import autocasting
+from timm_dvt.layouts import Layout
+from timm_dvt.reading import final_tokens, fit_to
+from training.common.backbone import autocasting, raw_copy
 from training.evaluate.features.cached import Extractor
 from training.evaluate.segmentation.windows import patch_padding
 
@@ -28,8 +29,8 @@ class LiveFeatures:
         reader = extractor.reader
         self._extractor = extractor
         self.patch, self.channels, self.device = reader.patch, reader.channels, reader.device
-        self.prefix = extractor.model.num_prefix_tokens > 0
-        self._twins: dict[tuple[int, int], Any] = {}
+        self.prefix = reader.layout.prefix > 0
+        self._twins: dict[tuple[tuple[int, int], bool], tuple[Any, Layout]] = {}
 
     @torch.no_grad()
     def __call__(self, images: Tensor, state: str, final_norm: bool = True) -> tuple[Tensor, Tensor]:
@@ -42,40 +43,28 @@ class LiveFeatures:
 
         Returns:
             (B, ceil(h / patch), ceil(w / patch), C); (B, C), or (B, 0) of a model without a class token.
+
+        Raises:
+            ValueError: the model takes no images of that size.
         """
         height, width = images.shape[-2:]
         images = pad(images.to(self.device, torch.float32), patch_padding((height, width), self.patch))
-        twin = self._twin((images.shape[-2], images.shape[-1]))
-        grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
+        twin, layout = self._twin((images.shape[-2], images.shape[-1]), final_norm or state == "denoised")
         weight = next(twin.parameters())
-        dtype = self._extractor.reader.dtype
-        with autocasting(weight, dtype):
-            (output,) = twin.forward_intermediates(
-                images.to(weight.dtype),
-                indices=[len(twin.blocks) - 1],
-                return_prefix_tokens=True,
-                output_fmt="NLC",
-                intermediates_only=True,
-            )
-            # Without prefix tokens timm hands back the patches alone.
-            tokens, prefix = output if isinstance(output, tuple) else (output, output[:, :0])
-            norm = twin.fc_norm if isinstance(twin.norm, nn.Identity) else twin.norm  # timm moves it there for pooling
-            normed, prefix = norm(tokens), norm(prefix)
+        with autocasting(weight, self._extractor.reader.dtype):
+            prefix, tokens, grid = final_tokens(twin, images.to(weight.dtype), layout)
         if state == "denoised":
             assert self._extractor.denoiser is not None
-            tokens = self._extractor.denoiser(normed.to(weight.dtype), grid)
-        elif final_norm:
-            tokens = normed
+            tokens = self._extractor.denoiser(tokens.to(weight.dtype), grid)
         classes = prefix[:, 0] if self.prefix else prefix.flatten(1)
         return tokens.float().unflatten(1, grid), classes.float()
 
-    def _twin(self, size: tuple[int, int]) -> Any:
-        """The model for images of one size: it shares the weights; the position embedding, resampled, is its own."""
-        if size not in self._twins:
-            model = self._extractor.model
-            twin: Any = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
-            if hasattr(twin, "set_denoise"):
-                twin.set_denoise(False)
-            twin.set_input_size(img_size=size)
-            self._twins[size] = twin
-        return self._twins[size]
+    def _twin(self, size: tuple[int, int], final_norm: bool) -> tuple[Any, Layout]:
+        """The model for images of one size, and its layout there: a copy that shares the weights."""
+        if (size, final_norm) not in self._twins:
+            twin = raw_copy(self._extractor.model)
+            layout = fit_to(twin, size)
+            if not final_norm:
+                twin.norm = twin.fc_norm = nn.Identity()  # timm moves the norm from the one to the other for pooling
+            self._twins[size, final_norm] = twin, layout
+        return self._twins[size, final_norm]
