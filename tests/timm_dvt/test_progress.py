@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +90,9 @@ def test_what_is_soon_done_leaves_no_line_in_a_file(stream, monkeypatch):
     monkeypatch.setattr("sys.stderr", stream())
     assert list(tqdm(range(3), "short")) == [0, 1, 2]
     assert ("short" in sys.stderr.getvalue()) == (stream is Terminal)
+
+
+def test_all_bars_are_those_that_a_file_can_be_of_too():
+    root = Path(bars.__file__).parents[1]
+    modules = [path for room in ("timm_dvt", "training") for path in (root / room).rglob("*.py")]
+    assert [path.name for path in modules if "from tqdm import" in path.read_text()] == ["bars.py"]

@@ -31,9 +31,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from tqdm import tqdm
 
 from timm_dvt.attach import Denoised
+from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError
 from timm_dvt.loading import weights_digest
 from timm_dvt.version import __version__
