@@ -99,10 +99,10 @@ def job_of(row: Row, options: Options) -> Job | str:
         return f"needs --train, which makes {made}"
     if row.made == "pairs":
         needs = tuple(_pairs(row.backbone, "voc12", options, *plain) for plain in ((), _VIEW_AVERAGE))
-        model, words = row.backbone, ["--pairs", *(_value(job.command, "--out") for job in needs)]
+        model, words = row.backbone, ["--pairs", *(value_of(job.command, "--out") for job in needs)]
     elif options.recipe is not None and row.suffix == "dvt":
         needs = (_denoiser(row.backbone, row.made or "block", options),)
-        model = f"local-dir:{_value(needs[0].command, '--out')}"
+        model = f"local-dir:{value_of(needs[0].command, '--out')}"
     folder = data_folder(options, dataset)
     words += ["--model", model, "--dataset", dataset, "--data", str(folder), "--repeats", str(options.repeats)]
     words += ["--protocol", protocol_of(options, row)] + (["--set", *more] if more else [])
@@ -115,7 +115,7 @@ def _denoiser(backbone: str, arch: str, options: Options) -> Job:
     """Stage 2, of stage 1 of the paper's images."""
     pairs = _pairs(backbone, "train", options)
     out = options.out / "denoisers" / slug(backbone, arch, *_taken(options, "train")[1:])
-    words = ["--recipe", str(options.recipe), "--model", backbone, "--pairs", _value(pairs.command, "--out")]
+    words = ["--recipe", str(options.recipe), "--model", backbone, "--pairs", value_of(pairs.command, "--out")]
     command = ("training.train_denoiser", *words, "--arch", arch, *options.stage2, "--out", str(out))
     return _job(("denoiser", backbone, arch), command, options, (pairs,))
 
@@ -260,5 +260,6 @@ def _job(
     return Job(f"{slug(*title)}-{key}", command, needs, **more)
 
 
-def _value(command: Sequence[str], option: str) -> str:
+def value_of(command: Sequence[str], option: str) -> str:
+    """What a command gives for one of its options."""
     return command[command.index(option) + 1]

@@ -6,11 +6,12 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from timm_dvt.image_files import list_images
 from timm_dvt.loading import pick_device
@@ -41,7 +42,7 @@ def seconds_to_make(job: Job) -> float:
     """
     if job.command[0] == "training.denoise_images":
         return _stage1(job.command[1:])
-    return _stage2(job.command[1:], _option(job.needs[0].command, "--images"))
+    return _stage2(job.command[1:], job.needs[0].command[1:])
 
 
 def _stage1(words: Sequence[str]) -> float:
@@ -74,19 +75,24 @@ def _an_image(name: str, pretrained: bool, seed: int, device: str | None, settin
     return max(each, view * settings.views + step * settings.field.steps)
 
 
-def _stage2(words: Sequence[str], images: str) -> float:
-    """Steps of a denoiser on random tokens."""
-    args = _parse(words, STAGE2, TrainingSettings, Stage2Settings)
-    settings = build(STAGE2[args.recipe], args).settled(len(list_images(images)), images, ALONE)
+def _stage2(words: Sequence[str], stage1: Sequence[str]) -> float:
+    """Steps of the denoisers on random tokens, of the layers and the grid that stage 1 gives."""
+    args, made = _parse(words, STAGE2, TrainingSettings, Stage2Settings), _parse(stage1, STAGE1, Stage1Settings)
+    settings = build(STAGE2[args.recipe], args).settled(len(list_images(made.images)), made.images, ALONE)
     device = pick_device(args.device)
     model = load_backbone(args.model, args.pretrained, args.seed)
-    grid = (37, 37) if model.patch_embed.patch_size[0] == 14 else (32, 32)  # 518 and 512 pixels
-    pairs = PairSet(Path(), (), (0,), grid, model.num_features, {})
-    (denoiser,) = make_denoisers(pairs, settings.arch, 1, 0).values()
-    tokens = torch.rand(settings.batch_size, grid[0] * grid[1], model.num_features, device=device)
-    denoiser = denoiser.to(device)
-    step = BACKWARD * seconds_of(lambda: denoiser(tokens, grid).sum().item())
+    reader = build(STAGE1[made.recipe], made).settled(model).reader(model)
+    grid = (reader.grid, reader.grid)
+    pairs = PairSet(Path(), (), reader.layers, grid, reader.channels, {})
+    tokens = torch.rand(settings.batch_size, reader.grid**2, reader.channels, device=device)
+    step = 0.0
+    for denoiser in make_denoisers(pairs, settings.arch, settings.blocks, 0).values():
+        step += BACKWARD * seconds_of(partial(_forward, denoiser.to(device), tokens, grid))
     return step * settings.steps
+
+
+def _forward(denoiser: nn.Module, tokens: Tensor, grid: tuple[int, int]) -> float:
+    return denoiser(tokens, grid).sum().item()
 
 
 def _parse(words: Sequence[str], recipes: Any, *settings: type) -> argparse.Namespace:
@@ -98,7 +104,3 @@ def _parse(words: Sequence[str], recipes: Any, *settings: type) -> argparse.Name
         add_options(parser, each)
     add_recipe(parser, recipes, words)
     return parser.parse_known_args(words)[0]
-
-
-def _option(command: Sequence[str], name: str) -> str:
-    return command[command.index(name) + 1]

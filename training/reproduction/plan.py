@@ -29,7 +29,7 @@ from training.evaluate.features.cached import Extractor
 from training.evaluate.features.pairs import STATES
 from training.evaluate.runner import Request, evaluate, open_splits
 from training.evaluate.tasks import load_task, task_settings
-from training.reproduction.jobs import Job
+from training.reproduction.jobs import Job, value_of
 from training.reproduction.making import seconds_to_make
 
 FEW, SAMPLE = 2, 8  # images of a split: few where they take LONG, as detectors do
@@ -87,7 +87,7 @@ class _Model:
         args = make_parser().parse_args(job.command[1:])
         if self._name != args.model:
             unmade = args.model.startswith("local-dir:") and job.needs and not Path(args.model[10:]).exists()
-            name = job.needs[0].command[job.needs[0].command.index("--model") + 1] if unmade else args.model
+            name = value_of(job.needs[0].command, "--model") if unmade else args.model
             load = load_backbone if unmade else load_model
             model = load(name, pretrained=args.pretrained, seed=args.seed)
             model = add_denoiser(model) if unmade else model

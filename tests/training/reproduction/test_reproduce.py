@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.helpers import processes, small_datasets
+from tests.helpers.photographs import write_pictures
 from timm_dvt.publish.published import DINOV2
 from timm_dvt.shared_folder import SharedFolder
 from training.evaluate.results import heading
@@ -21,6 +22,7 @@ from training.reproduce import main
 from training.reproduction import jobs, making
 from training.reproduction.jobs import Job, Runner
 from training.reproduction.published import select
+from training.stage2.denoisers import make_denoisers
 
 ARGS = {"img_size": 64, "patch_size": 8, "depth": 1, "embed_dim": 64, "num_heads": 1, "num_classes": 0}
 QUICK = "linear-seg.steps=3 linear-seg.label_size=16 depth.steps=3 depth.bins=8".split()
@@ -287,3 +289,20 @@ def test_what_a_trial_makes_is_no_part_of_the_whole(tmp_path):
         }
         assert option(denoiser.command, "--pairs") == option(pairs.command, "--out")
     assert len(folders) == 12
+
+
+def test_a_plan_times_the_denoisers_that_stage_2_trains_on_the_grid_that_stage_1_gives(model, tmp_path, monkeypatch):
+    timed = []
+
+    def make(pairs, arch, blocks, seed):
+        made = make_denoisers(pairs, arch, blocks, seed)
+        timed.extend((layer, pairs.grid, blocks) for layer in made)
+        return made
+
+    monkeypatch.setattr(making, "make_denoisers", make)
+    images = ("--images", str(write_pictures(tmp_path / "photos", 2)))
+    stage2 = ("training.train_denoiser", "--model", model, "--blocks", "2", "--batch-size", "2", "--device", "cpu")
+    for more, grid in (((), (37, 37)), (("--input-size", "40"), (5, 5))):
+        stage1 = Job("stage1", ("training.denoise_images", "--model", model, *images, *more))
+        assert making.seconds_to_make(Job("stage2", stage2, (stage1,))) > 0
+        assert timed.pop() == (0, grid, 2) and not timed
