@@ -72,6 +72,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"clusters must be from 1 to {len(PALETTE)}, got {args.clusters}")
     if args.out:
         check_picture(args.out)
+    if args.fps is not None and not 0.1 <= args.fps <= 1000:
+        raise UserError(f"fps must be from 0.1 to 1000, got {args.fps}")
     if args.video:
         check_suffix(args.video)
         if len(args.images) != 1:
@@ -226,7 +228,7 @@ def _video(args: argparse.Namespace, model: nn.Module, settings: Stage1Settings)
     if not hasattr(model, "denoising"):
         _say_cost(model, settings, count)
     with Progress(count) as bar:
-        draw_video(source, args.video, maps, fps=args.fps, limit=args.limit, progress=bar.update)
+        draw_video(source, args.video, maps, fps=args.fps, count=count, progress=bar.update)
     print(args.video)
     return 0
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
+from timm_dvt.extraction.video import video_rate
 from timm_dvt.image_files import list_images, load_image
 from timm_dvt.loading import load_model
 from timm_dvt.viewer import pairs
@@ -19,7 +20,7 @@ from training import visualize
 from training.common.backbone import FeatureReader
 from training.figures import video
 from training.figures.panels import Row, draw_positional, draw_stage1
-from training.figures.video import draw_video, frame_rate, read_frames, side_by_side
+from training.figures.video import draw_video, read_frames, side_by_side
 from training.stage1.decompose import Stage1Settings
 from training.visualize import positional_maps, video_maps
 
@@ -141,7 +142,7 @@ def test_a_video_of_a_folder_shows_frame_raw_and_denoised(frames, tmp_path, suff
     out = tmp_path / f"clip{suffix}"
     assert visualize.main([str(frames), *SMALL, "--video", str(out), "--fps", "5"]) == 0
     pictures = np.stack(list(iio.imiter(out)))[..., :3]
-    assert pictures.shape[0] == 5 and frame_rate(out) == pytest.approx(5, rel=0.01)
+    assert pictures.shape[0] == 5 and video_rate(out) == pytest.approx(5, rel=0.01)
     width = pictures.shape[2] // 3
     assert width == pytest.approx(320 * 60 / 40, abs=5)
     for i in range(5):  # the square is where it was in the frame
@@ -155,7 +156,22 @@ def test_a_video_can_be_made_from_a_video(frames, tmp_path):
     clip, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
     assert visualize.main([str(frames), *SMALL, "--video", str(clip), "--fps", "7"]) == 0
     assert visualize.main([str(clip), *SMALL, "--video", str(out), "--limit", "3"]) == 0
-    assert len(list(read_frames(out))) == 3 and frame_rate(out) == pytest.approx(7)
+    assert len(list(read_frames(out))) == 3 and video_rate(out) == pytest.approx(7)
+
+
+def test_of_a_long_video_no_more_frames_are_read_than_are_drawn(tmp_path, monkeypatch):
+    read = []
+
+    def film(source):
+        for number in range(1000):
+            read.append(number)
+            yield np.full((40, 60, 3), number % 256, dtype=np.uint8)
+
+    monkeypatch.setattr(video, "video_frames", film)
+    monkeypatch.setattr(video, "video_rate", lambda source: 10.0)
+    out = tmp_path / "out.gif"
+    assert visualize.main(["long.mp4", *SMALL, "--video", str(out), "--limit", "3"]) == 0
+    assert read == 3 * [0, 1, 2] and len(list(iio.imiter(out))) == 3  # counted, looked at for colors, drawn
 
 
 def test_all_frames_of_a_video_share_one_projection(frames, tmp_path, monkeypatch):
@@ -208,6 +224,8 @@ def test_a_model_with_a_denoiser_draws_its_own_output_and_raw_features_beside_it
     ("options", "message"),
     [
         (["--video", "out.avi"], "out must end in .mp4 or .gif"),
+        (["--video", "out.gif", "--fps", "nan"], "fps must be from 0.1 to 1000, got nan"),
+        (["--video", "out.mp4", "--fps", "-1"], "fps must be from 0.1 to 1000, got -1"),
         (["--out", "b.txt"], "b.txt: a picture's name ends in one of"),
         (["--clusters", "11"], "clusters must be from 1 to 10"),
         (["--stride", "17"], "stride must be from 1"),

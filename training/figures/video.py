@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -36,20 +37,13 @@ def read_frames(source: str | Path) -> Iterator[np.ndarray]:
     yield from video_frames(source)
 
 
-def frame_rate(source: str | Path, default: float = 10.0) -> float:
-    """Frames a second of a video file; the default for a folder, or where the file does not say."""
-    if Path(source).is_dir():
-        return default
-    return video_rate(source, default)
-
-
 def draw_video(
     source: str | Path,
     out: str | Path,
     maps: Maps,
     *,
     fps: float | None = None,
-    limit: int | None = None,
+    count: int | None = None,
     height: int = 320,
     progress: Callable[[float], object] | None = None,
 ) -> int:
@@ -59,8 +53,8 @@ def draw_video(
         source: a folder of frames or a video file.
         out: .mp4 or .gif; appears when it is finished.
         maps: gives the raw and the denoised map, (K, K, C) each, of a frame (H, W, 3) uint8.
-        fps: frames a second; None is the source's.
-        limit: only the first so many frames.
+        fps: frames a second; None is the source's, or 10 of a folder.
+        count: only the first so many frames, as `count_frames` counts them; None is all.
         height: of each picture, in pixels; the width follows from the first frame, into which those of another shape
             are fitted, between white bands.
         progress: called with 1 for each finished frame.
@@ -72,14 +66,14 @@ def draw_video(
         ValueError: a source or suffix that cannot be.
     """
     out = check_suffix(out)
-    count = count_frames(source, limit)
+    count = count_frames(source) if count is None else count
     chosen = set(np.linspace(0, count - 1, min(count, FITTED_FRAMES)).round().astype(int).tolist())
-    known = {i: maps(frame) for i, frame in enumerate(_first(source, count)) if i in chosen}
+    known = {i: maps(frame) for i, frame in enumerate(islice(read_frames(source), count)) if i in chosen}
     projection = fit_projection(np.stack([m for pair in known.values() for m in pair]))
 
     def pictures() -> Iterator[np.ndarray]:
         size = None
-        for i, frame in enumerate(_first(source, count)):
+        for i, frame in enumerate(islice(read_frames(source), count)):
             raw, clean = known.pop(i) if i in known else maps(frame)
             sheet = Image.fromarray(side_by_side(frame, projection.colors(raw), projection.colors(clean), height))
             size = size or sheet.size
@@ -90,7 +84,7 @@ def draw_video(
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.stem}.unfinished{out.suffix}")
     try:
-        write_video(unfinished, pictures(), fps or frame_rate(source))
+        write_video(unfinished, pictures(), fps or (10.0 if Path(source).is_dir() else video_rate(source)))
         os.replace(unfinished, out)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -108,7 +102,7 @@ def count_frames(source: str | Path, limit: int | None = None) -> int:
     """How many frames there are, by reading them: what a file says of itself is often wrong."""
     if Path(source).is_dir():
         return len(list_images(source, limit))
-    count = sum(1 for i, _ in enumerate(read_frames(source)) if limit is None or i < limit)
+    count = sum(1 for _ in islice(read_frames(source), limit))
     if count == 0:
         raise UserError(f"{source} has no frames")
     return count
@@ -136,10 +130,3 @@ def to_bytes(picture: np.ndarray | Tensor) -> np.ndarray:
     """(H, W, 3) array or (3, H, W) tensor in [0, 1] to (H, W, 3) uint8."""
     array = picture.permute(1, 2, 0).numpy() if isinstance(picture, Tensor) else picture
     return (array * 255).round().astype(np.uint8)
-
-
-def _first(source: str | Path, count: int) -> Iterator[np.ndarray]:
-    for i, frame in enumerate(read_frames(source)):
-        if i >= count:
-            return
-        yield frame
