@@ -71,14 +71,14 @@ class IndexEntry:
         file: the pair, relative to the folder.
         sha256: of the source image's file.
         bytes, mtime_ns: size and time of the source image's file, by which a later run sees that it is still
-            the same; the time is None after `rebuild_index`.
+            the same.
     """
 
     image: str
     file: str
     sha256: str
     bytes: int
-    mtime_ns: int | None
+    mtime_ns: int
 
 
 class PairFolder:
@@ -106,7 +106,7 @@ class PairFolder:
         except BaseException:
             self._shared.close()
             raise
-        self._done: set[tuple[str, int, int | None]] = set()
+        self._done: set[tuple[str, int, int]] = set()
         self._read_to = 0
         self._refresh(present=set(_pair_files(self.path)))
 
@@ -257,18 +257,6 @@ def read_index(folder: str | Path) -> list[IndexEntry]:
     """The finished pairs of a folder, each once, in order of finishing; also while it is being filled."""
     lines = read_lines(Path(folder) / INDEX)
     return list({record["file"]: IndexEntry(**record) for record, _ in lines}.values())
-
-
-def rebuild_index(folder: str | Path) -> list[IndexEntry]:
-    """Write the index anew from the pairs' headers. No other process may be at work in the folder."""
-    folder = Path(folder)
-    entries = []
-    for file in sorted(_pair_files(folder)):
-        header = read_header(folder / file)
-        entries.append(IndexEntry(header["image"], file, header["sha256"], header["bytes"], None))
-    lines = [json.dumps(asdict(entry)) + "\n" for entry in entries]
-    write_atomically(folder / INDEX, "".join(lines).encode())
-    return entries
 
 
 def _pair_files(folder: Path) -> Iterator[str]:

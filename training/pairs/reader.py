@@ -80,7 +80,8 @@ def open_pairs(folder: str | Path, layers: Sequence[int] | None = None, only: Co
         files = tuple(sorted(e.file for e in read_index(folder) if only is None or e.file in only))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{folder / INDEX} is damaged; training.pairs.folder.rebuild_index repairs it: {error}"
+            f"{folder / INDEX} is damaged ({error!r}); delete it and run the same python -m training.denoise_images "
+            "again, which enters the pairs that are there without making them anew"
         ) from error
     if not files:
         raise UserError(

@@ -17,7 +17,6 @@ from training.pairs.folder import (
     read_index,
     read_pair,
     read_settings,
-    rebuild_index,
 )
 
 SETTINGS = {"model": "test_vit", "layers": [3, 5], "seed": 0}
@@ -159,18 +158,6 @@ def test_another_process_sees_what_was_finished_meanwhile(tmp_path, sources):
     save(theirs, sources[0])
     assert not ours.is_done(sources[0])
     assert ours.is_done_by_now(sources[0])
-
-
-def test_the_index_can_be_rebuilt_from_the_files(tmp_path, sources):
-    out = tmp_path / "out"
-    with PairFolder(out, SETTINGS) as folder:
-        for source in sources:
-            save(folder, source)
-    before = read_index(out)
-    (out / "index.jsonl").unlink()
-    rebuild_index(out)
-    known = lambda entries: sorted((e.image, e.file, e.sha256, e.bytes) for e in entries)  # noqa: E731
-    assert known(read_index(out)) == known(before)
 
 
 def test_failures_say_what_is_true_now(tmp_path, sources):

@@ -37,6 +37,8 @@ def damage(pairs: Path, how: str) -> None:
         (pairs / "index.jsonl").unlink()
     elif how == "empty index":
         (pairs / "index.jsonl").write_bytes(b"")
+    elif how == "damaged index":
+        (pairs / "index.jsonl").write_text('{"image": "cat.png"}\n')
     elif how == "no settings":
         (pairs / "settings.json").unlink()
     elif how == "broken settings":
@@ -54,6 +56,7 @@ BAD_PAIRS = {
     "infinity": THIRD,
     "no index": "index.jsonl",
     "empty index": "index.jsonl",
+    "damaged index": "delete it and run the same python -m training.denoise_images again",
     "no settings": "settings.json",
     "broken settings": "settings.json",
 }
