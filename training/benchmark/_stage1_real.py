@@ -1,4 +1,4 @@
-"""Stage 1 with a real backbone: what it costs beside the bare forward passes, and how stable its F is."""
+"""Stage 1 with a real backbone: what it costs beside the bare forward passes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from timm_dvt.loading import pick_device
 from training.benchmark._hardware import hardware, waiting
 from training.common.backbone import FeatureReader
 from training.common.views import render_views
-from training.evaluate.position.share import position_share
 from training.stage1.decompose import Stage1Settings, decompose, image_views
 
 
@@ -104,31 +103,6 @@ def time_once(run: Run, views: int) -> dict[str, Any]:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if gpu else resident
     return {"forward": forward, "stage1": stage1, "peak": peak, "where": hardware(device)}
-
-
-def stability(name: str, pretrained: bool, input_size: int | None, views: int) -> int:
-    """Print, over photographs, how far F moves with the seed and how much of it position explains.
-
-    Position's share is that of the variance of patch features that a mean over images (per patch) explains,
-    in excess of what it would by chance.
-    """
-    model = create(name, pretrained)
-    maps: dict[str, list[Tensor]] = {"raw": [], "F": []}
-    for image_name, image in photographs().items():
-        first, second = (
-            decompose(model, image, Stage1Settings(views=views, seed=seed, input_size=input_size)) for seed in (0, 1)
-        )
-        assert not isinstance(first, dict) and not isinstance(second, dict)
-        spread = (first.semantics - first.semantics.mean((0, 1))).norm()
-        moved = float((first.semantics - second.semantics).norm() / spread)
-        cosine = float(torch.cosine_similarity(first.semantics, second.semantics, dim=-1).mean())
-        print(f"{image_name:10s} F of two seeds: differ by {moved:.3f} of F's spread, cosine {cosine:.4f}")
-        maps["raw"].append(first.raw)
-        maps["F"].append(first.semantics)
-    shares = {kind: position_share(torch.stack(xs)) for kind, xs in maps.items()}
-    for kind in maps:
-        print(f"{kind:3s}: position explains {shares[kind]:.1%} of the variance of patch features")
-    return 0 if shares["F"] < shares["raw"] else 1
 
 
 if __name__ == "__main__":

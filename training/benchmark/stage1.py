@@ -5,7 +5,6 @@ python -m training.benchmark stage1 --no-field           all regimes: about five
 python -m training.benchmark stage1                      with the field at 2,000 steps: shows its progress
 python -m training.benchmark stage1 --end-to-end vit_base_patch14_dinov2     time and memory of decompose
                                     --device cuda --dtype bfloat16 --counts 16 64 256 768
-python -m training.benchmark stage1 --real NAME          seed and position dependence on real photographs
 """
 
 from __future__ import annotations
@@ -182,7 +181,7 @@ def main(argv: list[str]) -> int:
         metavar="REGIME",
         help=f"some of: {'; '.join(REGIMES)}".replace("%", "%%"),
     )
-    parser.add_argument("--views", type=int, default=256, help="views a scene of the table, an image of --real (256)")
+    parser.add_argument("--views", type=int, default=256, help="views a scene of the table (256)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="six regimes, 64 views, no field, no curve")
     parser.add_argument("--no-field", action="store_true", help="leave out the neural field")
@@ -194,17 +193,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--device", default="cpu", help="of --end-to-end (%(default)s)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of --end-to-end (%(default)s)")
-    parser.add_argument(
-        "--real", metavar="MODEL", help="instead: seeds and position dependence of this timm model's features"
-    )
-    parser.add_argument("--pretrained", action="store_true", help="of --end-to-end and --real: load weights")
-    parser.add_argument("--input-size", type=int, help="of --end-to-end and --real: pixels a side")
+    parser.add_argument("--pretrained", action="store_true", help="of --end-to-end: load weights")
+    parser.add_argument("--input-size", type=int, help="of --end-to-end: pixels a side")
     args = parser.parse_args(argv)
     if args.end_to_end:
         run = real.Run(args.end_to_end, args.pretrained, args.input_size, args.device, args.dtype)
         return real.end_to_end(run, args.counts)
-    if args.real:
-        return real.stability(args.real, args.pretrained, args.input_size, args.views)
     names = args.regimes or (list(QUICK) if args.quick else list(REGIMES))
     views = min(args.views, 64) if args.quick else args.views
     missed = compare(names, views, args.seed, args.field_steps, not (args.no_field or args.quick))

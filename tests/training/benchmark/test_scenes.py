@@ -7,7 +7,6 @@ import torch
 
 from training.benchmark import stage1
 from training.benchmark._scenes import REGIMES, Regime, Scene, relative_error
-from training.benchmark._stage1_real import position_share
 from training.common.views import view_axes
 
 
@@ -57,9 +56,3 @@ def test_the_benchmark_measures_each_method():
     assert results["linear"].semantics < results["average"].semantics < results["raw"].semantics
     assert all(math.isfinite(r.semantics) and r.seconds >= 0 for r in results.values())
     assert results["linear"].cosine > 0.99
-
-
-def test_position_share_is_one_for_maps_of_position_alone_and_zero_for_noise():
-    position = torch.randn(1, 6, 6, 4).expand(5, -1, -1, -1)
-    assert position_share(position) == pytest.approx(1)
-    assert abs(position_share(torch.randn(8, 12, 12, 16))) < 0.03
