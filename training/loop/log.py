@@ -1,4 +1,4 @@
-"""What a training run tells: a progress bar, lines of JSON, pictures, and TensorBoard where it is installed."""
+"""What a training run tells: a progress bar, lines of JSON, and pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -36,7 +35,7 @@ class TrainingLog:
     ) -> None:
         """
         Args:
-            folder: gets log.jsonl, pictures and tensorboard; None leaves the bar alone, which then goes at the end.
+            folder: gets log.jsonl and pictures; None leaves the bar alone, which then goes at the end.
             steps: of the whole run. step: how many are done.
             batch_size: images a step, over all processes. samples: images of an epoch.
             label: in front of the bar.
@@ -53,19 +52,15 @@ class TrainingLog:
             leave=folder is not None,
             mininterval=0.5,
         )
-        self._board: Any = None
         if speaks and folder is not None:
             kept = [record for record, _ in read_lines(folder / LOG) if record["step"] <= step]
             write_atomically(folder / LOG, "".join(json.dumps(record) + "\n" for record in kept).encode())
-            self._board = _tensorboard(folder / "tensorboard", step)
 
     def __enter__(self) -> TrainingLog:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
-        if self._board is not None:
-            self._board.close()
 
     def steps_done(self, count: int = 1) -> None:
         """Count steps; their time is that since the last call, or since `resume`."""
@@ -88,7 +83,7 @@ class TrainingLog:
         self.write(step, loss=loss, lr=lr, epoch=epoch, images_per_second=self.images_per_second)
 
     def write(self, step: int, **values: float) -> None:
-        """One line of numbers after `step` steps; also on the bar and in TensorBoard."""
+        """One line of numbers after `step` steps; losses also on the bar."""
         if not self.speaks:
             return
         shown = {name: value for name, value in values.items() if "loss" in name}
@@ -97,24 +92,11 @@ class TrainingLog:
         if self.folder is not None:
             with open(self.folder / LOG, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, image: np.ndarray | None) -> None:
+    def picture(self, step: int, image: np.ndarray | None) -> None:
         """Keep an image (H, W, 3) uint8 drawn after `step` steps; None is left out."""
         if not self.speaks or self.folder is None or image is None:
             return
         data = io.BytesIO()
         Image.fromarray(image).save(data, "PNG")
         write_atomically(self.folder / "pictures" / f"step-{step:07d}.png", data.getvalue())
-        if self._board is not None:
-            self._board.add_image(name, image, step, dataformats="HWC")
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=step)

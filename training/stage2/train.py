@@ -213,7 +213,7 @@ class Stage2Training(FolderTraining):
 
     def validate(self, step: int, log: TrainingLog) -> dict[str, float]:
         numbers, rows = self.validation(self.module)
-        log.picture(step, "raw | predicted | target", draw_rows(rows))
+        log.picture(step, draw_rows(rows))
         return numbers
 
 

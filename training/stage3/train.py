@@ -116,5 +116,5 @@ class Distillation(FolderTraining):
 
     def validate(self, step: int, log: TrainingLog) -> dict[str, float]:
         numbers, rows = self.validation(self.module)
-        log.picture(step, "backbone | student | teacher", draw_rows(rows))
+        log.picture(step, draw_rows(rows))
         return numbers
