@@ -15,12 +15,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from timm_dvt.errors import UserError
 from timm_dvt.image_files import given_images
 from timm_dvt.loading import load_model, pick_device
 from timm_dvt.options import add_options, build
-from timm_dvt.shared_folder import OutputError
-from training.common.command import add_model_arguments, command_parser, complain, positive
+from training.common.command import add_model_arguments, command_parser, exit_code_of, positive
 from training.common.memory import keep_freed_memory
 from training.common.recipes import add_recipe
 from training.pairs.folder import FAILURES, PRECISIONS, PairFolder
@@ -33,23 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser(argv).parse_args(argv)
     keep_freed_memory()
-    try:
-        sources = given_images(args.images, args.out, args.limit)
-        device = pick_device(args.device)
-        model = load_model(args.model, pretrained=args.pretrained, seed=args.seed)
-        settings = build(STAGE1[args.recipe], args).settled(model)
-        folder = PairFolder(args.out, describe_pairs(args.model, args.pretrained, model, settings), args.precision)
-    except OutputError as error:
-        return complain(3, error)
-    except UserError as error:
-        return complain(2, error)
-    with folder:
-        try:
-            failed = denoise_images(model.to(device), sources, folder, settings)
-        except OutputError as error:
-            return complain(3, f"{error}\nOnce that is settled, run the same command again to continue.")
-        except KeyboardInterrupt:
-            return complain(130, "stopped; run the same command again to continue.")
+    return exit_code_of(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """What the parsed arguments ask for. Raises UserError, OutputError."""
+    sources = given_images(args.images, args.out, args.limit)
+    device = pick_device(args.device)
+    model = load_model(args.model, pretrained=args.pretrained, seed=args.seed)
+    settings = build(STAGE1[args.recipe], args).settled(model)
+    with PairFolder(args.out, describe_pairs(args.model, args.pretrained, model, settings), args.precision) as folder:
+        failed = denoise_images(model.to(device), sources, folder, settings)
     if failed and is_first_process():
         print(f"{failed} of {len(sources)} images failed: see {folder.path / FAILURES}", file=sys.stderr)
     if is_first_process() and (others := folder.others(sources)):

@@ -48,17 +48,35 @@ def complain(code: int, error: Exception | str) -> int:
     return code
 
 
-def exit_code_of(run: Callable[[], int]) -> int:
+class Diverged(ArithmeticError):
+    """The loss or the weights are no longer finite, or beyond reason."""
+
+    @classmethod
+    def beyond(cls, loss: float, limit: float, step: int, lr: float, otherwise: str = "") -> Diverged:
+        """For a loss beyond `loss_limit` after `step` steps; `otherwise` is what else it may come from."""
+        return cls(
+            f"the loss diverged: {loss:.4g} at step {step}, ten times what predicting nothing would give "
+            f"({limit / 10:.4g}), at a learning rate of {lr:.3g}; use a smaller --lr or a longer --warmup, "
+            f"and another --out{otherwise}"
+        )
+
+
+def exit_code_of(run: Callable[[], int | None], os_error: int = 2) -> int:
     """What a command returns whose work can be continued: what `run` does, or for what stops it a line and its code.
 
-    2 what the person can put right, 3 the output folder cannot be written, 130 stopped by Ctrl-C.
+    1 the loss diverged, 2 what the person can put right, 3 the output folder cannot be written, 130 stopped by Ctrl-C;
+    `os_error` for other errors of the system.
     """
     try:
-        return run()
-    except OutputError as error:
-        return complain(3, error)
-    except (UserError, OSError) as error:
+        return run() or 0
+    except Diverged as error:
+        return complain(1, error)
+    except UserError as error:
         return complain(2, error)
+    except OutputError as error:
+        return complain(3, f"{error}\nOnce that is settled, run the same command again to continue.")
+    except OSError as error:
+        return complain(os_error, error)
     except KeyboardInterrupt:
         return complain(130, "stopped; run the same command again to continue.")
 

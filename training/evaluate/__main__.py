@@ -6,7 +6,8 @@
 Each task prints a table (raw, denoised, difference) and writes it as JSON to OUT. Kill it whenever you like, and
 run the same command again to continue. python -m training.report OUT makes one table of all results in OUT.
 
-Exit code: 0 done; 1 a probe diverged; 2 the command or the data is wrong; 130 stopped by Ctrl-C.
+Exit code: 0 done; 1 a probe diverged; 2 the command or the data is wrong; 3 OUT cannot be written; 130 stopped by
+Ctrl-C.
 """
 
 import argparse
@@ -20,28 +21,20 @@ from timm_dvt.errors import UserError
 from timm_dvt.loading import load_model, pick_device
 from timm_dvt.options import add_options, build
 from training.common.backbone import DTYPES
-from training.common.command import add_model_arguments, command_parser, complain, flush_subnormals, positive
+from training.common.command import add_model_arguments, command_parser, exit_code_of, flush_subnormals, positive
 from training.evaluate.data.datasets import DATASETS, kinds_of
 from training.evaluate.features.cached import Extractor
 from training.evaluate.features.pairs import input_size_of
 from training.evaluate.runner import Request, evaluate, open_splits
 from training.evaluate.tables import result_table
 from training.evaluate.tasks import TASKS, load_task, task_settings, tasks_of
-from training.loop.checkpoints import Diverged
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     flush_subnormals()
-    try:
-        return run(args)
-    except Diverged as error:
-        return complain(1, error)
-    except (UserError, OSError) as error:
-        return complain(2, error)
-    except KeyboardInterrupt:
-        return complain(130, "stopped; run the same command again to continue.")
+    return exit_code_of(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,21 +15,9 @@ from torch.optim import Optimizer
 
 from timm_dvt.errors import UserError
 from timm_dvt.shared_folder import write_atomically
+from training.common.command import Diverged
 
 CHECKPOINT = "checkpoint.safetensors"
-
-
-class Diverged(ArithmeticError):
-    """The loss or the weights are no longer finite, or beyond reason."""
-
-    @classmethod
-    def beyond(cls, loss: float, limit: float, step: int, lr: float, otherwise: str = "") -> Diverged:
-        """For a loss beyond `loss_limit` after `step` steps; `otherwise` is what else it may come from."""
-        return cls(
-            f"the loss diverged: {loss:.4g} at step {step}, ten times what predicting nothing would give "
-            f"({limit / 10:.4g}), at a learning rate of {lr:.3g}; use a smaller --lr or a longer --warmup, "
-            f"and another --out{otherwise}"
-        )
 
 
 class BadCheckpoint(UserError):

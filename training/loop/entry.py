@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from timm_dvt.errors import UserError
-from timm_dvt.shared_folder import OutputError, SharedFolder, explain
-from training.common.command import complain, flush_subnormals
+from timm_dvt.shared_folder import SharedFolder, explain
+from training.common.command import exit_code_of, flush_subnormals
 from training.common.memory import keep_freed_memory
-from training.loop.checkpoints import CHECKPOINT, Diverged
+from training.loop.checkpoints import CHECKPOINT
 from training.loop.distributed import Processes, claim
 from training.loop.log import LOG
 
 
-def exit_code(train: Callable[[], object]) -> int:
+def exit_code(train: Callable[[], None]) -> int:
     """Train, and return what the command exits with.
 
     0 done; 1 the loss diverged; 2 the command, the model or the data are wrong; 3 the folder cannot be written;
@@ -24,17 +24,7 @@ def exit_code(train: Callable[[], object]) -> int:
     """
     flush_subnormals()
     keep_freed_memory()
-    try:
-        train()
-    except OutputError as error:
-        return complain(3, f"{error}\nOnce that is settled, run the same command again to continue.")
-    except Diverged as error:
-        return complain(1, error)
-    except UserError as error:
-        return complain(2, error)
-    except KeyboardInterrupt:
-        return complain(130, "stopped; run the same command again to continue from the last checkpoint.")
-    return 0
+    return exit_code_of(train, os_error=3)  # of files that are read, errors of other kinds tell
 
 
 @contextmanager

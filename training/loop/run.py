@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from training.loop.checkpoints import CHECKPOINT, Diverged, load_checkpoint, save_checkpoint
+from training.common.command import Diverged
+from training.loop.checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
 from training.loop.distributed import ALONE, Processes
 from training.loop.log import TrainingLog
 from training.loop.optimization import autocast, make_adamw, set_learning_rate

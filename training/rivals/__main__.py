@@ -14,7 +14,8 @@ registers, which change the inside of the backbone); OUT/results what training.e
 rivals.json the table, written anew with each row. Kill it whenever you like, and run the same command again: what was
 learned or evaluated is not done again.
 
-Exit code: 0 done; 1 a probe diverged; 2 the command, the model or the data is wrong; 130 stopped by Ctrl-C.
+Exit code: 0 done; 1 a probe diverged; 2 the command, the model or the data is wrong; 3 OUT cannot be
+written; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from timm_dvt.errors import UserError
 from timm_dvt.loading import pick_device
 from timm_dvt.options import at_least
 from training.common.backbone import DTYPES
-from training.common.command import add_model_arguments, command_parser, complain, positive
+from training.common.command import add_model_arguments, command_parser, positive
 from training.evaluate.data.datasets import DATASETS
 from training.evaluate.data.splits import Split
 from training.evaluate.features.cached import Extractor
@@ -49,10 +50,7 @@ LEAST_VIEWS = 32  # of timm_dvt.calibrate
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
-    try:
-        return exit_code(lambda: run(args))
-    except OSError as error:  # of the folder; of images, errors of other kinds tell
-        return complain(3, error)
+    return exit_code(lambda: run(args))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -19,9 +19,9 @@ from timm_dvt.errors import UserError
 from timm_dvt.layouts import layout_of
 from timm_dvt.loading import weights_digest
 from timm_dvt.options import option
+from training.common.command import Diverged
 from training.common.models import make_for
 from training.figures.rows import draw_rows
-from training.loop.checkpoints import Diverged
 from training.loop.distance import loss_limit
 from training.loop.distributed import ALONE, Processes
 from training.loop.log import TrainingLog

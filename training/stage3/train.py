@@ -14,8 +14,8 @@ from torch import Tensor
 from timm_dvt.attach import remove_denoiser
 from timm_dvt.image_files import Source
 from timm_dvt.options import option
+from training.common.command import Diverged
 from training.figures.rows import draw_rows
-from training.loop.checkpoints import Diverged
 from training.loop.distance import loss_limit
 from training.loop.distributed import Processes
 from training.loop.log import TrainingLog

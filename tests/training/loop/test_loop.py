@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.loop.checkpoints import BadCheckpoint, Diverged
+from training.common.command import Diverged
+from training.loop.checkpoints import BadCheckpoint
 from training.loop.log import TrainingLog
 from training.loop.order import positions, split_places
 from training.loop.run import Training, resume, run_steps
