@@ -3,7 +3,7 @@
     python -m training.make_denoiser --model vit_small_patch14_dinov2.lvd142m --images photos --out mine
     torchrun --nproc-per-node 8 -m training.make_denoiser ... (the same; with --nnodes on several machines)
 
-It first says what it will cost on this machine. The defaults are those that were measured (README): 16 views of
+It first says what it will cost on this machine. The defaults are those that were measured (RESULTS.md): 16 views of
 at most 128 images, for a ViT-S an hour on two cores, for a ViT-B minutes on a GPU. timm.create_model("local-dir:OUT",
 pretrained=True) loads the result; OUT/README.md is its card, OUT/page.html shows it before and after. Kill the run
 whenever you like, and run the same command again to continue.

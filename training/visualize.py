@@ -6,7 +6,7 @@
     python -m training.visualize photos --model NAME --positional         Figs. 3a and S1: what position does
     python -m training.visualize clip.mp4 --model NAME --video out.mp4    Fig. 3c: frame, raw, denoised
 
-NAME is any timm VisionTransformer or Eva. A video is denoised by the denoiser of a `*_dvt` model; with any
+NAME is any model of timm-dvt families. A video is denoised by the denoiser of a `*_dvt` model; with any
 other model each frame goes through stage 1, which takes --views forward passes. Pictures are of stage 1, which says
 first what it will cost.
 

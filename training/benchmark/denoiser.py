@@ -1,6 +1,6 @@
 """Stage 2 on synthetic features whose clean maps are known: error on unseen maps, all architectures (Tab. 6).
 
-python -m training.benchmark denoiser                        two minutes of training for each: eight in all
+python -m training.benchmark denoiser                        two minutes of training for each: ten in all
 python -m training.benchmark denoiser --seconds 20 --channels 64 --grid 12      a first look
 """
 

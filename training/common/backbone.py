@@ -1,4 +1,4 @@
-"""Raw patch features of any timm ViT, at any input size, stride and choice of blocks."""
+"""Raw patch features of any timm model that can have a denoiser."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="NAME",
-        help="any timm VisionTransformer or Eva: a timm name, hf-hub:OWNER/REPO or local-dir:FOLDER",
+        help="any model of timm-dvt families: a timm name, hf-hub:OWNER/REPO or local-dir:FOLDER",
     )
     parser.add_argument(
         "--pretrained",

@@ -13,7 +13,7 @@ class Run:
     """What a task is told beside its data and settings.
 
     Attributes:
-        state: "raw", "denoised" or "artifacts".
+        state: "raw", "denoised" or "artifacts"; of pairs one of `training.evaluate.features.pairs.STATES`.
         seed: of everything random in this run.
         device: where probes are trained.
         checkpoint: file for the state of a training that is under way; None to keep none.

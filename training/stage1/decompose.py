@@ -60,8 +60,8 @@ class Decomposition:
         """F at the centers of height x width equal cells of the whole image: (height, width, C) float32 on the CPU.
 
         F is a field over the image, seen in crops at every scale, so it can be read between patches: no feature map
-        has to be upsampled. Of the linear solver it is bilinear between M x M nodes, M = 2 K by default
-        (`LinearSettings`): beyond that it gets smoother, not sharper.
+        has to be upsampled. Of the linear solver it is bilinear between M x M nodes, max(2 K, 64) by
+        default (`LinearSettings`) and at most 5 K: beyond that it gets smoother, not sharper.
 
         Raises:
             ValueError: a size below 1, or a decomposition whose field was not kept.
@@ -87,7 +87,7 @@ def decompose(
     """Take the features of one image apart into semantics F, artifacts G and a residual (paper 4.2).
 
     Args:
-        model: any timm VisionTransformer or Eva; a `*_dvt` model's denoiser is not used.
+        model: a timm model that can have a denoiser, see FeatureReader; a `*_dvt` model's denoiser is not used.
         image: (3, H, W) floating point in [0, 1], of any size and shape.
         settings: see Stage1Settings; None is its defaults.
         device: the model is moved there first; None leaves it where it is.
@@ -102,7 +102,7 @@ def decompose(
         A Decomposition of the last block, or {layer: Decomposition} if `settings.layers` is given.
 
     Raises:
-        TypeError: the model is not one of timm's ViTs.
+        TypeError: the model cannot have a denoiser.
         ValueError: an argument is out of its range; NonFiniteFeatures (a ValueError) if the backbone gives
             NaN or infinity.
         IllConditioned: the views cannot tell F and G apart; where they hardly can, a UserWarning.

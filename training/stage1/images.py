@@ -23,7 +23,7 @@ from training.stage1.progress import Progress, is_first_process
 from training.stage1.settings import SOLVERS, Stage1Settings, stage1_recipes
 
 # Of one image of many. Stage 2 learns the mean over images: of as many forward passes, with DINOv2-S, 48 images of 32
-# views and 96 of 16 gave the best denoisers (README). The paper's is 768 (Stage1Settings.views).
+# views and 96 of 16 gave the best denoisers (RESULTS.md). The paper's is 768 (Stage1Settings.views).
 VIEWS = 32
 CROPS = 8  # of the views, kept for stage 2
 STAGE1 = stage1_recipes(Stage1Settings(views=VIEWS, crops=CROPS))

@@ -76,7 +76,7 @@ class Stage1Settings:
         """These settings with layers, input size and stride filled in for a model.
 
         Raises:
-            UserError: a value that cannot be. TypeError: the model is none of timm's ViTs.
+            UserError: a value that cannot be. TypeError: the model cannot have a denoiser.
         """
         check_area(self.area)
         if self.solver == "field" and not self.linear.artifacts:

@@ -48,7 +48,7 @@ class Stage2Settings(TrainingSettings):
     target: str = option(
         "F",
         "what to predict: the paper's F, F at the length of raw - G, raw - G, or the mean of the first and the last "
-        "(default: %(default)s); see training/stage2/targets.py",
+        "(default: %(default)s); see training/pairs/mixtures.py",
         choices=TARGETS,
     )
     keep_content: bool = option(

@@ -43,7 +43,12 @@ def _split(folder: Path, kind: str, classes: Sequence[str]) -> Split:
     if kind == "labels":  # of the largest object; an image without one has no label
         images = [image for image in images if things.get(image.stem)]
         labels = [max(things[image.stem], key=_area)[1] for image in images]
-        return Split(name, images, classes[1:], lambda i: labels[i] if read(i) else None)
+
+        def label(i: int) -> int:
+            read(i)  # tells what is wrong with the boxes
+            return labels[i]
+
+        return Split(name, images, classes[1:], label)
     return Split(name, images, classes[1:], read)
 
 

@@ -6,7 +6,7 @@ bilinear interpolation commute, so the layer comes first. Trained as classificat
 that the true depth falls in; the prediction is the mean of the bins' centers under the softmax, upsampled to the
 image. AdamW at 5e-3, weight decay 0.01, 38,400 steps of 16 images, 12,800 of them warm-up, then cosine: as in the
 authors' repository (evaluation/configs/vitb_nyu_linear_config.py), whose loss is on the depth itself and which crops,
-rotates and flips images (../repository/depth.py, --protocol repository); here nothing is augmented.
+rotates and flips images (repository.py, --protocol repository); here nothing is augmented.
 
 Test: depth from 1 mm to 10 m, within the border that Eigen et al. crop of NYU's 480 x 640 (of one's own folder: of the
 whole image); numbers are means over images of AbsRel = mean |d* - d| / d, RMSE in meters, and delta_i = percent of

@@ -18,7 +18,7 @@ dimensions of (B, 1, h, w) for rows and columns, and with two images a GPU nothi
 default here; 0.5 makes it what it is meant to be.
 
 Test: whole images, padded, and mirrored; the two depths, clamped to the range and resized to the image, are averaged.
-Range, crop and numbers as in tasks/depth.py. Validated every 800 steps; the best delta1 counts, as
+Range, crop and numbers as in linear.py. Validated every 800 steps; the best delta1 counts, as
 dvt/utils/collect_results.py picks it.
 """
 

@@ -6,7 +6,7 @@ anchors. Denoised maps get fixed sinusoidal position embeddings added again, whi
 not the raw ones. AdamW at 1e-4, weight decay 0.1, 100 steps of warm-up, 24,000 steps of 16 images, a tenth of the rate
 from 20,000 and again from 22,000 on, two convolutions in the region proposal network: as in the authors' repository
 (evaluation/configs/vitb_voc2012_vitdet_pe_config.py), whose box head has four convolutions where torchvision's has
-none, and which keeps the images' aspect and flips them (../repository/detection.py, --protocol repository). Trained on
+none, and which keeps the images' aspect and flips them (repository.py, --protocol repository). Trained on
 VOC 07+12 trainval, tested on VOC 07 test; mAP at an IoU of 0.5, the area under the curve. What the paper publishes is
 mAP_11, VOC07's mean of 11 points, which is what mmdetection computes for VOC 07 test.
 """

@@ -63,7 +63,7 @@ class Extractor:
     def __init__(self, model: nn.Module, input_size: int | None = None, dtype: str = "float32") -> None:
         """
         Args:
-            model: a timm VisionTransformer or Eva, with a denoiser or without, on its device.
+            model: a timm model that can have a denoiser, with one or without, on its device.
             input_size: side of the square that images are resized to; None is the model's own default.
             dtype: of the forward pass: "float32" or "bfloat16".
 

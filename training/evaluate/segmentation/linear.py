@@ -8,7 +8,7 @@ As in the authors' repository (evaluation/configs/vitb_voc2012_linear_config.py,
 through a batch norm first (its statistics are those of the patch tokens; frozen, it is part of the linear layer), with
 AdamW at 1e-3, weight decay 1e-4, 1,500 steps of warm-up, linear decay, batches of 16, cross-entropy. In difference to
 it nothing is augmented, and no window slides over the image: features are extracted once, from the whole image resized
-to a square. The other way: ../repository/linear_seg.py, --protocol repository.
+to a square. The other way: repository.py, --protocol repository.
 """
 
 from __future__ import annotations
