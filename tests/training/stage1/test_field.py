@@ -212,30 +212,21 @@ def test_networks_have_the_papers_widths():
     assert (paper.steps, paper.batch, paper.lr, paper.alpha, paper.beta) == (20_000, 2048, 0.01, 0.1, 0.02)
 
 
-def test_half_precision_features_and_uneven_grids_are_taken(scene):
+def test_half_precision_features_are_taken(scene):
     steps = []
     settings = FieldSettings(steps=60, batch=64, grid=GRID)
     coords, features = scene.coords.double(), scene.features.bfloat16()
-    result = fit_field(coords, scene.patches, features, (4, 16), settings, progress=steps.append)
-    assert result.artifacts.shape == (4, 16, 24)
+    result = fit_field(coords, scene.patches, features, scene.k, settings, progress=steps.append)
+    assert result.artifacts.shape == (8, 8, 24)
     assert result.semantics(scene.image_coords).dtype == torch.float32
     assert result.semantics(torch.tensor([0.5, 1.0])).shape == (24,)
     assert sum(steps) == len(result.losses) == 60
 
 
-def test_arguments_that_do_not_fit_are_named(scene):
-    coords, patches, features = scene.coords, scene.patches, scene.features
-    for given, message in (
-        ((coords[:-1], patches, features, 8), "coords"),
-        ((coords * 1.5, patches, features, 8), "coords must lie in"),
-        ((coords, patches.int(), features, 8), "patches"),
-        ((coords, patches, features, 7), "patches must lie in 0 to 48"),
-        ((coords, patches, features[None], 8), "features"),
-        ((coords, patches, features, 8, FieldSettings(steps=1)), "steps must be at least 2, got 1"),
-        ((coords, patches, features, 8, FieldSettings(backend="cuda")), "backend must be one of"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            fit_field(*given)
+@pytest.mark.parametrize("name", ["recipe", "backend"])
+def test_a_choice_that_is_none_is_named(name, scene):
+    with pytest.raises(ValueError, match=f"{name} must be .*, got 'other'"):
+        scene.fit(FieldSettings(**{name: "other"}))
 
 
 def test_non_finite_features_stop_the_fit(scene):

@@ -43,12 +43,16 @@ class FieldSettings:
     backend: str = "auto"
     recipe: str = "paper"
 
+    def __post_init__(self) -> None:
+        if self.recipe not in ("paper", "repository"):
+            raise UserError(f"recipe must be paper or repository, got {self.recipe!r}")
+
 
 class Networks(nn.Module):
     """F, G and h of one image (Eq. 10), C channels.
 
     F is a hash grid and Linear(C/2)-ReLU-Linear(C) on x and y in [0, 1] of the whole image, G a learnable map of a
-    view's patches (Kh * Kw, C) that starts at zero, h a 3-layer MLP of hidden width C/4.
+    view's patches (K * K, C) that starts at zero, h a 3-layer MLP of hidden width C/4.
     """
 
     def __init__(self, channels: int, patches: int, settings: FieldSettings, device: torch.device) -> None:
@@ -74,7 +78,7 @@ class Networks(nn.Module):
 class FieldResult:
     """A trained decomposition of one image: y = F(coords) + G(patch) + h(y) (Eq. 5), G with zero mean.
 
-    artifacts: G (Kh, Kw, C). losses: the loss of each step (steps,).
+    artifacts: G (K, K, C). losses: the loss of each step (steps,).
     """
 
     networks: Networks
@@ -96,7 +100,7 @@ def fit_field(
     coords: Tensor,
     patches: Tensor,
     features: Tensor,
-    grid: int | tuple[int, int],
+    grid: int,
     settings: FieldSettings | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -106,8 +110,8 @@ def fit_field(
 
     coords: (P, 2), a patch's center as x and y in [0, 1] of the whole image. patches: (P,) int64, its place
     in the view's patch grid, row by row. features: (P, C) raw features y; they may stay on another device
-    than `device` and in half precision. grid: K or (Kh, Kw) patches. progress: called with the number of
-    steps done since the last call (tqdm's `update` fits).
+    than `device` and in half precision. grid: K, patches a side of a view. progress: called with the number of steps
+    done since the last call (tqdm's `update` fits).
 
     The first half of the steps trains F and G on L_distance; the second freezes G and trains F and h on
     L_recon. Each takes a batch of patches at random. Adam, its learning rate falling linearly to zero over all
@@ -115,16 +119,13 @@ def fit_field(
     patch's unexplained norm, such as those of outlier tokens.
 
     The same seed gives the same result on the same CPU and thread count. F and G are only determined up to a
-    constant: G is given zero mean, F the rest. Raises ValueError for arguments that do not fit together and
-    FloatingPointError when the loss is no longer finite.
+    constant: G is given zero mean, F the rest. Raises FloatingPointError when the loss is no longer finite.
     """
     settings, device = settings or FieldSettings(), torch.device(device)
-    shape = (grid, grid) if isinstance(grid, int) else grid
-    _check(coords, patches, features, shape[0] * shape[1], settings)
     coords, patches = coords.to(device, torch.float32), patches.to(device)
     with torch.random.fork_rng(devices=[]):  # on the CPU: the same start on every device
         torch.manual_seed(seed)
-        networks = Networks(features.shape[1], shape[0] * shape[1], settings, device)
+        networks = Networks(features.shape[1], grid**2, settings, device)
     optimizer, schedule = _optimizer(networks, settings, device)
     mean = settings.recipe == "repository"
     generator = torch.Generator(features.device).manual_seed(seed)
@@ -158,7 +159,7 @@ def fit_field(
         constant = networks.artifacts.mean(dim=0)
         networks.artifacts.sub_(constant)
         networks.get_parameter("mlp.2.bias").add_(constant)
-    return FieldResult(networks.requires_grad_(False), networks.artifacts.view(*shape, -1), losses)
+    return FieldResult(networks.requires_grad_(False), networks.artifacts.view(grid, grid, -1), losses)
 
 
 def _optimizer(networks: Networks, settings: FieldSettings, device: torch.device) -> tuple[torch.optim.Adam, Schedule]:
@@ -179,24 +180,3 @@ def _mlp(*widths: int) -> nn.Sequential:
     for before, after in zip(widths, widths[1:]):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
-
-
-def _check(coords: Tensor, patches: Tensor, features: Tensor, positions: int, settings: FieldSettings) -> None:
-    if features.ndim != 2 or features.shape[0] < 1 or features.shape[1] < 4:
-        raise UserError(f"features must be (P, C) with P >= 1 and C >= 4, got {tuple(features.shape)}")
-    count = len(features)
-    if coords.shape != (count, 2) or not coords.is_floating_point():
-        given = f"{tuple(coords.shape)} {coords.dtype}"
-        raise UserError(f"coords must be ({count}, 2) floats, one a feature, got {given}")
-    if not bool(((coords >= 0) & (coords <= 1)).all()):
-        raise UserError("coords must lie in [0, 1] of the whole image")
-    if patches.shape != (count,) or patches.dtype != torch.int64:
-        raise UserError(f"patches must be ({count},) int64, got {tuple(patches.shape)} {patches.dtype}")
-    if int(patches.min()) < 0 or int(patches.max()) >= positions:
-        given = f"{int(patches.min())} to {int(patches.max())}"
-        raise UserError(f"patches must lie in 0 to {positions - 1} for this grid, got {given}")
-    if settings.recipe not in ("paper", "repository"):
-        raise UserError(f"recipe must be paper or repository, got {settings.recipe!r}")
-    for name, least in (("steps", 2), ("batch", 1), ("lr", 0), ("alpha", 0), ("beta", 0)):
-        if not getattr(settings, name) >= least:
-            raise UserError(f"{name} must be at least {least}, got {getattr(settings, name)}")
