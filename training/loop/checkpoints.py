@@ -24,14 +24,11 @@ class BadCheckpoint(UserError):
     """A checkpoint that cannot be continued from; names the file."""
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, step: int, facts: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, step: int) -> None:
     """Write what a run needs to continue after `step` steps.
 
     That is weights, the optimizer's moments and torch's random state; the data's order and the learning rate are
     functions of the step. Tensors alone: no pickle, so reading a checkpoint runs nothing.
-
-    Args:
-        facts: what else should come back, anything JSON can hold.
 
     Raises:
         Diverged: a weight is not finite; the checkpoint before is left as it is.
@@ -48,24 +45,24 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, step: in
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     # A copy of each: safetensors refuses tensors that share memory.
     content = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    run = {"step": step, **facts}
+    run = {"step": step}
     write_atomically(path, save(content, {"run": json.dumps({**run, "checksum": _checksum(run, content)})}))
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
-    """Put a checkpoint's state into model and optimizer; returns `step` and the facts, or None if there is no file.
+def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
+    """Put a checkpoint's state into model and optimizer; returns its step, 0 if there is no file.
 
     Raises:
         BadCheckpoint: the file is damaged or belongs to another model.
     """
     if not path.exists():
-        return None
+        return 0
     try:
         with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["run"])
+            run = json.loads(file.metadata()["run"])
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-        known = facts.pop("checksum", None)  # none in those of older versions
-        if known is not None and known != _checksum(facts, tensors):
+        known = run.pop("checksum", None)  # none in those of older versions
+        if known is not None and known != _checksum(run, tensors):
             raise UserError("it is damaged, its checksum is another")
         model.load_state_dict(_below("model.", tensors))
         states: dict[int, dict[str, torch.Tensor]] = {}
@@ -80,7 +77,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
         raise BadCheckpoint(
             f"{path} cannot be continued from: {error}\nDelete it to begin this run again from its start"
         ) from error
-    return facts
+    return run["step"]
 
 
 def _checksum(run: dict[str, Any], tensors: dict[str, torch.Tensor]) -> int:

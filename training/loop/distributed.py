@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from timm_dvt.shared_folder import SharedFolder
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,6 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def claim(folder: SharedFolder, processes: Processes) -> AbstractContextManager[bool]:
-    """Be the only run that trains into a folder; the first process holds it for all. Gives False if it is not."""
-    return folder.claim("training") if processes.first else nullcontext(True)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from timm_dvt.shared_folder import SharedFolder, explain
 from training.common.command import exit_code_of, flush_subnormals
 from training.common.memory import keep_freed_memory
 from training.loop.checkpoints import CHECKPOINT
-from training.loop.distributed import Processes, claim
+from training.loop.distributed import Processes
 from training.loop.log import LOG
 
 
@@ -43,7 +43,7 @@ def only_run(
         ValueError: another run is training into the folder, or it was begun with other settings.
         OutputError: the folder cannot be written.
     """
-    with SharedFolder(out) as folder, claim(folder, processes) as mine:
+    with SharedFolder(out) as folder, folder.claim("training") if processes.first else nullcontext(True) as mine:
         if not mine:
             raise UserError(f"another process is training into {out}")
         if processes.first:

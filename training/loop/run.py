@@ -29,8 +29,7 @@ def resume(checkpoint: Path | None, module: nn.Module, optimizer: Optimizer) -> 
     Raises:
         BadCheckpoint: the file is damaged or belongs to another model.
     """
-    facts = None if checkpoint is None else load_checkpoint(checkpoint, module, optimizer)
-    return 0 if facts is None else facts["step"]
+    return 0 if checkpoint is None else load_checkpoint(checkpoint, module, optimizer)
 
 
 class Training:
@@ -109,7 +108,7 @@ def run_steps(
             log.write(done, **training.validate(done, log))
             log.resume()
         if checkpoint is not None and (done % pace.checkpoint_every == 0 or last) and processes.first:
-            save_checkpoint(checkpoint, module, optimizer, done, {})
+            save_checkpoint(checkpoint, module, optimizer, done)
             log.resume()
 
 

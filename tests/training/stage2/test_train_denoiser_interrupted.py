@@ -46,8 +46,8 @@ def test_stopped_after_any_checkpoint_it_continues_bit_for_bit(pairs, tmp_path, 
     assert run(pairs, tmp_path / "whole", *options) == 0
     save = loop.save_checkpoint
 
-    def save_and_die(path, model, optimizer, step, facts):
-        save(path, model, optimizer, step, facts)
+    def save_and_die(path, model, optimizer, step):
+        save(path, model, optimizer, step)
         raise KeyboardInterrupt
 
     for _ in (2, 4, 6, 8):
