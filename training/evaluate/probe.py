@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,28 +27,12 @@ CHECKPOINT_EVERY = 100  # steps
 Read = Callable[[Sequence[int], Sequence[np.random.Generator], int], Any]
 
 
-class Recipe(Protocol):
-    """What of a task's settings decides how its head is trained: AdamW with betas 0.9 and 0.999."""
-
-    @property
-    def batch_size(self) -> int: ...
-
-    @property
-    def lr(self) -> float: ...
-
-    @property
-    def weight_decay(self) -> float: ...
-
-    @property
-    def warmup(self) -> int: ...
-
-
 def train(
     head: nn.Module,
     loss: Callable[[Any], Tensor],
     count: int,
     run: Run,
-    recipe: Recipe,
+    recipe: Any,
     steps: int,
     decay: Callable[[float], float],
     label: str,
@@ -63,7 +47,7 @@ def train(
         loss: of a batch of image indices, or of what `read` makes of it.
         count: number of training images; each is used once before any is used again.
         run: seed and checkpoint file.
-        recipe: the task's settings.
+        recipe: the task's settings, of which batch_size, lr, weight_decay and warmup count: AdamW, betas 0.9 and 0.999.
         steps: of AdamW.
         decay: fraction of the steps done -> factor of the learning rate, on top of the warm-up.
         label: of the progress bar.

@@ -15,10 +15,9 @@ pixels with max(d*/d, d/d*) < 1.25^i.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -113,16 +112,15 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
     channels = training.channels + training.class_tokens([0]).shape[1]
     head = DepthHead(channels, settings).to(run.device)
     train(head, loss, len(training), run, settings, settings.steps, cosine, "depth")
-    per_image: list[dict[str, float]] = []
-    with torch.no_grad():
+
+    def per_image() -> Iterator[dict[str, float] | None]:
         for indices, _ in val.batches(run.state, f"depth ({run.state})"):
             for index, depth in zip(indices, head.depth(logits(val, indices)).cpu()):
                 true = val.split.annotation(index)
-                numbers = depth_numbers(upsample(depth[None, None], tuple(true.shape))[0, 0], true, settings)
-                per_image.extend([numbers] if numbers else [])
-    if not per_image:
-        raise UserError(f"no image of {val.split.name} has a depth within the range and crop")
-    return {name: sum(numbers[name] for numbers in per_image) / len(per_image) for name in per_image[0]}
+                yield depth_numbers(upsample(depth[None, None], tuple(true.shape))[0, 0], true, settings)
+
+    with torch.no_grad():
+        return mean_numbers(per_image(), val.split.name)
 
 
 def depth_bins(depth: Tensor, settings: Settings) -> Tensor:
@@ -132,20 +130,7 @@ def depth_bins(depth: Tensor, settings: Settings) -> Tensor:
     return torch.where(known, (fraction * settings.bins).long().clamp(0, settings.bins - 1), -1)
 
 
-class Range(Protocol):
-    """Settings that say from which to which depth, in meters, and where pixels count."""
-
-    @property
-    def least(self) -> float: ...
-
-    @property
-    def most(self) -> float: ...
-
-    @property
-    def eigen_crop(self) -> bool: ...
-
-
-def depth_numbers(predicted: Tensor, true: Tensor, settings: Range) -> dict[str, float] | None:
+def depth_numbers(predicted: Tensor, true: Tensor, settings: Settings) -> dict[str, float] | None:
     """Numbers of one image, both (h, w) in meters; None if no pixel counts."""
     height, width = true.shape
     crop = torch.full_like(true, not settings.eigen_crop, dtype=torch.bool)
@@ -162,3 +147,11 @@ def depth_numbers(predicted: Tensor, true: Tensor, settings: Range) -> dict[str,
         "RMSE": float((guess - truth).square().mean().sqrt()),
         **{f"delta{i}": 100 * float((ratio < 1.25**i).double().mean()) for i in (1, 2, 3)},
     }
+
+
+def mean_numbers(per_image: Iterable[dict[str, float] | None], name: str) -> dict[str, float]:
+    """The mean over a split's images of `depth_numbers`. Raises UserError if no pixel of any counts."""
+    counted = [numbers for numbers in per_image if numbers]
+    if not counted:
+        raise UserError(f"no image of {name} has a depth within the range and crop")
+    return {key: sum(numbers[key] for numbers in counted) / len(counted) for key in counted[0]}

@@ -33,10 +33,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from timm_dvt.bars import tqdm
-from timm_dvt.errors import UserError
 from training.evaluate.data.augment import flip, normalize, one_cycle, random_place, recolor, turn
 from training.evaluate.depth import linear as paper
-from training.evaluate.depth.linear import depth_numbers
+from training.evaluate.depth.linear import depth_numbers, mean_numbers
 from training.evaluate.features.cached import Features
 from training.evaluate.features.live import LiveFeatures
 from training.evaluate.probe import Validations, train
@@ -126,13 +125,10 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
             group["betas"] = (one_cycle(step, settings.steps), 0.999)
 
     def validate() -> dict[str, float]:
-        per_image: list[dict[str, float]] = []
-        for index in tqdm(range(len(val)), desc=f"validation ({run.state})", unit="image", leave=False):
-            numbers = depth_numbers(predict(val.image(index), depths, settings).cpu(), val.annotation(index), settings)
-            per_image.extend([numbers] if numbers else [])
-        if not per_image:
-            raise UserError(f"no image of {val.name} has a depth within the range and crop")
-        return {name: sum(numbers[name] for numbers in per_image) / len(per_image) for name in per_image[0]}
+        indices = tqdm(range(len(val)), desc=f"validation ({run.state})", unit="image", leave=False)
+        predicted = (predict(val.image(i), depths, settings).cpu() for i in indices)
+        numbers = (depth_numbers(depth, val.annotation(i), settings) for i, depth in enumerate(predicted))
+        return mean_numbers(numbers, val.name)
 
     torch.manual_seed(run.seed)
     head = DepthHead(live.channels * (2 if live.prefix else 1), settings).to(run.device)

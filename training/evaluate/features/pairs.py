@@ -17,7 +17,6 @@ Images are matched with pairs by the content of their files; those without a pai
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -124,10 +123,7 @@ class PairFeatures:
                 f"--pairs {folder} holds no pair of an image of {split.name}: run training.denoise_images on those "
                 f"images too, into the same folder (they are in {split.images[0].parent})"
             )
-        read = split.annotation
-        self.split = replace(
-            split, images=[split.images[i] for i in chosen], annotation=lambda index: read(chosen[index])
-        )
+        self.split = split.take(chosen)
         names = "\n".join([repr(sorted(settings.items())), *(file.name for file in self._files)])
         self.keys = {"pairs": sha256(names.encode()).hexdigest()[:20]}
 

@@ -25,6 +25,7 @@ from training.evaluate.data.splits import IGNORE
 from training.evaluate.features.cached import Features
 from training.evaluate.run import Run
 from training.evaluate.segmentation.score import SegmentationScore, upsample
+from training.evaluate.segmentation.windows import resize_labels
 
 KIND = "masks"
 STATES = ("raw", "denoised")
@@ -69,7 +70,7 @@ def run(data: Mapping[str, Features], settings: Settings, run: Run) -> dict[str,
             pixels = upsample(features.permute(2, 0, 1)[None], size)[0].flatten(1).T
             predicted = nearest_class(pixels, bank, labels, settings.neighbors, classes).reshape(size)
             if settings.query_size:
-                predicted = _stretch(predicted, mask)
+                predicted = resize_labels(predicted.cpu(), tuple(mask.shape))
             score.add(predicted, mask)
     return score.numbers()
 
@@ -114,8 +115,3 @@ def nearest_class(queries: Tensor, bank: Tensor, labels: Tensor, neighbors: int,
         tally = votes.new_zeros(len(part), classes).scatter_add_(1, labels[index], votes)
         predicted.append(tally.argmax(1))
     return torch.cat(predicted)
-
-
-def _stretch(predicted: Tensor, mask: Tensor) -> Tensor:
-    rows, columns = (torch.arange(n) * len(predicted) // n for n in mask.shape)
-    return predicted.cpu()[rows[:, None], columns]
