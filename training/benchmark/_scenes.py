@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.common.views import Views, patch_centers, sample_views, view_axes, whole_view
+from training.common.views import Views, patch_centers, view_axes
+from training.stage1.decompose import Stage1Settings, image_views
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,8 @@ class Scene:
         return features
 
     def views(self, count: int) -> Views:
-        """The whole image, then random crops; as `training.stage1.decompose.image_views`."""
-        whole, crops = whole_view(), sample_views(count - 1, (4096, 4096), self.seed)
-        return Views(torch.cat([whole.boxes, crops.boxes]), torch.cat([whole.flips, crops.flips]))
+        """The whole image, then random crops."""
+        return image_views(Stage1Settings(views=count, seed=self.seed), (4096, 4096))
 
     def _artifact_map(self, draw: torch.Generator) -> Tensor:
         regime = self.regime

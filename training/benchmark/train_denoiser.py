@@ -11,11 +11,13 @@ every pair from disk each time, "kept" has read them before, as from the second 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,7 +32,6 @@ from training.loop.distance import norm_distance
 from training.loop.optimization import make_adamw, set_learning_rate
 from training.loop.order import positions
 from training.loop.settings import Pace
-from training.pairs import reader as pairs_reader
 from training.pairs.reader import PairReader, PairSet, open_pairs
 from training.stage2.denoisers import make_denoisers
 from training.stage2.train import Stage2Settings, Stage2Training
@@ -38,9 +39,11 @@ from training.stage2.train import Stage2Settings, Stage2Training
 BAR = 0.95
 
 
-def ours(pairs: PairSet, settings: Stage2Settings, folder: Path, device: torch.device) -> float:
+def ours(
+    pairs: PairSet, settings: Stage2Settings, folder: Path, device: torch.device, make_reader: Callable[..., PairReader]
+) -> float:
     """Pairs a second of the command's own loop, log, checks and all."""
-    Stage2Training(pairs, settings, device).run(folder, Pace(None, 10**9, 10**9))
+    Stage2Training(pairs, settings, device, make_reader=make_reader).run(folder, Pace(None, 10**9, 10**9))
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [line["images_per_second"] for line in lines if "images_per_second" in line][-1]
 
@@ -87,19 +90,20 @@ def main(argv: list[str]) -> int:
         ]
         batches = [batch.to(device) for batch in batches]
         bare(pairs, dataclasses.replace(settings, steps=2), batches)
-        ratios: dict[str, list[float]] = {"read": [], "kept": []}
+        readers: dict[str, Callable[..., PairReader]] = {
+            "read": functools.partial(PairReader, cache_bytes=0),
+            "kept": PairReader,
+        }
+        ratios: dict[str, list[float]] = {kind: [] for kind in readers}
         print(f"C={args.channels}, K={args.grid}, batches of {args.batch_size}, {hardware(device)}")
-        free_memory = pairs_reader._free_memory
         for turn in range(args.rounds):
-            for kind in ratios:
-                pairs_reader._free_memory = free_memory if kind == "kept" else (lambda: 0)
-                rates = ours(pairs, settings, where / f"{kind}-{turn}", device), bare(pairs, settings, batches)
+            for kind, make in readers.items():
+                rates = ours(pairs, settings, where / f"{kind}-{turn}", device, make), bare(pairs, settings, batches)
                 ratios[kind].append(rates[0] / rates[1])
                 print(
                     f"  {kind}: ours {rates[0]:.1f} pairs/s, bare {rates[1]:.1f}, ratio {ratios[kind][-1]:.3f}",
                     flush=True,
                 )
-        pairs_reader._free_memory = free_memory
     medians = {kind: statistics.median(values) for kind, values in ratios.items()}
     medians["ten epochs"] = 10 / (1 / medians["read"] + 9 / medians["kept"])  # the default run, where there is room
     for kind, median in medians.items():
