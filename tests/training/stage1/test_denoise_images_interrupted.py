@@ -13,6 +13,7 @@ from PIL import Image
 from tests.helpers.processes import Python, start, torchrun
 from tests.helpers.stage1_runs import SLOW, contents, draw_images, read_lines, run
 from timm_dvt import shared_folder
+from timm_dvt.errors import UserError
 from training import denoise_images
 from training.pairs.folder import read_index, read_settings
 from training.stage1 import images as stage1_images
@@ -168,6 +169,16 @@ def test_a_folder_that_is_deleted_while_it_is_filled_is_an_error_and_is_not_begu
         assert run(images, tmp_path / "out") == 3
         assert "out was deleted or replaced while it was written" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("not so"), 2), (KeyboardInterrupt(), 130)])
+def test_what_stops_it_while_it_is_at_work_is_one_line(error, code, images, tmp_path, monkeypatch, capsys):
+    def stop(*args, **options):
+        raise error
+
+    monkeypatch.setattr(denoise_images, "denoise_images", stop)
+    assert run(images, tmp_path / "out") == code
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_other_settings_are_refused_where_settings_json_is_lost_too(images, tmp_path, capsys):
