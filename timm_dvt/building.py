@@ -22,7 +22,7 @@ from timm.models import (
 from torch import nn
 
 from timm_dvt.attach import add_denoiser, attach_denoiser, check_supported, new_denoisers
-from timm_dvt.errors import UserError, WeightsNotFoundError
+from timm_dvt.errors import UserError, WeightsNotFoundError, first_line
 from timm_dvt.layouts import Layout, input_size, layout_of
 from timm_dvt.variants import Variant, saved_architecture
 from timm_dvt.weights.checkpoints import (
@@ -34,15 +34,7 @@ from timm_dvt.weights.checkpoints import (
     from_state_dict,
     read_checkpoint,
 )
-from timm_dvt.weights.fetching import (
-    backbone_files,
-    explain,
-    fetch_backbone,
-    first_line,
-    hub_file,
-    is_fetch_error,
-    locate,
-)
+from timm_dvt.weights.fetching import backbone_files, explain, fetch_backbone, hub_file, is_fetch_error, locate
 from timm_dvt.weights.limits import check_denoiser, check_sizes, check_total
 
 ADAPTED = ("pos_embed", "relative_position_bias_table")  # what timm brings to another input size itself

@@ -31,3 +31,14 @@ class InspectionError(UserError):
 
 class WeightsNotFoundError(UserError, RuntimeError):
     """Weights that cannot be had: of the wrong name, without a network, without access."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, of a length to print; and the next where it only leads to that."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return printable((f"{first} {more[0].strip()}" if first.endswith(":") and more else first)[:1000])
+
+
+def printable(text: str) -> str:
+    """A text with what a terminal would act on, as line ends and escape codes, written out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -14,7 +14,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from timm_dvt.errors import UnsupportedModelError, UserError
+from timm_dvt.errors import UnsupportedModelError, UserError, first_line
 
 KNOWN = (VisionTransformer, Eva)  # tokens all the way; nothing to find out, and a person's own layers are not run
 
@@ -102,7 +102,7 @@ def layout_of(model: nn.Module, size: tuple[int, int] | None = None) -> Layout:
     if "," in steps and getattr(model, "output_fmt", None) == "NHWC":
         refuse(model, pyramid)
     sketch = _without_weights(model)
-    error: Exception | None = None
+    errors: list[Exception] = []
     for tried in _sizes(model) if size is None else (size,):
         images = torch.empty(2, getattr(model, "in_chans", 3), *tried, device="meta", dtype=_dtype(model))
         try:
@@ -114,10 +114,26 @@ def layout_of(model: nn.Module, size: tuple[int, int] | None = None) -> Layout:
         except UnsupportedModelError:
             raise
         except Exception as e:  # a size it does not take; anything may be raised by it
-            error = error or e
+            errors.append(e)
             continue
         return _read(model, tried, features, maps)
-    refuse(model, f"it does not run on empty images of its own size ({type(error).__name__}: {_first_line(error)})")
+    reason = f"{type(errors[0]).__name__}: {first_line(errors[0])}"
+    refuse(model, f"it does not run on empty images of its own size ({reason})")
+
+
+def layout_or_refusal(model: nn.Module, cannot: str, error: type[UserError] = UserError) -> Layout:
+    """The layout that a denoised model has, or `layout_of` it.
+
+    Raises:
+        UserError: of the kind `error`, for a model that does not give patches of one grid: it says what that `cannot`.
+    """
+    try:
+        return getattr(model, "layout", None) or layout_of(model)
+    except UnsupportedModelError as e:
+        raise error(
+            f"A {type(model).__name__} {cannot}: {e.reason}. That takes a model whose final features are the patches "
+            f"of one grid; timm-dvt families lists the classes.{unwrapping(model)}"
+        ) from e
 
 
 def _read(model: Any, size: tuple[int, int], features: Any, maps: Any) -> Layout:
@@ -205,10 +221,6 @@ def check_rgb(model: Any) -> None:
     channels = getattr(model, "in_chans", 3)
     if channels != 3:
         raise UserError(f"the model takes images of {channels} channels, and these are RGB images, of 3")
-
-
-def _first_line(error: Exception | None) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _shown(output: Any) -> str:

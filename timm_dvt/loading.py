@@ -12,10 +12,10 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from timm_dvt.building import checked_file, naming_config
-from timm_dvt.errors import UserError, WeightsNotFoundError
+from timm_dvt.errors import UserError, WeightsNotFoundError, first_line
 from timm_dvt.registry import VARIANTS
 from timm_dvt.timm_private import hf_split
-from timm_dvt.weights.fetching import TIMMS_WEIGHTS_NAME, WEIGHTS_NAME, dead_network, fetch, fetch_backbone, first_line
+from timm_dvt.weights.fetching import TIMMS_WEIGHTS_NAME, WEIGHTS_NAME, dead_network, fetch, fetch_backbone
 
 SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -52,6 +52,14 @@ def load_model(name: str, pretrained: bool = True, seed: int = 0, **options: Any
         raise UserError(
             f"cannot create {name!r}: {type(error).__name__}: {first_line(error)}{remedy}{did_you_mean(name)}"
         ) from error
+
+
+def load_any_size(name: str, pretrained: bool = True) -> Any:
+    """`load_model`, for images of any size where its class has them."""
+    try:
+        return load_model(name, pretrained, dynamic_img_size=True)
+    except TypeError:  # a class without that argument
+        return load_model(name, pretrained)
 
 
 def check_name(name: str) -> None:

@@ -15,10 +15,10 @@ from timm.data.transforms import str_to_pil_interp
 from timm.models.hiera import Hiera
 
 from timm_dvt.attach import Denoised, norms_after_pool
-from timm_dvt.errors import UnsupportedModelError, UserError
+from timm_dvt.errors import UserError
 from timm_dvt.extraction.settings import ExtractSettings
-from timm_dvt.layouts import Layout, check_rgb, layout_of, meant_size, unwrapping
-from timm_dvt.loading import load_model, pick_device, weights_digest
+from timm_dvt.layouts import check_rgb, layout_or_refusal, meant_size
+from timm_dvt.loading import load_any_size, pick_device, weights_digest
 from timm_dvt.reading import fit_to, normed
 
 TOKEN = "class_token"
@@ -41,8 +41,8 @@ class Extractor:
         """Raises UserError: no such model, or it has not what is asked for."""
         self.settings = settings
         self.device = pick_device(settings.device)
-        self.model: Any = _load(settings).to(self.device).eval()
-        self._layout = _layout(self.model)
+        self.model: Any = load_any_size(settings.model, settings.pretrained).to(self.device).eval()
+        self._layout = layout_or_refusal(self.model, "gives no features to extract")
         check_rgb(self.model)
         self.states = self._states()
         self.patch, self.size = self._sizes()
@@ -184,21 +184,3 @@ class Extractor:
         if any(not -count <= int(block) < count for block in wanted):
             raise UserError(f"--blocks: {self.settings.model} has the blocks 0 to {count - 1}; got {wanted}")
         return tuple(sorted({int(block) % count for block in wanted}))
-
-
-def _layout(model: Any) -> Layout:
-    try:
-        return getattr(model, "layout", None) or layout_of(model)
-    except UnsupportedModelError as e:
-        raise UserError(
-            f"A {type(model).__name__} gives no features to extract: {e.reason}. They are taken of models whose final "
-            f"features are the patches of one grid; timm-dvt families lists the classes.{unwrapping(model)}"
-        ) from e
-
-
-def _load(settings: ExtractSettings) -> Any:
-    """The model, for images of any size where its class has them."""
-    try:
-        return load_model(settings.model, settings.pretrained, dynamic_img_size=True)
-    except TypeError:  # a class without that argument
-        return load_model(settings.model, settings.pretrained)

@@ -5,11 +5,10 @@ import json
 from pathlib import Path
 
 from timm_dvt.calibration.calibrate import LEAST_VIEWS
-from timm_dvt.calibration.command import load_backbone
 from timm_dvt.inspection.measure import VIEWS, inspect
 from timm_dvt.inspection.page import HEADINGS, lead, page, row
 from timm_dvt.inspection.results import Inspection
-from timm_dvt.loading import check_name, pick_device
+from timm_dvt.loading import check_name, load_any_size, pick_device
 from timm_dvt.options import at_least, block_list
 from timm_dvt.tables import aligned
 from timm_dvt.weights.files import write_together
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> Inspection:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)
-    model = load_backbone(args.model, not args.no_pretrained).to(device)
+    model = load_any_size(args.model, not args.no_pretrained).to(device)
     report = inspect(
         model,
         args.images,

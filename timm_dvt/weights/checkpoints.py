@@ -17,10 +17,10 @@ from torch import nn
 
 from timm_dvt.architectures import ARCHITECTURES, architecture_of
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
-from timm_dvt.errors import UnsupportedModelError, UserError
+from timm_dvt.errors import UnsupportedModelError, UserError, first_line, printable
 from timm_dvt.layouts import unwrapping
 from timm_dvt.variants import ROWS
-from timm_dvt.weights.fetching import first_line, printable, weights_file_of
+from timm_dvt.weights.fetching import weights_file_of
 from timm_dvt.weights.limits import MAX_HEADER, MAX_TENSORS
 from timm_dvt.weights.pickles import DTYPES, RefusedError, read_pickle
 from timm_dvt.weights.saving import recorded_heads

@@ -14,7 +14,7 @@ from urllib.request import getproxies
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import get_pretrained_cfg
 
-from timm_dvt.errors import WeightsNotFoundError
+from timm_dvt.errors import WeightsNotFoundError, first_line, printable
 from timm_dvt.timm_private import download_cached_file, get_safe_alternatives, hf_hub_download, hf_split
 
 WEIGHTS_NAME, TIMMS_WEIGHTS_NAME = "model.safetensors", "pytorch_model.bin"
@@ -241,14 +241,3 @@ def weights_file_of(folder: str) -> str:
     """The path of a saved model's weights: ours, or those of timm's `save_for_hf` by its defaults."""
     ours, timms = (os.path.join(folder, name) for name in (WEIGHTS_NAME, TIMMS_WEIGHTS_NAME))
     return timms if os.path.exists(timms) and not os.path.exists(ours) else ours
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, of a length to print; and the next where it only leads to that."""
-    first, *more = str(error).strip().splitlines() or [type(error).__name__]
-    return printable((f"{first} {more[0].strip()}" if first.endswith(":") and more else first)[:1000])
-
-
-def printable(text: str) -> str:
-    """A text with what a terminal would act on, as line ends and escape codes, written out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

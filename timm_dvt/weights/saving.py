@@ -17,12 +17,12 @@ from torch import nn
 
 from timm_dvt.architectures import ARCHITECTURES
 from timm_dvt.attach import Denoised
-from timm_dvt.errors import UnsupportedModelError, UserError
+from timm_dvt.errors import UnsupportedModelError, UserError, first_line
 from timm_dvt.layouts import input_size, meant_size, unwrapping
 from timm_dvt.timm_private import save_config_for_hf
 from timm_dvt.variants import saved_architecture
 from timm_dvt.version import __version__
-from timm_dvt.weights.fetching import WEIGHTS_NAME, first_line
+from timm_dvt.weights.fetching import WEIGHTS_NAME
 from timm_dvt.weights.files import Write, write_together
 
 
