@@ -18,7 +18,7 @@ from timm_dvt.calibration.samples import sources
 from timm_dvt.calibration.views import WINDOWS, ViewReader
 from timm_dvt.errors import CalibrationError
 from timm_dvt.images import PHOTOGRAPHS, read_image
-from timm_dvt.loading import check_name, load_model
+from timm_dvt.loading import check_name, load_any_size
 from timm_dvt.viewer.panel import Shown, draw
 from timm_dvt.weights.files import write_whole
 from timm_dvt.weights.saving import recorded_arguments, save_pretrained
@@ -77,57 +77,43 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print what was found as JSON, and nothing else; progress goes to stderr"
     )
     parser.add_argument("--no-pretrained", action="store_true", help="random weights: fetch nothing")
-    parser.set_defaults(
-        run=lambda args: run(
-            args.model,
-            args.out,
-            args.images,
-            args.method,
-            args.views,
-            not args.no_pretrained,
-            args.json,
-            args.keep_length,
-            args.layers,
-            args.blank_gate,
-        )
-    )
+    parser.set_defaults(run=run)
 
 
-def run(
-    name: str,
-    out: str,
-    images: Sequence[str] | None = None,
-    method: str = "static",
-    views: int = 256,
-    pretrained: bool = True,
-    as_json: bool = False,
-    keep_length: bool = False,
-    layers: Sequence[int] | None = None,
-    blank_gate: bool = True,
-) -> Path:
-    """Calibrate a model by name and save it; prints what was found, returns the folder written.
+def run(args: argparse.Namespace) -> Path:
+    """Calibrate as the parsed arguments say and save it; prints what was found, returns the folder written.
 
     Raises:
         CalibrationError: an image, the model or the folder cannot be used; the message says what to do.
     """
-    check_arguments(method, views)
-    check_name(name)
-    folder = Path(out)
+    check_arguments(args.method, args.views)
+    check_name(args.model)
+    folder = Path(args.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / FACTS).exists() and (there := [name for name in WRITTEN if (folder / name).exists()]):
-            raise CalibrationError(f"{out} holds {', '.join(there)}, not written by calibrate; name another --out.")
-        shown = [read_image(Path(photograph)) for photograph in _to_show(images)]  # before anything slow
+            raise CalibrationError(
+                f"{args.out} holds {', '.join(there)}, not written by calibrate; name another --out."
+            )
+        shown = [read_image(Path(photograph)) for photograph in _to_show(args.images)]  # before anything slow
     except OSError as e:
-        raise CalibrationError(f"cannot write to {out}: {e.strerror or e}; name a folder for --out.") from e
-    model = load_backbone(name, pretrained)
+        raise CalibrationError(f"cannot write to {args.out}: {e.strerror or e}; name a folder for --out.") from e
+    model = load_any_size(args.model, not args.no_pretrained)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    say = (lambda *words: None) if as_json else print
-    say(f"model: {name} on {device}" + ("" if pretrained else ", random weights, as asked for"))
+    say = (lambda *words: None) if args.json else print
+    say(f"model: {args.model} on {device}" + (", random weights, as asked for" if args.no_pretrained else ""))
     start = time.perf_counter()
     model.to(device)
-    more: dict[str, Any] = dict(keep_length=keep_length, blank_gate=blank_gate, progress=True)
-    calibrate(model, images, method=method, layers=layers, views=views, **more)
+    calibrate(
+        model,
+        args.images,
+        method=args.method,
+        layers=args.layers,
+        views=args.views,
+        keep_length=args.keep_length,
+        blank_gate=args.blank_gate,
+        progress=True,
+    )
     of_blocks = {block: denoiser.calibration for block, denoiser in model.denoisers().items()}
     facts = of_blocks[max(of_blocks)]
     say(f"calibrated in {time.perf_counter() - start:.0f} s: {describe(facts)}")
@@ -135,9 +121,9 @@ def run(
         say(f"block {block}: {describe(of_blocks[block])}")
     if max(calibration.error for calibration in of_blocks.values()) > 0.5:
         # Whether more images would not be looked at; those of "project" share the views with blank ones.
-        spent = facts.images * WINDOWS * (2 if method == "project" else 1) >= views
+        spent = facts.images * WINDOWS * (2 if args.method == "project" else 1) >= args.views
         wanted = "views (--views)" if spent else "images"
-        say(f"note: little is known of the artifacts; use {f'more {wanted}' if images else 'images (--images)'}")
+        say(f"note: little is known of the artifacts; use {f'more {wanted}' if args.images else 'images (--images)'}")
     written = ["config.json", "model.safetensors", FACTS]
     report = asdict(facts)
     if len(of_blocks) > 1:
@@ -145,17 +131,17 @@ def run(
     try:
         text = json.dumps(report, indent=2) + "\n"
         write_whole(folder / FACTS, lambda path: path.write_text(text))  # first: by it a folder is known as ours
-        save_pretrained(model, folder, model_args=recorded_arguments(name))
+        save_pretrained(model, folder, model_args=recorded_arguments(args.model))
         if model.in_chans == 3:  # photographs can be shown to it
             encoded = io.BytesIO()
-            picture(model, shown, f"{name}, before and after: {method}").save(encoded, format="PNG")
+            picture(model, shown, f"{args.model}, before and after: {args.method}").save(encoded, format="PNG")
             write_whole(folder / PANEL, lambda path: path.write_bytes(encoded.getvalue()))
             written.append(PANEL)
     except OSError as e:
-        raise CalibrationError(f"cannot write to {out}: {e.strerror or e}.") from e
+        raise CalibrationError(f"cannot write to {args.out}: {e.strerror or e}.") from e
     say(f"wrote {folder}: {', '.join(written)}")
     say(f"load it with timm.create_model({f'local-dir:{folder}'!r}, pretrained=True), after import timm_dvt")
-    if as_json:
+    if args.json:
         print(json.dumps({"folder": str(folder), **report}))
     return folder
 
@@ -172,14 +158,6 @@ def describe(facts: Calibration) -> str:
         f"{what}, from {facts.views} views of {looked_at}; estimated error of the map {facts.error:.0%}. Position "
         f"explains {facts.share_before:.2%} of the variance within these views before, {facts.share_after:.2%} after."
     )
-
-
-def load_backbone(name: str, pretrained: bool) -> Any:
-    """timm's model of that name, for images of any size where its class has them. Raises UserError."""
-    try:
-        return load_model(name, pretrained, dynamic_img_size=True)
-    except TypeError:  # a class without that argument
-        return load_model(name, pretrained)
 
 
 def picture(model: Any, photographs: Sequence[Image.Image], title: str) -> Image.Image:
