@@ -3,11 +3,10 @@
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError, UserError
-from timm_dvt.images import SUFFIXES, image_names, to_array, to_rgb, upright
+from timm_dvt.images import SUFFIXES, decode, image_names, open_file, to_array, to_rgb
 
 PICTURES, SETTINGS = "pictures", "settings.json"  # of a folder that an extraction or a training fills
-Pixels = TypeVar("Pixels", np.ndarray, Image.Image)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +121,7 @@ def read_file(path: str | Path) -> tuple[bytes, Fingerprint]:
     """
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
-            raise ImageError("not a file")
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             status = os.fstat(file.fileno())
             data = file.read()
     except OSError as error:
@@ -156,28 +152,14 @@ def decode_image(data: bytes) -> Tensor:
     """Decode an image file's bytes: (3, H, W) float32 in [0, 1], by the rules of `timm_dvt.images`.
 
     Raises:
-        ImageError: not an image, truncated or damaged, larger than Pillow's limit against decompression bombs,
-            or of a kind whose scale is unknown.
+        ImageError: as `timm_dvt.images.decode`.
     """
-    return torch.from_numpy(np.ascontiguousarray(_decoded(data, to_array).transpose(2, 0, 1)))
+    return torch.from_numpy(np.ascontiguousarray(decode(io.BytesIO(data), to_array).transpose(2, 0, 1)))
 
 
 def decode_rgb(data: bytes) -> Image.Image:
     """As `decode_image`, as RGB of 8 bits."""
-    return _decoded(data, to_rgb)
-
-
-def _decoded(data: bytes, convert: Callable[[Image.Image], Pixels]) -> Pixels:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return convert(upright(image))
-    except ImageError:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise ImageError("not an image, or of a format that Pillow does not know") from error
-    except Exception as error:  # on damaged files Pillow raises nearly anything, IndexError included
-        raise ImageError(f"cannot be decoded: {error or type(error).__name__}") from error
+    return decode(io.BytesIO(data), to_rgb)
 
 
 def _name_of(line: str, folder: Path) -> str:

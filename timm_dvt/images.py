@@ -14,15 +14,16 @@ One rule for each kind of image, so that the same file always gives the same num
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from timm_dvt.errors import ImageError
 
+Pixels = TypeVar("Pixels", np.ndarray, Image.Image)
 SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
 )
@@ -57,21 +58,35 @@ def _refuse(error: OSError) -> None:
 def read_image(source: Path) -> Image.Image:
     """The image as RGB, upright, what is transparent on white. Raises ImageError."""
     try:
-        if source.exists() and not source.is_file():  # opening a named pipe would wait for ever
-            raise ImageError(f"{source}: not a file")
-        with source.open("rb") as file:
-            return decode(file, str(source))
+        with open_file(source) as file:
+            return decode(file, to_rgb)
     except OSError as e:
         raise ImageError(f"{source}: {e.strerror or e}") from e
+    except ImageError as e:
+        raise ImageError(f"{source}: {e}") from e
 
 
-def decode(file: BinaryIO, name: str, formats: list[str] | None = None, max_pixels: float = math.inf) -> Image.Image:
-    """As `read_image`, of an open file.
+def open_file(path: Path) -> BinaryIO:
+    """An image file, to be read. Raises ImageError for what is no plain file, OSError for one that cannot be opened."""
+    if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
+        raise ImageError("not a file")
+    return path.open("rb")
+
+
+def decode(
+    file: BinaryIO,
+    convert: Callable[[Image.Image], Pixels],
+    formats: list[str] | None = None,
+    max_pixels: float = math.inf,
+) -> Pixels:
+    """An open file's image, upright, as `to_rgb` or `to_array`.
 
     Args:
-        name: what errors call it.
         formats: those that Pillow may try; default all.
         max_pixels: more are refused before they are decoded.
+
+    Raises:
+        ImageError: not an image, truncated or damaged, too large, or of a kind whose scale is unknown.
     """
     try:
         with Image.open(file, formats=formats) as image:
@@ -82,19 +97,19 @@ def decode(file: BinaryIO, name: str, formats: list[str] | None = None, max_pixe
                     f"{max_pixels / 1e6:g}. Make it smaller and try again"
                 )
             image.load()
-            return to_rgb(upright(image))
-    except ImageError as e:
-        raise ImageError(f"{name}: {e}") from e
+            return convert(upright(image))
+    except ImageError:
+        raise
     except Image.UnidentifiedImageError as e:
         kinds = f"is taken; choose one of {', '.join(formats)}" if formats else "Pillow can read"
-        raise ImageError(f"{name}: not an image that {kinds}") from e
+        raise ImageError(f"not an image that {kinds}") from e
     except Image.DecompressionBombError as e:  # it comes before the size can be asked for
         most = f"the most that is taken is {max_pixels / 1e6:g} megapixels. " if max_pixels < math.inf else ""
-        raise ImageError(f"{name}: far too many pixels to be read; {most}Make it smaller and try again") from e
+        raise ImageError(f"far too many pixels to be read; {most}Make it smaller and try again") from e
     except OSError as e:
-        raise ImageError(f"{name}: {e.strerror or e}") from e
+        raise ImageError(e.strerror or str(e)) from e
     except Exception as e:  # on damaged files Pillow raises nearly anything, IndexError included
-        raise ImageError(f"{name}: not an image that can be read ({e or type(e).__name__})") from e
+        raise ImageError(f"not an image that can be read ({e or type(e).__name__})") from e
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image, features
 
-from timm_dvt.errors import UserError
-from timm_dvt.images import decode
+from timm_dvt.errors import ImageError, UserError
+from timm_dvt.images import decode, to_rgb
 
 try:
     from pi_heif import register_heif_opener  # of the extra app: Pillow reads AVIF, and not HEIC
@@ -119,9 +119,11 @@ def read_upload(content: bytes) -> Image.Image:
     if remedy and ("AVIF" if content[8:12] == b"avif" else "HEIF") not in FORMATS:
         raise UserError(f"This file: this server cannot read its format; save it as JPEG, or there: {remedy}")
     try:
-        image = decode(BytesIO(content), "This file", list(FORMATS), MAX_PIXELS)
+        image = decode(BytesIO(content), to_rgb, list(FORMATS), MAX_PIXELS)
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    except (UserError, MemoryError):
+    except ImageError as e:
+        raise ImageError(f"This file: {e}") from e
+    except MemoryError:
         raise
     except Exception as e:  # of a damaged file Pillow's readers raise whatever they stumble over
         raise UserError(f"This file: not an image that can be read ({type(e).__name__})") from e
