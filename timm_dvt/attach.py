@@ -88,17 +88,25 @@ def new_denoisers(
     **options: Any,
 ) -> Denoiser | LayerDenoisers:
     """New denoisers for a model of this layout, on its device and of its dtype; `options` are those of `Denoiser`."""
-    count = layout.maps
-    wanted = [-1] if layers is None else list(layers)
-    if not wanted or any(not -count <= block < count for block in wanted):
-        raise UserError(f"layers must be one or more blocks from {-count} to {count - 1}, got {layers}")
     options["pos_embed_out"] = pos_embed_out if isinstance(pos_embed_out, bool) else to_2tuple(pos_embed_out)
     rows, columns = to_2tuple(layout.grid if grid_size is None else grid_size)
     weight = next(model.parameters())
     options |= {"device": weight.device, "dtype": weight.dtype}
-    blocks = sorted({block % count for block in wanted})
+    blocks = blocks_of(model, layout, layers)
     new = {block: Denoiser(layout.channels, (rows, columns), **options) for block in blocks}
-    return combine(new, final=count - 1)
+    return combine(new, final=layout.maps - 1)
+
+
+def blocks_of(model: nn.Module, layout: Layout, layers: Sequence[int] | None) -> list[int]:
+    """The blocks that `layers` of `add_denoiser` name, from 0, rising. Raises ValueError for those that cannot be."""
+    count = layout.maps
+    wanted = [-1] if layers is None else list(layers)
+    if not wanted or any(not -count <= block < count for block in wanted):
+        raise UserError(f"layers must be one or more blocks from {-count} to {count - 1}, got {layers}")
+    blocks = sorted({block % count for block in wanted})
+    if blocks != [count - 1]:
+        _check_inner(model, layout)
+    return blocks
 
 
 def check_supported(model: nn.Module) -> Layout:
@@ -123,11 +131,8 @@ def attach_denoiser(model: Any, denoiser: Denoiser | LayerDenoisers, layout: Lay
     """
     layout = layout or check_supported(model)
     final = layout.maps - 1
-    if isinstance(denoiser, LayerDenoisers) and not layout.plain:
-        raise UserError(
-            f"layers other than the last cannot be denoised in a {type(model).__name__}: what its earlier blocks give "
-            "is not what its final features are made of."
-        )
+    if isinstance(denoiser, LayerDenoisers):
+        _check_inner(model, layout)
     weight = next(model.parameters())
     model.__class__ = denoised_class(type(model))
     model.denoiser = denoiser.to(device=weight.device, dtype=weight.dtype).train(model.training)
@@ -142,6 +147,15 @@ def attach_denoiser(model: Any, denoiser: Denoiser | LayerDenoisers, layout: Lay
         model.feature_info = [*model.feature_info[:-1], {**model.feature_info[-1], "num_chs": layout.channels}]
     model.set_grad_checkpointing(getattr(model, "grad_checkpointing", False))
     return model
+
+
+def _check_inner(model: nn.Module, layout: Layout) -> None:
+    """Raise ValueError for a model of which only the last block can have a denoiser."""
+    if not layout.plain:
+        raise UserError(
+            f"layers other than the last cannot be denoised in a {type(model).__name__}: what its earlier blocks give "
+            "is not what its final features are made of."
+        )
 
 
 def norms_after_pool(model: nn.Module) -> bool:

@@ -29,6 +29,10 @@ class InspectionError(UserError):
     """A model or images that cannot be inspected."""
 
 
+class FeaturesError(CalibrationError, InspectionError):
+    """Features of a model that are not finite, whatever they are read for."""
+
+
 class WeightsNotFoundError(UserError, RuntimeError):
     """Weights that cannot be had: of the wrong name, without a network, without access."""
 

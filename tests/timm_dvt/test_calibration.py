@@ -83,6 +83,17 @@ def test_a_planted_artifact_is_found_to_within_a_tenth(images):
     assert facts.share_before > 0.3 and facts.share_after < 0.02
 
 
+@torch.no_grad()
+def test_of_a_class_whose_blocks_timm_does_not_norm_the_map_of_its_features_is_taken_off():
+    torch.manual_seed(0)
+    small = {"embed_dim": 32, "num_heads": 1, "stages": (1, 1, 1, 1), "img_size": 64}
+    model = timm.create_model("hiera_tiny_224", **small).eval()
+    tokens = [model.forward_features(blank(3, (64, 64), visit)[None])[0] for visit in range(32)]
+    mean = torch.stack(tokens).mean(0)
+    shrunk = 1 - calibrate(model, views=32, tolerance=0).denoiser.calibration.error ** 2  # as `Position` says
+    torch.testing.assert_close(removed(model), shrunk * (mean - mean.mean(0)))
+
+
 @pytest.mark.parametrize("images", [None, 16])
 def test_project_takes_out_the_planted_directions_and_leaves_the_others_alone(images):
     model = vit()

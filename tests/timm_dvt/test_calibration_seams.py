@@ -12,8 +12,8 @@ from tests.timm_dvt.test_calibration import photographs, vit
 from timm_dvt.__main__ import main
 from timm_dvt.attach import remove_denoiser
 from timm_dvt.calibration.calibrate import calibrate
-from timm_dvt.calibration.views import ViewReader
 from timm_dvt.publish.cards import Facts
+from timm_dvt.reading import LayerReader
 
 VARIANT = "vit_base_patch16_224.dino_dvt"
 THIN = {"depth": 1, "embed_dim": 64, "num_heads": 1}
@@ -77,7 +77,7 @@ def test_a_variant_is_looked_at_at_the_size_that_it_is_meant_for(method, monkeyp
     model = timm.create_model(VARIANT, **THIN).eval()
     assert model.patch_embed.img_size == (224, 224)
     sizes = set()
-    monkeypatch.setattr(ViewReader, "__call__", _recorded(ViewReader.__call__, sizes))
+    monkeypatch.setattr(LayerReader, "__call__", _recorded(LayerReader.__call__, sizes))
     calibrate(model, views=32, method=method)
     assert sizes == {(512, 512)}
 

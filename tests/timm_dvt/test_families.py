@@ -147,6 +147,7 @@ def sweep(folder, most: float) -> tuple[set[str], dict[str, str]]:
             check_it_changes_patch_tokens_alone(plain, images)
             check_the_map_lies_where_the_image_does(plain, images)
             check_off_is_timms_and_copies_are_whole(plain, images, folder / name)
+            timm_dvt.calibrate(plain, views=32)
         except Exception as e:
             raise AssertionError(f"{name} ({kind}) is not refused, but fails: {e}") from e
     return supported, refused

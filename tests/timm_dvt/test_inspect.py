@@ -23,7 +23,7 @@ from timm_dvt.families import examples
 from timm_dvt.inspection import InspectionError, inspect
 from timm_dvt.inspection.findings import findings
 from timm_dvt.inspection.page import page
-from timm_dvt.inspection.reader import LayerReader
+from timm_dvt.inspection.reader import layer_reader
 from timm_dvt.layouts import layout_of
 
 FEW = dict(views=64)
@@ -112,7 +112,7 @@ def test_what_is_read_is_what_timm_gives_and_the_model_stays_as_it_was():
     assert [layer.name for layer in found.layers] == names and model.training and model.denoise
     assert all(map(torch.equal, model.state_dict().values(), before.state_dict().values()))
     model.eval()
-    maps = LayerReader(model, None, 2)(images)
+    maps = layer_reader(model, None, 2)(images)
     with torch.no_grad():
         on = model.forward_intermediates(images, intermediates_only=True)
         with model.denoising(False):
@@ -260,7 +260,7 @@ def test_every_class_that_can_have_a_denoiser_can_be_inspected():
             layout_of(sketch)
         except UnsupportedModelError:
             with pytest.raises(InspectionError, match="cannot be inspected"):
-                LayerReader(sketch, None, 1)
+                layer_reader(sketch, None, 1)
             continue
         model = randomized(name, smallest(name))
         found = inspect(model, photographs(4), views=32)

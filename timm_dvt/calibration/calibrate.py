@@ -9,14 +9,16 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from timm_dvt.attach import Denoised, add_denoiser, attach_denoiser, check_supported, remove_denoiser
+from timm_dvt.attach import Denoised, attach_denoiser, blocks_of, check_supported, remove_denoiser
 from timm_dvt.calibration.blanks import draw_blank, fit_gate
 from timm_dvt.calibration.positions import Position
 from timm_dvt.calibration.samples import Source, canvas, sources
-from timm_dvt.calibration.views import WINDOWS, ViewReader, estimate_positions
+from timm_dvt.calibration.views import WINDOWS, estimate_positions, read_blocks
 from timm_dvt.defaults import torch_defaults
 from timm_dvt.denoiser import Denoiser, combine, resample
 from timm_dvt.errors import CalibrationError
+from timm_dvt.layouts import layout_of, meant_size
+from timm_dvt.reading import LayerReader
 
 LEAST_VIEWS = 4 * WINDOWS  # two canvases, whose estimates are compared, of the images and of blank ones
 GATE_BLANKS, GATE_IMAGES = 24, 16  # forward passes by which blank images are told from photographs
@@ -96,36 +98,33 @@ def calibrate(
         CalibrationError: an argument is out of range, images are too few or cannot be used, or features not finite.
         TypeError, ValueError: the model is none that can have a denoiser; see `add_denoiser`.
     """
-    if not isinstance(model, Denoised):
-        check_supported(model)
+    layout = model.layout if isinstance(model, Denoised) else check_supported(model)
     check_arguments(method, views, tolerance, batch_size)
     samples = None if images is None else sources(images, views // WINDOWS)
     if method == "leftover":
         _calibrate_leftover(model, samples, layers, views, tolerance, batch_size, progress)
         return _with_lengths(model, keep_length)
-    before, old = _take_denoiser(model)
+    has = _denoised_blocks(model)
+    blocks = blocks_of(model, layout, has if layers is None else layers)
+    inner = [block for block in blocks if block != layout.maps - 1]
     training = model.training
     try:
-        add_denoiser(model, arch="static", layers=layers if layers is not None else sorted(before) or None)
-        reader = ViewReader(model.eval(), batch_size)
+        reader = LayerReader(model.eval(), layout, inner, batch_size, meant_size(model), denoised=False)
+        raw = {block: reader.name_of(block) for block in blocks}
         # In images content hides the directions of position: the one that a DINOv2-S shows first holds 27% of what
         # varies in its features, where six found on blank images hold 4.5%. So images only tell the mean token.
         twice = method == "project" and samples is not None
-        count, positions = estimate_positions(reader, samples, views // 2 if twice else views, tolerance, progress)
-        basis = estimate_positions(reader, None, views // 2, tolerance, progress)[1] if twice else positions
+        most = views // 2 if twice else views
+        count, positions = estimate_positions(reader, raw, samples, most, tolerance, progress)
+        basis = estimate_positions(reader, raw, None, most, tolerance, progress)[1] if twice else positions
         facts = dict(method=method, images=0 if samples is None else min(len(samples), count), views=reader.views)
         new = {block: _denoiser(position, basis[block], facts) for block, position in positions.items()}
         if blank_gate and samples is not None:
-            _add_gates(new, reader, samples)
-        final = model.final_block
-        remove_denoiser(model)
-        attach_denoiser(model, combine(new, final))
-    except BaseException:
+            _add_gates(new, reader, raw, samples)
         if isinstance(model, Denoised):
             remove_denoiser(model)
-        if old is not None:
-            attach_denoiser(model, old)
-        raise
+            layout = layout_of(model)  # its size may be another than when it got its denoiser
+        attach_denoiser(model, combine(new, layout.maps - 1), layout)
     finally:
         model.train(training)
     return _with_lengths(model, keep_length)
@@ -144,12 +143,12 @@ def check_arguments(
         )
 
 
-def _add_gates(denoisers: dict[int, Denoiser], reader: ViewReader, images: list[Source]) -> None:
-    """Let denoisers, whose model the reader reads without them, know blank images from these."""
+def _add_gates(new: dict[int, Denoiser], reader: LayerReader, raw: dict[int, str], images: list[Source]) -> None:
+    """Let new denoisers, of what the reader gives by these names, know blank images from these."""
     blanks = torch.stack([draw_blank(reader.channels, reader.size, seed) for seed in range(GATE_BLANKS)])
     shown = torch.stack([canvas(images[i % len(images)], reader.size, i) for i in range(GATE_IMAGES)])
-    tokens = [reader(reader.normalized(kind)) for kind in (blanks, shown)]
-    for block, denoiser in denoisers.items():
+    tokens = [read_blocks(reader, raw, reader.normalized(kind)) for kind in (blanks, shown)]
+    for block, denoiser in new.items():
         gate = fit_gate(*(maps[block].flatten(1, 2).cpu() for maps in tokens))
         if gate is not None:
             denoiser.start_gating(*gate)
@@ -179,11 +178,13 @@ def _calibrate_leftover(
             if denoisers
             else "The method leftover improves a denoiser, and this model has none; use static."
         )
-    training = model.training
+    inner = [block for block in denoisers if block != model.final_block]
+    size, training = _size_of_denoiser(model) or meant_size(model), model.training
     try:
-        with _as_predicted(denoisers.values()), model.denoising():
-            reader = ViewReader(model.eval(), batch_size, _size_of_denoiser(model))
-            count, positions = estimate_positions(reader, samples, views, tolerance, progress)
+        with _as_predicted(denoisers.values()):
+            reader = LayerReader(model.eval(), model.layout, inner, batch_size, size)
+            clean = {block: reader.name_of(block, denoised=True) for block in denoisers}
+            count, positions = estimate_positions(reader, clean, samples, views, tolerance, progress)
     finally:
         model.train(training)
     for block, position in positions.items():
@@ -223,15 +224,14 @@ def _as_predicted(denoisers: Iterable[Denoiser]) -> Iterator[None]:
             denoiser.keep_length, denoiser.pos_embed_out, denoiser.blank_gate = keep_length, pos_embed_out, gate
 
 
-def _take_denoiser(model: nn.Module) -> tuple[dict[int, Denoiser], Any]:
-    """The denoisers that a model has, by block and as a whole, taken off it."""
+def _denoised_blocks(model: nn.Module) -> list[int] | None:
+    """The blocks that have a denoiser; None for a model without."""
     if not isinstance(model, Denoised):
-        return {}, None
-    before, old = model.denoisers(), model.denoiser
-    if old is None or any(not isinstance(denoiser.norm, nn.Identity) for denoiser in before.values()):
+        return None
+    before = model.denoisers()
+    if not before or any(not isinstance(denoiser.norm, nn.Identity) for denoiser in before.values()):
         raise CalibrationError("Blocks or the final norm of this model were pruned away; calibrate before pruning.")
-    remove_denoiser(model)
-    return before, old
+    return list(before)
 
 
 def _denoiser(position: Position, blanks: Position, facts: dict) -> Denoiser:

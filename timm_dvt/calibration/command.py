@@ -9,16 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import nn
 
 from timm_dvt.calibration.calibrate import LEAST_VIEWS, METHODS, Calibration, calibrate, check_arguments
 from timm_dvt.calibration.samples import sources
-from timm_dvt.calibration.views import WINDOWS, ViewReader
+from timm_dvt.calibration.views import WINDOWS
 from timm_dvt.errors import CalibrationError
 from timm_dvt.images import PHOTOGRAPHS, read_image
+from timm_dvt.layouts import meant_size
 from timm_dvt.loading import check_name, load_any_size
+from timm_dvt.reading import LayerReader
 from timm_dvt.viewer.panel import Shown, draw
 from timm_dvt.weights.files import write_whole
 from timm_dvt.weights.saving import recorded_arguments, save_pretrained
@@ -162,31 +164,18 @@ def describe(facts: Calibration) -> str:
 
 def picture(model: Any, photographs: Sequence[Image.Image], title: str) -> Image.Image:
     """The features of photographs before and after the last denoiser of a model, drawn side by side."""
-    denoisers = model.denoisers()
-    denoiser = denoisers[max(denoisers)]
-    reader = ViewReader(model, 1)
+    last = max(model.denoisers())
+    inner = [] if last == model.final_block else [last]
+    reader = LayerReader(model, model.layout, inner, 1, meant_size(model))
     shown = []
     for photograph in photographs:
         fitted = ImageOps.fit(photograph, reader.size[::-1], Image.Resampling.BICUBIC)
-        shown.append(_shown(denoiser, reader, fitted))
-    lines = describe(denoiser.calibration).split("; ", 1)
+        pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+        maps = reader(reader.normalized(pixels / 255)[None])
+        off, on = (maps[reader.name_of(last, denoised)][0].cpu().numpy() for denoised in (False, True))
+        shown.append(Shown(fitted, off, on, ("", "")))
+    lines = describe(model.denoisers()[last].calibration).split("; ", 1)
     return draw(shown, title, lines)
-
-
-def _shown(denoiser: Any, reader: ViewReader, image: Image.Image) -> Shown:
-    seen: dict[str, torch.Tensor] = {}
-
-    def capture(denoiser: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        seen.update(off=inputs[0], on=output)
-
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*reader.size, 3).permute(2, 0, 1)
-    hook = denoiser.register_forward_hook(capture)
-    try:
-        reader(reader.normalized(pixels / 255)[None])
-    finally:
-        hook.remove()
-    off, on = (seen[state][0].float().cpu().unflatten(0, reader.grid).numpy() for state in ("off", "on"))
-    return Shown(image, off, on, ("", ""))
 
 
 def _to_show(images: Sequence[str] | None) -> Sequence[Any]:

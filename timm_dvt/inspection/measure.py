@@ -20,9 +20,10 @@ from timm_dvt.inspection.counting import BLANKS, Count, OfGroups, count_blanks, 
 from timm_dvt.inspection.estimates import alikeness, grid_energy, position_share, products_of
 from timm_dvt.inspection.findings import findings
 from timm_dvt.inspection.outliers import histogram, outliers_of
-from timm_dvt.inspection.reader import FEATURES, LayerReader
+from timm_dvt.inspection.reader import layer_reader
 from timm_dvt.inspection.results import Blank, Inspection, Layer, Pictures, Trial
 from timm_dvt.inspection.samples import photographs
+from timm_dvt.reading import FEATURES
 
 VIEWS = 256
 
@@ -65,7 +66,7 @@ def inspect(
         raise InspectionError(f"views is {views}, batch_size {batch_size}; they must be at least {LEAST_VIEWS} and 1.")
     training = model.training
     try:
-        reader = LayerReader(model.eval(), None if blocks is None else list(blocks), batch_size)
+        reader = layer_reader(model.eval(), None if blocks is None else list(blocks), batch_size)
         shown = photographs(images, views // WINDOWS, reader.channels, try_calibration)
         count = Count(reader, shown, views // WINDOWS if shown else views)
         if progress:
@@ -165,7 +166,7 @@ def _try(model: nn.Module, images: Any, shown: list[Source], views: int, batch_s
     twin = copy.deepcopy(model)
     learn = None if images is None else shown[::2]
     calibrate(twin, learn, method=method, views=_tried(views), batch_size=batch_size, progress=progress)
-    readers = (LayerReader(candidate.eval(), [], batch_size) for candidate in (model, twin))
+    readers = (layer_reader(candidate.eval(), [], batch_size) for candidate in (model, twin))
     return Trial(method, *(features_share(reader, shown[1::2], _tried(views) // WINDOWS) for reader in readers))
 
 
