@@ -12,7 +12,7 @@ from tests.timm_dvt.test_calibration import photographs, vit
 from timm_dvt.__main__ import main
 from timm_dvt.attach import remove_denoiser
 from timm_dvt.calibration.calibrate import calibrate
-from timm_dvt.publish.cards import Facts
+from timm_dvt.publish.cards import describe
 from timm_dvt.reading import LayerReader
 
 VARIANT = "vit_base_patch16_224.dino_dvt"
@@ -105,7 +105,7 @@ def _recorded(function, sizes):
     ],
 )
 def test_a_card_says_what_the_denoiser_is(options, words):
-    assert Facts.of(timm_dvt.add_denoiser(vit(), **options)).describes.startswith(words)
+    assert describe(timm_dvt.add_denoiser(vit(), **options)).startswith(words)
 
 
 @pytest.mark.parametrize("channels", [1, 4])

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -50,37 +49,15 @@ BYTES = 4  # of a weight: float32
 RELATIVE = "timm/vit_small_patch14_dinov2.lvd142m"  # a DINOv2 ViT-S/14 as FOCUS's backbone is, whose own is on no Hub
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a card says of a model's shapes; sizes in bytes of float32."""
+def weight_bytes(module: nn.Module) -> int:
+    """The size of a module's weights as they are published, in float32."""
+    return BYTES * sum(p.numel() for p in module.parameters())
 
-    dim: int
-    patch: int
-    grid: int
-    prefix: int
-    whole: int
-    denoiser: int
-    describes: str  # the denoiser in a few words
-    blocks: str = ""  # that have one, where it is not the last alone
-    final: bool = True  # whether the last has one
 
-    @classmethod
-    def of(cls, model: Any) -> "Facts":
-        denoiser = getattr(model, "denoiser", None)
-        parameters = 0 if denoiser is None else sum(p.numel() for p in denoiser.parameters())
-        layout: Any = getattr(model, "layout", None) or layout_of(model)
-        patch = layout.img_size[0] // layout.grid[0]
-        return cls(
-            dim=layout.channels,
-            patch=patch,
-            grid=meant_size(model)[0] // patch,
-            prefix=layout.prefix,
-            whole=BYTES * sum(p.numel() for p in model.parameters()),
-            denoiser=BYTES * parameters,
-            describes="" if denoiser is None else f"{_kind(model)} of {parameters / 1e6:.1f} M parameters",
-            blocks=_blocks(model),
-            final=denoiser is None or model.final_block in model.denoisers(),
-        )
+def describe(model: Any) -> str:
+    """The denoiser of a model in a few words; none for a model without."""
+    denoiser = getattr(model, "denoiser", None)
+    return "" if denoiser is None else f"{_kind(model)} of {weight_bytes(denoiser) / BYTES / 1e6:.1f} M parameters"
 
 
 def _blocks(model: Any) -> str:
@@ -124,7 +101,10 @@ def card(
         model: the model, where it is not simply the variant's (on any device, also "meta").
         own: its denoiser is not the one that was published for the variant, of which nothing is said then.
     """
-    facts = Facts.of(model if model is not None else timm.create_model(variant.name, device="meta"))
+    known: Any = model if model is not None else timm.create_model(variant.name, device="meta")
+    layout: Any = getattr(known, "layout", None) or layout_of(known)
+    patch = layout.img_size[0] // layout.grid[0]
+    grid = meant_size(known)[0] // patch
     base = RELATIVE if variant.name == FOCUS.name else getattr(get_pretrained_cfg(variant.backbone), "hf_hub_id", None)
     license = variant.license or "other"
     repo = repo_id or f"{NAMESPACE}/{variant.name}"
@@ -146,16 +126,16 @@ def card(
         source="" if own else _source(variant),
         trained_on=images,
         distilled=variant.distilled,
-        denoiser=facts.describes,
-        blocks=facts.blocks,
-        final=facts.final,
+        denoiser=describe(known),
+        blocks=_blocks(known),
+        final=not describe(known) or known.final_block in known.denoisers(),
         resolution=variant.resolution,
-        tokens=facts.prefix + facts.grid**2,
-        dim=facts.dim,
-        patch=facts.patch,
-        grid=facts.grid,
-        prefix=facts.prefix,
-        size=readable(facts.denoiser if denoiser_only else facts.whole),
+        tokens=layout.prefix + grid**2,
+        dim=layout.channels,
+        patch=patch,
+        grid=grid,
+        prefix=layout.prefix,
+        size=readable(weight_bytes(known.denoiser if denoiser_only else known)),
         content=content,
         columns=[f"{PROBES[dataset][2]} {METRICS[number][1]}" for _, dataset, number in published.SEVEN],
         results=[(features, source, _cells(numbers)) for features, source, numbers in results],

@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,24 +14,21 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models import get_pretrained_cfg
 
 from timm_dvt.attach import Denoised
-from timm_dvt.errors import UserError, WeightsNotFoundError
+from timm_dvt.errors import UserError, WeightsNotFoundError, first_line
 from timm_dvt.layouts import meant_size
 from timm_dvt.loading import did_you_mean
-from timm_dvt.publish.cards import NAMESPACE, NOTE, Facts, card, has_weights, publishable, readable
+from timm_dvt.publish.cards import NAMESPACE, NOTE, card, has_weights, publishable, readable, weight_bytes
 from timm_dvt.publish.convert import convert
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import Variant
 from timm_dvt.version import REPOSITORY
 from timm_dvt.weights.checkpoints import CheckpointError
-from timm_dvt.weights.fetching import WEIGHTS_NAME, explain, first_line, git_hash, sha256
+from timm_dvt.weights.fetching import WEIGHTS_NAME, explain, git_hash, sha256
 
 FILES = (WEIGHTS_NAME, "config.json", "README.md")
-Say = Callable[[str], None]
 
 
-def push(
-    target: str, repo_id: str, private: bool = False, create_pr: bool = False, dry_run: bool = False, say: Say = print
-) -> bool:
+def push(target: str, repo_id: str, private: bool = False, create_pr: bool = False, dry_run: bool = False) -> bool:
     """Publish a folder, or a variant converted on the way; files the repo has already, by their hashes, are left out.
 
     Args:
@@ -40,7 +37,6 @@ def push(
         private: make it a private one. Refused where it exists and is public.
         create_pr: propose the commit as a pull request to a repo that exists.
         dry_run: only say what would be done.
-        say: gets a line for what was done.
 
     Returns:
         Whether there was anything to publish.
@@ -61,14 +57,14 @@ def push(
     with hub_errors(repo_id):
         there = files_there(api, repo_id, private, create_pr)
         if dry_run and not is_folder:
-            return _say_variant(VARIANTS[target], repo_id, there, say)
+            return _say_variant(VARIANTS[target], repo_id, there)
         if not dry_run:
             api.whoami()  # a token that is not valid is found out before anything slow
     with tempfile.TemporaryDirectory(prefix="timm_dvt_") as temporary:
         folder = Path(target) if is_folder else convert(None, target, Path(temporary) / "model")
         files = _gather(folder, repo_id, Path(temporary))
         message = f"Publish {Path(target).name if is_folder else target}"
-        return commit(api, repo_id, files, there, message, private, create_pr, dry_run, say)
+        return commit(api, repo_id, files, there, message, private, create_pr, dry_run)
 
 
 def commit(
@@ -80,7 +76,6 @@ def commit(
     private: bool,
     create_pr: bool,
     dry_run: bool,
-    say: Say,
     kind: str = "model",
 ) -> bool:
     """Commit what differs of files, by their names in the repo, from those `there`; made if there is None.
@@ -90,13 +85,13 @@ def commit(
     """
     new = {name: content for name, content in files.items() if (there or {}).get(name) not in _hashes(content)}
     if not new:
-        say(f"{repo_id}: nothing to do, all files are there with equal hashes")
+        print(f"{repo_id}: nothing to do, all files are there with equal hashes")
         return False
     if "/OWNER/" in REPOSITORY:
-        say("note: the repository's address is not set yet, and cards link to it; CONTRIBUTING.md says how to set it")
+        print("note: the repository's address is not set yet, and cards link to it; CONTRIBUTING.md says how to set it")
     sizes = ", ".join(f"{name} ({readable(content.stat().st_size)})" for name, content in new.items())
     if dry_run:
-        say(f"{repo_id}: would {'create the repo and ' if there is None else ''}commit {sizes}")
+        print(f"{repo_id}: would {'create the repo and ' if there is None else ''}commit {sizes}")
         return True
     with hub_errors(repo_id):
         if there is None:
@@ -109,11 +104,11 @@ def commit(
             create_pr=create_pr,
             repo_type=kind,
         )
-    say(f"{repo_id}: {made.pr_url or made.commit_url} ({sizes})")
+    print(f"{repo_id}: {made.pr_url or made.commit_url} ({sizes})")
     return True
 
 
-def push_all(namespace: str, private: bool = False, dry_run: bool = False, say: Say = print) -> int:
+def push_all(namespace: str, private: bool = False, dry_run: bool = False) -> int:
     """Publish every variant as NAMESPACE/NAME, and go on where a variant fails; run again, it continues.
 
     Returns:
@@ -126,10 +121,10 @@ def push_all(namespace: str, private: bool = False, dry_run: bool = False, say: 
     variants = publishable()
     for variant in variants:
         try:
-            push(variant.name, f"{namespace}/{variant.name}", private, dry_run=dry_run, say=say)
+            push(variant.name, f"{namespace}/{variant.name}", private, dry_run=dry_run)
         except (UserError, WeightsNotFoundError, CheckpointError) as e:
             failed.append(f"{variant.name}: {e}")
-            say(f"{namespace}/{variant.name}: failed, going on")
+            print(f"{namespace}/{variant.name}: failed, going on")
     if failed:
         raise UserError(f"{len(failed)} of {len(variants)} failed; run this again to continue. First: {failed[0]}")
     return len(variants)
@@ -169,12 +164,12 @@ def files_there(api: HfApi, repo_id: str, private: bool, create_pr: bool, kind: 
     return {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id or "" for s in getattr(info, "siblings", None) or []}
 
 
-def _say_variant(variant: Variant, repo_id: str, there: dict | None, say: Say) -> bool:
+def _say_variant(variant: Variant, repo_id: str, there: dict | None) -> bool:
     """What a push of a variant would do, as far as can be said without fetching and converting its weights."""
-    size = readable(Facts.of(timm.create_model(variant.name, device="meta")).whole)
+    size = readable(weight_bytes(timm.create_model(variant.name, device="meta")))
     state = "would create the repo and" if there is None else "the repo is there; would"
     files = f"{WEIGHTS_NAME} ({size}, from {variant.source}), {FILES[1]}, {FILES[2]}"
-    say(f"{repo_id}: {state} commit what differs of {files}")
+    print(f"{repo_id}: {state} commit what differs of {files}")
     return True
 
 

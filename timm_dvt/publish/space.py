@@ -5,22 +5,21 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, RepoCard
 
-from timm_dvt.errors import UserError
-from timm_dvt.publish.push import Say, check_id, commit, files_there, hub_errors, is_inside
-from timm_dvt.weights.fetching import first_line
+from timm_dvt.errors import UserError, first_line
+from timm_dvt.publish.push import check_id, commit, files_there, hub_errors, is_inside
 
 FOLDER = "hub_cards/space"
 FILES = ("README.md", "requirements.txt", "app.py")
 
 
 def push_space(
-    folder: str, repo_id: str, private: bool = False, create_pr: bool = False, dry_run: bool = False, say: Say = print
+    folder: str, repo_id: str, private: bool = False, create_pr: bool = False, dry_run: bool = False
 ) -> bool:
     """Publish the page as a Space; files it has already, by their hashes, are left out.
 
     Args:
         folder: one that holds `FILES`, as hub_cards/space does.
-        repo_id, private, create_pr, dry_run, say: as for `timm_dvt.publish.push.push`.
+        repo_id, private, create_pr, dry_run: as for `timm_dvt.publish.push.push`.
 
     Returns:
         Whether there was anything to publish.
@@ -35,7 +34,7 @@ def push_space(
         there = files_there(api, repo_id, private, create_pr, "space")
         if not dry_run:
             api.whoami()
-    return commit(api, repo_id, files, there, "Publish the page", private, create_pr, dry_run, say, "space")
+    return commit(api, repo_id, files, there, "Publish the page", private, create_pr, dry_run, "space")
 
 
 def gather(folder: Path) -> dict[str, Path]:
