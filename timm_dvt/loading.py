@@ -34,11 +34,12 @@ def load_model(name: str, pretrained: bool = True, seed: int = 0, **options: Any
         TypeError: its class does not take one of `options`.
     """
     check_name(name)
-    torch.manual_seed(seed)
     try:
         scheme, _, folder = name.partition(":")
         has_config = scheme == "local-dir" and os.path.exists(os.path.join(folder, "config.json"))
-        with naming_config({"source": scheme, "file": folder} if has_config else None):
+        config = naming_config({"source": scheme, "file": folder} if has_config else None)
+        with config, torch.random.fork_rng(devices=[]):  # a caller's own draws go on as if nothing had been loaded
+            torch.default_generator.manual_seed(seed)  # the CPU's alone
             return create_model(name, pretrained, **options).eval()
     except UserError as error:
         if isinstance(error, WeightsNotFoundError) and (nearest := did_you_mean(name)):

@@ -177,6 +177,13 @@ def test_a_callers_default_dtype_and_device_change_no_extraction(tmp_path):
         torch.set_default_dtype(torch.float32)
 
 
+def test_an_extraction_draws_no_random_numbers_of_its_callers(tmp_path):
+    photographs(1)[0].save(tmp_path / "a.png")
+    before = torch.get_rng_state()
+    timm_dvt.extract(tmp_path / "a.png", "test_vit", tmp_path / "out", size=32, pretrained=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("command", ["calibrate", "inspect"])
 @pytest.mark.parametrize("wrong", [["--model", "vit_tin_patch16_224"], ["--model", "test_vit", "--views", "8"]])
 def test_what_is_wrong_at_sight_leaves_no_folder(command, wrong, tmp_path):
