@@ -6,7 +6,6 @@ the arguments of these methods, for which `timm_dvt.feature_methods` has a form 
 """
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -280,6 +279,3 @@ def _empty(backbone: type) -> nn.Module:
     """A denoised model with nothing in it yet, for pickles and copies."""
     cls: Any = denoised_class(backbone)
     return cls.__new__(cls)
-
-
-sys.modules["timm_dvt.model"] = sys.modules[__name__]  # where models pickled by an older version look for _empty

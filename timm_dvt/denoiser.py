@@ -255,6 +255,3 @@ def combine(denoisers: dict[int, Denoiser], final: int) -> Denoiser | LayerDenoi
 def default_num_heads(dim: int) -> int:
     """DVT's `C // 64` heads; for a C that this does not divide, the largest smaller count that does."""
     return next(heads for heads in range(max(dim // 64, 1), 0, -1) if dim % heads == 0)
-
-
-_Resampled = dict  # pickles of whole models of older versions name it; nothing of it is used
