@@ -25,7 +25,7 @@ from timm_dvt.variants import DEFAULT_MODEL
 from timm_dvt.viewer import page, pairs
 from timm_dvt.viewer.examples import EXAMPLES
 from timm_dvt.viewer.studio import Studio
-from timm_dvt.viewer.uploads import KEPT, MAX_PIXELS, MEGABYTES, SUFFIXES, SWEEPING, Uploads
+from timm_dvt.viewer.uploads import MAX_PIXELS, MEGABYTES, SUFFIXES, Uploads
 
 INSTALL = 'pip install "gradio>=6.31,<7" pi-heif'  # what the extra app holds
 
@@ -45,7 +45,6 @@ LIMITS = f"Your image (up to {MEGABYTES} MB and {MAX_PIXELS / 1e6:.0f} megapixel
 Shown = tuple[str, str]  # the key of the comparison on the page, and its image's name
 WAITING = 30  # visitors in the queue
 CLUSTERS = (2, 10)
-CACHE = (SWEEPING, KEPT)  # seconds: how often uploads that nobody took are looked for, and how old those are
 # Gradio's settings of an event. Models compute one at a time; what is only drawn does not wait for them, and of two
 # visitors the one whose comparison is computed already gets it while the other's is.
 HEAVY: dict[str, Any] = {

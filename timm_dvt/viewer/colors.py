@@ -96,7 +96,7 @@ def principal_colors(features: np.ndarray) -> np.ndarray:
     return fit_projection(features).colors(features)
 
 
-def cluster_labels(features: np.ndarray, clusters: int = 6, seed: int = 0) -> tuple[np.ndarray, float]:
+def cluster_labels(features: np.ndarray, clusters: int = 6) -> tuple[np.ndarray, float]:
     """k-means of (..., C) features in their first 16 principal components, with many starts.
 
     k-means stops at whichever solution is near its start. So that chance is not shown as a finding, it is run from
@@ -115,7 +115,7 @@ def cluster_labels(features: np.ndarray, clusters: int = 6, seed: int = 0) -> tu
     rows = rows - rows.mean(0)
     rows = rows @ np.linalg.eigh(rows.T @ rows)[1][:, : -COMPONENTS - 1 : -1]
     clusters = min(clusters, len(np.unique(rows.round(9), axis=0)))
-    solutions = [_lloyd(rows, clusters, np.random.default_rng([seed, i])) for i in range(SEEDS)]
+    solutions = [_lloyd(rows, clusters, np.random.default_rng([0, i])) for i in range(SEEDS)]
     labels, _ = min(solutions, key=lambda solution: solution[1])
     agreement = min(float((matched_labels(other, labels) == labels).mean()) for other, _ in solutions)
     by_size = np.argsort(-np.bincount(labels, minlength=clusters), kind="stable")

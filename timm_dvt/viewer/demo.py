@@ -58,7 +58,6 @@ def run(
     out: str = "dvt_demo.png",
     pretrained: bool = True,
     size: int | None = None,
-    rounds: int = ROUNDS,
 ) -> Path:
     """Draw a model's features of images with its denoiser off and on; prints what it did, returns the file written.
 
@@ -68,7 +67,6 @@ def run(
         out: the picture to write; its suffix says the format.
         pretrained: False for random weights.
         size: images are resized to about size x size pixels in area; default the model's own resolution.
-        rounds: timed forwards of each state; of few, or of unlike ones, no time is given (`Measured.time`).
 
     Raises:
         UserError: an image, the model or the output cannot be used.
@@ -87,10 +85,10 @@ def run(
     shown, changes = [], []
     for source, photograph in zip(sources, photographs):
         resized, pixels = prepare(network, photograph, size)
-        off, on = measure(sized(network, pixels), pixels.to(device), rounds, source.name)
+        off, on = measure(sized(network, pixels), pixels.to(device), ROUNDS, source.name)
         rows, columns, channels = on.features.shape
         times = (off.time, on.time) if off.time and on.time else ("", "")
-        timed = f"denoiser off {times[0]}, on {times[1]}" if times[0] else "no times: few rounds, or a busy machine"
+        timed = f"denoiser off {times[0]}, on {times[1]}" if times[0] else "no times: a busy machine"
         change = resizing(photograph, resized)
         changes += [f"{source.name}: {change}."] if change else []
         print(

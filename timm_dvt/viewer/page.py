@@ -137,7 +137,7 @@ def _overview(photograph: str, facts: str, maps: str, hint: str) -> str:
 def alike(comparison: Comparison, patch: tuple[int, int]) -> str:
     """The photograph and both maps of similarity, in each of which a patch can be chosen."""
     pair, scale = pairs.similarities(comparison.off, comparison.on, patch)
-    name = pairs.WORDS["similarities"][0].capitalize()
+    name = pairs.WORDS["similarities"]
     at = f"row {patch[0] + 1} of {comparison.grid[0]}, column {patch[1] + 1} of {comparison.grid[1]}"
     maps = (_pick(_map(c, comparison, f"{name}, {s}"), comparison, s, at) for c, s in zip(pair, STATES))
     figures = "".join(map(_figure, maps, STATES))
@@ -152,7 +152,7 @@ def alike(comparison: Comparison, patch: tuple[int, int]) -> str:
 
 def heading(kind: str, text: str) -> str:
     """The words of a part whose maps are elsewhere."""
-    return f'<div class="dvt-heading"><h2>{pairs.WORDS[kind][0].capitalize()}</h2><p>{text}</p></div>'
+    return f'<div class="dvt-heading"><h2>{pairs.WORDS[kind]}</h2><p>{text}</p></div>'
 
 
 def groups(comparison: Comparison, clusters: int) -> str:
@@ -229,7 +229,7 @@ def gradient() -> str:
 
 
 def _section(kind: str, text: str, scale: pairs.Scale, maps: str) -> str:
-    words = f"<h2>{pairs.WORDS[kind][0].capitalize()}</h2><p>{text}</p>"
+    words = f"<h2>{pairs.WORDS[kind]}</h2><p>{text}</p>"
     return f'<section class="dvt-row"><div class="dvt-text">{words}{_scale(scale)}</div>{maps}</section>'
 
 

@@ -12,11 +12,10 @@ ROUNDING = 1e-4  # of float32's forward passes
 CLUSTERS = 4
 AGREEING = 0.95  # of the patches in the same group from whatever seed, or groups are not shown
 WORDS = {
-    "colors": ("features as colors", "their three principal components"),
-    "groups": ("features in groups", "{clusters} clusters (k-means)"),
-    "lengths": ("length of the features", "their norm"),
-    "similarities": ("similarity", "to the patch with the red frame"),
-    "removed": ("what the denoiser removed", "off minus on: colors, length"),
+    "groups": "Features in groups",
+    "lengths": "Length of the features",
+    "similarities": "Similarity",
+    "removed": "What the denoiser removed",
 }
 
 

@@ -295,6 +295,6 @@ def load_denoiser(model: Any, path: str | os.PathLike) -> nn.Module:
     return model
 
 
-def _some(keys: Iterable[str], most: int = 8) -> str:
+def _some(keys: Iterable[str]) -> str:
     names = [str(key)[:200] for key in keys]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
