@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 
 from timm_dvt.errors import UserError
 from timm_dvt.shared_folder import write_atomically
-from timm_dvt.viewer.colors import Projection, fit_projection
+from timm_dvt.viewer.colors import Projection, fit_projection, principal_axes
 
 SAMPLE = 64  # images that the basis is fitted on
 ROWS = 2**15  # patches of them, at the most
@@ -82,9 +82,5 @@ def _components(rows: np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tenso
     """Mean (C,) and the first principal components (count, C) of (N, C) rows, float32."""
     if count > min(len(rows) - 1, rows.shape[1]):
         raise UserError(f"--pca {count}: {len(rows)} patches of {rows.shape[1]} channels have not so many components")
-    mean = rows.mean(0)
-    centered = rows - mean
-    _, vectors = np.linalg.eigh(centered.T @ centered)
-    axes = vectors[:, : -count - 1 : -1].T
-    signs = np.sign(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1))  # so that equal data give equal axes
-    return torch.from_numpy(mean).float(), torch.from_numpy(axes * signs).float().contiguous()
+    mean, axes = principal_axes(rows, count)
+    return torch.from_numpy(mean).float(), torch.from_numpy(axes.T).float().contiguous()

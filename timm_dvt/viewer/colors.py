@@ -42,8 +42,7 @@ class Projection:
 
     Attributes:
         mean: (C,) what is subtracted first.
-        axes: (C, 3) orthonormal, by falling variance. The largest entry of each axis is positive, so that the
-            same features always get the same colors.
+        axes: (C, 3), of `principal_axes`, so that the same features always get the same colors.
         low, high: (3,) values that become 0 and 1.
     """
 
@@ -82,13 +81,21 @@ def fit_projection(features: np.ndarray) -> Projection:
         raise UserError(f"features must have 3 channels or more, got {rows.shape[1]}")
     if not np.isfinite(rows).all():
         raise UserError("features must be finite, got NaN or infinity")
+    mean, axes = principal_axes(rows, 3)
+    nothing = np.zeros(3)
+    return Projection(mean, axes, nothing, nothing).ranged_on(rows)
+
+
+def principal_axes(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mean (C,) of (N, C) rows, and their first principal axes (C, count), orthonormal, by falling variance.
+
+    The largest entry of each is positive, so that equal rows give equal axes; there are no more of them than channels.
+    """
     mean = rows.mean(axis=0)
     centered = rows - mean
     _, vectors = np.linalg.eigh(centered.T @ centered)
-    axes = vectors[:, :-4:-1]
-    axes = axes * np.where(axes[np.abs(axes).argmax(axis=0), np.arange(3)] < 0, -1, 1)
-    nothing = np.zeros(3)
-    return Projection(mean, axes, nothing, nothing).ranged_on(rows)
+    axes = vectors[:, : -count - 1 : -1]
+    return mean, axes * np.where(np.take_along_axis(axes, np.abs(axes).argmax(axis=0)[None], 0) < 0, -1, 1)
 
 
 def principal_colors(features: np.ndarray) -> np.ndarray:
@@ -112,8 +119,8 @@ def cluster_labels(features: np.ndarray, clusters: int = 6) -> tuple[np.ndarray,
     if not 1 <= clusters <= len(PALETTE):
         raise UserError(f"clusters must be from 1 to {len(PALETTE)}, got {clusters}")
     rows = np.asarray(features, dtype=np.float64).reshape(-1, features.shape[-1])
-    rows = rows - rows.mean(0)
-    rows = rows @ np.linalg.eigh(rows.T @ rows)[1][:, : -COMPONENTS - 1 : -1]
+    mean, axes = principal_axes(rows, COMPONENTS)
+    rows = (rows - mean) @ axes
     clusters = min(clusters, len(np.unique(rows.round(9), axis=0)))
     solutions = [_lloyd(rows, clusters, np.random.default_rng([0, i])) for i in range(SEEDS)]
     labels, _ = min(solutions, key=lambda solution: solution[1])
