@@ -42,14 +42,14 @@ def register(
     """Add a variant `BACKBONE_SUFFIX` at run time, and return its name.
 
     Args:
-        backbone: a full timm name; any VisionTransformer or Eva.
+        backbone: a full timm name, of any model that `add_denoiser` takes.
         suffix: what is appended to the name.
         resolution: pixels the denoiser was trained at; default the backbone's own.
         file, hub_id, hub_file: where its denoiser comes from: a path, or a file of a hub repo. None: no weights.
 
     Raises:
         ValueError: the backbone is not a name timm knows, or the name is a published variant's.
-        TypeError: it is not a VisionTransformer or Eva.
+        TypeError: it cannot have a denoiser; see `timm_dvt.add_denoiser`.
     """
     cfg = get_pretrained_cfg(backbone) if is_model(backbone) else None
     if cfg is None:

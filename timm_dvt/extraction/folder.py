@@ -4,7 +4,7 @@
     OUT/index.jsonl     one line a finished shard: its number, and name, fingerprint, size and grid of each image, or
                         its error; of two lines of a shard the later one counts
     OUT/errors.jsonl    one line an image that gave no maps, with the reason
-    OUT/basis.safetensors, OUT/pictures    with --pca and --pictures
+    OUT/basis.safetensors, OUT/pictures, OUT/pictures.mp4    with --pca and --pictures, and of a video
     the maps            see timm_dvt/extraction/formats.py
 
 A shard's files are there, whole, before its line is, so a line never lies; a process killed between the two leaves
