@@ -9,7 +9,8 @@ from timm_dvt.calibration.calibrate import Calibration, calibrate
 from timm_dvt.errors import CalibrationError, WeightsNotFoundError
 from timm_dvt.registry import register, register_all
 from timm_dvt.version import __version__
-from timm_dvt.weights.checkpoints import CheckpointError, load_denoiser
+from timm_dvt.weights.checkpoints import CheckpointError
+from timm_dvt.weights.denoisers import load_denoiser
 from timm_dvt.weights.saving import save_pretrained
 
 if TYPE_CHECKING:
@@ -25,6 +26,15 @@ LATER = {
 }
 
 register_all()
+PUBLIC = """
+    Calibration CalibrationError CheckpointError Denoised DenoisedEva DenoisedVisionTransformer WeightsNotFoundError
+    add_denoiser calibrate freeze_backbone load_denoiser register save_pretrained
+""".split()
+__all__ = [*PUBLIC, *LATER]
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def __getattr__(name: str):

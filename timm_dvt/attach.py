@@ -1,5 +1,6 @@
 """Giving a timm model a denoiser, and taking it away."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,20 +90,21 @@ def new_denoisers(
 ) -> Denoiser | LayerDenoisers:
     """New denoisers for a model of this layout, on its device and of its dtype; `options` are those of `Denoiser`."""
     options["pos_embed_out"] = pos_embed_out if isinstance(pos_embed_out, bool) else to_2tuple(pos_embed_out)
-    rows, columns = to_2tuple(layout.grid if grid_size is None else grid_size)
+    grid = tuple(to_2tuple(layout.grid if grid_size is None else grid_size))
     weight = next(model.parameters())
     options |= {"device": weight.device, "dtype": weight.dtype}
     blocks = blocks_of(model, layout, layers)
-    new = {block: Denoiser(layout.channels, (rows, columns), **options) for block in blocks}
+    new = {block: Denoiser(layout.channels, grid, **options) for block in blocks}
     return combine(new, final=layout.maps - 1)
 
 
 def blocks_of(model: nn.Module, layout: Layout, layers: Sequence[int] | None) -> list[int]:
     """The blocks that `layers` of `add_denoiser` name, from 0, rising. Raises ValueError for those that cannot be."""
     count = layout.maps
-    wanted = [-1] if layers is None else list(layers)
-    if not wanted or any(not -count <= block < count for block in wanted):
-        raise UserError(f"layers must be one or more blocks from {-count} to {count - 1}, got {layers}")
+    wanted: Any = [-1] if layers is None else [layers] if isinstance(layers, int) else layers
+    numbers = not isinstance(wanted, str) and all(isinstance(block, int) for block in wanted)
+    if not numbers or not wanted or any(not -count <= block < count for block in wanted):
+        raise UserError(f"layers must be one or more blocks from {-count} to {count - 1}, got {layers!r}")
     blocks = sorted({block % count for block in wanted})
     if blocks != [count - 1]:
         _check_inner(model, layout)
@@ -162,6 +164,11 @@ def norms_after_pool(model: nn.Module) -> bool:
     """Whether timm has moved the final norm behind the pool, as for averages; a denoiser sees normed tokens anyway."""
     norm, fc_norm = getattr(model, "norm", None), getattr(model, "fc_norm", None)
     return isinstance(norm, nn.Identity) and not isinstance(fc_norm, (nn.Identity, type(None)))
+
+
+def behind_pool(state: dict) -> dict:
+    """The state of a model with its final norm where timm has that of one that averages."""
+    return {re.sub(r"^norm\.", "fc_norm.", key): tensor for key, tensor in state.items()}
 
 
 def remove_denoiser(model: Any) -> nn.Module:

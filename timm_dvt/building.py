@@ -21,7 +21,7 @@ from timm.models import (
 )
 from torch import nn
 
-from timm_dvt.attach import add_denoiser, attach_denoiser, check_supported, new_denoisers
+from timm_dvt.attach import add_denoiser, attach_denoiser, behind_pool, check_supported, new_denoisers, norms_after_pool
 from timm_dvt.errors import UserError, WeightsNotFoundError, first_line
 from timm_dvt.layouts import Layout, input_size, layout_of
 from timm_dvt.variants import Variant, saved_architecture
@@ -30,10 +30,10 @@ from timm_dvt.weights.checkpoints import (
     CheckpointError,
     ConfigError,
     check_state,
-    denoiser_for,
     from_state_dict,
     read_checkpoint,
 )
+from timm_dvt.weights.denoisers import denoiser_for
 from timm_dvt.weights.fetching import backbone_files, explain, fetch_backbone, hub_file, is_fetch_error, locate
 from timm_dvt.weights.limits import check_denoiser, check_sizes, check_total
 
@@ -110,7 +110,7 @@ def create(
         layout = check_supported(sketch)
         options = _denoiser_options(variant, layout, cfg, kwargs, denoiser)
     if layout is not None and checkpoint is not None:  # a bad file is found out before the backbone is fetched
-        grid, heads = tuple(options["grid_size"]), options.get("num_heads")
+        grid, heads = tuple(to_2tuple(options["grid_size"])), options.get("num_heads")
         out = options.get("pos_embed_out")
         out = None if out is None or isinstance(out, bool) else tuple(to_2tuple(out))
         loaded = denoiser_for(checkpoint, layout.channels, grid, heads, variant.backbone, layout.maps, out)
@@ -191,6 +191,12 @@ def _backbone(variant: Variant, cfg: dict, checkpoint: Checkpoint | None, cache_
         model = build(pretrained=False, pretrained_cfg=cfg, **kwargs)
         _load_backbone(model, checkpoint, cfg)
         return model
+    own = {key: value for key, value in kwargs.items() if key != "global_pool"}
+    after, before = (norms_after_pool(_sketch(variant, cfg, arguments)) for arguments in (kwargs, own))
+    if after and not before:  # timm would leave out what the final norm has learned
+        model = build(pretrained=False, pretrained_cfg=cfg, **kwargs)
+        model.load_state_dict(behind_pool(_backbone(variant, cfg, checkpoint, cache_dir, own).state_dict()))
+        return model
     tag = split_model_name_tag(variant.backbone)[1]
     build = model_entrypoint(variant.architecture)  # routed: the tag may be a backbone's of ours
     weights_file = hub_file(cfg)
@@ -217,6 +223,8 @@ def checked_file(file: str) -> dict[str, Any]:
 def _check_backbone(model: nn.Module, checkpoint: Checkpoint, cfg: dict) -> dict:
     """The state dict of a whole ViT that fits the model, but for what timm adapts. Raises CheckpointError."""
     state = dict(checkpoint.backbone)
+    if norms_after_pool(model) and "fc_norm.weight" not in state:
+        state = behind_pool(state)
     head = [f"{name}.{part}" for name in _names(cfg, "classifier") or ["head"] for part in ("weight", "bias")]
     adapts_head = model.num_classes != cfg.get("num_classes")
     if model.num_classes == 0:

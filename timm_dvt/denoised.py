@@ -51,7 +51,10 @@ class Denoised(_Backbone):
     # ---- the toggle
 
     def set_denoise(self, enable: bool = True) -> None:
-        """Switch the denoiser on or off. Raises RuntimeError where it was pruned away with the last block."""
+        """Switch the denoiser on or off. Raises RuntimeError where it was pruned away with the last block.
+
+        Off, a SAM's last map is timm's again, that of its last block: of other channels than the denoised neck's.
+        """
         if enable and self.denoiser is None:
             raise RuntimeError("This model has no denoiser left: it was pruned away together with the last block.")
         self.denoise = bool(enable)

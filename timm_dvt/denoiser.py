@@ -61,15 +61,16 @@ class Denoiser(nn.Module):
         num_heads = num_heads or default_num_heads(dim)
         if arch not in ARCHITECTURES:
             raise UserError(f"arch is {arch!r}; it must be one of {', '.join(ARCHITECTURES)}")
-        if min(grid_size) < 1:
-            raise UserError(f"grid_size is {tuple(grid_size)}; a position embedding has at least one place")
+        for name, grid in (("grid_size", grid_size), ("pos_embed_out", pos_embed_out)):
+            if not isinstance(grid, bool) and (len(grid) != 2 or min(grid) < 1):
+                raise UserError(f"{name} is {tuple(grid)}; a position embedding has at least one row and one column")
         if depth < 1:
             raise UserError(f"depth is {depth}; a denoiser has at least one block")
         self.arch = "block-no-pe" if arch == "block" and not pos_embed else arch
         row = ARCHITECTURES[self.arch]
         if depth > 1 and not row.deep:
             raise UserError(f"depth is {depth}; only a denoiser of transformer blocks has several, not {arch!r}")
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise UserError(f"num_heads is {num_heads}, which does not divide the {dim} channels")
         self.on_maps = row.on_maps
         self.dim = dim

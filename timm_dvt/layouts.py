@@ -229,6 +229,8 @@ def _shown(output: Any) -> str:
 
 def unwrapping(model: nn.Module) -> str:
     """What to do with a model that wraps another (torch.compile, PEFT, DataParallel), as a sentence; else nothing."""
+    if type(model).__name__ == "FeatureGetterNet":  # of timm's features_only=True
+        return " It hands out maps of a model: what is done to that, its .model, is done to its maps."
     inner = {"_orig_mod": "._orig_mod", "get_base_model": ".get_base_model()", "module": ".module"}
     path = next((path for name, path in inner.items() if hasattr(model, name)), None)
     return f" It wraps a model: give the one inside, its {path}, and wrap afterwards." if path else ""

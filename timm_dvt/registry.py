@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,10 +52,14 @@ def register(
         ValueError: the backbone is not a name timm knows, or the name is a published variant's.
         TypeError: it cannot have a denoiser; see `timm_dvt.add_denoiser`.
     """
-    cfg = get_pretrained_cfg(backbone) if is_model(backbone) else None
+    cfg = get_pretrained_cfg(backbone) if isinstance(backbone, str) and is_model(backbone) else None
     if cfg is None:
         raise UserError(f"backbone is {backbone!r}, which timm does not know; see timm.list_models('*vit*').")
     check_supported(create_model(backbone, device="meta"))
+    if not re.fullmatch(r"\w+", suffix):
+        raise UserError(f"suffix is {suffix!r}; it must be letters, digits and underscores, as in names of timm's")
+    if resolution is not None and (type(resolution) is not int or resolution < 1):
+        raise UserError(f"resolution is {resolution!r}; it must be a number of pixels")
     if "." not in backbone and cfg.tag:
         backbone = f"{backbone}.{cfg.tag}"
     if variant_name(backbone, suffix) in {variant.name for variant in (*published_variants(), FOCUS)}:

@@ -11,7 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tests.helpers import reference
 from timm_dvt.denoiser import Denoiser, LayerDenoisers, default_num_heads, resample
 from timm_dvt.variants import ROWS
-from timm_dvt.weights.checkpoints import denoiser_for, from_state_dict
+from timm_dvt.weights.checkpoints import from_state_dict
+from timm_dvt.weights.denoisers import denoiser_for
 
 WIDTHS = {"small": 384, "base": 768, "large": 1024}
 PUBLISHED = sorted(

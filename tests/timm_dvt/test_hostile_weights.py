@@ -135,7 +135,7 @@ ODD = {
 @pytest.mark.parametrize("kind", ODD)
 def test_an_odd_tensor_in_memory_is_our_error(kind, key, model, tmp_path):
     state = {f"denoiser.{name}": tensor for name, tensor in model.denoiser.state_dict().items()}
-    from timm_dvt.weights.checkpoints import denoiser_for
+    from timm_dvt.weights.denoisers import denoiser_for
 
     with pytest.raises(timm_dvt.CheckpointError, match=f"state_dict: .*{key}"):
         denoiser_for(from_state_dict(state | {f"denoiser.{key}": ODD[kind]}), 64, (3, 3))

@@ -20,7 +20,7 @@ from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError, WeightsNotFoundError
 from timm_dvt.images import PHOTOGRAPHS, read_image
 from timm_dvt.layouts import input_size
-from timm_dvt.loading import SCHEMES, load_model
+from timm_dvt.loading import SCHEMES, load_any_size
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import DEFAULT_MODEL
 from timm_dvt.viewer.panel import Shown, draw
@@ -129,7 +129,7 @@ def check_output(out: str) -> tuple[Path, str]:
 def load_denoised(name: str, pretrained: bool = True) -> nn.Module:
     """A model of that name that has a denoiser to switch. Raises UserError."""
     try:
-        model = load_model(name, pretrained)
+        model = load_any_size(name, pretrained)
     except WeightsNotFoundError as error:
         if name in VARIANTS or name.startswith(SCHEMES):
             raise

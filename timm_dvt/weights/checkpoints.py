@@ -1,24 +1,18 @@
-"""Weights: reading published checkpoints and our own, finding them on the Hub, loading all or nothing."""
+"""Reading files of weights, published ones and our own, and comparing what they hold with a model."""
 
 import json
-import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from torch import nn
 
-from timm_dvt.architectures import ARCHITECTURES, architecture_of
-from timm_dvt.denoiser import Denoiser, LayerDenoisers
-from timm_dvt.errors import UnsupportedModelError, UserError, first_line, printable
-from timm_dvt.layouts import unwrapping
+from timm_dvt.errors import UserError, first_line, printable
 from timm_dvt.variants import ROWS
 from timm_dvt.weights.fetching import weights_file_of
 from timm_dvt.weights.limits import MAX_HEADER, MAX_TENSORS
@@ -63,7 +57,9 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     Raises:
         CheckpointError: the file is missing, damaged, or holds something else.
     """
-    folder = str(path)
+    if not isinstance(path, (str, os.PathLike)):
+        raise CheckpointError(f"a {type(path).__name__}: name a file or a folder; tensors go into load_state_dict.")
+    folder = str(path).removeprefix("local-dir:")
     path = weights_file_of(folder) if os.path.isdir(folder) else folder
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file.")
@@ -101,8 +97,8 @@ def from_state_dict(state: State, path: str = "state_dict") -> Checkpoint:
 
 
 def _unwrap(content: object, path: str) -> State:
-    """The state dict inside a training checkpoint."""
-    for key in ("model", "denoiser"):
+    """The state dict inside a training checkpoint, the authors' or timm's, whose averaged weights come first."""
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model", "denoiser"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
@@ -111,10 +107,10 @@ def _unwrap(content: object, path: str) -> State:
     strange = [str(k) for k, v in content.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
     if strange:
         raise CheckpointError(
-            f"{path}: no state dict under 'denoiser' or 'model', and these entries are no tensors: {_some(strange)}."
+            f"{path}: no state dict under 'denoiser' or 'model', and these entries are no tensors: {some(strange)}."
         )
     if others := [f"{key} of {odd}" for key, tensor in content.items() if (odd := _oddity(tensor))]:
-        raise CheckpointError(f"{path}: no plain tensors of numbers as weights are: {_some(others)}.")
+        raise CheckpointError(f"{path}: no plain tensors of numbers as weights are: {some(others)}.")
     return content
 
 
@@ -130,7 +126,7 @@ def _renamed(state: State, rename: Callable[[str], str], path: str) -> State:
     new = {rename(key): tensor for key, tensor in state.items()}
     if len(new) < len(state):
         twice = [key for key, count in Counter(map(rename, state)).items() if count > 1]
-        raise CheckpointError(f"{path}: holds these twice, under two names each: {_some(twice)}.")
+        raise CheckpointError(f"{path}: holds these twice, under two names each: {some(twice)}.")
     return new
 
 
@@ -151,76 +147,6 @@ def _ours(key: str) -> str:
     """Our name of a published denoiser's key: denoiser.norm1 is of the only block, denoiser.1.norm1 of the second."""
     name = key.removeprefix("denoiser.")
     return name if name == key else f"blocks.{name}" if re.match(r"\d+\.", name) else f"blocks.0.{name}"
-
-
-def denoiser_for(
-    checkpoint: Checkpoint,
-    dim: int,
-    grid_size: Grid,
-    num_heads: int | None = None,
-    backbone: str = "",
-    depth: int | None = None,
-    out_grid: Grid | None = None,
-) -> Denoiser | LayerDenoisers:
-    """A denoiser with the checkpoint's weights, for a ViT of width `dim`.
-
-    The backbone's blocks that have a denoiser, its architecture, number of blocks, heads and grids are the file's. One
-    that names no grids and heads, as no published one does, must be of `grid_size` and `num_heads`, and its output
-    embedding of `out_grid` or a square.
-
-    Args:
-        backbone, depth: the backbone's name and number of blocks, where the caller knows them.
-
-    Raises:
-        CheckpointError: keys are missing or too many, shapes differ, or the file is for another backbone.
-    """
-    path, state = checkpoint.path, checkpoint.denoiser
-    if checkpoint.made_for and backbone and checkpoint.made_for != backbone:
-        raise CheckpointError(f"{path}: made for {checkpoint.made_for}, not for {backbone}.")
-    if not state:
-        raise CheckpointError(f"{path}: holds no denoiser (keys: {_some(checkpoint.backbone)}).")
-    new = partial(Denoiser, dim, num_heads=checkpoint.num_heads or num_heads, device="meta")
-    grids = {"pos_embed": grid_size, "pos_embed_out": out_grid or grid_size, **checkpoint.grids}
-    layers = sorted({int(m[1]) for m in (re.match(r"layers\.(\d{1,9})\.", key) for key in state) if m})
-    if not layers:
-        return _one_denoiser(state, new, grids, path, "denoiser.")
-    if layers[-1] >= (last := (depth or 1024)):
-        raise CheckpointError(f"{path}: holds a denoiser for block {layers[-1]}; the backbone's last is {last - 1}.")
-    stray = [key for key in state if not re.match(r"layers\.\d{1,9}\.", key)]
-    if stray:
-        raise CheckpointError(f"{path}: unexpected keys: {_some(stray)}.")
-    denoisers = {}
-    for block in layers:
-        prefix = f"layers.{block}."
-        layer_state = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-        denoisers[block] = _one_denoiser(layer_state, new, grids, path, f"denoiser.{prefix}")
-    return LayerDenoisers(denoisers, (depth or layers[-1] + 1) - 1)
-
-
-# What a denoiser of any architecture can have beside its own.
-EXTRAS = {"keeps_length", "pos_embed_out", "blank_gate.weight", "blank_gate.bias"}
-
-
-def _one_denoiser(state: State, new: Callable[..., Denoiser], grids: dict, path: str, prefix: str) -> Denoiser:
-    """What `new` makes, with these weights; the keys tell its architecture and number of blocks."""
-    arch = architecture_of({key: tensor for key, tensor in state.items() if key not in EXTRAS})
-    numbers = [int(m[1]) for m in (re.match(r"blocks\.(\d{1,9})\.", key) for key in state) if m]
-    depth = 1 + max(numbers, default=0) if ARCHITECTURES[arch].deep else 1
-    if depth > 64:
-        raise CheckpointError(f"{path}: block {depth - 1} of a denoiser is beyond reason; the file is damaged.")
-    out = "pos_embed_out" in state and _out_grid(state["pos_embed_out"], grids["pos_embed_out"])
-    more = dict(keep_length="keeps_length" in state, blank_gate="blank_gate.weight" in state, pos_embed_out=out)
-    denoiser = new(grids["pos_embed"], depth=depth, arch=arch, **more)
-    check_state(denoiser, state, path, prefix=prefix)
-    dtype = next(iter(state.values())).dtype  # check_state has seen to it that it is a floating one
-    denoiser.to_empty(device="cpu").to(dtype).load_state_dict(state)
-    return denoiser
-
-
-def _out_grid(embedding: torch.Tensor, expected: Grid) -> Grid:
-    """The grid of an output embedding (1, H*W, C): the expected one, or a square one if it has other places."""
-    side = math.isqrt(places := embedding.shape[1] if embedding.ndim == 3 else 0)
-    return expected if places == math.prod(expected) or side * side != places or not side else (side, side)
 
 
 def check_state(
@@ -255,46 +181,12 @@ def check_state(
         "wrong shapes": shapes,
         "numbers of another kind than the model's": strange,
     }
-    problems = [f"{what}: {_some(keys)}" for what, keys in mismatches.items() if keys]
+    problems = [f"{what}: {some(keys)}" for what, keys in mismatches.items() if keys]
     if problems:
         raise CheckpointError(f"{path}: not weights for this model; nothing was loaded. {'; '.join(problems)}.")
 
 
-def load_denoiser(model: Any, path: str | os.PathLike) -> nn.Module:
-    """Load a denoiser's weights into a denoised model, all or nothing, and return the model.
-
-    Args:
-        model: a `*_dvt` model, or one that went through `timm_dvt.add_denoiser`.
-        path: a published `.pth`, a safetensors file, or a folder of `timm_dvt.save_pretrained`. Its backbone weights,
-            if any, are left alone. Architecture, number of blocks, grids and denoised layers become the file's.
-
-    Raises:
-        CheckpointError: names the file and what is wrong with it; the model is as it was.
-    """
-    if "_orig_mod" in getattr(model, "_modules", {}):  # of torch.compile
-        load_denoiser(model._orig_mod, path)
-        return model
-    # Of its own: other wrappers hand on what the model inside has, and would keep what they are given to themselves.
-    if "denoiser" not in getattr(model, "_modules", {}) or model.denoiser is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no denoiser to load into; see timm_dvt.add_denoiser.{unwrapping(model)}"
-        )
-    before = model.denoisers()
-    old, last, name = before[max(before)], model.final_block, model.backbone_name
-    checkpoint = read_checkpoint(path)
-    new = denoiser_for(checkpoint, old.dim, old.learned_grid, old.num_heads, name, last + 1, old.out_grid_size)
-    some = next(old.parameters())
-    new.requires_grad_(some.requires_grad).train(model.training)
-    model.denoiser = new.to(device=some.device, dtype=some.dtype)
-    after = model.denoisers()
-    model.denoises_final = last in after
-    for denoiser in after.values():
-        denoiser.grad_checkpointing = old.grad_checkpointing
-    if last in before and last in after:
-        after[last].norm = before[last].norm
-    return model
-
-
-def _some(keys: Iterable[str]) -> str:
+def some(keys: Iterable[str]) -> str:
+    """The first of many keys, in words."""
     names = [str(key)[:200] for key in keys]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

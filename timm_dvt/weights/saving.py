@@ -13,6 +13,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from timm_dvt.architectures import ARCHITECTURES
@@ -60,6 +61,12 @@ def save_pretrained(
     metadata = {"format": "pt", "backbone": str(model.backbone_name), "timm_dvt": __version__, **_shapes(model)}
     tensors = _apart(state)
     _write_folder(folder, tensors, metadata, lambda path: _write_config(model, path, model_args or {}))
+    published = get_pretrained_cfg(model.backbone_name)
+    if denoiser_only and model.num_classes not in (0, published.num_classes if published else 0):
+        warnings.warn(
+            f"{folder} holds no weights of the head of {model.num_classes} classes; save the model whole to keep them",
+            stacklevel=2,
+        )
     if problem := _problem(folder, tensors):
         warnings.warn(
             f"{folder} will not load as the model that was saved: {problem}. Merge adapters into the layers that they "
@@ -159,9 +166,9 @@ def _write_config(model: Any, path: Path, model_args: dict) -> None:
             "depth": len(denoiser.blocks) if ARCHITECTURES[denoiser.arch].deep else 1,
             "num_heads": denoiser.num_heads,
             "arch": denoiser.arch,
-            **({"keep_length": True} if denoiser.keep_length else {}),
-            **({} if denoiser.blank_gate is None else {"blank_gate": True}),
-            **({} if denoiser.pos_embed_out is None else {"pos_embed_out": list(denoiser.out_grid_size)}),
+            "keep_length": denoiser.keep_length,
+            "blank_gate": denoiser.blank_gate is not None,
+            "pos_embed_out": denoiser.pos_embed_out is not None and list(denoiser.out_grid_size),
             **({} if list(denoisers) == [model.final_block] else {"layers": list(denoisers)}),
         },
     }

@@ -21,7 +21,15 @@ from timm_dvt.errors import UserError
 from timm_dvt.loading import load_model, pick_device
 from timm_dvt.options import add_options, build
 from training.common.backbone import DTYPES
-from training.common.command import add_model_arguments, command_parser, exit_code_of, flush_subnormals, positive
+from training.common.command import (
+    Diverged,
+    add_model_arguments,
+    command_parser,
+    complain,
+    exit_code_of,
+    flush_subnormals,
+    positive,
+)
 from training.evaluate.data.datasets import DATASETS, kinds_of
 from training.evaluate.features.cached import Extractor
 from training.evaluate.features.pairs import input_size_of

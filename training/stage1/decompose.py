@@ -137,8 +137,8 @@ def decompose(
         for layer, maps in features.items():
             if not bool(maps.sum().isfinite()) and not bool(maps.isfinite().all()):  # a sum is quicker to take
                 raise NonFiniteFeatures(
-                    f"block {layer} gave NaN or infinite features in views {first} to {first + len(maps) - 1}; check the "
-                    "image and the weights" + (", or use --dtype float32" if settings.dtype != "float32" else "")
+                    f"block {layer} gave NaN or infinite features in views {first} to {first + len(maps) - 1}; check "
+                    "the image and the weights" + (", or use --dtype float32" if settings.dtype != "float32" else "")
                 )
             kept[layer] += [crop.clone() for crop in maps[: max(0, 1 + settings.crops - first)]]
             for view, view_features in enumerate(maps, start=first):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from timm_dvt.architectures import ARCHITECTURES
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from timm_dvt.errors import UserError
-from timm_dvt.weights.checkpoints import EXTRAS, denoiser_for, read_checkpoint
+from timm_dvt.weights.checkpoints import read_checkpoint
+from timm_dvt.weights.denoisers import EXTRAS, denoiser_for
 from training.pairs.reader import PairReader, PairSet
 from training.stage2.content import Content, ContentFit
 from training.stage2.targets import Target
@@ -94,7 +95,8 @@ def _described(denoiser: Denoiser) -> str:
     count = len(denoiser.blocks)
     if not ARCHITECTURES[denoiser.arch].deep:
         return denoiser.arch
-    return f"{denoiser.arch} of {count} block{'s' * (count > 1)} and {denoiser.num_heads} head{'s' * (denoiser.num_heads > 1)}"
+    heads = f"{denoiser.num_heads} head{'s' * (denoiser.num_heads > 1)}"
+    return f"{denoiser.arch} of {count} block{'s' * (count > 1)} and {heads}"
 
 
 def _some(reader: PairReader) -> list[int]:

@@ -93,8 +93,9 @@ def open_dataset(
             held = set().union(*(classes for _, classes in checked.values()))
             if kind == "masks" and len(held) < 2:
                 raise UserError(
-                    f"{name} under {folder}: of all classes its masks hold class {min(held)} alone, and there is nothing to "
-                    "tell it from; 255 is for pixels that do not count, so objects of masks of 0 and 255 have to be 1"
+                    f"{name} under {folder}: of all classes its masks hold class {min(held)} alone, and there is "
+                    "nothing to tell it from; 255 is for pixels that do not count, so objects of masks of 0 and 255 "
+                    "have to be 1"
                 )
     except (OSError, RuntimeError, UnicodeError) as error:  # torchvision raises RuntimeError for a missing folder
         raise UserError(f"{name} under {folder}: {reason(error)}\nExpected layout:\n{dataset.layout}") from error

@@ -90,8 +90,8 @@ def memory_bank(train: Features, settings: Settings, run: Run, classes: int) -> 
             labels.append(present.nonzero()[:, 0])
     if not sum(map(len, labels)):
         raise UserError(
-            f"no patch of the {len(chosen)} images in the bank of seed {run.seed} is labeled; a larger bank_share takes "
-            "more of them"
+            f"no patch of the {len(chosen)} images in the bank of seed {run.seed} is labeled; a larger bank_share "
+            "takes more of them"
         )
     return normalize(torch.cat(centroids)).to(run.device), torch.cat(labels).to(run.device)
 
