@@ -39,8 +39,8 @@ class Source:
 
     @property
     def shown(self) -> str:
-        """The name as text that can be written: of a file's name that is no UTF-8 the other bytes are replaced."""
-        return self.name.encode(errors="surrogateescape").decode(errors="replace")
+        r"""The name as text that can be written: bytes of a file's name that are no UTF-8 as \xe9."""
+        return self.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def given_images(where: str | Path, out: str | Path, limit: int | None = None) -
     if out.is_relative_to(Path(where).resolve()):
         given = [source for source in given if not source.path.resolve().is_relative_to(out)]
     if not given:
-        raise UserError(f"{where} holds no images but pictures that were made here")
+        raise UserError(f"{where} holds no images but those below {out}, or pictures that this package drew")
     if limit is not None and limit < 1:
         raise UserError(f"limit must be 1 or more, got {limit}")
     return given[:limit]

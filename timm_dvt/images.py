@@ -24,8 +24,20 @@ from PIL import Image, ImageOps
 from timm_dvt.errors import ImageError
 
 Pixels = TypeVar("Pixels", np.ndarray, Image.Image)
+try:
+    from pi_heif import register_heif_opener  # of the extra app: Pillow reads AVIF, and not HEIC
+
+    register_heif_opener()
+    HEIF = ["HEIF"]
+except ImportError:
+    HEIF = []
+
+REMEDIES = {  # of a file that begins so, where it cannot be read
+    b"avif": "Pillow 11.3 or later reads AVIF",
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"), "pip install pi-heif, to read HEIC"),
+}
 SUFFIXES = frozenset(
-    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+    ".avif .bmp .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
 )
 # Of the package; README.md beside them says whose they are.
 PHOTOGRAPHS = tuple(Path(__file__).parent / "assets" / name for name in ("cat.jpg", "mountain.jpg"))
@@ -102,7 +114,10 @@ def decode(
         raise
     except Image.UnidentifiedImageError as e:
         kinds = f"is taken; choose one of {', '.join(formats)}" if formats else "Pillow can read"
-        raise ImageError(f"not an image that {kinds}") from e
+        file.seek(0)
+        start = file.read(12)
+        remedy = REMEDIES.get(start[8:]) if start[4:8] == b"ftyp" else None
+        raise ImageError(f"not an image that {kinds}" + (f"; {remedy}" if remedy else "")) from e
     except Image.DecompressionBombError as e:  # it comes before the size can be asked for
         most = f"the most that is taken is {max_pixels / 1e6:g} megapixels. " if max_pixels < math.inf else ""
         raise ImageError(f"far too many pixels to be read; {most}Make it smaller and try again") from e

@@ -127,7 +127,8 @@ def run(args: argparse.Namespace) -> None:
                     add_gates(training.denoisers, model.to(device), pairs, make_reader)
                 save(model, training.denoisers, folder, pairs)
                 if args.leftover:
-                    calibrate(model.to(device), [s.path for s in seen], method="leftover", views=LEFTOVER_VIEWS)
+                    options: Any = dict(method="leftover", views=LEFTOVER_VIEWS, blank_gate=stage2.blank_gate)
+                    calibrate(model.to(device), [source.path for source in seen], **options)
                     save_pretrained(model, folder, model_args=model.recorded_arguments)
                 facts = {
                     "images": str(len(pairs.files)),

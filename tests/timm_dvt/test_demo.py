@@ -13,7 +13,7 @@ from timm_dvt.__main__ import main
 from timm_dvt.errors import UserError
 from timm_dvt.variants import published_variants
 from timm_dvt.viewer import demo, pairs
-from timm_dvt.viewer.panel import Shown, draw
+from timm_dvt.viewer.panel import Shown, draw, plain
 from timm_dvt.viewer.studio import Studio
 from timm_dvt.weights import focus
 
@@ -209,3 +209,7 @@ def test_the_list_is_the_table(capsys):
 def test_a_model_without_a_denoiser_that_cannot_be_fetched_is_told_which_have_one(hub):
     with pytest.raises(UserError, match=r"Could not fetch timm/resnet50.*; timm-dvt list prints"):
         demo.load_denoised("resnet50", pretrained=True)
+
+
+def test_words_are_drawn_in_letters_that_the_font_has():
+    assert plain("Zürich café.png, 80 x 96") == "Zurich cafe.png, 80 x 96" and plain("写真.png") == "??.png"

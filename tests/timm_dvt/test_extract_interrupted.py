@@ -117,3 +117,8 @@ def test_what_the_disk_has_no_room_for_is_not_begun(photographs, tmp_path, monke
     assert main(["extract", str(photographs), "--out", str(tmp_path), *OPTIONS]) == 2
     assert "655 KB are needed and 10 KB are free" in capsys.readouterr().err
     assert not (tmp_path / "index.jsonl").exists()
+    assert main(["extract", str(photographs), "--out", str(tmp_path), *OPTIONS, "--pca", "1000"]) == 2
+    monkeypatch.undo()
+    assert main(["extract", str(photographs), "--out", str(tmp_path), *OPTIONS, "--pca", "1000"]) == 2
+    assert "--pca 1000: features of 64 channels have not so many components" in capsys.readouterr().err
+    assert main(["extract", str(photographs), "--out", str(tmp_path), *OPTIONS, "--pca", "2"]) == 0  # nothing is bound

@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +217,23 @@ def test_names_in_a_list_may_hold_what_else_ends_a_line_and_blanks_at_their_ends
     for end in ("\n", "\r\n"):
         (tmp_path / "list.txt").write_bytes(end.join(["  b.png\t", *names, ""]).encode())
         assert [source.name for source in list_images(tmp_path / "list.txt")] == ["b.png", *names]
+
+
+def test_heic_is_read_where_its_package_is_and_else_told(tmp_path, monkeypatch):
+    """A folder of a telephone's is not taken for an empty one."""
+    path = tmp_path / "telephone.HEIC"
+    path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    assert [source.name for source in list_images(tmp_path)] == ["telephone.HEIC"]
+    monkeypatch.setattr(Image, "open", partial(Image.open, formats=["PNG"]))
+    with pytest.raises(ImageError, match="pip install pi-heif, to read HEIC"):
+        load_image(path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def walk(root, onerror, **options):
+        onerror(PermissionError(13, "Permission denied", str(tmp_path / "closed")))
+        return iter([])
+
+    monkeypatch.setattr("timm_dvt.images.os.walk", walk)
+    with pytest.raises(ImageError, match="closed cannot be read: Permission denied"):
+        list_images(tmp_path)

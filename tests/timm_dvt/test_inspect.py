@@ -138,12 +138,28 @@ def test_what_is_said_agrees_with_the_numbers_beside_it():
     assert "earlier blocks" not in said(denoised=left)[0]
     # 5% that two errors reach down to nothing from are not nothing.
     unsure = replace(share, value=0.05, error=0.03, chance=0.01)
-    assert "do not tell this from nothing: inspect more" in said(denoised=unsure)[0]
+    assert "do not tell the features' 5.0 ± 3.0% from nothing: inspect more" in said(denoised=unsure)[0]
     # Norms beyond the histogram's valley that are near the usual ones are in the sentence as in the table.
     outliers = replace(report.layer().outliers, count=9, ratio=1.4, share=replace(share, value=0.113, error=0.037))
     layers = [replace(layer, outliers=outliers) for layer in report.layers]
     (words,) = (found.text for found in findings(replace(report, layers=layers)) if "utlier" in found.text)
-    assert "No outlier tokens" in words and "11.3 ± 3.7% lie beyond a valley, at 1.4 times the usual norm" in words
+    assert "No outlier tokens" in words and "11.3 ± 3.7% lie beyond a valley, at 1.40 times the usual norm" in words
+    # Nor do two errors that reach down to nothing make outliers, nor those of a first block a model without registers.
+    plenty = replace(outliers, ratio=4.0, robust_share=outliers.share)
+    for one, kinds in ((replace(plenty, share=replace(share, value=0.05, error=0.03)), []), (plenty, ["note"])):
+        layers = [replace(layer, outliers=one) if layer.name == "block 0" else layer for layer in report.layers]
+        said_of_them = [found for found in findings(replace(report, layers=layers)) if "Outlier tokens" in found.text]
+        assert [found.kind for found in said_of_them] == kinds
+        assert all("registers" not in found.text for found in said_of_them)
+
+
+def test_a_place_that_is_read_without_a_miss_is_read_whatever_few_images_tell_of_chance():
+    report = inspect(of_position_alone(0.5), photographs(4), **FEW)
+    little = replace(report.layer().share, value=0.001, error=0.0001, chance=0.01)
+    for value, said in ((1.0, "So a place can be read"), (0.5, "nothing for a denoiser to remove")):
+        read = replace(little, value=value, error=1e-5, chance=1.0)
+        layers = [replace(layer, share=little, row=read, column=read) for layer in report.layers]
+        assert any(said in found.text for found in findings(replace(report, layers=layers)))
 
 
 def test_a_denoiser_that_takes_off_three_quarters_leaves_a_sixteenth_of_the_pattern_and_one_that_adds_is_named():

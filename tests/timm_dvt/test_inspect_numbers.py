@@ -10,7 +10,7 @@ from timm_dvt.inspection import counting
 from timm_dvt.inspection.estimates import alikeness, grid_energy, position_share, products_of
 from timm_dvt.inspection.outliers import cut_of, outliers_of
 from timm_dvt.inspection.probe import PlaceProbe
-from timm_dvt.inspection.reader import LayerReader
+from timm_dvt.inspection.reader import layer_reader
 from training.evaluate.position.share import PositionStatistics
 
 ROWS, COLUMNS, DIM = 5, 4, 6
@@ -161,7 +161,7 @@ def test_norms_are_kept_of_as_many_images_as_there_is_room_for(images, monkeypat
     """Whatever the number of images and of views; here there is room for those of 8 canvases of 8 windows."""
     monkeypatch.setattr(counting, "MOST_NORMS", 64)
     model = timm.create_model("test_vit", img_size=32, dynamic_img_size=True).eval()
-    count = counting.Count(LayerReader(model, [-1], 8), list(torch.rand(images, 3, 40, 40)), count=max(images, 16))
+    count = counting.Count(layer_reader(model, [-1], 8), list(torch.rand(images, 3, 40, 40)), count=max(images, 16))
     count.run(progress=False)
     seen = np.bincount(count.images, minlength=images) // 8
     assert seen.sum() == 8 and (seen > 0).sum() == min(images, 8) and seen.max() <= -(-8 // images)

@@ -50,6 +50,21 @@ def test_it_is_saved_and_found_anew_instead_of_added_up(tmp_path):
     assert torch.equal(again.denoiser.pos_embed_out, first)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_denoiser_without_a_gate_gets_one_for_blank_images(gated):
+    """As authors' denoisers, trained on photographs, which make the pattern of plain colors stronger."""
+    model = timm.create_model("vit_small_patch14_dinov2.focus", pretrained=True, img_size=112).eval()
+    timm_dvt.add_denoiser(model, arch="static")
+    torch.nn.init.normal_(model.denoiser.pos_embed)
+    calibrate(model, "timm_dvt/assets", method="leftover", views=32, blank_gate=gated)
+    gray = torch.zeros(1, 3, 112, 112)
+    with torch.no_grad():
+        spread = [model.forward_features(gray)[0, 1:].std(0).norm()]
+        with model.denoising(False):
+            spread.append(model.forward_features(gray)[0, 1:].std(0).norm())
+    assert (spread[0] < 0.01 * spread[1]) == gated == (model.denoiser.blank_gate is not None)
+
+
 def test_what_cannot_be_is_refused_and_leaves_the_denoiser_as_it_was(tmp_path):
     with pytest.raises(CalibrationError, match="this model has none; use static"):
         calibrate(vit(), method="leftover")

@@ -98,6 +98,15 @@ def test_groups_of_equal_maps_are_equal_and_of_the_palette():
     assert 0 <= agreement <= 1 and len(colors) == 3 and colors <= {tuple(c) for c in PALETTE}
 
 
+def test_patches_that_differ_by_rounding_are_alike():
+    """A gate levels a plain color to the last digits; that these differ from place to place must not be drawn."""
+    draw = np.random.default_rng(0)
+    off = (10 + draw.normal(size=(5, 6, 8))).astype(np.float32)
+    on = np.broadcast_to(off.mean((0, 1)), off.shape) + 1e-5 * draw.normal(size=off.shape).astype(np.float32)
+    (first, second), _ = pairs.similarities(off, on, (0, 0))
+    assert len(np.unique(second.reshape(-1, 3), axis=0)) == 1 and len(np.unique(first.reshape(-1, 3), axis=0)) > 20
+
+
 def test_similarity_is_the_cosine_without_the_mean_and_both_maps_share_its_scale():
     off, on = maps(6, 8)
     (first, second), (low, high) = pairs.similarities(off, on, (1, 2))

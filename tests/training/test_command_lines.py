@@ -83,7 +83,7 @@ def test_a_number_that_is_too_small_is_refused_before_anything_is_done_as_the_he
 @pytest.mark.parametrize(
     ("name", "part", "words"),
     [
-        ("training.denoise_images", "list_images", IN),
+        ("training.denoise_images", "given_images", IN),
         ("training.visualize", "pick_device", ["cat.jpg", *IN[4:]]),
         ("training.make_denoiser", "run", IN),
         ("training.evaluate.__main__", "run", ["mic", "--dataset", "voc", "--data", "D", *IN[4:]]),

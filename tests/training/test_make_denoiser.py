@@ -128,10 +128,10 @@ def test_an_image_counts_once_and_names_of_any_bytes_are_shown(images, tmp_path,
         for name in (b"caf\xe9%d.png" % number, b"caf\xe9%d (1).png" % number):
             shutil.copyfile(images / f"{number}.png", where / os.fsdecode(name))
     assert run(where, tmp_path / "out") == 0
-    assert "left out caf\N{REPLACEMENT CHARACTER}0.png: the same image as" in capsys.readouterr().err
+    assert r"left out caf\xe90.png: the same image as" in capsys.readouterr().err
     seen = {json.loads(line)["image"] for line in (tmp_path / "out" / "pairs" / "index.jsonl").read_text().splitlines()}
     assert len(seen) == 3
-    assert "caf\N{REPLACEMENT CHARACTER}" in (tmp_path / "out" / "page.html").read_text()
+    assert r"caf\xe9" in (tmp_path / "out" / "page.html").read_text()
 
 
 @pytest.mark.parametrize("more, said", [((), "gives a pair"), (("--no-pairs",), "can be decomposed; the last: ")])

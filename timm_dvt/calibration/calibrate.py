@@ -77,9 +77,7 @@ def calibrate(
         method: "static" subtracts the mean artifact map, (H, W, C), at other grids resampled as a position embedding.
             "project" takes the directions out of the tokens in which places differ by more than noise: a (C, C) matrix
             for any grid, which leaves all other directions as they are. The directions are those of blank images, and
-            `images` tell the mean token, which is kept. Neither has to be calibrated anew for another grid: of a
-            DINOv2-S at 280 px, position explains 6.2% raw, 2.3% with a "static" map of 518 px (16 images, 256 views)
-            resampled and 2.1% with one of 280 px; of blank images 4.5 and 4.4%, "project" 4.5%.
+            `images` tell the mean token, which is kept. Neither has to be calibrated anew for another grid.
             "leftover" keeps the denoiser that the model has, and subtracts the mean map of what that leaves: a trained
             block predicts F from what places have in common too. Before lengths are kept, where they are.
         layers: blocks to be denoised, as for `add_denoiser`; default the last one, or those that have a denoiser.
@@ -91,7 +89,7 @@ def calibrate(
             stays at 52.5. "leftover" keeps lengths where the denoiser does already.
         blank_gate: where `images` are given, know images without content and level them: the map of photographs leaves
             a pattern of its own in a plain color. It takes 40 forward passes more. Where no linear map can tell the
-            two apart there is none, and "leftover" leaves it as it is.
+            two apart there is none. "leftover" gives one to a denoiser that has none, and keeps that of others.
         progress: show a bar with the error so far.
 
     Raises:
@@ -102,7 +100,7 @@ def calibrate(
     check_arguments(method, views, tolerance, batch_size)
     samples = None if images is None else sources(images, views // WINDOWS)
     if method == "leftover":
-        _calibrate_leftover(model, samples, layers, views, tolerance, batch_size, progress)
+        _calibrate_leftover(model, samples, layers, views, tolerance, batch_size, blank_gate, progress)
         return _with_lengths(model, keep_length)
     has = _denoised_blocks(model)
     blocks = blocks_of(model, layout, has if layers is None else layers)
@@ -168,16 +166,15 @@ def _calibrate_leftover(
     views: int,
     tolerance: float,
     batch_size: int,
+    blank_gate: bool,
     progress: bool,
 ) -> None:
-    """`calibrate` by "leftover": the denoisers stay, and get an output embedding."""
+    """`calibrate` by "leftover": the denoisers stay, and get an output embedding, and a gate where they have none."""
     denoisers = model.denoisers() if isinstance(model, Denoised) else {}
-    if not denoisers or layers is not None:
-        raise CalibrationError(
-            f"layers is {layers}; the method leftover takes those that have a denoiser."
-            if denoisers
-            else "The method leftover improves a denoiser, and this model has none; use static."
-        )
+    if not denoisers:
+        raise CalibrationError("The method leftover improves a denoiser, and this model has none; use static.")
+    if layers is not None:
+        raise CalibrationError(f"layers is {layers}; the method leftover takes those that have a denoiser.")
     inner = [block for block in denoisers if block != model.final_block]
     size, training = _size_of_denoiser(model) or meant_size(model), model.training
     try:
@@ -185,6 +182,9 @@ def _calibrate_leftover(
             reader = LayerReader(model.eval(), model.layout, inner, batch_size, size)
             clean = {block: reader.name_of(block, denoised=True) for block in denoisers}
             count, positions = estimate_positions(reader, clean, samples, views, tolerance, progress)
+        if blank_gate and samples is not None:
+            ungated = {block: denoiser for block, denoiser in denoisers.items() if denoiser.blank_gate is None}
+            _add_gates(ungated, reader, {block: reader.name_of(block) for block in ungated}, samples)
     finally:
         model.train(training)
     for block, position in positions.items():

@@ -54,7 +54,7 @@ def sources(images: Source | Iterable[Source], most: int) -> list[Source]:
     if not taken:
         why = f" ({left_out[0]})" if left_out else ""
         raise CalibrationError(
-            f"images holds no image that can be read{why}; without images, calibrate on blank ones (images=None)."
+            f"images holds no image that can be read{why}; leave images out to use blank ones, or the package's."
         )
     return taken
 

@@ -109,6 +109,12 @@ class _Extraction:
         self.layout = Layout(shard_length(size, source.count), shapes, settings.dtype)
         self.facts = {**extractor.facts, "dtype": settings.dtype, "pca": settings.pca}
         self.default = [key for key in shapes if key != TOKEN][len(extractor.blocks) - 1]
+        self.index = Index(self.out)
+        done = sum(map(len, self.index.shards.values()))  # until it is settled, no error binds the folder to settings
+        check_room(self.out, self.layout.image_bytes, source.count or source.expected, done, say)
+        channels = min(shape[-1] for shape in extractor.shapes.values())
+        if settings.pca and settings.pca > channels:
+            raise UserError(f"--pca {settings.pca}: features of {channels} channels have not so many components")
         folder.settle(
             {
                 **self.facts,
@@ -123,7 +129,6 @@ class _Extraction:
             undecided=["version"],
             begun=INDEX,
         )
-        self.index = Index(self.out)
         cores = 1 if extractor.device.type == "cpu" else 8
         self.pool = ThreadPoolExecutor(settings.num_workers or cores, "decode")
         self.writer, self.line = ThreadPoolExecutor(2, "write"), threading.Lock()
@@ -133,8 +138,6 @@ class _Extraction:
         if changed := self.index.forget(self.source.changed(self.index.shards, self.layout.length)):
             shards = f"{changed} shard{'s' * (changed > 1)}"
             self.say(f"taken again: {shards} with images that are others now, or could not be read before")
-        done = sum(len(images) for images in self.index.shards.values())
-        check_room(self.out, self.layout.image_bytes, self.source.count or self.source.expected, done, self.say)
         self.basis = self._basis()
         try:
             self._shards()

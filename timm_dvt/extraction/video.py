@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from timm_dvt.errors import UserError
+from timm_dvt.errors import UserError, printable
 
 SUFFIXES = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm .wmv".split())
 
@@ -27,7 +27,8 @@ def video_frames(source: str | Path) -> Iterator[np.ndarray]:
     except ImportError:
         raise UserError(f"{source} needs the package imageio: pip install imageio[ffmpeg]") from None
     except Exception as error:  # imageio's plugins each raise their own kinds
-        raise UserError(f"{source} is no folder of frames and no video that can be read: {error}") from error
+        said = printable((str(error).strip().splitlines() or [type(error).__name__])[-1])  # ffmpeg says much before
+        raise UserError(f"{source} is no folder of frames and no video that can be read: {said}") from error
     with reader:
         for frame in reader:
             yield np.asarray(Image.fromarray(np.asarray(frame)).convert("RGB"))

@@ -9,6 +9,7 @@ from timm_dvt.inspection.results import Estimate, Finding, Inspection, Layer
 
 SMALL, LARGE = 0.01, 0.04  # position's share: below it is not worth an effort, above it is worth a training
 READABLE = 0.3  # R2 from which a place can be read out of a token
+BEYOND_DOUBT = 0.9  # R2 on images held out that is no chance, however little few images tell of what chance gives
 MORE = 1.5  # times the features' share that makes an earlier block worth a word
 STRONGER = 1.1  # of the pattern in blank images, on over off
 LEAST_OUTLIERS, STANDS_OUT = 1e-4, 2.0  # share of the patches, and their norm over the median
@@ -49,7 +50,7 @@ def findings(report: Inspection) -> Iterator[Finding]:
 def _position(report: Inspection, off: Layer, on: Layer | None) -> Finding:
     layer, behind = (on, " behind the denoiser") if on is not None else (off, "")
     share = layer.share
-    readable = min(layer.row.value, layer.column.value) > READABLE and not layer.row.is_chance
+    readable = all(_is_read(estimate) for estimate in (layer.row, layer.column))
     what = f"Position explains {percent(share)} of what varies in the final features{behind}"
     if on is not None:
         what += f", and {percent(off.share)} without it"
@@ -73,7 +74,8 @@ def _position(report: Inspection, off: Layer, on: Layer | None) -> Finding:
         if not readable and share.value > max(share.chance, SMALL):
             return Finding(
                 "note",
-                f"{what} {where} So few images do not tell this from nothing: inspect more (--images, --views).",
+                f"{what} {where} So few images do not tell the features' {percent(share)} from nothing: inspect more "
+                "(--images, --views).",
             )
         if not readable:
             return Finding(
@@ -119,8 +121,9 @@ def _blank(report: Inspection, off: Layer, on: Layer) -> Iterator[Finding]:
             yield Finding(
                 "blank",
                 f"In images {kind} the denoiser makes the pattern {times:.1f} times stronger, so walls and skies that "
-                "fill an image get worse. Make it anew with a gate for blank images (the default now).",
-                (f"timm-dvt calibrate --model {report.model} --images PHOTOS --out calibrated",),
+                "fill an image get worse. A gate for blank images levels them; it comes with what takes off what the "
+                "denoiser leaves.",
+                (f"timm-dvt calibrate --model {report.model} --images PHOTOS --out calibrated --method leftover",),
             )
 
 
@@ -133,7 +136,7 @@ def _outliers(report: Inspection) -> Finding:
             layer = max(near, key=lambda layer: layer.outliers.ratio)
             words = (
                 f"No outlier tokens: of the norms of {layer.name} {percent(layer.outliers.share)} lie beyond a valley, "
-                f"at {layer.outliers.ratio:.1f} times the usual norm; outliers have {STANDS_OUT:g} times and more."
+                f"at {layer.outliers.ratio:.2f} times the usual norm; outliers have {STANDS_OUT:g} times and more."
             )
         return Finding("nothing", words)
     # The features' norm hides what stands out; the last block shows it.
@@ -154,6 +157,9 @@ def _outliers(report: Inspection) -> Finding:
             if not outliers.place.is_chance
             else " They are not bound to places."
         )
+    last = [one for one in report.layers if not one.denoised and one.block == report.layer().block]
+    if not any(one in layers for one in last):
+        return Finding("note", f"{words} The last block and the features have none.")
     words += (
         " This is not what a denoiser of position removes: take a model trained with registers (in timm *_reg4_*), or "
         "add registers at test time (Vision Transformers Don't Need Trained Registers, arXiv 2506.08010)."
@@ -169,9 +175,14 @@ def _with_registers(name: str) -> str | None:
     return other if other in known else None
 
 
+def _is_read(estimate: Estimate) -> bool:
+    beyond = estimate.value > max(BEYOND_DOUBT, 2 * estimate.error)
+    return estimate.value > READABLE and (beyond or not estimate.is_chance)
+
+
 def _stands_out(layer: Layer) -> bool:
     outliers = layer.outliers
-    least = max(LEAST_OUTLIERS, outliers.share.chance)
+    least = max(LEAST_OUTLIERS, outliers.share.chance, 2 * outliers.share.error)
     enough = outliers.share.value > least and outliers.robust_share.value > LEAST_OUTLIERS
     return enough and outliers.ratio >= STANDS_OUT
 

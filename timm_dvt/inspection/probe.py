@@ -65,7 +65,7 @@ class PlaceProbe:
             return jackknife(value, len(missed))
 
         (row, row_error), (column, column_error), *controls = (of(place) for place in range(4))
-        chances = [max(value + 2 * error, 0.0) for value, error in controls]
+        chances = [min(max(value + 2 * error, 0.0), 1.0) for value, error in controls]  # few images tell little of it
         return Estimate(row, row_error, chances[0]), Estimate(column, column_error, chances[1])
 
     def _fit(self) -> None:

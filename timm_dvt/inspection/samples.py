@@ -51,6 +51,7 @@ def _different(images: Source | Iterable[Source], most: int) -> list[Source]:
     if len(different) >= LEAST_IMAGES:
         return different
     what = f"{len(candidates)} image" + "s" * (len(candidates) > 1)
+    what += f" for so few views (8 each, up to {most})" * (len(candidates) == most < LEAST_IMAGES * 4)
     if len(candidates) > len(different):
         what += f", of which only {len(different)} differ{'s' * (len(different) == 1)} from the others"
     raise InspectionError(

@@ -56,7 +56,7 @@ MEASURED = (
     ("pattern in images of one color, in % of that of raw features", "100", "0.02"),
     ("a wall painted over half of a photograph: pattern left, %", "100", "97"),
     ("photographs (VOC): variance that position explains, %", "6.36", "0.91"),
-    ("photographs (VOC): wrong patches where each class is labeled on one side, %", "34.5", "30.5"),
+    ("photographs (VOC): wrong patches where each of two groups by color is labeled on one side, %", "34.5", "30.5"),
     ("photographs (VOC): object discovery, CorLoc", "46.5", "45.5"),
     ("photographs (VOC): detection, 150 to learn from, mAP", "20.0", "19.5"),
     ("a kitchen (100 frames): depth, delta1, %", "70.5", "71.8"),

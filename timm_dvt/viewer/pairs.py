@@ -78,8 +78,16 @@ def similarities(off: np.ndarray, on: np.ndarray, patch: tuple[int, int]) -> tup
     and more so behind a denoiser, which takes out what differs by place: of the tokens as they are all cosines are
     high, and their map is flat. Nearest neighbors are told apart by what is left after the mean.
     """
-    first, second = (similarity(m, patch) for m in centered(off, on))
+    first, second = (
+        np.ones(m.shape[:2]) if _is_flat(m, whole) else similarity(m, patch)
+        for m, whole in zip(centered(off, on), (off, on))
+    )
     return _heated(first, second)
+
+
+def _is_flat(map_: np.ndarray, whole: np.ndarray) -> bool:
+    """Whether what is left of a map after its mean is rounding: all patches are alike."""
+    return bool(norms(map_).max() < ROUNDING * norms(whole).mean())
 
 
 def removed(off: np.ndarray, on: np.ndarray) -> tuple[Pair, Scale]:

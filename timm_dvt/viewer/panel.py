@@ -3,6 +3,7 @@
 It is drawn twice as large as a repository's page shows it (838 pixels wide), and its words can be read at half of that.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -136,7 +137,7 @@ def _words(lines: Sequence[tuple[str, int, tuple[int, int, int]]]) -> Image.Imag
     part = Image.new("RGB", (WIDTH, MARGIN + sum(size + 12 for _, size, _ in lines)), PAPER)
     pen, top = ImageDraw.Draw(part), MARGIN // 2
     for text, size, ink in lines:
-        pen.text((MARGIN, top), text, fill=ink, font=_font(size))
+        pen.text((MARGIN, top), plain(text), fill=ink, font=_font(size))
         top += size + 12
     return part
 
@@ -154,6 +155,12 @@ def _wrapped(pen: ImageDraw.ImageDraw, text: str, size: int) -> list[str]:
         else:
             lines.append(word)
     return lines
+
+
+def plain(text: str) -> str:
+    """The text in letters of the font that comes with Pillow: Zurich of Zürich, and ? of what has no such."""
+    apart = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(c if c.isascii() else "?" for c in apart)
 
 
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

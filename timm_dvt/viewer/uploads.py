@@ -11,23 +11,11 @@ from pathlib import Path
 from PIL import Image, features
 
 from timm_dvt.errors import ImageError, UserError
-from timm_dvt.images import decode, to_rgb
-
-try:
-    from pi_heif import register_heif_opener  # of the extra app: Pillow reads AVIF, and not HEIC
-
-    register_heif_opener()
-    HEIF = ["HEIF"]
-except ImportError:
-    HEIF = []
+from timm_dvt.images import HEIF, REMEDIES, decode, to_rgb
 
 # Not EPS, say, for which Pillow starts another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else []), *HEIF)
 SUFFIXES = (".heic", ".heif", ".avif")  # which browsers do not all know for images
-REMEDIES = {  # of a file that begins so, where it cannot be read
-    b"avif": "Pillow 11.3 or later reads AVIF",
-    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"), "pip install pi-heif, to read HEIC"),
-}
 MEGABYTES = "100"  # of a file, at the most; what lies compressed in one is bounded by its pixels
 MAX_PIXELS = 25e6
 SIDE = 1536  # pixels of the longer side of what is kept of an image; models see about 518

@@ -27,7 +27,7 @@ WORDS = {
     "share": "variance that position explains, %",
     "zero": "correlation with the map of a blank image",
     "blank": "pattern in images of one color, % of that with the denoiser off",
-    "wrong": "patches that get the wrong label where each class is labeled on one side, %",
+    "wrong": "patches that get the wrong label where each of two groups by color is labeled on one side, %",
 }
 GRAY = "gray"  # of COLORS, the blank image that is shown
 MEANING = (

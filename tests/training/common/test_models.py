@@ -72,7 +72,7 @@ def test_a_model_of_other_channels_is_refused_in_one_line(command, channels, tmp
     timm_dvt.save_pretrained(model, tmp_path / "model", model_args=arguments)
     (images := tmp_path / "data/val/images").mkdir(parents=True)
     for number in range(4):
-        Image.new("RGB", (40, 40)).save(images / f"{number}.png")
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(images / f"{number}.png")
     words = [word.format(data=tmp_path / "data", images=images, out=tmp_path / "out") for word in COMMANDS[command]]
     main = importlib.import_module(f"training.{command}").main
     try:
