@@ -42,6 +42,7 @@ class Denoised(_Backbone):
     def __init_subclass__(cls) -> None:
         backbone: Any = cls.__mro__[cls.__mro__.index(Denoised) + 1]
         cls._backbone_class = backbone
+        cls.__constants__ = [*getattr(backbone, "__constants__", ()), "plain"]  # TorchScript's
         cls._backbone_features = _renamed(backbone.forward_features, "_backbone_features")
         if hasattr(backbone, "forward_head"):
             cls._backbone_head = _renamed(backbone.forward_head, "_backbone_head")

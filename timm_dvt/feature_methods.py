@@ -56,11 +56,12 @@ class OfImages(_Model):
         features = self._backbone_features(x)
         if self.denoise and self.denoises_final:
             if torch.jit.is_scripting():
-                if not self.plain:
+                if self.plain:  # a constant, so that of other models this is not compiled
+                    grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+                    prefix, patches = features[:, : self.num_prefix_tokens], features[:, self.num_prefix_tokens :]
+                    return torch.cat([prefix, self._denoise(patches, grid)], dim=1)
+                else:
                     raise RuntimeError("TorchScript knows this model's features only with the denoiser off.")
-                grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-                prefix, patches = features[:, : self.num_prefix_tokens], features[:, self.num_prefix_tokens :]
-                return torch.cat([prefix, self._denoise(patches, grid)], dim=1)
             else:
                 return self._cleaned(features, {"x": x})
         return features

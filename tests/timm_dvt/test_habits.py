@@ -261,3 +261,16 @@ def test_timms_own_save_for_hf_makes_a_folder_that_loads(tmp_path, safe):
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.randn(1, 3, 56, 70)
     assert torch.equal(again.forward_features(images), model.forward_features(images))
+
+
+@pytest.mark.parametrize("name", ["samvit_base_patch16", "mixer_s16_224"])
+def test_a_model_whose_features_are_more_than_tokens_is_scripted_with_the_denoiser_off(name):
+    torch.manual_seed(0)
+    arguments = {"depth": 1, "img_size": 64} if "sam" in name else {"img_size": 64}
+    model = timm_dvt.add_denoiser(timm.create_model(name, **arguments)).eval()
+    model.set_denoise(False)
+    images = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(torch.jit.script(model)(images), model(images))
+    model.set_denoise(True)
+    with pytest.raises(torch.jit.Error, match="only with the denoiser off"):
+        torch.jit.script(model)(images)

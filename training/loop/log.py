@@ -53,7 +53,8 @@ class TrainingLog:
             mininterval=0.5,
         )
         if speaks and folder is not None:
-            kept = [record for record, _ in read_lines(folder / LOG) if record["step"] <= step]
+            known = read_lines(folder / LOG) if steps else ()  # of no steps the one line is written again
+            kept = [record for record, _ in known if record["step"] <= step]
             write_atomically(folder / LOG, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def __enter__(self) -> TrainingLog:
