@@ -11,6 +11,7 @@ from timm_dvt.images import PHOTOGRAPHS, read_image
 
 LEAST_IMAGES = 4
 LEAST_TRIED = 8  # half to calibrate on, half to judge by
+ONE_LEVEL = 1 / 255
 ALIKE = 0.03  # root mean square difference of thumbnails with values in [0, 1]
 THUMBNAIL = (16, 16)
 
@@ -45,15 +46,17 @@ def _different(images: Source | Iterable[Source], most: int) -> list[Source]:
     seen: list[torch.Tensor] = []
     for image in candidates:
         small = canvas(image, THUMBNAIL, 0)
+        if float((small - small.mean((1, 2), keepdim=True)).abs().max()) < ONE_LEVEL:
+            continue  # of one color, it holds nothing that a share could be a share of; blank images are read anyway
         if all(float((small - other).square().mean()) > ALIKE**2 for other in seen):
             different.append(image)
             seen.append(small)
     if len(different) >= LEAST_IMAGES:
         return different
     what = f"{len(candidates)} image" + "s" * (len(candidates) > 1)
-    what += f" for so few views (8 each, up to {most})" * (len(candidates) == most < LEAST_IMAGES * 4)
+    what += " within the views, of which each takes 8 (--views)" * (len(candidates) == most)
     if len(candidates) > len(different):
-        what += f", of which only {len(different)} differ{'s' * (len(different) == 1)} from the others"
+        what += f", of which only {len(different)} show{'s' * (len(different) == 1)} something that no other shows"
     raise InspectionError(
         f"images holds {what}. What a model adds at a place is told by what different images have in common there: "
         f"give {LEAST_IMAGES} or more of different scenes, better 16, or none (parts of two photographs that come with "
