@@ -136,8 +136,10 @@ def _outliers(report: Inspection) -> Finding:
             layer = max(near, key=lambda layer: layer.outliers.ratio)
             words = (
                 f"No outlier tokens: of the norms of {layer.name} {percent(layer.outliers.share)} lie beyond a valley, "
-                f"at {layer.outliers.ratio:.2f} times the usual norm; outliers have {STANDS_OUT:g} times and more."
+                f"at {layer.outliers.ratio:.2f} times the usual norm; "
             )
+            few = "these images do not tell so many from chance."
+            words += few if layer.outliers.ratio >= STANDS_OUT else f"outliers have {STANDS_OUT:g} times and more."
         return Finding("nothing", words)
     # The features' norm hides what stands out; the last block shows it.
     layer = layers[-1] if not layers[-1].final or len(layers) == 1 else layers[-2]
