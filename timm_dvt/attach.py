@@ -1,5 +1,6 @@
 """Giving a timm model a denoiser, and taking it away."""
 
+import operator
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -101,9 +102,12 @@ def new_denoisers(
 def blocks_of(model: nn.Module, layout: Layout, layers: Sequence[int] | None) -> list[int]:
     """The blocks that `layers` of `add_denoiser` name, from 0, rising. Raises ValueError for those that cannot be."""
     count = layout.maps
-    wanted: Any = [-1] if layers is None else [layers] if isinstance(layers, int) else layers
-    numbers = not isinstance(wanted, str) and all(isinstance(block, int) for block in wanted)
-    if not numbers or not wanted or any(not -count <= block < count for block in wanted):
+    try:
+        named: Any = [-1] if layers is None else [layers] if isinstance(layers, int) else layers
+        wanted = [operator.index(block) for block in named]
+    except TypeError:  # no whole numbers
+        wanted = []
+    if not wanted or any(not -count <= block < count for block in wanted):
         raise UserError(f"layers must be one or more blocks from {-count} to {count - 1}, got {layers!r}")
     blocks = sorted({block % count for block in wanted})
     if blocks != [count - 1]:

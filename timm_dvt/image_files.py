@@ -93,10 +93,10 @@ def given_images(where: str | Path, out: str | Path, limit: int | None = None) -
     """
     sources, out = list_images(where), Path(out).resolve()
     given = [source for source in sources if not (Path(where).is_dir() and _is_drawn(source))]
-    if out.is_relative_to(Path(where).resolve()):
+    if out != (root := Path(where).resolve()) and out.is_relative_to(root):
         given = [source for source in given if not source.path.resolve().is_relative_to(out)]
     if not given:
-        raise UserError(f"{where} holds no images but those below {out}, or pictures that this package drew")
+        raise UserError(f"{where} holds no images but what was made here: those of a run, or below {out}")
     if limit is not None and limit < 1:
         raise UserError(f"limit must be 1 or more, got {limit}")
     return given[:limit]

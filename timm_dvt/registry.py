@@ -56,7 +56,7 @@ def register(
     if cfg is None:
         raise UserError(f"backbone is {backbone!r}, which timm does not know; see timm.list_models('*vit*').")
     check_supported(create_model(backbone, device="meta"))
-    if not re.fullmatch(r"\w+", suffix):
+    if not (isinstance(suffix, str) and re.fullmatch("[A-Za-z0-9_]+", suffix)):
         raise UserError(f"suffix is {suffix!r}; it must be letters, digits and underscores, as in names of timm's")
     if resolution is not None and (type(resolution) is not int or resolution < 1):
         raise UserError(f"resolution is {resolution!r}; it must be a number of pixels")

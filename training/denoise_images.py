@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{failed} of {len(sources)} images failed: see {folder.path / FAILURES}", file=sys.stderr)
     if is_first_process() and (others := folder.others(sources)):
         print(
-            f"{folder.path} holds {others} more, of images that are not among these or were others then; "
+            f"{folder.path} holds {others} more pairs, of images that are not among these or were others then; "
             "training.train_denoiser learns from them too",
             file=sys.stderr,
         )

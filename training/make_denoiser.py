@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
                 if args.leftover:
                     facts["views for what it left of position, taken off"] = str(LEFTOVER_VIEWS)
                 last = [record for record, _ in read_lines(folder / LOG) if "val_loss" in record][-1]
-                facts["distance to that, of its own validation"] = (
+                facts["distance to what it learned to give, of its own validation"] = (
                     f"{last['val_loss_raw']:.3g} of raw tokens, {last['val_loss']:.3g} of what it predicts"
                 )
                 before_after(model.to(device).eval(), held_out, folder, args.out, facts, args.pretrained)
@@ -158,8 +158,9 @@ def spread(sources: list[Source], most: int) -> list[Source]:
 
 
 def usable(sources: list[Source]) -> list[Source]:
-    """Those of the images that can be decoded, each once, or one that is learned from would be judged by; others are
-    said.
+    """Those of the images that can be decoded, each once, so that none is both learned from and judged by.
+
+    The others are named.
     """
     known: dict[str, Source] = {}
     for source in sources:

@@ -201,14 +201,17 @@ def test_random_weights_are_told():
 BAD = {
     "no ViT": (lambda: inspect(timm.create_model("test_resnet")), "A ResNet cannot be inspected"),
     "one image": (lambda: inspect(vit(), photographs(1)), "images holds 1 image. What"),
-    "duplicates": (lambda: inspect(vit(), photographs(1) * 30), "30 images, of which only 1 shows something that no"),
+    "duplicates": (
+        lambda: inspect(vit(), photographs(1) * 30),
+        "30 images, and only 1 of them shows what no other does",
+    ),
     "few of many": (
         lambda: inspect(vit(), photographs(1) * 30, views=32),
-        "4 images within the views, of which each takes 8 .--views., of which only 1 shows",
+        "of images 4 were looked at, as each takes 8 of the views, and only 1 of them shows",
     ),
     "one color": (
         lambda: inspect(vit(), [torch.full((3, 96, 96), gray / 9) for gray in range(9)]),
-        "9 images, of which only 0 show something",
+        "9 images, and only 0 of them show what",
     ),
     "block": (lambda: inspect(vit(), blocks=[2]), "blocks is .2.; this model has those from -2 to 1"),
     "views": (lambda: inspect(vit(), views=8), "views is 8"),

@@ -62,6 +62,7 @@ def test_a_denoiser_without_a_gate_gets_one_for_blank_images(gated):
         spread = [model.forward_features(gray)[0, 1:].std(0).norm()]
         with model.denoising(False):
             spread.append(model.forward_features(gray)[0, 1:].std(0).norm())
+    assert model.denoiser.calibration.views == 32
     assert (spread[0] < 0.01 * spread[1]) == gated == (model.denoiser.blank_gate is not None)
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -49,6 +50,20 @@ def test_a_model_with_a_new_norm_behind_its_pool_is_told(folders):
         timm_dvt.load_denoiser(timm_dvt.add_denoiser(plain), folders["denoiser"])
 
 
+def test_a_model_with_its_own_pool_is_not(tmp_path):
+    small = {"depth": 1, "embed_dim": 64, "num_heads": 1}
+    beit = timm_dvt.add_denoiser(timm.create_model("beit_base_patch16_224", **small))
+    folder = timm_dvt.save_pretrained(beit, tmp_path, model_args=small)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        timm_dvt.load_denoiser(timm_dvt.add_denoiser(timm.create_model("beit_base_patch16_224", **small)), folder)
+
+
+def test_blocks_are_named_by_whatever_gives_whole_numbers():
+    for layers in ((block for block in (0, 1)), np.array([0, 1]), [np.int64(0), -5]):
+        assert list(timm_dvt.add_denoiser(timm.create_model("test_vit"), layers=layers).denoisers()) == [0, 1]
+
+
 def test_a_head_that_is_left_out_is_told(tmp_path):
     model = timm.create_model(DEFAULT_MODEL, num_classes=3, **SIZE)
     with pytest.warns(UserWarning, match="no weights of the head of 3 classes"):
@@ -83,7 +98,9 @@ def test_checkpoints_of_timms_training_are_read(tmp_path):
         (lambda: timm_dvt.add_denoiser(timm.create_model("test_vit"), grid_size=(4,)), "grid_size is"),
         (lambda: timm_dvt.add_denoiser(timm.create_model("test_vit"), pos_embed_out=(0, 2)), "pos_embed_out is"),
         (lambda: timm_dvt.load_denoiser(timm.create_model(DEFAULT_MODEL, **SIZE), {"a": 1}), "a dict: name a file"),
+        (lambda: timm_dvt.add_denoiser(timm.create_model("test_vit"), layers=0.5), "layers must be"),
         (lambda: timm_dvt.register("test_vit.r160_in1k", suffix=""), "suffix is ''"),
+        (lambda: timm_dvt.register("test_vit.r160_in1k", suffix=None), "suffix is None"),
         (lambda: timm_dvt.register("test_vit.r160_in1k", resolution="224"), "resolution is '224'"),
         (lambda: timm_dvt.register(None), "backbone is None"),
         (lambda: timm_dvt.freeze_backbone(timm.create_model(DEFAULT_MODEL, features_only=True)), "its .model"),

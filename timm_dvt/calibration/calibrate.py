@@ -182,8 +182,8 @@ def _calibrate_leftover(
             reader = LayerReader(model.eval(), model.layout, inner, batch_size, size)
             clean = {block: reader.name_of(block, denoised=True) for block in denoisers}
             count, positions = estimate_positions(reader, clean, samples, views, tolerance, progress)
-        if blank_gate and samples is not None:
-            ungated = {block: denoiser for block, denoiser in denoisers.items() if denoiser.blank_gate is None}
+        read, ungated = reader.views, {block: d for block, d in denoisers.items() if d.blank_gate is None}
+        if blank_gate and ungated and samples is not None:
             _add_gates(ungated, reader, {block: reader.name_of(block) for block in ungated}, samples)
     finally:
         model.train(training)
@@ -194,7 +194,7 @@ def _calibrate_leftover(
         denoiser.calibration = Calibration(
             method="leftover",
             images=0 if samples is None else min(len(samples), count),
-            views=reader.views,
+            views=read,
             error=position.error,
             components=0,
             share_before=position.share,

@@ -73,7 +73,8 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
         "--blank-gate",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="with images: know images without content, and level them (default: yes)",
+        help="with images: know images without content, and level them (default: yes); "
+        "leftover keeps the gate of a denoiser that has one",
     )
     parser.add_argument(
         "--json", action="store_true", help="print what was found as JSON, and nothing else; progress goes to stderr"

@@ -121,8 +121,8 @@ def _blank(report: Inspection, off: Layer, on: Layer) -> Iterator[Finding]:
             yield Finding(
                 "blank",
                 f"In images {kind} the denoiser makes the pattern {times:.1f} times stronger, so walls and skies that "
-                "fill an image get worse. A gate for blank images levels them; it comes with what takes off what the "
-                "denoiser leaves.",
+                "fill an image get worse. This gives it a gate for blank images, unless it has one, and takes off what "
+                "it leaves.",
                 (f"timm-dvt calibrate --model {report.model} --images PHOTOS --out calibrated --method leftover",),
             )
 

@@ -118,7 +118,7 @@ def _where(
         return float(sum(parts[index] for index in kept) / whole) if whole else 0.0
 
     border = Estimate(*jackknife(fraction, groups), float(ring.mean()))
-    place = _place(mask, group) if groups > 2 else None  # what an error is estimated without leaves two
+    place = _place(mask, group) if groups > 2 else None  # an error is estimated by leaving one out
     return border, place, _low_content(mask, content, group)
 
 

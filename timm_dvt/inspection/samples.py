@@ -53,12 +53,13 @@ def _different(images: Source | Iterable[Source], most: int) -> list[Source]:
             seen.append(small)
     if len(different) >= LEAST_IMAGES:
         return different
-    what = f"{len(candidates)} image" + "s" * (len(candidates) > 1)
-    what += " within the views, of which each takes 8 (--views)" * (len(candidates) == most)
+    found = f"images holds {len(candidates)} image" + "s" * (len(candidates) > 1)
+    if len(candidates) == most:
+        found = f"of images {most} were looked at, as each takes 8 of the views"
     if len(candidates) > len(different):
-        what += f", of which only {len(different)} show{'s' * (len(different) == 1)} something that no other shows"
+        found += f", and only {len(different)} of them show{'s' * (len(different) == 1)} what no other does"
     raise InspectionError(
-        f"images holds {what}. What a model adds at a place is told by what different images have in common there: "
+        f"{found}. What a model adds at a place is told by what different images have in common there: "
         f"give {LEAST_IMAGES} or more of different scenes, better 16, or none (parts of two photographs that come with "
         "the package)."
     )

@@ -44,7 +44,7 @@ class Measured:
 
     @property
     def time(self) -> str:
-        """The median, or no claim: after few rounds, or where they differ as they do on a busy machine."""
+        """The median, or no claim: of few rounds, or where they differ as they do on a busy machine."""
         if len(self.seconds) < ROUNDS:
             return ""
         low, _, high = statistics.quantiles(self.seconds, n=4)

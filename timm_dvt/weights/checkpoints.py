@@ -96,9 +96,13 @@ def from_state_dict(state: State, path: str = "state_dict") -> Checkpoint:
     return Checkpoint(path, *_split(_unwrap(state, path), path))
 
 
+# What training scripts call it; timm's order, by which averaged weights come first.
+HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model", "denoiser")
+
+
 def _unwrap(content: object, path: str) -> State:
-    """The state dict inside a training checkpoint, the authors' or timm's, whose averaged weights come first."""
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model", "denoiser"):
+    """The state dict inside a training checkpoint, the authors' or timm's."""
+    for key in HOLDERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
@@ -107,7 +111,7 @@ def _unwrap(content: object, path: str) -> State:
     strange = [str(k) for k, v in content.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
     if strange:
         raise CheckpointError(
-            f"{path}: no state dict under 'denoiser' or 'model', and these entries are no tensors: {some(strange)}."
+            f"{path}: no state dict under {', '.join(HOLDERS)}, and these entries are no tensors: {some(strange)}."
         )
     if others := [f"{key} of {odd}" for key, tensor in content.items() if (odd := _oddity(tensor))]:
         raise CheckpointError(f"{path}: no plain tensors of numbers as weights are: {some(others)}.")

@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.models import create_model, is_model
 from torch import nn
 
 from timm_dvt.architectures import ARCHITECTURES, architecture_of
+from timm_dvt.attach import norms_after_pool
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from timm_dvt.errors import UnsupportedModelError
 from timm_dvt.layouts import unwrapping
@@ -87,6 +89,14 @@ def _out_grid(embedding: torch.Tensor, expected: Grid) -> Grid:
     return expected if places == math.prod(expected) or side * side != places or not side else (side, side)
 
 
+def _has_new_norm(model: Any) -> bool:
+    """Whether another pool than its own gave a model a norm that has learned nothing, in place of its final one."""
+    weight = model.fc_norm.weight if model.norm_after_pool else None
+    if weight is None or weight.is_meta or not bool((weight == 1).all()) or not is_model(model.backbone_name):
+        return False
+    return not norms_after_pool(create_model(model.backbone_name, device="meta"))
+
+
 def load_denoiser(model: Any, path: str | os.PathLike) -> nn.Module:
     """Load a denoiser's weights into a denoised model, all or nothing, and return the model.
 
@@ -108,7 +118,7 @@ def load_denoiser(model: Any, path: str | os.PathLike) -> nn.Module:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no denoiser to load into; see timm_dvt.add_denoiser.{unwrapping(model)}"
         )
-    if model.norm_after_pool and bool((model.fc_norm.weight == 1).all()):
+    if _has_new_norm(model):
         warnings.warn(
             "timm made this model with a new norm behind its pool, and denoisers are made for what the trained one "
             "gives; create the *_dvt variant, or the model with its own pool and then "

@@ -6,8 +6,7 @@
 Each task prints a table (raw, denoised, difference) and writes it as JSON to OUT. Kill it whenever you like, and
 run the same command again to continue. python -m training.report OUT makes one table of all results in OUT.
 
-Exit code: 0 done; 1 a probe diverged; 2 the command or the data is wrong; 3 OUT cannot be written; 130 stopped by
-Ctrl-C.
+Exit code: 0 done; 1 a probe diverged; 2 the command or the data is wrong; 130 stopped by Ctrl-C.
 """
 
 import argparse
@@ -37,6 +36,8 @@ from training.evaluate.runner import Request, evaluate, open_splits
 from training.evaluate.tables import result_table
 from training.evaluate.tasks import TASKS, load_task, task_settings, tasks_of
 
+OURS = ("input", "dtype")  # tags that say how features were made
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
@@ -47,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """What the parsed arguments ask for."""
-    bad = [tag for tag in args.tag if "=" not in tag]
+    bad = [tag for tag in args.tag if "=" not in tag or tag.split("=")[0] in OURS]
     if bad:
-        raise UserError(f"--tag takes NAME=VALUE, got {bad[0]!r}")
+        raise UserError(f"--tag takes NAME=VALUE, and of names not {' or '.join(OURS)}, got {bad[0]!r}")
     names = [args.task]
     if args.task == "all":
         kinds = kinds_of(args.dataset, args.data)
@@ -59,15 +60,20 @@ def run(args: argparse.Namespace) -> int:
     request = build(Request, args)
     cache = None if args.cache == Path("off") else args.cache or args.out / "features"
     requests = [replace(request, task=name, cache=cache) for name in names]
-    splits = open_splits(requests)  # before anything slow
+    unusable: dict[str, UserError] = {}
+    splits = open_splits(requests, unusable if args.task == "all" else None)  # before anything slow
     device = pick_device(args.device)
     model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
     extractor = Extractor(model, args.input_size or input_size_of(request.pairs), args.dtype)
     code = 0
     for request, opened in zip(requests, splits):
         try:
+            if request.task in unusable:
+                raise unusable[request.task]
             result, path = evaluate(request, model, extractor, opened)
         except FileNotFoundError as error:  # an image or mask that a list names
+            if not Path(error.filename or "").is_relative_to(args.data):
+                raise
             layout = DATASETS[args.dataset].layout
             raise UserError(f"there is no file {error.filename}\nExpected layout:\n{layout}") from error
         except (UserError, Diverged) as error:

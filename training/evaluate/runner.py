@@ -69,8 +69,11 @@ class Request:
     batch_size: int = option(16, "images in one forward pass", least=1, metavar="N")
 
 
-def open_splits(requests: Sequence[Request]) -> list[dict[str, Split]]:
+def open_splits(requests: Sequence[Request], left_out: dict[str, UserError] | None = None) -> list[dict[str, Split]]:
     """The images and annotations of each evaluation, read and checked once for those that share them.
+
+    Args:
+        left_out: gets, by task, the reasons why annotations cannot be; default, the first is raised.
 
     Raises:
         ValueError: a name, setting or dataset that cannot be.
@@ -81,9 +84,17 @@ def open_splits(requests: Sequence[Request]) -> list[dict[str, Split]]:
         kind = load_task(request.task, request.protocol).KIND
         settings = task_settings(request.task, request.dataset, request.settings, request.protocol)
         keys.append((request.dataset, request.data, kind, getattr(settings, "trainaug", None), request.limit))
-    for key in keys:
-        if key not in opened:
-            opened[key] = open_dataset(*key)
+    failed: dict[tuple, UserError] = {}
+    for request, key in zip(requests, keys):
+        try:
+            if key not in opened:
+                opened[key] = open_dataset(*key)
+        except UserError as error:
+            if left_out is None:
+                raise
+            opened[key], failed[key] = {}, error
+        if key in failed and left_out is not None:
+            left_out[request.task] = failed[key]
     return [opened[key] for key in keys]
 
 
@@ -109,6 +120,12 @@ def evaluate(
 
     def settings_by(*words: str) -> Any:
         return task_settings(request.task, request.dataset, words, request.protocol)
+
+    def changes(word: str) -> bool:
+        try:
+            return settings_by(word) != settings_by()
+        except UserError:  # it can be beside the others alone, as a `least` above the usual `most`
+            return True
 
     settings = settings_by(*request.settings)
     splits = splits or open_splits([request])[0]
@@ -169,7 +186,7 @@ def evaluate(
         "data": str(request.data.resolve()),
         "pair_folders": [str(folder) for folder in request.pairs],
         "limit": request.limit,
-        "changed": [word for word in request.settings if settings_by(word) != settings_by()],
+        "changed": [word for word in request.settings if changes(word)],
         "tags": tags,
         "seed": request.seed,
         "repeats": request.repeats,

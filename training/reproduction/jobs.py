@@ -131,7 +131,10 @@ def _pairs(backbone: str, images: str, options: Options, *more: str) -> Job:
 
 def _taken(options: Options, images: str) -> list[str]:
     """By which folders of what is made are told apart: the pairs of a trial are no part of the whole."""
-    return [images, options.images] if options.images and images == "train" else [images, *_limit(options)]
+    if not options.images or images != "train":
+        return [images, *_limit(options)]
+    where = Path(options.images).resolve()
+    return [images, f"{where.name}-{sha256(str(where).encode(errors='surrogateescape')).hexdigest()[:6]}"]
 
 
 def _limit(options: Options) -> list[str]:

@@ -80,7 +80,7 @@ class Stage1Settings:
         """
         check_area(self.area)
         if self.solver == "field" and not self.linear.artifacts:
-            raise UserError("--no-artifacts is of the linear solver: pass --solver linear, too")
+            raise UserError("--no-artifacts is of the linear solver: pass --solver linear too")
         reader = replace(self, layers=_blocks(self.layers, model)).reader(model)
         filled: dict[str, Any] = {name: getattr(reader, name) for name in ("layers", "input_size", "stride")}
         return replace(self, crops=min(self.crops, self.views - 1), **filled)

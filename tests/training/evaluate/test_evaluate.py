@@ -172,6 +172,22 @@ def test_all_goes_on_where_one_task_cannot_be(model, data, tmp_path, monkeypatch
     assert result.name.startswith("knn-seg")
 
 
+def test_all_goes_on_where_annotations_of_one_kind_cannot_be(model, data, tmp_path, monkeypatch, capsys):
+    where = shutil.copytree(data["folder"], tmp_path / "folder")
+    for path in where.rglob("masks/**/*.png"):
+        Image.fromarray(np.zeros((64, 64), np.uint8)).save(path)
+    for path in where.rglob("depths/**/*.png"):
+        Image.fromarray(3 * np.array(Image.open(path))).save(path)
+    for name in set(tasks_of("fast")) - {"knn-seg", "depth"}:
+        monkeypatch.setattr(load_task(name), "KIND", "none")
+    words = ["all", "--dataset", "folder", "--data", str(where), "--model", model, "--out", str(tmp_path / "out")]
+    quick = ["depth.steps=3", "depth.warmup=1", "depth.least=11", "depth.most=30"]  # which are valid together
+    assert main([*words, "--set", *quick]) == 2
+    assert "error: left out knn-seg: " in capsys.readouterr().err
+    (path,) = (tmp_path / "out").glob("*.json")
+    assert json.loads(path.read_text())["changed"] == quick
+
+
 def test_a_bank_without_a_label_is_told(model, data, tmp_path, capsys):
     where = shutil.copytree(data["stamps"], tmp_path / "stamps")
     masks = sorted((where / "train" / "masks").iterdir())

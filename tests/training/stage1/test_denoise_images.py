@@ -199,7 +199,7 @@ def test_pairs_of_images_that_are_no_longer_given_are_counted(images, tmp_path, 
     (images / "c.png").write_bytes((images / "b" / "1.png").read_bytes())
     (images / "b" / "1.png").unlink()
     assert run(images, tmp_path / "out") == 0
-    assert "holds 2 more, of images that are not among these or were others then" in capsys.readouterr().err
+    assert "holds 2 more pairs, of images that are not among these or were others then" in capsys.readouterr().err
 
 
 def test_a_map_of_the_linear_solver_is_not_asked_of_the_field(images, tmp_path, capsys):

@@ -46,6 +46,9 @@ class FieldSettings:
     def __post_init__(self) -> None:
         if self.recipe not in ("paper", "repository"):
             raise UserError(f"recipe must be paper or repository, got {self.recipe!r}")
+        for name, least in (("steps", 2), ("batch", 1), ("lr", 0), ("alpha", 0), ("beta", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
 
 
 class Networks(nn.Module):
