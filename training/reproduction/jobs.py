@@ -178,8 +178,14 @@ class Runner:
             return {}
 
     def done(self, job: Job) -> bool:
-        """Whether a job was done, by whomever."""
-        return "result" in self.record(job) if job.made is None else job.made.exists()
+        """Whether a job was done, by whomever, and not of other data, unless those are elsewhere by now."""
+        if job.made is not None:
+            return job.made.exists()
+        record = self.record(job)
+        if "result" not in record or "--data" not in job.command:
+            return "result" in record
+        before, now = (Path(value_of(command, "--data")) for command in (record["command"], job.command))
+        return before.resolve() == now.resolve() or not before.exists()
 
     def failure(self, job: Job) -> str | None:
         """Why a job failed, for this process or for another one since this one began: it is not tried again."""

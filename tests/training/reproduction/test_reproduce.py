@@ -306,3 +306,21 @@ def test_a_plan_times_the_denoisers_that_stage_2_trains_on_the_grid_that_stage_1
         stage1 = Job("stage1", ("training.denoise_images", "--model", model, *images, *more))
         assert making.seconds_to_make(Job("stage2", stage2, (stage1,))) > 0
         assert timed.pop() == (0, grid, 2) and not timed
+
+
+def test_a_job_is_done_of_its_own_data_wherever_they_lie_now(tmp_path):
+    def job(data):
+        return jobs.job_of(select(["4"], [DINOV2])[0], jobs.Options(data, tmp_path / "out"))
+
+    first, other = tmp_path / "first", tmp_path / "other"
+    for folder in (first, other):
+        (folder / "voc").mkdir(parents=True)
+    with SharedFolder(tmp_path / "out") as folder:
+        runner, done = Runner(folder), job(first)
+        assert not runner.done(done)
+        path = tmp_path / "out" / "jobs" / f"{done.name}.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"command": done.command, "result": {}}))
+        assert runner.done(done) and not runner.done(job(other))
+        first.rename(tmp_path / "moved")
+        assert runner.done(job(tmp_path / "moved"))
