@@ -223,6 +223,12 @@ def test_half_precision_features_are_taken(scene):
     assert sum(steps) == len(result.losses) == 60
 
 
+@pytest.mark.parametrize("name, value, least", [("steps", 1, 2), ("batch", 0, 1), ("lr", float("nan"), 0)])
+def test_a_number_that_cannot_be_is_named(name, value, least):
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}, got {value}"):
+        FieldSettings(**{name: value})
+
+
 @pytest.mark.parametrize("name", ["recipe", "backend"])
 def test_a_choice_that_is_none_is_named(name, scene):
     with pytest.raises(ValueError, match=f"{name} must be .*, got 'other'"):

@@ -47,8 +47,8 @@ class FieldSettings:
         if self.recipe not in ("paper", "repository"):
             raise UserError(f"recipe must be paper or repository, got {self.recipe!r}")
         for name, least in (("steps", 2), ("batch", 1), ("lr", 0), ("alpha", 0), ("beta", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
+            if not getattr(self, name) >= least:  # nor NaN
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 class Networks(nn.Module):
