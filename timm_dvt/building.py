@@ -192,8 +192,8 @@ def _backbone(variant: Variant, cfg: dict, checkpoint: Checkpoint | None, cache_
         _load_backbone(model, checkpoint, cfg)
         return model
     own = {key: value for key, value in kwargs.items() if key != "global_pool"}
-    after, before = (norms_after_pool(_sketch(variant, cfg, arguments)) for arguments in (kwargs, own))
-    if after and not before:  # timm would leave out what the final norm has learned
+    if own != kwargs and [norms_after_pool(_sketch(variant, cfg, given)) for given in (kwargs, own)] == [True, False]:
+        # timm would leave out what the final norm has learned.
         model = build(pretrained=False, pretrained_cfg=cfg, **kwargs)
         model.load_state_dict(behind_pool(_backbone(variant, cfg, checkpoint, cache_dir, own).state_dict()))
         return model

@@ -85,7 +85,7 @@ def list_images(where: str | Path, limit: int | None = None) -> list[Source]:
     return sources[:limit]
 
 
-def given_images(where: str | Path, out: str | Path, limit: int | None = None) -> list[Source]:
+def given_images(where: str | Path, out: str | Path) -> list[Source]:
     """As `list_images`, without what this package drew: all below `out`, and in a folder pictures of other runs.
 
     Raises:
@@ -97,9 +97,7 @@ def given_images(where: str | Path, out: str | Path, limit: int | None = None) -
         given = [source for source in given if not source.path.resolve().is_relative_to(out)]
     if not given:
         raise UserError(f"{where} holds no images but what was made here: those of a run, or below {out}")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit must be 1 or more, got {limit}")
-    return given[:limit]
+    return given
 
 
 def _is_drawn(source: Source) -> bool:

@@ -43,9 +43,13 @@ def normed(model: Any, features: torch.Tensor, layout: Layout) -> tuple[torch.Te
     count = int(getattr(model, "num_prefix_tokens", layout.prefix))
     patches = layout.patches(features, count)
     prefix = features[:, :count] if layout.form == "tokens" else patches[:, :0]
-    if norms_after_pool(model) or getattr(model, "norm_after_pool", False):
-        prefix, patches = model.fc_norm(prefix), model.fc_norm(patches)
-    return prefix, patches
+    norm = norm_behind_pool(model)
+    return (prefix, patches) if norm is None else (norm(prefix), norm(patches))
+
+
+def norm_behind_pool(model: Any) -> nn.Module | None:
+    """The final norm of a model that averages: timm has it behind the pool, and feature methods do not norm then."""
+    return model.fc_norm if norms_after_pool(model) or getattr(model, "norm_after_pool", False) else None
 
 
 def fit_to(model: Any, size: int | tuple[int, int]) -> Layout:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """What the parsed arguments ask for. Raises UserError, OutputError."""
-    sources = given_images(args.images, args.out, args.limit)
+    sources = given_images(args.images, args.out)[: args.limit]
     device = pick_device(args.device)
     model = load_model(args.model, pretrained=args.pretrained, seed=args.seed)
     settings = build(STAGE1[args.recipe], args).settled(model)

@@ -14,12 +14,12 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.data.transforms import str_to_pil_interp
 from timm.models.hiera import Hiera
 
-from timm_dvt.attach import Denoised, norms_after_pool
+from timm_dvt.attach import Denoised
 from timm_dvt.errors import UserError
 from timm_dvt.extraction.settings import ExtractSettings
 from timm_dvt.layouts import check_rgb, layout_or_refusal, meant_size
 from timm_dvt.loading import load_any_size, pick_device, weights_digest
-from timm_dvt.reading import fit_to, normed
+from timm_dvt.reading import fit_to, norm_behind_pool, normed
 
 TOKEN = "class_token"
 LONGEST = 8  # times the shorter side
@@ -52,14 +52,12 @@ class Extractor:
         self._square = create_transform(**self.config, is_training=False, normalize=False)
         self._method = str_to_pil_interp(config["interpolation"])
         self.blocks = self._blocks()
-        # Of models that average: timm norms behind the pool then, and its feature methods do not norm at all.
-        behind = norms_after_pool(self.model) or getattr(self.model, "norm_after_pool", False)
-        self._norm: Any = self.model.fc_norm if behind else None
+        self._norm: Any = norm_behind_pool(self.model)
         self._once = (
             len(self.states) > 1
             and self.model.plain
             and list(self.model.denoisers()) == [self.model.final_block] == list(self.blocks)
-            and not (behind or settings.autocast)
+            and not (self._norm is not None or settings.autocast)
         )
         if self._once:
             self.model.set_denoise(False)

@@ -32,11 +32,10 @@ from training.common.command import (
 from training.evaluate.data.datasets import DATASETS, kinds_of
 from training.evaluate.features.cached import Extractor
 from training.evaluate.features.pairs import input_size_of
-from training.evaluate.runner import Request, evaluate, open_splits
+from training.evaluate.results import OF_FEATURES
+from training.evaluate.runner import Request, evaluate, open_splits, try_splits
 from training.evaluate.tables import result_table
 from training.evaluate.tasks import TASKS, load_task, task_settings, tasks_of
-
-OURS = ("input", "dtype")  # tags that say how features were made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """What the parsed arguments ask for."""
-    bad = [tag for tag in args.tag if "=" not in tag or tag.split("=")[0] in OURS]
+    bad = [tag for tag in args.tag if "=" not in tag or tag.split("=")[0] in OF_FEATURES]
     if bad:
-        raise UserError(f"--tag takes NAME=VALUE, and of names not {' or '.join(OURS)}, got {bad[0]!r}")
+        raise UserError(f"--tag takes NAME=VALUE, and of names not {' or '.join(OF_FEATURES)}, got {bad[0]!r}")
     names = [args.task]
     if args.task == "all":
         kinds = kinds_of(args.dataset, args.data)
@@ -60,16 +59,16 @@ def run(args: argparse.Namespace) -> int:
     request = build(Request, args)
     cache = None if args.cache == Path("off") else args.cache or args.out / "features"
     requests = [replace(request, task=name, cache=cache) for name in names]
-    unusable: dict[str, UserError] = {}
-    splits = open_splits(requests, unusable if args.task == "all" else None)  # before anything slow
+    # Before anything slow.
+    splits = [*try_splits(requests)] if args.task == "all" else open_splits(requests)
     device = pick_device(args.device)
     model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
     extractor = Extractor(model, args.input_size or input_size_of(request.pairs), args.dtype)
     code = 0
     for request, opened in zip(requests, splits):
         try:
-            if request.task in unusable:
-                raise unusable[request.task]
+            if isinstance(opened, UserError):
+                raise opened
             result, path = evaluate(request, model, extractor, opened)
         except FileNotFoundError as error:  # an image or mask that a list names
             if not Path(error.filename or "").is_relative_to(args.data):

@@ -17,6 +17,7 @@ from training.evaluate.tasks import TASKS, load_task
 # The tasks of the paper's tables in their order (Tabs. 2, 3, 4, S3, 5, 1, and Fig. 3 in a number); others come behind.
 PAPER = ("linear-seg", "depth", "detection", "discovery", "attentive-probe", "knn-seg", "mic", "position")
 STATES = ("raw", "denoised", "artifacts", "distilled", *list(pair_features.STATES)[1:])
+OF_FEATURES = ("input", "dtype")  # tags that say how features were made, where not as usual
 OF_PAIRS = "maps of"  # tag of results of --pairs, whose raw maps are the pairs' own
 
 
@@ -52,7 +53,7 @@ def read_rows(folder: Path) -> list[Row]:
     label = labels(place_of(result) for _, result in results)
     for path, result in results:
         tags = dict(result.get("tags", {}))
-        whole = not (result.get("limit") or result.get("changed") or {"input", "dtype"} & tags.keys())
+        whole = not (result.get("limit") or result.get("changed") or tags.keys() & {*OF_FEATURES})
         protocol = result.get("protocol", "fast")  # results before there were several do not say
         if protocol != "fast":
             tags["protocol"] = protocol

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -69,33 +69,35 @@ class Request:
     batch_size: int = option(16, "images in one forward pass", least=1, metavar="N")
 
 
-def open_splits(requests: Sequence[Request], left_out: dict[str, UserError] | None = None) -> list[dict[str, Split]]:
+def open_splits(requests: Sequence[Request]) -> list[dict[str, Split]]:
     """The images and annotations of each evaluation, read and checked once for those that share them.
-
-    Args:
-        left_out: gets, by task, the reasons why annotations cannot be; default, the first is raised.
 
     Raises:
         ValueError: a name, setting or dataset that cannot be.
     """
-    opened: dict[tuple, dict[str, Split]] = {}
+    splits = []
+    for opened in try_splits(requests):
+        if isinstance(opened, UserError):
+            raise opened
+        splits.append(opened)
+    return splits
+
+
+def try_splits(requests: Sequence[Request]) -> Iterator[dict[str, Split] | UserError]:
+    """As `open_splits`, one by one; in place of those whose annotations cannot be, the reason."""
+    opened: dict[tuple, dict[str, Split] | UserError] = {}
     keys = []
     for request in requests:
         kind = load_task(request.task, request.protocol).KIND
         settings = task_settings(request.task, request.dataset, request.settings, request.protocol)
         keys.append((request.dataset, request.data, kind, getattr(settings, "trainaug", None), request.limit))
-    failed: dict[tuple, UserError] = {}
-    for request, key in zip(requests, keys):
-        try:
-            if key not in opened:
+    for key in keys:
+        if key not in opened:
+            try:
                 opened[key] = open_dataset(*key)
-        except UserError as error:
-            if left_out is None:
-                raise
-            opened[key], failed[key] = {}, error
-        if key in failed and left_out is not None:
-            left_out[request.task] = failed[key]
-    return [opened[key] for key in keys]
+            except UserError as error:
+                opened[key] = error
+        yield opened[key]
 
 
 def evaluate(

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from timm_dvt.bars import tqdm
+from timm_dvt.image_files import PICTURES
 from timm_dvt.shared_folder import read_lines, write_atomically
 
 LOG = "log.jsonl"
@@ -100,4 +101,4 @@ class TrainingLog:
             return
         data = io.BytesIO()
         Image.fromarray(image).save(data, "PNG")
-        write_atomically(self.folder / "pictures" / f"step-{step:07d}.png", data.getvalue())
+        write_atomically(self.folder / PICTURES / f"step-{step:07d}.png", data.getvalue())
