@@ -8,8 +8,9 @@
 DIR holds the data sets as DIR/voc, DIR/ade20k, DIR/nyu, DIR/coco and DIR/imagefolder (ImageNet), each in its standard
 layout (python -m training.evaluate TASK --dataset NAME --data DIR says which), or is itself one of them. Each number is
 that of a python -m training.evaluate, which is printed. What cannot be run is told, and the rest goes on. Kill it
-whenever you like, and run the same command again to continue. OUT/reproduction.html is the page, OUT/RESULTS.md the
-table; python -m training.report OUT/results draws Fig. 7.
+whenever you like, and run the same command again to continue. Where annotations in DIR were corrected, delete OUT/jobs
+first: what they do not change is not computed again. OUT/reproduction.html is the page, OUT/RESULTS.md the table;
+python -m training.report OUT/results draws Fig. 7.
 
 The denoisers are the published ones. With --train paper or repository they are made first, by that recipe, from 10,000
 images of VOC (5.2) or of --images; Tabs. 5 and 6 need that.

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,9 @@ def unseen_error(folder: Path | None, world: World, first: int, count: int) -> f
 def train(folder: Path, pairs: Path, model: str, arch: str, steps: int, options: list[str]) -> float:
     """One run of the command with its defaults but for its length; returns its pairs a second."""
     command = ["--pairs", str(pairs), "--model", model, "--no-pretrained", "--out", str(folder), "--arch", arch]
-    if train_denoiser.main([*command, "--steps", str(steps), *options]):
+    with redirect_stdout(io.StringIO()):  # how to load what is deleted here
+        failed = train_denoiser.main([*command, "--steps", str(steps), *options])
+    if failed:
         raise SystemExit(f"training {arch} failed")
     log = folder / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
