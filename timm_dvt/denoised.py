@@ -243,8 +243,9 @@ class Denoised(_Backbone):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         super().set_grad_checkpointing(enable)
-        for denoiser in self.denoisers().values():
-            denoiser.grad_checkpointing = enable
+        for module in self.modules():  # also of a denoiser that an adapter wraps
+            if isinstance(module, Denoiser):
+                module.grad_checkpointing = enable
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.fx
 from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models import register_notrace_module
 from torch import nn
@@ -130,11 +131,7 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: the tokens do not fill the grid.
         """
-        if x.shape[1] != grid_size[0] * grid_size[1]:
-            raise UserError(
-                f"{x.shape[1]} patch tokens do not fill a grid of {grid_size[0]} x {grid_size[1]}; "
-                "the denoiser needs every patch (is patch dropout on?)"
-            )
+        check_filled(x, grid_size)
         x = self.norm(x)
         clean = self._clean(x, grid_size)
         if self.pos_embed_out is not None:
@@ -185,18 +182,36 @@ class Denoiser(nn.Module):
         self.grid_size = self.out_grid_size = (rows, columns)
 
 
+@torch.fx.wrap  # with `resample`, all that torchvision's tracer, which does not stop at a denoiser, cannot follow
+def check_filled(x: torch.Tensor, grid_size: tuple[int, int]) -> None:
+    """Raise ValueError where tokens (B, N, C) do not fill a grid."""
+    if x.shape[1] != grid_size[0] * grid_size[1]:
+        raise UserError(
+            f"{x.shape[1]} patch tokens do not fill a grid of {grid_size[0]} x {grid_size[1]}; "
+            "the denoiser needs every patch (is patch dropout on?)"
+        )
+
+
+@torch.fx.wrap
 def resample(pos_embed: torch.Tensor, old_grid: tuple[int, int], grid_size: tuple[int, int]) -> torch.Tensor:
     """A position embedding (1, h*w, C) of a grid of its own at another one, as timm resamples a backbone's.
 
     Nothing is kept: it takes 0.3% of a forward of one image of a ViT-S/14 at 518 px, less of any larger model or batch.
     """
-    if grid_size[0] == old_grid[0] and grid_size[1] == old_grid[1]:
+    if not _is_symbolic(grid_size) and grid_size[0] == old_grid[0] and grid_size[1] == old_grid[1]:
         return pos_embed
     if torch.jit.is_tracing():
         return _resample_by_matrices(pos_embed, old_grid, grid_size)
     # timm's resample_abs_pos_embed takes a grid for a square one of as many places, as it stands.
     maps = pos_embed.reshape(1, old_grid[0], old_grid[1], -1)
     return resample_abs_pos_embed_nhwc(maps, [grid_size[0], grid_size[1]]).flatten(1, 2)
+
+
+def _is_symbolic(grid_size: tuple[int, int]) -> bool:
+    """Whether torch.export leaves a grid open; compared with another one, it would be taken for that one for good."""
+    if torch.jit.is_scripting():
+        return False
+    return any(isinstance(places, torch.SymInt) for places in grid_size)
 
 
 @torch.jit.unused

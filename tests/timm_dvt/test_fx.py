@@ -58,3 +58,14 @@ def test_timms_graph_net_of_the_blocks():
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("denoiser.")})
     ours, theirs = (FeatureGraphNet(each, (1, 3))(images) for each in (model, plain))
     assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("options", [{}, {"arch": "conv3x3"}, {"pos_embed_out": (3, 3), "blank_gate": True}])
+@torch.no_grad()
+def test_torchvisions_tracer_goes_through_a_denoiser(options):
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    plain = timm.create_model("vit_tiny_patch16_224", global_pool="avg", img_size=64, depth=2)
+    model = timm_dvt.add_denoiser(plain, keep_length=True, **options).eval()
+    extractor = feature_extraction.create_feature_extractor(model, {"head": "logits"})
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(extractor(images)["logits"], model(images))

@@ -201,6 +201,23 @@ def test_export(name, state):
     assert torch.allclose(program.module()(more), model.forward_features(more), atol=1e-4)
 
 
+@pytest.mark.parametrize("side", [64, 96])  # the denoiser's own grid, and another one
+@torch.no_grad()
+def test_an_export_at_one_size_works_at_others(side):
+    if not hasattr(timm.layers, "is_exporting"):
+        pytest.skip("this timm's own position embeddings keep to one size")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, dynamic_img_size=True, depth=1, num_classes=0)
+    model = timm_dvt.add_denoiser(model, pos_embed_out=(2, 3)).eval()
+    torch.nn.init.normal_(model.denoiser.pos_embed)
+    torch.nn.init.normal_(model.denoiser.pos_embed_out)
+    height, width = (16 * torch.export.Dim(side_name, min=2, max=20) for side_name in ("rows", "columns"))
+    shapes = {"images": {2: height, 3: width}}
+    program = torch.export.export(Tokens(model), (torch.randn(2, 3, side, side),), dynamic_shapes=shapes)
+    for size in ((64, 64), (96, 96), (48, 80)):
+        images = torch.randn(2, 3, *size)
+        assert torch.allclose(program.module()(images), model.forward_features(images), atol=1e-4), size
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("own_grid", [True, False])
 @torch.no_grad()

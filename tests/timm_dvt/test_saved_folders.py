@@ -165,6 +165,13 @@ def test_only_denoised_models_with_a_name_are_saved(tmp_path):
         timm_dvt.save_pretrained(nameless, tmp_path)
 
 
+def test_weights_that_are_no_plain_tensors_are_refused_before_anything_is_written(model, tmp_path):
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match="save a model before it is quantized"):
+        timm_dvt.save_pretrained(quantized, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
 @pytest.mark.parametrize("backbone", ["hf-hub:evil/repo", "local-dir:/tmp", "../x", "no_such_model", 3])
 def test_a_config_cannot_name_a_backbone_outside_timms_registry(backbone, tmp_path):
     config = {"architecture": "denoised_vit", "pretrained_cfg": {}, "model_args": {"backbone": backbone}}

@@ -126,6 +126,7 @@ def card(
         source="" if own else _source(variant),
         trained_on=images,
         distilled=variant.distilled,
+        denoiser_only=denoiser_only,
         denoiser=describe(known),
         blocks=_blocks(known),
         final=not describe(known) or known.final_block in known.denoisers(),

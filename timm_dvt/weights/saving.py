@@ -36,7 +36,8 @@ def save_pretrained(
         model: a denoised model.
         folder: made if it does not exist.
         denoiser_only: leave the backbone's weights out (8% of the size for a ViT-B). The folder names the backbone,
-            whose own published weights are fetched when it is loaded: not for a backbone that was fine-tuned.
+            whose own published weights are fetched when timm loads it: not for a backbone that was fine-tuned, nor
+            for transformers, which fetches none.
         model_args: arguments the backbone was created with beyond its image size, channels, classes and pooling
             (those are known), where timm has not recorded them itself.
 
@@ -44,7 +45,7 @@ def save_pretrained(
 
     Raises:
         TypeError: the model has no denoiser (timm.models.save_for_hf saves a plain one).
-        ValueError: timm does not know the backbone by a name.
+        ValueError: timm does not know the backbone by a name, or weights are no plain tensors.
     """
     if not isinstance(model, Denoised) or model.denoiser is None:
         raise UnsupportedModelError(
@@ -53,13 +54,13 @@ def save_pretrained(
         )
     if not model.backbone_name:
         raise UserError("The model's backbone has no timm name, so nothing could rebuild it; use timm.create_model.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     if denoiser_only:
         state = {key: tensor for key, tensor in state.items() if key.startswith("denoiser.")}
     metadata = {"format": "pt", "backbone": str(model.backbone_name), "timm_dvt": __version__, **_shapes(model)}
     tensors = _apart(state)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     _write_folder(folder, tensors, metadata, lambda path: _write_config(model, path, model_args or {}))
     published = get_pretrained_cfg(model.backbone_name)
     if denoiser_only and model.num_classes not in (0, published.num_classes if published else 0):
@@ -136,19 +137,28 @@ def save_plain(model: nn.Module, folder: str | os.PathLike, name: str) -> Path:
         folder: made if it does not exist.
         name: the model's timm name, ARCH or ARCH.TAG.
     """
+    tensors, architecture = _apart(model.state_dict()), name.split(".")[0]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, architecture = _apart(model.state_dict()), name.split(".")[0]
     return _write_folder(
         folder, tensors, {"format": "pt"}, lambda path: _write(model, path, architecture, _arguments(model))
     )
 
 
 def _apart(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors as safetensors takes them: on the CPU, and each with memory of its own, where CoaT shares layers."""
+    """The tensors as safetensors takes them: on the CPU, and each with memory of its own, where CoaT shares layers.
+
+    Raises:
+        ValueError: weights that are no plain tensors, as of a quantized model or of FSDP.
+    """
     seen: set[int] = set()
     tensors = {}
     for key, tensor in state.items():
+        if type(tensor) is not torch.Tensor:
+            raise UserError(
+                f"{key} is a {type(tensor).__name__}, no plain tensor; save a model before it is quantized, and one of "
+                "FSDP after its full state dict was loaded into a model that is not sharded"
+            )
         plain = tensor.detach().cpu().contiguous()
         tensors[key] = plain.clone() if plain.data_ptr() in seen else plain
         seen.add(plain.data_ptr())
