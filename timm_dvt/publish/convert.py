@@ -20,7 +20,9 @@ WRITTEN = ("README.md", "config.json", WEIGHTS_NAME)
 
 
 def convert(source: str | None, model: str, out: str | os.PathLike, denoiser_only: bool = False) -> Path:
-    """Write a variant, with the weights of `source`, as a folder that timm (if whole, transformers too) loads; returns it.
+    """Write a variant, with the weights of `source`, as a folder that timm loads; returns the folder.
+
+    Transformers loads a whole one too.
 
     Args:
         source: a `.pth` or safetensors file, a folder of ours, a file of the Hub (`ORG/REPO/FILE`, `hf-hub:ORG/REPO`,
