@@ -104,9 +104,10 @@ def did_you_mean(name: str, names: list[str] | None = None) -> str:
     """The end of a message about a name that is not known: those that are most alike; nothing for one that is.
 
     Args:
-        names: those that there are; default timm's.
+        names: those that there are; default timm's and the backbones of variants.
     """
-    names = names or [*timm.list_models(), *timm.list_pretrained()]
+    backbones = [variant.backbone for variant in VARIANTS.values()]
+    names = names or [*timm.list_models(), *timm.list_pretrained(), *backbones]
     near = [] if name in names or name.startswith(SCHEMES) else difflib.get_close_matches(name, names)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 

@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
                     "training steps": str(stage2.steps),
                     "learned to give": stage2.target
                     + ", content put back" * stage2.keep_content
-                    + " (training/README.md explains the symbols)",
+                    + " (training/README.md of timm-dvt explains the symbols)",
                 }
                 if args.leftover:
                     facts["views for what it left of position, taken off"] = str(LEFTOVER_VIEWS)

@@ -19,11 +19,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from timm_dvt.errors import UserError
 from timm_dvt.publish.published import SEVEN, Key, Numbers, Source, numbers_for
-from timm_dvt.shared_folder import OutputError, write_atomically
+from timm_dvt.shared_folder import write_atomically
 from timm_dvt.variants import SUFFIXES
-from training.common.command import command_parser
+from training.common.command import command_parser, exit_code_of
 from training.evaluate.results import OF_PAIRS, Row, columns_of, heading, meaning, read_rows
 from training.evaluate.tasks import TASKS, load_task
 from training.figures.page import Picture, Section, Table, Text, page
@@ -46,31 +45,29 @@ _STYLES = {"raw": "--", "denoised": "-", "raw, published": ":", "denoised, publi
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 if there is nothing to report."""
+    """The command line; returns the exit code: 0, 2 if there is nothing to report, 3 if DIR cannot be written."""
     parser = command_parser("report", __doc__)
     parser.add_argument("folder", metavar="DIR", help="where training.evaluate wrote its results (its --out)")
     args = parser.parse_args(argv)
-    folder = Path(args.folder)
-    try:
-        rows = read_rows(folder)
-        table = markdown(rows)
-        print(table)
-        write_atomically(folder / "report.md", table.encode())
-        pictures: dict[str, bytes] = {}
-        for axis, (name, *_) in AXES.items():
-            picture = draw(rows, axis)
-            if picture is None:
-                print(f"{name}.png left out: fewer than two results differ in {axis}")
-            else:
-                pictures[axis] = picture
-                write_atomically(folder / f"{name}.png", picture)
-                print(f"{folder / name}.png")
-        write_atomically(folder / "report.html", results_page(rows, pictures))
-        print(folder / "report.html")
-    except (UserError, OutputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code_of(lambda: report(Path(args.folder)))
+
+
+def report(folder: Path) -> None:
+    """Write what the results of a folder say, then print it. Raises UserError, OutputError."""
+    rows = read_rows(folder)
+    lines = [markdown(rows)]
+    write_atomically(folder / "report.md", lines[0].encode())
+    pictures: dict[str, bytes] = {}
+    for axis, (name, *_) in AXES.items():
+        picture = draw(rows, axis)
+        if picture is None:
+            lines.append(f"{name}.png left out: fewer than two results differ in {axis}")
+        else:
+            pictures[axis] = picture
+            write_atomically(folder / f"{name}.png", picture)
+            lines.append(str(folder / f"{name}.png"))
+    write_atomically(folder / "report.html", results_page(rows, pictures))
+    print(*lines, folder / "report.html", sep="\n", flush=True)
 
 
 def tables(rows: Sequence[Row]) -> tuple[list[list[str]], list[list[str]]]:

@@ -50,7 +50,10 @@ def run(args: argparse.Namespace) -> None:
         settings = build(STAGE2[args.recipe], args).settled(count, held, processes)
         model = load_pairs_model(args.model, args.pretrained, pairs.settings, args.pairs)
         check_fit(model, pairs, args.model)
-        with only_run(args.out, processes, lambda: describe_training(args.model, model, pairs, settings)) as folder:
+        undecided = ("init", "init_weights", "arch", "blocks")  # what an --init that does not fit is mended by
+        with only_run(
+            args.out, processes, lambda: describe_training(args.model, model, pairs, settings), undecided
+        ) as folder:
             training = Stage2Training(pairs, settings, device, processes, timm_name(model))
             training.run(folder, build(Pace, args))
             if processes.first:

@@ -1,6 +1,10 @@
 """The report: measured beside published, and Fig. 7 where results differ along its axis."""
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from html import escape
 
 import pytest
@@ -165,6 +169,18 @@ def test_a_folder_without_results_is_an_error(tmp_path, capsys):
     (tmp_path / "other.json").write_text("{}")
     assert main([str(tmp_path)]) == 2
     assert "no results in" in capsys.readouterr().err
+
+
+def test_files_are_written_whatever_reads_what_is_printed(tmp_path):
+    result(tmp_path, "a", "m", {"raw": {"mIoU": (10.0, None)}})
+    command = (
+        f"{shlex.quote(sys.executable)} -m training.report {shlex.quote(str(tmp_path))} | true; echo ${{PIPESTATUS[0]}}"
+    )
+    ended = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
+    assert (tmp_path / "report.md").is_file() and (tmp_path / "report.html").is_file()
+    assert ended.stdout.strip() in ("0", "141") and "Traceback" not in ended.stderr and "Exception" not in ended.stderr
 
 
 def test_help_works():

@@ -131,4 +131,6 @@ def test_a_zoo_of_a_tiny_model_is_made_loads_and_is_pushed(tmp_path, account, ca
     assert (out / "page.html").is_file()
     assert json.loads((tmp_path / "zoo/jobs" / f"{model}.json").read_text())["command"][0] == "training.make_denoiser"
     assert zoo.main([*words, "--make", make, "--push", "me", "--no-dry-run"]) == 0
-    assert "license: apache-2.0" in (account.folder / "me" / f"{model}_dvt" / "README.md").read_text()
+    card = (account.folder / "me" / f"{model}_dvt" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "library_name: timm-dvt" in card
+    assert f'timm.create_model("hf-hub:me/{model}_dvt", pretrained=True)' in card and "local-dir:" not in card

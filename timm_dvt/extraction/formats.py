@@ -16,11 +16,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from timm_dvt.errors import UserError
 from timm_dvt.shared_folder import write_atomically
 
 ZARR = "features.zarr"
@@ -208,4 +210,11 @@ READERS: dict[str, Callable[..., np.ndarray]] = {
     "npy": read_npy,
     "parquet": read_parquet,
 }
-NEEDS = {"zarr": ("zarr",), "parquet": ("pyarrow",)}  # packages of the extra extract, to write
+_NEEDS = {"zarr": "zarr", "parquet": "pyarrow"}  # packages of the extra extract, to write
+
+
+def check_package(name: str) -> None:
+    """Raise UserError where the package is not installed by which a format is written."""
+    package = _NEEDS.get(name)
+    if package and find_spec(package) is None:
+        raise UserError(f"--format {name} needs the package {package}: pip install timm-dvt[extract]")

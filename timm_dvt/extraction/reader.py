@@ -19,7 +19,7 @@ def open_features(folder: str | Path, variable: str | None = None) -> Features:
     """The features of images in a folder that `timm-dvt extract` wrote, or is writing.
 
     Args:
-        variable: one of `.variables`; default the first: the last block's maps, denoised where they were.
+        variable: one of `.variables`; default the last block's maps, denoised where they were.
 
     Raises:
         UserError: it is no such folder, or has no such variable.

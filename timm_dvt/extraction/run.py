@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from timm_dvt.extraction import pictures
 from timm_dvt.extraction.basis import BASIS, SAMPLE, Basis
 from timm_dvt.extraction.decoding import Decoded, batches, decoded
 from timm_dvt.extraction.folder import ERRORS, INDEX, Index, check_room, shard_length
-from timm_dvt.extraction.formats import NEEDS, WRITERS, Layout, Record, write_zarr_metadata
+from timm_dvt.extraction.formats import WRITERS, Layout, Record, check_package, write_zarr_metadata
 from timm_dvt.extraction.forward import TOKEN, Extractor
 from timm_dvt.extraction.settings import ExtractSettings, check_settings
 from timm_dvt.extraction.sources import ImageSource, Read, open_source
@@ -66,9 +65,7 @@ def run(settings: ExtractSettings, say: Callable[[str], object] = print) -> Path
             to do.
     """
     check_settings(settings)
-    for package in NEEDS.get(settings.format, ()):
-        if find_spec(package) is None:
-            raise UserError(f"--format {settings.format} needs the package {package}: pip install timm-dvt[extract]")
+    check_package(settings.format)
     source = open_source(settings.source, Path(settings.out))
     first = int(os.environ.get("RANK", 0)) == 0  # of those that torchrun started: it speaks for all
     say = say if first else lambda text: None

@@ -27,6 +27,8 @@ NOTE = (
     f"> `{NAMESPACE}` stands for the account this card is published under: nothing is on the Hub before somebody runs\n"
     "> `timm-dvt push`, which fills it in."
 )
+# The snippet that the Hub shows for "timm" lacks `import timm_dvt`: only timm's own models can be loaded by it.
+LIBRARY = "timm-dvt"
 TAGS = ["timm", "timm-dvt", "vision-transformer", "dense-features", "denoising-vision-transformers"]
 DATASETS = {"PASCAL VOC": "nateraw/pascal-voc-2012", "ImageNet-1k": "ILSVRC/imagenet-1k"}
 TASKS = {
@@ -177,8 +179,7 @@ def _data(variant: Variant, license: str, base: str | None, images: str | None, 
                 )
             )
     return ModelCardData(
-        # The snippet that the Hub shows for "timm" lacks `import timm_dvt`: only timm's own models can be loaded by it.
-        library_name="timm" if variant.distilled else "timm-dvt",
+        library_name="timm" if variant.distilled else LIBRARY,
         pipeline_tag="image-feature-extraction",
         license=license,
         tags=TAGS,

@@ -188,6 +188,7 @@ def _gather(folder: Path, repo_id: str, temporary: Path) -> dict[str, Path]:
     else:
         text = str(_own_card(folder, repo_id, denoiser_only))
     text = re.sub(rf"\b{NAMESPACE}/[\w.-]+", repo_id, text.replace(f"{NOTE}\n\n", ""))
+    text = re.sub(r'"local-dir:[^"\n]+"', f'"hf-hub:{repo_id}"', text)  # as `training.make_denoiser` writes it
     try:
         data = ModelCard(text).data
     except Exception as e:  # yaml's and the client's own

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from timm_dvt.bars import tqdm
+from timm_dvt.extraction.formats import check_package
 from timm_dvt.extraction.forward import Extractor
 from timm_dvt.extraction.run import fill
 from timm_dvt.extraction.settings import FORMATS, ExtractSettings
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--autocast", action="store_true", help="forward passes in half precision, both")
     parser.add_argument("--threads", type=positive, default=2, help="of PyTorch (%(default)s)")
     args = parser.parse_args(argv)
+    check_package(args.format)
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as name:
         photographs, out = Path(name, "photographs"), Path(name, "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -64,8 +65,8 @@ class Diverged(ArithmeticError):
 def exit_code_of(run: Callable[[], int | None], os_error: int = 2) -> int:
     """What a command returns whose work can be continued: what `run` does, or for what stops it a line and its code.
 
-    1 the loss diverged, 2 what the person can put right, 3 the output folder cannot be written, 130 stopped by Ctrl-C;
-    `os_error` for other errors of the system.
+    1 the loss diverged, 2 what the person can put right, 3 the output folder cannot be written, 130 stopped by Ctrl-C,
+    141 by the end of a pipe, as a shell says it; `os_error` for other errors of the system.
     """
     try:
         return run() or 0
@@ -75,6 +76,9 @@ def exit_code_of(run: Callable[[], int | None], os_error: int = 2) -> int:
         return complain(2, error)
     except OutputError as error:
         return complain(3, f"{error}\nOnce that is settled, run the same command again to continue.")
+    except BrokenPipeError:  # whoever read what this prints, `head` say, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return complain(141, "standard output was closed; run the same command again to continue.")
     except OSError as error:
         return complain(os_error, error)
     except KeyboardInterrupt:

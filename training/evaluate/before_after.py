@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from timm.models import get_pretrained_cfg
 
 from timm_dvt.bars import tqdm
 from timm_dvt.errors import ImageError, UserError
 from timm_dvt.image_files import Source, load_image
+from timm_dvt.publish.cards import LIBRARY, TAGS
 from timm_dvt.shared_folder import write_atomically
+from timm_dvt.version import REPOSITORY
 from timm_dvt.viewer.colors import map_correlation
 from timm_dvt.viewer.panel import Shown, draw
 from training.evaluate.features.cached import Extractor
@@ -77,9 +80,16 @@ def before_after(
     write_atomically(folder / "page.html", page(title, lead, sections))
     table = "\n".join(f"| {' | '.join(row)} |" for row in (["", "off", "on"], ["---"] * 3, *rows))
     made = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    data = f"---\nlibrary_name: timm\n{license_of(model)}tags:\n- timm\n- dvt\n---\n"
+    tags = "".join(f"- {tag}\n" for tag in TAGS)
+    data = f"---\nlibrary_name: {LIBRARY}\n{license_of(model)}{base_of(model) if pretrained else ''}tags:\n{tags}---\n"
     card = f"{data}# {title}\n\n{lead}\n\n{table}\n\n{meaning}\n\n{made}\n\n"
-    write_atomically(folder / "README.md", (card + f"```python\n{code}```\n").encode(errors="replace"))
+    write_atomically(folder / "README.md", (card + f"```sh\npip install git+{REPOSITORY}\n```\n\n```python\n{code}```\n").encode(errors="replace"))
+
+
+def base_of(model: torch.nn.Module) -> str:
+    """The line of a card's metadata that says where a backbone's own weights are; none where they have no repo."""
+    known = get_pretrained_cfg(str(getattr(model, "backbone_name", "")))
+    return f"base_model: {known.hf_hub_id}\nbase_model_relation: adapter\n" if known and known.hf_hub_id else ""
 
 
 def license_of(model: torch.nn.Module) -> str:

@@ -17,7 +17,7 @@ from training.evaluate.tasks import TASKS, load_task
 # The tasks of the paper's tables in their order (Tabs. 2, 3, 4, S3, 5, 1, and Fig. 3 in a number); others come behind.
 PAPER = ("linear-seg", "depth", "detection", "discovery", "attentive-probe", "knn-seg", "mic", "position")
 STATES = ("raw", "denoised", "artifacts", "distilled", *list(pair_features.STATES)[1:])
-OF_FEATURES = ("input", "dtype")  # tags that say how features were made, where not as usual
+OF_FEATURES = ("weights", "input", "dtype")  # tags that say how features were made, where not as usual
 OF_PAIRS = "maps of"  # tag of results of --pairs, whose raw maps are the pairs' own
 
 

@@ -53,6 +53,7 @@ class Request:
     )
     limit: int | None = option(None, "at most N images a split, evenly spread over it", least=1, metavar="N")
     seed: int = 0
+    pretrained: bool = True
     repeats: int = option(1, "runs with seeds from --seed on (default: %(default)s)", least=1, metavar="N")
     settings: tuple[str, ...] = option(
         (), "settings, or TASK.NAME=VALUE", "--set", dest="set", nargs="+", action="extend", metavar="NAME=VALUE"
@@ -175,7 +176,8 @@ def evaluate(
             ]
             states[_label(state, request.model, extractor)] = [run["numbers"] for run in runs]
             seconds += sum(run["seconds"] for run in runs)
-    tags = {**_known_tags(request.model), **dict(tag.split("=", 1) for tag in request.tags)}
+    known = _known_tags(request.model) if request.pretrained else {"weights": f"random, seed {request.seed}"}
+    tags = {**known, **dict(tag.split("=", 1) for tag in request.tags)}
     if extractor.resized and not request.pairs:
         tags["input"] = f"{extractor.reader.input_size} px"
     if extractor.dtype != "float32":

@@ -43,7 +43,7 @@ def check_views(xs: Tensor, ys: Tensor) -> None:
         warnings.warn(
             f"only {different} different crops: F and G will be poor estimates; use at least 8 views, "
             "better 64 or more",
-            stacklevel=3,
+            stacklevel=4,
         )
     # The whole image is one of the views; it alone is no variation of scale.
     widths, heights = (side.sort().values[: max(2, len(xs) - 1)] for side in (sides[:, 2], sides[:, 3]))
@@ -51,7 +51,7 @@ def check_views(xs: Tensor, ys: Tensor) -> None:
         warnings.warn(
             "all crops have the same size: slow changes across the image are hard to tell from slow changes "
             "across the patches; draw crops of different areas",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def denoise_images(model: nn.Module, sources: Sequence[Source], folder: PairFold
         OutputError: a full disk, say.
     """
     failed = 0
-    warned: set[tuple[str, int]] = set()
+    warned: set[str] = set()
     waiting = [source for source in sources if not folder.is_done(source)]
     done = len(sources) - len(waiting)
     with Progress(total=len(sources), initial=done) as bar:
@@ -102,11 +103,11 @@ def _denoise_image(
     folder: PairFolder,
     settings: Stage1Settings,
     bar: Progress,
-    warned: set[tuple[str, int]],
+    warned: set[str],
 ) -> str | None:
     """Give one claimed image its pair, unless it has one by now. Returns why it cannot have one, or None.
 
-    `warned` holds the places in the code that have warned before in this run.
+    `warned` holds what was warned of before in this run, without its numbers.
     """
     if folder.is_done_by_now(source):
         return None
@@ -130,8 +131,9 @@ def _denoise_image(
             "diagnostics": {layer: part.diagnostics for layer, part in parts.items()},
         }
         for warning in caught:
-            if (warning.filename, warning.lineno) not in warned:
-                warned.add((warning.filename, warning.lineno))
+            kind = re.sub(r"[\d.]+", "", str(warning.message))
+            if kind not in warned:
+                warned.add(kind)
                 _say(source, f"warning: {warning.message} (said once)")
         folder.save(source, content, {layer: pair_maps(part) for layer, part in parts.items()}, facts)
     except IMAGE_ERRORS as error:

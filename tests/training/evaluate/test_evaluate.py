@@ -199,10 +199,11 @@ def test_a_bank_without_a_label_is_told(model, data, tmp_path, capsys):
 
 
 def test_the_report_tells_sizes_and_tags_apart(model, data, tmp_path):
-    for more in ((), ("--input-size", "32"), ("--tag", "views=4"), ("--dtype", "bfloat16")):
+    random = ("--no-pretrained", "--seed", "1")
+    for more in ((), ("--input-size", "32"), ("--tag", "views=4"), ("--dtype", "bfloat16"), random):
         evaluate("knn-seg", "stamps", model, data, tmp_path, *more)
     rows = [row for row in read_rows(tmp_path) if row.state == "raw"]
-    wanted = [{}, {"dtype": "bfloat16"}, {"input": "32 px"}, {"views": "4"}]
+    wanted = [{}, {"dtype": "bfloat16"}, {"input": "32 px"}, {"views": "4"}, {"weights": "random, seed 1"}]
     assert sorted((row.tags for row in rows), key=str) == sorted(wanted, key=str)
 
 

@@ -109,3 +109,12 @@ def test_pairs_of_another_model_weights_layer_or_width_are_refused(tmp_path, cap
 def test_settings_that_cannot_be_are_refused(options, pairs, tmp_path, capsys):
     assert run(pairs, tmp_path / "out", *options) == 2
     assert options[0].strip("-").split("-")[0] in capsys.readouterr().err
+
+
+def test_an_init_that_does_not_fit_can_be_put_right_in_the_same_folder(pairs, tmp_path, capsys):
+    static, out = tmp_path / "static", tmp_path / "out"
+    assert run(pairs, static, "--arch", "static") == 0
+    assert run(pairs, out, "--steps", "3", "--init", str(static)) == 2
+    assert "see --arch and --blocks" in capsys.readouterr().err
+    assert run(pairs, out, "--steps", "3") == 0
+    assert run(pairs, out, "--steps", "3", "--arch", "conv1x1") == 2  # trained by now
