@@ -83,7 +83,8 @@ def before_after(
     tags = "".join(f"- {tag}\n" for tag in TAGS)
     data = f"---\nlibrary_name: {LIBRARY}\n{license_of(model)}{base_of(model) if pretrained else ''}tags:\n{tags}---\n"
     card = f"{data}# {title}\n\n{lead}\n\n{table}\n\n{meaning}\n\n{made}\n\n"
-    write_atomically(folder / "README.md", (card + f"```sh\npip install git+{REPOSITORY}\n```\n\n```python\n{code}```\n").encode(errors="replace"))
+    card += f"```sh\npip install git+{REPOSITORY}\n```\n\n```python\n{code}```\n"
+    write_atomically(folder / "README.md", card.encode(errors="replace"))
 
 
 def base_of(model: torch.nn.Module) -> str:
