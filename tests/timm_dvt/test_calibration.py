@@ -231,6 +231,21 @@ def test_an_opened_image_is_what_its_file_is(kind, tmp_path):
     assert torch.equal(canvas(Image.open(file), (64, 96), 3), canvas(file, (64, 96), 3))
 
 
+def test_images_that_look_alike_are_told(caplog):
+    draw = np.random.default_rng(1)
+    scene = draw.uniform(0, 1, (3, 96, 96)).astype(np.float32)
+    frames = [
+        torch.from_numpy((scene + draw.normal(0, 0.02, scene.shape)).clip(0, 1).astype(np.float32)) for _ in range(8)
+    ]
+    smooth = [torch.nn.functional.avg_pool2d(frame, 31, 1, 15) for frame in frames]
+    options = {"views": 64, "blank_gate": False}
+    timm_dvt.calibrate(vit(), photographs(8), **options)
+    timm_dvt.calibrate(vit(), smooth[:4], **{**options, "views": 32})  # too few to tell
+    assert not caplog.text
+    timm_dvt.calibrate(vit(), smooth, **options)
+    assert "the images look alike" in caplog.text and "use images of many kinds" in caplog.text
+
+
 def test_a_folder_is_walked_as_training_walks_it_and_broken_files_are_left_out_and_named(tmp_path, caplog, capsys):
     folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
     good = ["a.png", "x.jpg/b.png", "linked/c.JPEG"]

@@ -12,7 +12,7 @@ from torch import nn
 from timm_dvt.attach import Denoised, attach_denoiser, blocks_of, check_supported, remove_denoiser
 from timm_dvt.calibration.blanks import draw_blank, fit_gate
 from timm_dvt.calibration.positions import Position
-from timm_dvt.calibration.samples import Source, canvas, sources
+from timm_dvt.calibration.samples import Source, canvas, sources, warn_if_alike
 from timm_dvt.calibration.views import WINDOWS, estimate_positions, read_blocks
 from timm_dvt.defaults import torch_defaults
 from timm_dvt.denoiser import Denoiser, combine, resample
@@ -98,7 +98,7 @@ def calibrate(
     """
     layout = model.layout if isinstance(model, Denoised) else check_supported(model)
     check_arguments(method, views, tolerance, batch_size)
-    samples = None if images is None else sources(images, views // WINDOWS)
+    samples = None if images is None else warn_if_alike(sources(images, views // WINDOWS))
     if method == "leftover":
         _calibrate_leftover(model, samples, layers, views, tolerance, batch_size, blank_gate, progress)
         return _with_lengths(model, keep_length)

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, normalize
 
 from timm_dvt.errors import CalibrationError, UserError
 from timm_dvt.images import image_names, read_image, to_rgb, upright
 
 Source = str | os.PathLike | Image.Image | torch.Tensor
 AREA = (0.5, 1.0)  # of the largest box of the canvas's shape that an image holds
+JUDGED = 32  # images by which it is judged whether they look alike
+FEWEST_JUDGED = 8  # of fewer, any two are alike by chance
+ALIKE = 0.2  # mean correlation of thumbnails: 0.00 to 0.13 of photographs, 0.17 to 0.75 of frames of one video
 NOISE_CELLS = (2.0, 64.0)  # pixels, finest and coarsest
 _logger = logging.getLogger(__name__)
 
@@ -86,6 +89,27 @@ def _readable(items: Iterable[Source], left_out: list[UserError]) -> Iterator[So
                 left_out.append(e)
                 continue
         yield source
+
+
+def warn_if_alike(images: list[Source]) -> list[Source]:
+    """Say so where images have much in common, as frames of one video have: that cannot be told from position.
+
+    Nor does the estimated error see it, which takes images for independent ones. Returns the images.
+    """
+    if len(images) < FEWEST_JUDGED:
+        return images
+    some = images[:: -(-len(images) // JUDGED)]
+    small = torch.stack([canvas(image, (16, 16), place) for place, image in enumerate(some)])
+    small = normalize((small - small.mean((2, 3), keepdim=True)).flatten(1), dim=1)
+    products = small @ small.T
+    alike = float((products.sum() - products.trace()) / (len(some) * (len(some) - 1)))
+    if alike > ALIKE:
+        _logger.warning(
+            "the images look alike (correlation %.2f; photographs of many kinds have 0.15 at most): what they have in "
+            "common is taken for position, and the estimated error is too small; use images of many kinds",
+            alike,
+        )
+    return images
 
 
 def canvas(source: Source, size: tuple[int, int], visit: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models import get_pretrained_cfg
 from torch import nn
 
@@ -61,14 +62,17 @@ def save_pretrained(
     tensors = _apart(state)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_folder(folder, tensors, metadata, lambda path: _write_config(model, path, model_args or {}))
+    try:
+        _write_folder(folder, tensors, metadata, lambda path: _write_config(model, path, model_args or {}))
+    except (TypeError, ValueError) as e:  # json's and timm's: a class among the arguments, which no file can hold
+        raise UserError(f"{first_line(e)} Names can be kept: norm_layer='rmsnorm' instead of a class.") from e
     published = get_pretrained_cfg(model.backbone_name)
     if denoiser_only and model.num_classes not in (0, published.num_classes if published else 0):
         warnings.warn(
             f"{folder} holds no weights of the head of {model.num_classes} classes; save the model whole to keep them",
             stacklevel=2,
         )
-    if problem := _problem(folder, tensors):
+    if problem := _problem(model, folder, tensors):
         warnings.warn(
             f"{folder} will not load as the model that was saved: {problem}. Merge adapters into the layers that they "
             "wrap, set the classes by reset_classifier, and pass what the backbone was made with as model_args",
@@ -77,19 +81,39 @@ def save_pretrained(
     return folder
 
 
-def _problem(folder: Path, tensors: dict[str, torch.Tensor]) -> str:
+def _problem(model: nn.Module, folder: Path, tensors: dict[str, torch.Tensor]) -> str:
     """What keeps a folder's model from taking these weights; "" where nothing does."""
     try:
         sketch = timm.create_model(f"local-dir:{folder}", device="meta")
     except Exception as e:  # of timm, of whatever kind: arguments that it does not take
         return f"config.json makes no model ({first_line(e)})"
     expected = {key: tuple(value.shape) for key, value in sketch.state_dict().items()}
-    if all(key.startswith("denoiser.") for key in tensors):
+    denoiser_only = all(key.startswith("denoiser.") for key in tensors)
+    if denoiser_only:
         expected = {key: shape for key, shape in expected.items() if key.startswith("denoiser.")}
     saved = {key: tuple(value.shape) for key, value in tensors.items()}
     others = sorted(key for key in {*expected, *saved} if expected.get(key) != saved.get(key))
+    others = others or ([] if denoiser_only else _different(model, sketch))
     more = f" and {len(others) - 4} more" if len(others) > 4 else ""
     return f"{', '.join(others[:4])}{more} differ" if others else ""
+
+
+def _different(model: nn.Module, sketch: nn.Module) -> list[str]:
+    """Names of modules that compute something else with weights of the same shapes: heads, activations, epsilons.
+
+    What drops is not saved. Of a timm before 1.0.31 config.json does not know what a model was made with.
+    """
+    drops = (nn.Dropout, DropPath, nn.Identity)
+
+    def forms(of: nn.Module) -> dict[str, tuple]:
+        return {
+            name: (type(module).__name__, module.extra_repr(), getattr(module, "num_heads", None))
+            for name, module in of.named_modules()
+            if name and not isinstance(module, drops)
+        }
+
+    ours, theirs = forms(model), forms(sketch)
+    return [name for name in ours if name in theirs and ours[name] != theirs[name]]
 
 
 def _write_folder(folder: Path, tensors: dict, metadata: dict[str, str], write_config: Write) -> Path:
