@@ -64,6 +64,8 @@ def list_images(where: str | Path, limit: int | None = None) -> list[Source]:
     Raises:
         ValueError: there is no such file or folder, there is no image in it, or `limit` is below 1.
     """
+    if not os.fspath(where):  # which Path takes for the current folder
+        raise UserError('images must be a folder, an image or a .txt list, got ""')
     where = Path(where)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be 1 or more, got {limit}")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, replace
 from inspect import get_annotations
+from pathlib import Path
 from typing import Any
 
 from timm_dvt.errors import UserError
@@ -90,6 +91,21 @@ def check(settings: Any) -> None:
             raise UserError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
         if least is not None and value != item.default and not value >= least:
             raise UserError(f"{item.name} must be {least} or more, got {value}")
+
+
+def refuse_empty(parser: argparse.ArgumentParser) -> None:
+    """Have a command refuse "", as an unset variable of a shell gives it, for all that it takes as text or as a path.
+
+    What reads it would take it for something else: Path("") is the current folder.
+    """
+
+    def text(given: str) -> str:
+        if not given:
+            raise argparse.ArgumentTypeError("must not be empty")
+        return given
+
+    parser.register("type", None, text)
+    parser.register("type", Path, lambda given: Path(text(given)))
 
 
 def at_least(least: int, kind: Callable[[Any], Any] = int) -> Callable[[str], Any]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from timm_dvt.errors import UserError
-from timm_dvt.weights.files import write_whole
+from timm_dvt.weights.files import folder_path, write_whole
 
 try:
     import fcntl
@@ -83,7 +83,7 @@ class SharedFolder:
     """An output folder, made if need be, and this process's locks in it. Use it as a context manager."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = folder_path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._locks = os.open(self.path / ".locks", os.O_RDWR | os.O_CREAT, 0o666)

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from timm_dvt.interrupts import is_command
+from timm_dvt.options import refuse_empty
 from timm_dvt.version import __version__
 
 # What --help says of each, and the function that gives its parser description, options and `run`.
@@ -48,6 +49,7 @@ def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for verb, (summary, where) in VERBS.items():
         command = commands.add_parser(verb, help=summary)
+        refuse_empty(command)
         if argv and argv[0] == verb:
             module, _, function = where.partition(":")
             getattr(import_module(module), function)(command)

@@ -15,6 +15,10 @@ import torch
 import timm_dvt
 from tests.helpers.folders import small_files
 from tests.helpers.processes import run
+from timm_dvt.errors import UserError
+from timm_dvt.publish.cards import write_cards
+from timm_dvt.publish.convert import convert
+from timm_dvt.shared_folder import SharedFolder
 from timm_dvt.weights import saving
 from timm_dvt.weights.files import write_whole
 
@@ -34,6 +38,24 @@ def save(model, folder):
 
 def load(folder):
     return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda: save(denoised(), ""),
+        lambda: timm_dvt.extract("cat.jpg", "test_vit", ""),
+        lambda: timm_dvt.extract("", "test_vit", "out"),
+        lambda: convert(None, "vit_small_patch14_dinov2.lvd142m_dvt", ""),
+        lambda: write_cards(""),
+        lambda: SharedFolder(""),
+    ],
+)
+def test_an_empty_name_is_not_taken_for_the_current_folder(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='got ""'):
+        write()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])

@@ -80,6 +80,41 @@ def test_a_number_that_is_too_small_is_refused_before_anything_is_done_as_the_he
     assert not list(tmp_path.iterdir())
 
 
+PLUG_IN = {  # command lines of the verbs, each with one empty word
+    "demo": (["--out", ""], ["--model", ""], [""]),
+    "app": (["--model", ""],),
+    "inspect": (["--model", ""], ["--model", "M", "--images", ""], ["--model", "M", "--out", ""]),
+    "calibrate": (["--model", "M", "--out", ""],),
+    "extract": (["", "--model", "M", "--out", "O"], ["S", "--model", "M", "--out", ""]),
+    "convert": (["--model", "M", "--out", ""], ["", "--model", "M", "--out", "O"]),
+    "cards": (["--out", ""],),
+    "push": (["D", "--repo", ""],),
+}
+EMPTY = [("timm_dvt.__main__", [verb, *words]) for verb, lines in PLUG_IN.items() for words in lines]
+EMPTY += [
+    ("training.denoise_images", ["--images", "", "--out", "O", "--model", "M"]),
+    ("training.train_denoiser", ["--pairs", "P", "--out", "O", "--model", "M", "--init", ""]),
+    ("training.distill", ["--images", "I", "--out", "", "--model", "M"]),
+    ("training.visualize", ["--model", "M", "I", ""]),
+    ("training.visualize", ["I", "--model", "M", "--video", ""]),
+    ("training.evaluate.__main__", ["mic", "--dataset", "voc", "--data", "D", "--model", "M", "--out", ""]),
+    ("training.benchmark.extract", ["--model", ""]),
+]
+
+
+@pytest.mark.parametrize(("name", "words"), EMPTY)
+def test_an_empty_word_as_of_a_variable_that_is_unset_is_refused_by_the_name_of_its_option(
+    name, words, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as leaving:
+        importlib.import_module(name).main(words)
+    before = words[words.index("") - 1] if words.index("") else ""
+    option = before if before.startswith("--") else ""
+    assert leaving.value.code == 2 and not list(tmp_path.iterdir())
+    assert re.search(rf"error: argument {option}.*: must not be empty\n$", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("name", "part", "words"),
     [

@@ -70,6 +70,8 @@ def check_settings(settings: ExtractSettings) -> None:
             f"model must be a name for timm.create_model, got a {type(settings.model).__name__}: save it by "
             "timm_dvt.save_pretrained(model, FOLDER), and name local-dir:FOLDER"
         )
+    if not settings.out:  # before anything slow
+        raise UserError('out must be a folder, got ""')
     if settings.states is not None and settings.states not in STATES.values():
         known = ", ".join(map(str, STATES.values()))
         raise UserError(f"states must be None or one of {known}, got {settings.states!r}")

@@ -86,7 +86,7 @@ def open_source(where: str, out: Path) -> ImageSource:
     if path.is_file() and path.suffix.lower() in video.SUFFIXES:
         identity = {"source": path.name, "bytes": path.stat().st_size}
         return _stream(identity, lambda: map(_frame, video.video_frames(path)), path)
-    listed = given_images(path, out)
+    listed = given_images(where, out)
     names = hashlib.sha256("\n".join(source.name for source in listed).encode(errors="surrogateescape")).hexdigest()
     return ImageSource({"count": len(listed), "names": names}, listed, count=len(listed))
 

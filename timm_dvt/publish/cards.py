@@ -19,7 +19,7 @@ from timm_dvt.publish import published
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import DVT_LICENSE, DVT_REPO, FOCUS, Variant, published_variants
 from timm_dvt.version import REPOSITORY
-from timm_dvt.weights.files import write_whole
+from timm_dvt.weights.files import folder_path, write_whole
 
 # Stands for the account in a card that is not on the Hub yet; `push` puts the repo's real id in its place.
 NAMESPACE = "NAMESPACE"
@@ -215,7 +215,7 @@ def write_cards(folder: str | os.PathLike, progress: bool = False) -> list[Path]
     Args:
         progress: show a bar.
     """
-    folder = Path(folder)
+    folder = folder_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [folder / f"{variant.name}.md" for variant in publishable()]
     for path, text in zip(wanted, _texts(progress)):

@@ -13,7 +13,7 @@ from timm_dvt.registry import VARIANTS
 from timm_dvt.timm_private import hf_split
 from timm_dvt.variants import Variant
 from timm_dvt.weights.fetching import WEIGHTS_NAME, fetch
-from timm_dvt.weights.files import write_whole
+from timm_dvt.weights.files import folder_path, write_whole
 from timm_dvt.weights.saving import save_plain, save_pretrained
 
 WRITTEN = ("README.md", "config.json", WEIGHTS_NAME)
@@ -38,7 +38,7 @@ def convert(source: str | None, model: str, out: str | os.PathLike, denoiser_onl
     variant = known_variant(model)
     if denoiser_only and variant.distilled:
         raise UserError(f"{model} is a whole ViT without a denoiser; leave --denoiser-only out")
-    out = Path(out)
+    out = folder_path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"cannot write {out}: it is a file, and a folder is needed")
     readme = out / "README.md"

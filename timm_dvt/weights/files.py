@@ -9,12 +9,21 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from timm_dvt.errors import UserError
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 Write = Callable[[Path], object]
+
+
+def folder_path(name: str | os.PathLike) -> Path:
+    """The path of a folder to write. Raises UserError for "", which Path takes for the current folder."""
+    if not os.fspath(name):
+        raise UserError('the folder to write must have a name, got ""')
+    return Path(name)
 
 
 def write_whole(path: Path, write: Write, temporary: Path | None = None) -> None:

@@ -25,7 +25,7 @@ from timm_dvt.timm_private import save_config_for_hf
 from timm_dvt.variants import saved_architecture
 from timm_dvt.version import __version__
 from timm_dvt.weights.fetching import WEIGHTS_NAME
-from timm_dvt.weights.files import Write, write_together
+from timm_dvt.weights.files import Write, folder_path, write_together
 
 
 def save_pretrained(
@@ -60,7 +60,7 @@ def save_pretrained(
         state = {key: tensor for key, tensor in state.items() if key.startswith("denoiser.")}
     metadata = {"format": "pt", "backbone": str(model.backbone_name), "timm_dvt": __version__, **_shapes(model)}
     tensors = _apart(state)
-    folder = Path(folder)
+    folder = folder_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         _write_folder(folder, tensors, metadata, lambda path: _write_config(model, path, model_args or {}))
@@ -162,7 +162,7 @@ def save_plain(model: nn.Module, folder: str | os.PathLike, name: str) -> Path:
         name: the model's timm name, ARCH or ARCH.TAG.
     """
     tensors, architecture = _apart(model.state_dict()), name.split(".")[0]
-    folder = Path(folder)
+    folder = folder_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return _write_folder(
         folder, tensors, {"format": "pt"}, lambda path: _write(model, path, architecture, _arguments(model))

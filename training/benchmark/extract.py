@@ -6,7 +6,6 @@ of batches that lie in memory, by turns, and the ratio of the two: 1 if decoding
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import resource
 import shutil
@@ -26,7 +25,7 @@ from timm_dvt.extraction.run import fill
 from timm_dvt.extraction.settings import FORMATS, ExtractSettings
 from timm_dvt.extraction.sources import open_source
 from training.benchmark._hardware import hardware, waiting
-from training.common.command import positive
+from training.common.command import command_parser, positive
 
 BAR = 0.95
 
@@ -44,11 +43,7 @@ def write_photographs(folder: Path, count: int) -> None:
 
 def main(argv: list[str]) -> int:
     """Measure, print, and return 0; 1 if the bar is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.benchmark extract",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmark extract", __doc__)
     parser.add_argument("--model", default="vit_small_patch14_dinov2", help="with random weights (%(default)s)")
     parser.add_argument("--size", type=positive, default=518, metavar="PX")
     parser.add_argument("--images", type=positive, default=32, help="of a round (%(default)s)")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from timm_dvt.errors import UserError
-from timm_dvt.options import at_least
+from timm_dvt.options import at_least, refuse_empty
 from timm_dvt.shared_folder import OutputError
 
 
@@ -23,7 +23,9 @@ def help_from(doc: str | None) -> dict[str, Any]:
 
 def command_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     """The parser of `python -m training.NAME` with the help of its module's docstring."""
-    return argparse.ArgumentParser(prog=f"python -m training.{name}", **help_from(doc))
+    parser = argparse.ArgumentParser(prog=f"python -m training.{name}", **help_from(doc))
+    refuse_empty(parser)
+    return parser
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

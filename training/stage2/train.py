@@ -85,7 +85,7 @@ class Stage2Settings(TrainingSettings):
             raise UserError(f"whole must be from 0 to 1, a share, got {self.whole}")
         if self.blocks > 1 and not ARCHITECTURES[self.arch].deep:
             raise UserError(f"--blocks must be 1 with --arch {self.arch}, got {self.blocks}")
-        if self.init and not ARCHITECTURES[self.arch].trains:
+        if self.init is not None and not ARCHITECTURES[self.arch].trains:
             raise UserError("--init starts a training, and --arch static needs none; leave out one of the two")
 
 
@@ -114,7 +114,7 @@ def check_fit(model: nn.Module, pairs: PairSet, name: str) -> None:
 
 def describe_training(name: str, model: nn.Module, pairs: PairSet, settings: Stage2Settings) -> dict[str, Any]:
     """What settings.json says: a run is only continued if all of it is the same."""
-    init = {"init_weights": _file_digest(settings.init)} if settings.init else {}
+    init = {"init_weights": _file_digest(settings.init)} if settings.init is not None else {}
     return {
         "task": "stage 2",
         "model": name,
@@ -174,7 +174,7 @@ class Stage2Training(FolderTraining):
 
     def start(self, first: int) -> None:
         settings = self.settings
-        if not first and settings.init:
+        if not first and settings.init is not None:
             load_init(self.denoisers, settings.init, self.reader.pairs, self.backbone)
         elif not first and settings.start == "static" and ARCHITECTURES[settings.arch].deep and self.processes.first:
             start_as_static(self.denoisers, self.reader, self.target)
