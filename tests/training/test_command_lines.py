@@ -57,6 +57,12 @@ NUMBERS = {  # a command line with a number that is too small, and the smallest 
     "training.visualize": (["cat.jpg", *IN[4:]], {"--views": 3, "--stride": 1, "--limit": 1}),
     "training.evaluate.__main__": (["mic", "--dataset", "voc", "--data", "D", *IN[4:]], {"--repeats": 1, "--limit": 1}),
     "training.stamps": (IN[2:4], {"--size": 32, "--train": 0}),
+    "training.benchmark.denoiser": ([], {"--seconds": 0, "--pairs": 1, "--unseen": 1, "--grid": 2, "--seed": 0}),
+    "training.benchmark.field_step": ([], {"--channels": 1, "--grid": 1, "--rounds": 1, "--threads": 1}),
+    "training.benchmark.inference": ([], {"--batch-sizes": 1, "--size": 1, "--rounds": 1, "--threads": 1}),
+    "training.benchmark.stage1": ([], {"--views": 3, "--field-steps": 2, "--counts": 3, "--input-size": 1}),
+    "training.benchmark.train_denoiser": ([], {"--grid": 2, "--steps": 1, "--rounds": 1, "--batch-size": 1}),
+    "training.benchmark.upsampling": (["--data", "D"], {"--images": 1, "--views": 3, "--input-size": 1, "--scale": 1}),
 }
 
 

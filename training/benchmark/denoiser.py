@@ -20,10 +20,11 @@ import timm
 import torch
 
 from timm_dvt.architectures import ARCHITECTURES
+from timm_dvt.options import at_least
 from training import train_denoiser
 from training.benchmark._scenes import REGIMES, relative_error
 from training.benchmark._synthetic_pairs import MODELS, World
-from training.common.command import command_parser
+from training.common.command import command_parser, positive, whole
 
 
 def unseen_error(folder: Path | None, world: World, first: int, count: int) -> float:
@@ -55,7 +56,7 @@ def train(folder: Path, pairs: Path, model: str, arch: str, steps: int, options:
 
 def main(argv: list[str]) -> int:
     parser = command_parser("benchmark denoiser", __doc__)
-    parser.add_argument("--seconds", type=float, default=120, help="of training, for each (120)")
+    parser.add_argument("--seconds", type=at_least(0, float), default=120, help="of training, for each (120)")
     parser.add_argument("--archs", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument(
         "--regime",
@@ -64,11 +65,11 @@ def main(argv: list[str]) -> int:
         metavar="REGIME",
         help=f"one of: {'; '.join(REGIMES)}".replace("%", "%%"),
     )
-    parser.add_argument("--pairs", type=int, default=300, help="to train on (300)")
-    parser.add_argument("--unseen", type=int, default=50, help="maps that errors are taken on (50)")
+    parser.add_argument("--pairs", type=positive, default=300, help="to train on (300)")
+    parser.add_argument("--unseen", type=positive, default=50, help="maps that errors are taken on (50)")
     parser.add_argument("--channels", type=int, choices=list(MODELS), default=192)
-    parser.add_argument("--grid", type=int, default=14)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grid", type=at_least(2), default=14, help="patches a side (14)")
+    parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("options", nargs=argparse.REMAINDER, help="after --: options of training.train_denoiser")
     args = parser.parse_args(argv)
     options = [option for option in args.options if option != "--"]

@@ -13,7 +13,7 @@ import torch
 from timm_dvt.bars import tqdm
 from timm_dvt.loading import pick_device
 from training.benchmark._hardware import hardware
-from training.common.command import command_parser
+from training.common.command import command_parser, positive
 from training.common.memory import keep_freed_memory
 from training.stage1.field.backends import BACKENDS
 from training.stage1.field.fit import REPORT_EVERY, FieldSettings, fit_field
@@ -43,10 +43,10 @@ def measure_steps(channels: int, grid: int, device: torch.device, backend: str, 
 
 def main(argv: list[str]) -> int:
     parser = command_parser("benchmark field_step", __doc__)
-    parser.add_argument("--channels", type=int, default=768)
-    parser.add_argument("--grid", type=int, default=37)
-    parser.add_argument("--rounds", type=int, default=3, help="turns (3)")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--channels", type=positive, default=768)
+    parser.add_argument("--grid", type=positive, default=37)
+    parser.add_argument("--rounds", type=positive, default=3, help="turns (3)")
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", choices=BACKENDS, default="torch", help="of the hash grid (%(default)s)")
     options = parser.parse_args(argv)

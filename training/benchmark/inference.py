@@ -29,7 +29,7 @@ from timm_dvt.errors import UserError
 from timm_dvt.loading import pick_device
 from timm_dvt.registry import VARIANTS
 from training.benchmark._hardware import hardware, waiting
-from training.common.command import command_parser
+from training.common.command import command_parser, positive
 
 MODELS = ("vit_small_patch14_dinov2.lvd142m_dvt", "vit_base_patch14_dinov2.lvd142m_dvt")
 # One block in twelve is 1.083, the floor of the second line.
@@ -220,11 +220,13 @@ def main(argv: Sequence[str]) -> int:
     """Measure, print a table with each bar, and return 0; 1 if a bar is missed."""
     parser = command_parser("benchmark inference", __doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="variants with a denoiser")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], metavar="B")
+    parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[1, 8], metavar="B")
     parser.add_argument(
-        "--size", nargs="+", type=int, metavar="PIXELS", help="sides of the input (default: the variant's own)"
+        "--size", nargs="+", type=positive, metavar="PIXELS", help="sides of the input (default: the variant's own)"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="forwards of each arrangement (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=positive, default=15, help="forwards of each arrangement (default: %(default)s)"
+    )
     parser.add_argument("--arch", choices=ARCHITECTURES, default="block", help="of the denoiser (default: %(default)s)")
     parser.add_argument("--blank-gate", action="store_true", help="level images without content, too")
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
@@ -232,16 +234,13 @@ def main(argv: Sequence[str]) -> int:
         "--dtype", choices=DTYPES, default="float32", help="of weights and images (default: %(default)s)"
     )
     parser.add_argument("--compile", action="store_true", help="each arrangement by torch.compile")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="of PyTorch (default: %(default)s)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what is timed (default: %(default)s)")
     parser.add_argument("--skip-import", action="store_true", help="do not time `import timm_dvt`")
     args = parser.parse_args(argv)
     for name in args.models:
         if name not in VARIANTS or VARIANTS[name].distilled:
             parser.error(f"--models: {name!r} is not a variant with a denoiser; timm-dvt list prints them")
-    if min(args.rounds, args.threads, *args.batch_sizes, *(args.size or [1])) < 1:
-        parser.error("--rounds, --threads, --batch-sizes and --size take numbers from 1 on")
-
     torch.set_num_threads(args.threads)
     try:
         device, dtype = pick_device(args.device), DTYPES[args.dtype]
@@ -260,9 +259,11 @@ def main(argv: Sequence[str]) -> int:
     for name in args.models:
         torch.manual_seed(0)
         denoiser = {"arch": args.arch, "blank_gate": args.blank_gate}
-        model = timm.create_model(name, num_classes=0, denoiser=denoiser).eval().to(device, dtype)
+        model: Any = timm.create_model(name, num_classes=0, denoiser=denoiser).eval().to(device, dtype)
         calls = arrangements(name, model)
         for size in args.size or [VARIANTS[name].resolution]:
+            if size % (patch := model.patch_embed.patch_size[0]):
+                raise UserError(f"--size must be a multiple of the patch size {patch} of {name}, got {size}")
             with torch.inference_mode():
                 check_agreement(calls, torch.randn(1, 3, size, size, device=device, dtype=dtype))
                 for batch in args.batch_sizes:

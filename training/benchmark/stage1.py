@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from timm_dvt.bars import tqdm
+from timm_dvt.options import at_least
 from training.benchmark import _stage1_real as real
 from training.benchmark._scenes import REGIMES, Scene, relative_error
 from training.common.backbone import DTYPES
-from training.common.command import command_parser
+from training.common.command import command_parser, positive, whole
 from training.common.views import view_axes
+from training.stage1.conditioning import LEAST_VIEWS
 from training.stage1.field.fit import FieldSettings, fit_field
 from training.stage1.linear.solver import LinearSettings, LinearSolver
 
@@ -181,20 +183,27 @@ def main(argv: list[str]) -> int:
         metavar="REGIME",
         help=f"some of: {'; '.join(REGIMES)}".replace("%", "%%"),
     )
-    parser.add_argument("--views", type=int, default=256, help="views a scene of the table (256)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--views", type=at_least(LEAST_VIEWS), default=256, help="views a scene of the table (256)")
+    parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--quick", action="store_true", help="six regimes, 64 views, no field, no curve")
     parser.add_argument("--no-field", action="store_true", help="leave out the neural field")
-    parser.add_argument("--field-steps", type=int, default=2000, help="steps of the neural field (2000)")
+    parser.add_argument(
+        "--field-steps", type=at_least(2), default=2000, metavar="N", help="steps of the neural field (2000)"
+    )
     parser.add_argument("--no-curve", action="store_true", help="leave out error against number of views")
     parser.add_argument("--end-to-end", metavar="MODEL", help="instead: time and memory with this timm model")
     parser.add_argument(
-        "--counts", type=int, nargs="+", default=[32, 256], metavar="VIEWS", help="of --end-to-end (%(default)s)"
+        "--counts",
+        type=at_least(LEAST_VIEWS),
+        nargs="+",
+        default=[32, 256],
+        metavar="N",
+        help="views of --end-to-end (%(default)s)",
     )
     parser.add_argument("--device", default="cpu", help="of --end-to-end (%(default)s)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of --end-to-end (%(default)s)")
     parser.add_argument("--pretrained", action="store_true", help="of --end-to-end: load weights")
-    parser.add_argument("--input-size", type=int, help="of --end-to-end: pixels a side")
+    parser.add_argument("--input-size", type=positive, help="of --end-to-end: pixels a side")
     args = parser.parse_args(argv)
     if args.end_to_end:
         run = real.Run(args.end_to_end, args.pretrained, args.input_size, args.device, args.dtype)

@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 
 from timm_dvt.loading import pick_device
+from timm_dvt.options import at_least
 from training.benchmark._hardware import hardware
 from training.benchmark._scenes import REGIMES
 from training.benchmark._synthetic_pairs import MODELS, World
-from training.common.command import command_parser
+from training.common.command import command_parser, positive
 from training.common.memory import keep_freed_memory
 from training.loop.distance import norm_distance
 from training.loop.optimization import make_adamw, set_learning_rate
@@ -68,10 +69,10 @@ def bare(pairs: PairSet, settings: Stage2Settings, batches: list[torch.Tensor]) 
 def main(argv: list[str]) -> int:
     parser = command_parser("benchmark train_denoiser", __doc__)
     parser.add_argument("--channels", type=int, choices=list(MODELS), default=192)
-    parser.add_argument("--grid", type=int, default=14)
-    parser.add_argument("--steps", type=int, default=60, help="of each turn (60)")
-    parser.add_argument("--rounds", type=int, default=4, help="turns of each (4)")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--grid", type=at_least(2), default=14, help="patches a side (14)")
+    parser.add_argument("--steps", type=positive, default=60, help="of each turn (60)")
+    parser.add_argument("--rounds", type=positive, default=4, help="turns of each (4)")
+    parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--device", default="cpu", help="where to train (%(default)s)")
     args = parser.parse_args(argv)
     device = pick_device(args.device)

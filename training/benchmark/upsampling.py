@@ -21,9 +21,11 @@ from torch.nn.functional import interpolate, normalize, one_hot
 from timm_dvt.bars import tqdm
 from timm_dvt.image_files import load_image
 from timm_dvt.loading import load_model, pick_device
-from training.common.command import command_parser
+from timm_dvt.options import at_least
+from training.common.command import command_parser, positive
 from training.evaluate.data.datasets import open_dataset
 from training.evaluate.segmentation.score import resize_mask
+from training.stage1.conditioning import LEAST_VIEWS
 from training.stage1.decompose import Stage1Settings, decompose
 
 METHODS = ("F between the patches", "F, bilinear", "raw - G, bilinear", "raw, bilinear")
@@ -55,10 +57,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", required=True, metavar="DIR", help="what training.stamps made")
     parser.add_argument("--model", default="vit_small_patch14_dinov2.focus", metavar="NAME")
     parser.add_argument("--no-pretrained", dest="pretrained", action="store_false")
-    parser.add_argument("--images", type=int, default=10, help="(10)")
-    parser.add_argument("--views", type=int, nargs="+", default=[32], help="forward passes an image (32)")
-    parser.add_argument("--input-size", type=int, help="(518 for patch 14)")
-    parser.add_argument("--scale", type=int, default=4, help="places a patch either way (4)")
+    parser.add_argument("--images", type=positive, default=10, help="(10)")
+    parser.add_argument(
+        "--views", type=at_least(LEAST_VIEWS), nargs="+", default=[32], metavar="N", help="forward passes an image (32)"
+    )
+    parser.add_argument("--input-size", type=positive, help="(518 for patch 14)")
+    parser.add_argument("--scale", type=positive, default=4, help="places a patch either way (4)")
     args = parser.parse_args(argv)
     split = open_dataset("stamps", args.data, "masks")["val"]
     model = load_model(args.model, pretrained=args.pretrained).to(pick_device("auto"))

@@ -10,6 +10,8 @@ from timm_dvt import bars
 from training.benchmark import field_step, inference
 from training.benchmark.__main__ import main
 
+VARIANT = "vit_small_patch14_dinov2.lvd142m_dvt"
+
 
 def told(capsys) -> str:
     with pytest.raises(SystemExit) as leaving:
@@ -29,6 +31,8 @@ def test_what_a_model_cannot_do_is_one_line(capsys):
     words = ["--model", "test_vit", "--images", "2", "--rounds", "1", "--size", "50"]
     assert main(["extract", *words]) == 2
     assert "--size must be a multiple of 16" in capsys.readouterr().err
+    assert main(["inference", "--models", VARIANT, "--size", "15", "--skip-import"]) == 2
+    assert "--size must be a multiple of the patch size 14 of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["scenes"], ["_scenes"], ["nonsense"]])
@@ -54,7 +58,6 @@ def test_field_step_tells_how_far_it_is(capsys, monkeypatch):
 
 def test_the_published_arrangement_stands_beside_denoisers_of_its_kind_alone():
     """Which is a block and nothing behind it."""
-    variant = "vit_small_patch14_dinov2.lvd142m_dvt"
     for more, same in (({}, True), ({"keep_length": True}, False), ({"pos_embed_out": True}, False)):
-        model = timm.create_model(variant, img_size=28, denoiser={"grid_size": 2, **more}).eval()
-        assert ("published (map)" in inference.arrangements(variant, model)) == same
+        model = timm.create_model(VARIANT, img_size=28, denoiser={"grid_size": 2, **more}).eval()
+        assert ("published (map)" in inference.arrangements(VARIANT, model)) == same
