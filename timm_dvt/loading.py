@@ -137,9 +137,11 @@ def pick_device(name: str | None) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         return torch.device("cpu")
+    says = f"device must be one that torch has here, got {name!r}; cpu always works"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device must be one that torch has here, got {name!r}; cpu always works ({first_line(error)})"
-        ) from error
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError) as error:  # the first sentence, of up to dozens
+        raise UserError(f"{says} ({first_line(error).partition('. ')[0]})") from error
+    if device.type == "meta":
+        raise UserError(f"{says} (meta holds no values)")
+    return device
