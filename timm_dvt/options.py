@@ -108,6 +108,11 @@ def refuse_empty(parser: argparse.ArgumentParser) -> None:
     parser.register("type", Path, lambda given: Path(text(given)))
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Give a command line the --device that `pick_device` takes."""
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+
+
 def at_least(least: int, kind: Callable[[Any], Any] = int) -> Callable[[str], Any]:
     """Makes a type for argparse: finite numbers from `least` on, so that others are refused before anything is done."""
 

@@ -365,7 +365,7 @@ def test_the_command_writes_a_folder_that_loads_and_a_picture(method, tmp_path, 
 
 def test_as_json_nothing_else_is_printed(tmp_path, capsys):
     out = tmp_path / "out"
-    words = ["--model", "test_vit", "--no-pretrained", "--out", str(out), "--views", "32", "--json"]
+    words = ["--model", "test_vit", "--no-pretrained", "--out", str(out), "--views", "32", "--json", "--device", "cpu"]
     assert main(["calibrate", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == {"folder": str(out), **json.loads((out / "calibration.json").read_text())}
@@ -401,6 +401,7 @@ def test_without_images_the_picture_shows_the_packages_photographs(tmp_path, cap
         (["--model", "test_vit", "--no-pretrained", "--images", "{}"], "no image in this folder"),
         (["--model", "test_vit", "--no-pretrained", "--images", "{}/no.png"], "no.png"),
         (["--model", "test_vit", "--no-pretrained", "--views", "2"], "views is 2"),
+        (["--model", "test_vit", "--no-pretrained", "--device", "meta"], "device must be one that torch has"),
         (["--model", "test_vit", "--no-pretrained", "--out", "setup.cfg"], "cannot write to setup.cfg"),
     ],
 )

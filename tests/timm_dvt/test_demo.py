@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 def test_the_demo_draws_both_states_of_the_packages_photographs(folder, tmp_path, capsys):
     out = tmp_path / "picture.png"
-    assert main(["demo", "--model", f"local-dir:{folder}", "--out", str(out)]) == 0
+    assert main(["demo", "--model", f"local-dir:{folder}", "--out", str(out), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert f"wrote {out}" in printed and ("denoiser off" in printed or "no times" in printed)
     assert "cat.jpg: 112 x 80 pixels (7% cropped), 5 x 7 patch tokens of 192 channels" in printed
@@ -169,6 +169,7 @@ def bad_arguments(tmp_path, folder) -> dict[str, tuple[list[str], str]]:
         "a wrong tag": (["--model", "vit_base_patch14_dinov2.x_dvt"], "vit_base_patch14_dinov2.x_dvt"),
         "no denoiser": (["--model", "vit_tiny_patch16_224", "--no-pretrained"], "has no denoiser to switch"),
         "no such folder": (["--model", f"local-dir:{tmp_path}/none"], "none"),
+        "no such device": ([*model, "--device", "meta"], "device must be one that torch has"),
         "nowhere to write": ([*model, "--out", str(tmp_path / "a" / "b.png")], "cannot write"),
         "no picture's name": ([*model, "--out", str(tmp_path / "b.txt")], "cannot write"),
     }
@@ -185,6 +186,7 @@ def bad_arguments(tmp_path, folder) -> dict[str, tuple[list[str], str]]:
         "a wrong tag",
         "no denoiser",
         "no such folder",
+        "no such device",
         "nowhere to write",
         "no picture's name",
     ],

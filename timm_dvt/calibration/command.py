@@ -19,7 +19,8 @@ from timm_dvt.calibration.views import WINDOWS
 from timm_dvt.errors import CalibrationError
 from timm_dvt.images import PHOTOGRAPHS, read_image
 from timm_dvt.layouts import meant_size
-from timm_dvt.loading import check_name, load_any_size
+from timm_dvt.loading import check_name, load_any_size, pick_device
+from timm_dvt.options import add_device
 from timm_dvt.reading import LayerReader
 from timm_dvt.viewer.panel import Shown, draw
 from timm_dvt.weights.files import write_whole
@@ -79,6 +80,7 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print what was found as JSON, and nothing else; progress goes to stderr"
     )
+    add_device(parser)
     parser.add_argument("--no-pretrained", action="store_true", help="random weights: fetch nothing")
     parser.set_defaults(run=run)
 
@@ -87,10 +89,11 @@ def run(args: argparse.Namespace) -> Path:
     """Calibrate as the parsed arguments say and save it; prints what was found, returns the folder written.
 
     Raises:
-        CalibrationError: an image, the model or the folder cannot be used; the message says what to do.
+        UserError: an image, the model, the device or the folder cannot be used; the message says what to do.
     """
     check_arguments(args.method, args.views)
     check_name(args.model)
+    device = pick_device(args.device)
     folder = Path(args.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +105,6 @@ def run(args: argparse.Namespace) -> Path:
     except OSError as e:
         raise CalibrationError(f"cannot write to {args.out}: {e.strerror or e}; name a folder for --out.") from e
     model = load_any_size(args.model, not args.no_pretrained)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     say = (lambda *words: None) if args.json else print
     say(f"model: {args.model} on {device}" + (", random weights, as asked for" if args.no_pretrained else ""))
     start = time.perf_counter()

@@ -9,7 +9,7 @@ from timm_dvt.inspection.measure import VIEWS, inspect
 from timm_dvt.inspection.page import HEADINGS, lead, page, row
 from timm_dvt.inspection.results import Inspection
 from timm_dvt.loading import check_name, load_any_size, pick_device
-from timm_dvt.options import at_least, block_list
+from timm_dvt.options import add_device, at_least, block_list
 from timm_dvt.tables import aligned
 from timm_dvt.weights.files import write_together
 
@@ -52,7 +52,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
         help="calibrate at once on half of the images, and tell position's share before and after on the others",
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, and nothing else")
-    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+    add_device(parser)
     parser.add_argument("--no-pretrained", action="store_true", help="random weights: fetch nothing")
     parser.set_defaults(run=run)
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+from timm_dvt.options import add_device
 from timm_dvt.variants import DEFAULT_MODEL
 from timm_dvt.viewer.demo import run
 
@@ -21,6 +22,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         help=f"a variant, local-dir:FOLDER or hf-hub:REPO (default: {DEFAULT_MODEL}, of the extra dinov2)",
     )
     parser.add_argument("--out", metavar="FILE", default="dvt_demo.png", help="picture to write (default: %(default)s)")
+    add_device(parser)
     parser.add_argument("--no-pretrained", action="store_true", help="random weights: fetch nothing")
     parser.add_argument(
         "--size",
@@ -28,7 +30,9 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="resize the image to about PIXELS x PIXELS in area, its aspect ratio kept (default: the model's own size)",
     )
-    parser.set_defaults(run=lambda args: run(args.images, args.model, args.out, not args.no_pretrained, args.size))
+    parser.set_defaults(
+        run=lambda args: run(args.images, args.model, args.out, not args.no_pretrained, args.size, args.device)
+    )
 
 
 def add_app(parser: argparse.ArgumentParser) -> None:

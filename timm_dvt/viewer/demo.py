@@ -20,7 +20,7 @@ from timm_dvt.bars import tqdm
 from timm_dvt.errors import UserError, WeightsNotFoundError
 from timm_dvt.images import PHOTOGRAPHS, read_image
 from timm_dvt.layouts import input_size
-from timm_dvt.loading import SCHEMES, load_any_size
+from timm_dvt.loading import SCHEMES, load_any_size, pick_device
 from timm_dvt.registry import VARIANTS
 from timm_dvt.variants import DEFAULT_MODEL
 from timm_dvt.viewer.panel import Shown, draw
@@ -58,6 +58,7 @@ def run(
     out: str = "dvt_demo.png",
     pretrained: bool = True,
     size: int | None = None,
+    device: str | None = None,
 ) -> Path:
     """Draw a model's features of images with its denoiser off and on; prints what it did, returns the file written.
 
@@ -67,25 +68,26 @@ def run(
         out: the picture to write; its suffix says the format.
         pretrained: False for random weights.
         size: images are resized to about size x size pixels in area; default the model's own resolution.
+        device: as for `pick_device`.
 
     Raises:
-        UserError: an image, the model or the output cannot be used.
+        UserError: an image, the model, the device or the output cannot be used.
     """
     path, kind = check_output(out)
+    where = pick_device(device)
     sources = [Path(image) for image in images] or PHOTOGRAPHS
     photographs = [read_image(source) for source in sources]
     network: Any = load_denoised(model or DEFAULT_MODEL, pretrained)
     note = "" if pretrained else NOT_ASKED
     if note:
         print(f"note: {note}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = network.to(device)
+    network = network.to(where)
     name = model or DEFAULT_MODEL
-    print(f"model:  {name} on {device}")
+    print(f"model:  {name} on {where}")
     shown, changes = [], []
     for source, photograph in zip(sources, photographs):
         resized, pixels = prepare(network, photograph, size)
-        off, on = measure(sized(network, pixels), pixels.to(device), ROUNDS, source.name)
+        off, on = measure(sized(network, pixels), pixels.to(where), ROUNDS, source.name)
         rows, columns, channels = on.features.shape
         times = (off.time, on.time) if off.time and on.time else ("", "")
         timed = f"denoiser off {times[0]}, on {times[1]}" if times[0] else "no times: a busy machine"
