@@ -133,9 +133,25 @@ def part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def block_numbers(text: str) -> tuple[int, ...]:
+    """Numbers of blocks for argparse, as 0,5,11."""
+    try:
+        return tuple(int(block) for block in text.strip(",").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of blocks such as 0,5,11") from None
+
+
 def block_list(text: str) -> str | tuple[int, ...]:
     """Numbers of blocks for argparse, or "all"."""
-    try:
-        return text if text == "all" else tuple(int(block) for block in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor a list of blocks such as 0,5,11") from None
+    return text if text == "all" else block_numbers(text)
+
+
+class Blocks(argparse.Action):
+    """For an option of several words of the above, 3 5 as well as 3,5: their numbers in one tuple, or "all"."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        if "all" in values and len(values) > 1:
+            raise argparse.ArgumentError(self, "all stands alone")
+        setattr(namespace, self.dest, "all" if "all" in values else sum(values, ()))

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from timm_dvt.attach import timm_name
 from timm_dvt.loading import pick_device
-from timm_dvt.options import add_options, build
+from timm_dvt.options import Blocks, add_options, block_numbers, build
 from training.common.command import add_model_arguments, command_parser
 from training.common.models import load_pairs_model
 from training.common.recipes import add_recipe
@@ -71,8 +71,9 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     add_model_arguments(parser)
     parser.add_argument(
         "--layers",
-        type=int,
+        type=block_numbers,
         nargs="+",
+        action=Blocks,
         metavar="N",
         help="blocks to train for, as numbered in the pairs (default: all that they hold)",
     )

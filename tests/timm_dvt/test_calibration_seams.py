@@ -62,11 +62,13 @@ def test_the_command_calibrates_a_model_that_has_denoisers_and_tells_of_each(tmp
     assert set(json.loads((tmp_path / "out" / "calibration.json").read_text())["layers"]) == {"0", "1"}
 
 
-def test_the_command_takes_layers_and_refuses_those_that_are_not_there(tmp_path, capsys):
+@pytest.mark.parametrize("layers", ["0", "0,2"])
+def test_the_command_takes_layers_and_refuses_those_that_are_not_there(layers, tmp_path, capsys):
     words = ["calibrate", "--model", "test_vit", *BLANK, "--out", str(tmp_path)]
-    assert main([*words, "--layers", "0", "-1"]) == 0
+    assert main([*words, "--layers", layers, "-1"]) == 0
     depth = len(timm.create_model("test_vit").blocks)
-    assert list(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).denoisers()) == [0, depth - 1]
+    denoisers = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).denoisers()
+    assert list(denoisers) == [*map(int, layers.split(",")), depth - 1]
     capsys.readouterr()
     assert main([*words, "--layers", "99"]) == 2
     assert "layers must be" in capsys.readouterr().err

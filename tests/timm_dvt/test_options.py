@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from timm_dvt.errors import UserError
-from timm_dvt.options import add_options, build, check, option
+from timm_dvt.options import Blocks, add_options, block_list, build, check, option
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,19 @@ def test_what_a_field_does_not_take_is_refused(words, capsys):
     with pytest.raises(SystemExit):
         parse(*words.split())
     assert words.split()[-2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "blocks"),
+    [("3 5", (3, 5)), ("3,5", (3, 5)), ("3, 5", (3, 5)), ("0 -1", (0, -1)), ("0,-1 4", (0, -1, 4)), ("all", "all")],
+)
+def test_blocks_are_taken_as_words_and_with_commas(words, blocks):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--blocks", nargs="+", type=block_list, action=Blocks)
+    assert parser.parse_args(["--blocks", *words.split()]).blocks == blocks
+    for wrong in ("last", "3,x", ",", "all 3", "3 all"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--blocks", *wrong.split()])
 
 
 @pytest.mark.parametrize("given", [{"gears": 0}, {"frame": "glass"}])

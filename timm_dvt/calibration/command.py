@@ -20,7 +20,7 @@ from timm_dvt.errors import CalibrationError
 from timm_dvt.images import PHOTOGRAPHS, read_image
 from timm_dvt.layouts import meant_size
 from timm_dvt.loading import check_name, load_any_size, pick_device
-from timm_dvt.options import add_device
+from timm_dvt.options import Blocks, add_device, block_numbers
 from timm_dvt.reading import LayerReader
 from timm_dvt.viewer.panel import Shown, draw
 from timm_dvt.weights.files import write_whole
@@ -55,7 +55,8 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers",
         nargs="+",
-        type=int,
+        type=block_numbers,
+        action=Blocks,
         metavar="N",
         help="blocks to denoise, counted from 0, or from the end with a minus (default: the last, or those of the "
         "model's denoiser)",

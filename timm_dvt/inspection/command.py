@@ -9,7 +9,7 @@ from timm_dvt.inspection.measure import VIEWS, inspect
 from timm_dvt.inspection.page import HEADINGS, lead, page, row
 from timm_dvt.inspection.results import Inspection
 from timm_dvt.loading import check_name, load_any_size, pick_device
-from timm_dvt.options import add_device, at_least, block_list
+from timm_dvt.options import Blocks, add_device, at_least, block_list
 from timm_dvt.tables import aligned
 from timm_dvt.weights.files import write_together
 
@@ -34,8 +34,10 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blocks",
         type=block_list,
-        metavar="all|LIST",
-        help="such as 0,5,11, counted from 0, or --blocks=-2,-1 from the end (default: all)",
+        nargs="+",
+        action=Blocks,
+        metavar="N",
+        help="all, or such as 0,5,11, counted from 0, or --blocks=-2,-1 from the end (default: all)",
     )
     parser.add_argument(
         "--views",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from timm_dvt.errors import UserError
-from timm_dvt.options import option
+from timm_dvt.options import Blocks, block_list, option
 from training.common.backbone import DTYPES, FeatureReader
 from training.common.views import check_area
 from training.stage1.conditioning import LEAST_VIEWS
@@ -26,7 +25,7 @@ class Stage1Settings:
     The whole image is one of the views and takes part in the fit, because random crops hardly ever reach the corners.
 
     Attributes:
-        layers: blocks to decompose, all in one pass; on a command line words, until `settled`.
+        layers: blocks to decompose, all in one pass; of a command line perhaps "all", until `settled`.
         corner_aligned, square_first: as the paper's repository has it, patches' places run from edge to edge of a
             view instead of from center to center, and the image is resized to the input's square before it is cut.
         aspect, flip: of the crops, see `training.common.views.sample_views`.
@@ -40,7 +39,9 @@ class Stage1Settings:
     layers: tuple[int, ...] | None = option(
         None,
         "blocks counted from 0, or from the end with a minus, or 'all' (default: the last)",
+        type=block_list,
         nargs="+",
+        action=Blocks,
         metavar="N",
     )
     input_size: int | None = option(None, "(default: the paper's, 518 for patch 14, 512 for 16)", least=1, metavar="PX")
@@ -81,7 +82,8 @@ class Stage1Settings:
         check_area(self.area)
         if self.solver == "field" and not self.linear.artifacts:
             raise UserError("--no-artifacts is of the linear solver: pass --solver linear too")
-        reader = replace(self, layers=_blocks(self.layers, model)).reader(model)
+        every = tuple(range(len(getattr(model, "blocks", ()))))
+        reader = replace(self, layers=every if self.layers == "all" else self.layers).reader(model)
         filled: dict[str, Any] = {name: getattr(reader, name) for name in ("layers", "input_size", "stride")}
         return replace(self, crops=min(self.crops, self.views - 1), **filled)
 
@@ -99,14 +101,3 @@ def stage1_recipes(ours: Stage1Settings) -> dict[str, Stage1Settings]:
             field=FieldSettings(steps=25_000, recipe="repository"),
         ),
     }
-
-
-def _blocks(words: Sequence[Any] | None, model: nn.Module) -> tuple[int, ...] | None:
-    if words is None:
-        return None
-    if list(words) == ["all"]:
-        return tuple(range(len(getattr(model, "blocks", ()))))
-    try:
-        return tuple(int(number) for word in words for number in str(word).split(",") if number)
-    except ValueError:
-        raise UserError(f"layers must be block numbers or 'all', got {' '.join(words)}") from None

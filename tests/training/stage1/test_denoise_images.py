@@ -167,7 +167,6 @@ def test_another_setting_or_model_is_refused_and_named(images, tmp_path, capsys)
         (["--model", "resnet18"], "A denoiser can be added to"),
         (["--model", "vit_of_nobody"], "vit_of_nobody"),
         (["--layers", "6"], "layers must be block indices from -6 to 5"),
-        (["--layers", "last"], "layers must be block numbers or 'all', got last"),
         (["--input-size", "65"], "input_size must be a multiple of the patch size 16, got 65"),
         (["--area", "0.5", "0.1"], "area must be (smallest, largest) within (0, 1], got (0.5, 0.1)"),
         (["--stride", "17"], "stride must be from 1 to the patch size 16, got 17"),

@@ -83,6 +83,7 @@ def test_pairs_of_another_model_weights_layer_or_width_are_refused(tmp_path, cap
 
     assert "model 'test_vit', not with --model test_vit2" in error("--model", "test_vit2")
     assert "hold block 5" in error("--model", "test_vit", "--layers", "3")
+    assert "layers [3, 4]: the pairs" in error("--model", "test_vit", "--layers", "3,4")
     wide = write_pairs(tmp_path / "wide", 2, model="vit_tiny_patch16_224")
     pairs = wide
     assert "64 channels, but --model vit_tiny_patch16_224 has 192" in error("--model", "vit_tiny_patch16_224")
