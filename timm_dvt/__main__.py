@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from timm_dvt.errors import UserError
+from timm_dvt.errors import UserError, first_line, too_little_memory
 from timm_dvt.verbs import parser_for
 
 
@@ -23,6 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MemoryError, RuntimeError) as e:
+        if not too_little_memory(e):
+            raise
+        print(f"error: too little memory; smaller numbers take less ({first_line(e)})", file=sys.stderr)
+        return 2
     except OSError as e:  # a folder that is read-only, a disk that is full
         print(f"error: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
         return 2

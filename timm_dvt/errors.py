@@ -37,6 +37,12 @@ class WeightsNotFoundError(UserError, RuntimeError):
     """Weights that cannot be had: of the wrong name, without a network, without access."""
 
 
+def too_little_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice: of torch a RuntimeError, that of a GPU too, of which only the words tell."""
+    words = ("out of memory", "not enough memory", "can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, of a length to print; and the next where it only leads to that."""
     first, *more = str(error).strip().splitlines() or [type(error).__name__]

@@ -14,6 +14,7 @@ import pytest
 import timm_dvt
 import training
 from timm_dvt import __main__ as commands
+from timm_dvt.images import PHOTOGRAPHS
 from timm_dvt.verbs import VERBS, parser_for
 
 
@@ -141,6 +142,23 @@ def test_a_bug_shows_its_traceback_and_is_no_line_for_the_person_at_the_keyboard
     monkeypatch.setattr(command, part, fail)
     with pytest.raises(kind, match="a bug"):
         command.main(words)
+
+
+RANDOM = ["--model", "test_vit", "--no-pretrained"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("timm_dvt.__main__", ["inspect", *RANDOM, "--views", str(10**15)]),
+        ("timm_dvt.__main__", ["extract", str(PHOTOGRAPHS[0]), *RANDOM, "--out", "O", "--size", str(10**12)]),
+        ("training.denoise_images", ["--images", str(PHOTOGRAPHS[0]), *RANDOM, "--out", "O", "--views", str(10**15)]),
+    ],
+)
+def test_what_memory_does_not_suffice_for_is_one_line(name, words, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert importlib.import_module(name).main(words) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: too little memory; smaller numbers take less (")
 
 
 def test_calibrate_says_how_many_views_it_needs_before_anything_is_done(capsys, monkeypatch, tmp_path):

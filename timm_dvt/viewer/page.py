@@ -10,7 +10,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from timm_dvt.errors import UserError
+from timm_dvt.errors import UserError, too_little_memory
 from timm_dvt.version import REPOSITORY
 from timm_dvt.viewer import pairs
 from timm_dvt.viewer.colors import SCALE, principal_colors
@@ -77,7 +77,7 @@ def sentence(error: UserError) -> str:
 
 def unforeseen(error: Exception) -> str:
     """What a visitor can do about an error that nobody thought of."""
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "not enough memory" in str(error):
+    if too_little_memory(error):
         return "The machine that serves this page has too little memory for this. Take a smaller variant or image."
     return (
         f"This went wrong ({type(error).__name__}; the server's terminal says more). Try again, or take another image."

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from timm_dvt.errors import UserError
+from timm_dvt.errors import UserError, first_line, too_little_memory
 from timm_dvt.options import at_least, refuse_empty
 from timm_dvt.shared_folder import OutputError
 
@@ -83,6 +83,10 @@ def exit_code_of(run: Callable[[], int | None], os_error: int = 2) -> int:
         return complain(141, "standard output was closed; run the same command again to continue.")
     except OSError as error:
         return complain(os_error, error)
+    except (MemoryError, RuntimeError) as error:
+        if not too_little_memory(error):
+            raise
+        return complain(2, f"too little memory; smaller numbers take less ({first_line(error)})")
     except KeyboardInterrupt:
         return complain(130, "stopped; run the same command again to continue.")
 
