@@ -20,7 +20,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from timm_dvt.architectures import ARCHITECTURES
 from timm_dvt.attach import timm_name
+from timm_dvt.errors import UserError
 from timm_dvt.loading import pick_device
 from timm_dvt.options import Blocks, add_options, block_numbers, build
 from training.common.command import add_model_arguments, command_parser
@@ -42,12 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """What the parsed arguments ask for. Raises what `exit_code` knows."""
+    recipe = STAGE2[args.recipe]
+    asked = build(recipe, args)
+    if not ARCHITECTURES[asked.arch].trains and (asked.steps, asked.whole) != (recipe.steps, recipe.whole):
+        raise UserError(f"--arch {asked.arch} needs no training; leave out --steps, --epochs and --whole")
     device = pick_device(args.device)
     pairs = open_pairs(args.pairs, args.layers)
     with join_processes(device) as processes:
         count = len(pairs.files)
         held = f"{args.pairs} holds {count} pair{'s' * (count != 1)}"
-        settings = build(STAGE2[args.recipe], args).settled(count, held, processes)
+        settings = asked.settled(count, held, processes)
         model = load_pairs_model(args.model, args.pretrained, pairs.settings, args.pairs)
         check_fit(model, pairs, args.model)
         undecided = ("init", "init_weights", "arch", "blocks")  # what an --init that does not fit is mended by

@@ -104,6 +104,9 @@ def test_pairs_of_another_model_weights_layer_or_width_are_refused(tmp_path, cap
         ("--device", "nonsense"),
         ("--init", "nowhere"),
         ("--arch", "static", "--init", "x"),
+        ("--arch", "static", "--steps", "5"),
+        ("--arch", "static", "--epochs", "5", "--recipe", "repository"),
+        ("--arch", "static", "--whole", "1"),
         ("--arch", "conv3x3", "--blocks", "2"),
     ],
 )
