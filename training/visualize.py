@@ -45,6 +45,7 @@ from training.stage1.progress import Progress
 from training.stage1.settings import Stage1Settings, stage1_recipes
 
 RECIPES = stage1_recipes(Stage1Settings(views=64))  # a picture shows no more of what 768 would bring
+CLUSTERS = 6
 MOST_ROWS = 100  # a taller picture opens nowhere
 
 
@@ -74,6 +75,12 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         check_picture(args.out)
     if args.fps is not None and not 0.1 <= args.fps <= 1000:
         raise UserError(f"fps must be from 0.1 to 1000, got {args.fps}")
+    if args.positional and args.video:
+        raise UserError("--positional draws a picture and --video a video; leave out one of the two")
+    if (args.positional or args.video) and (args.resolution or args.clusters != CLUSTERS):
+        raise UserError("--resolution and --clusters are of pictures of stage 1, not of --positional or --video")
+    if args.fps is not None and not args.video:
+        raise UserError("--fps is of a video; leave it out, or name one by --video")
     if args.video:
         check_suffix(args.video)
         if len(args.images) != 1:
@@ -89,7 +96,9 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--positional", action="store_true", help="draw what position does to features")
     parser.add_argument("--video", metavar="OUT", help=".mp4 or .gif to write, from a video or frames")
     parser.add_argument("--fps", type=float, help="of the video (default: the source's, or 10)")
-    parser.add_argument("--clusters", type=int, default=6, help="of k-means, from 1 to 10 (default: %(default)s)")
+    parser.add_argument(
+        "--clusters", type=int, default=CLUSTERS, help="of k-means, from 1 to 10 (default: %(default)s)"
+    )
     parser.add_argument("--limit", type=positive, help="only the first so many images or frames")
     add_model_arguments(parser)
     parser.add_argument(

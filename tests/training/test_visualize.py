@@ -228,6 +228,10 @@ def test_a_model_with_a_denoiser_draws_its_own_output_and_raw_features_beside_it
         (["--video", "out.mp4", "--fps", "-1"], "fps must be from 0.1 to 1000, got -1"),
         (["--out", "b.txt"], "b.txt: a picture's name ends in one of"),
         (["--clusters", "11"], "clusters must be from 1 to 10"),
+        (["--positional", "--video", "out.gif"], "leave out one of the two"),
+        (["--positional", "--resolution", "9"], "--resolution and --clusters are of pictures of stage 1"),
+        (["--video", "out.gif", "--clusters", "3"], "--resolution and --clusters are of pictures of stage 1"),
+        (["--fps", "5"], "--fps is of a video"),
         (["--stride", "17"], "stride must be from 1"),
     ],
 )
