@@ -401,6 +401,7 @@ def test_without_images_the_picture_shows_the_packages_photographs(tmp_path, cap
         (["--model", "test_vit", "--no-pretrained", "--images", "{}"], "no image in this folder"),
         (["--model", "test_vit", "--no-pretrained", "--images", "{}/no.png"], "no.png"),
         (["--model", "test_vit", "--no-pretrained", "--views", "2"], "views is 2"),
+        (["--model", "test_vit", "--no-pretrained", "--blank-gate"], "name some by --images"),
         (["--model", "test_vit", "--no-pretrained", "--device", "meta"], "device must be one that torch has"),
         (["--model", "test_vit", "--no-pretrained", "--out", "setup.cfg"], "cannot write to setup.cfg"),
     ],

@@ -74,7 +74,6 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blank-gate",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="with images: know images without content, and level them (default: yes); "
         "leftover keeps the gate of a denoiser that has one",
     )
@@ -93,6 +92,8 @@ def run(args: argparse.Namespace) -> Path:
         UserError: an image, the model, the device or the folder cannot be used; the message says what to do.
     """
     check_arguments(args.method, args.views)
+    if args.blank_gate and not args.images:
+        raise CalibrationError("--blank-gate tells blank images from photographs; name some by --images.")
     check_name(args.model)
     device = pick_device(args.device)
     folder = Path(args.out)
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> Path:
         layers=args.layers,
         views=args.views,
         keep_length=args.keep_length,
-        blank_gate=args.blank_gate,
+        blank_gate=args.blank_gate is not False,
         progress=True,
     )
     of_blocks = {block: denoiser.calibration for block, denoiser in model.denoisers().items()}
