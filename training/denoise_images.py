@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from timm_dvt.errors import UserError
 from timm_dvt.image_files import given_images
 from timm_dvt.loading import load_model, pick_device
 from timm_dvt.options import add_options, build
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     model = load_model(args.model, pretrained=args.pretrained, seed=args.seed)
     settings = build(STAGE1[args.recipe], args).settled(model)
+    if args.crops not in (settings.crops, STAGE1[args.recipe].crops):  # of the default there are as many as can be
+        raise UserError(f"--crops must be below --views, {settings.views}, got {args.crops}")
     with PairFolder(args.out, describe_pairs(args.model, args.pretrained, model, settings), args.precision) as folder:
         failed = denoise_images(model.to(device), sources, folder, settings)
     if failed and is_first_process():

@@ -169,6 +169,7 @@ def test_another_setting_or_model_is_refused_and_named(images, tmp_path, capsys)
         (["--layers", "6"], "layers must be block indices from -6 to 5"),
         (["--input-size", "65"], "input_size must be a multiple of the patch size 16, got 65"),
         (["--area", "0.5", "0.1"], "area must be (smallest, largest) within (0, 1], got (0.5, 0.1)"),
+        (["--crops", "50", "--views", "8"], "--crops must be below --views, 8, got 50"),
         (["--stride", "17"], "stride must be from 1 to the patch size 16, got 17"),
         (["--device", "cuda:99"], "device must be one that torch has here, got 'cuda:99'"),
     ],
