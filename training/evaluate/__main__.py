@@ -50,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
     bad = [tag for tag in args.tag if "=" not in tag or tag.split("=")[0] in OF_FEATURES]
     if bad:
         raise UserError(f"--tag takes NAME=VALUE, and of names not {' or '.join(OF_FEATURES)}, got {bad[0]!r}")
+    tags = [tag.split("=")[0] for tag in args.tag]
+    if twice := [tag for tag in tags if tags.count(tag) > 1]:
+        raise UserError(f"--tag gives {twice[0]} twice; leave out one of the two")
     names = [args.task]
     if args.task == "all":
         kinds = kinds_of(args.dataset, args.data)

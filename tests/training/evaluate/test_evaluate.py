@@ -357,6 +357,7 @@ def test_one_missing_mask_is_named(model, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
+        (["knn-seg", "--dataset", "stamps", "--tag", "pairs=3", "--tag", "pairs=4"], "--tag gives pairs twice"),
         (["depth", "--dataset", "voc"], "dataset voc has no depth; those that have: nyu"),
         (["knn-seg", "--dataset", "stamps", "--set", "nearest=3"], "knn-seg has the settings neighbors"),
         (["knn-seg", "--dataset", "stamps", "--set", "neighbors=many"], "'many' is not a value like 20"),
