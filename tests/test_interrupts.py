@@ -1,6 +1,7 @@
-"""Ctrl-C before a command's main: one line and exit code 130, whatever is being imported at that moment."""
+"""What ends a command before or beside its work: Ctrl-C while it imports, packages that are missing, no output."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -80,3 +81,36 @@ def test_a_program_that_imports_the_package_keeps_its_own_ctrl_c(tmp_path):
 def test_a_command_works_without_docstrings(command, tmp_path):
     ended = run(["-m", *command], "-", tmp_path, OPTIMIZED="yes")
     assert ended.returncode == 0 and "usage: " in ended.stdout and not ended.stderr
+
+
+def test_a_command_goes_on_where_what_it_prints_cannot_be_shown(tmp_path):
+    command = f"{shlex.quote(sys.executable)} -m timm_dvt"
+    words = "inspect --model test_vit --no-pretrained --views 32 --out out"
+    for line in (f"PYTHONIOENCODING=ascii {command} {words}", f"{command} list >&-"):
+        ended = subprocess.run(
+            ["bash", "-c", line],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 0 and "Error" not in ended.stderr, ended.stderr
+    assert (tmp_path / "out" / "inspection.json").is_file()
+
+
+def test_a_missing_package_of_training_is_one_line(tmp_path):
+    code = (
+        "import importlib.util as util, runpy\n"
+        "real = util.find_spec\n"
+        "util.find_spec = lambda name, *more: None if name == 'torchmetrics' else real(name, *more)\n"
+        "runpy.run_module('training.make_denoiser', run_name='__main__')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert "(torchmetrics): pip install -e" in ended.stderr

@@ -1,4 +1,4 @@
-"""Ctrl-C from the first instant of a command: one line and exit code 130, also while its libraries are imported."""
+"""What ends no command, and what does: Ctrl-C from its first instant, by one line and exit code 130; not printing."""
 
 import os
 import re
@@ -49,5 +49,17 @@ def _leave() -> None:
     os._exit(130)  # Python itself would end by the signal, which is no exit code
 
 
+def let_print() -> None:
+    """Let a command go on where nobody hears it (`>&-`), or a sign cannot be printed, and becomes a ?."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace" if name == "stdout" else "backslashreplace")
+
+
+if is_command():
+    let_print()
 if is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup's is another
     guard()

@@ -81,13 +81,6 @@ def run(args: argparse.Namespace) -> Inspection:
         name=args.model,
     )
     facts = json.dumps(report.to_dict(), indent=2)
-    if args.json:
-        print(facts)
-    else:
-        print(f"{report.model}: {lead(report)}\n")
-        print(*aligned([HEADINGS, *([cell for cell, _ in row(layer)] for layer in report.layers)]), sep="\n")
-        for finding in report.findings:
-            print("\n" + "\n    ".join([finding.text, *finding.commands]))
     if folder is not None:
         text = page(report)
         write_together(
@@ -96,6 +89,13 @@ def run(args: argparse.Namespace) -> Inspection:
                 folder / FACTS: lambda path: path.write_text(facts + "\n"),
             }
         )
-        if not args.json:
-            print(f"\nwrote {folder / PAGE}, {folder / FACTS}")
+    if args.json:
+        print(facts)
+    else:
+        print(f"{report.model}: {lead(report)}\n")
+        print(*aligned([HEADINGS, *([cell for cell, _ in row(layer)] for layer in report.layers)]), sep="\n")
+        for finding in report.findings:
+            print("\n" + "\n    ".join([finding.text, *finding.commands]))
+    if folder is not None and not args.json:
+        print(f"\nwrote {folder / PAGE}, {folder / FACTS}")
     return report

@@ -131,7 +131,8 @@ def _outliers(report: Inspection) -> Finding:
     layers = [layer for layer in report.layers if not layer.denoised and _stands_out(layer)]
     if not layers:
         near = [layer for layer in report.layers if not layer.denoised and layer.outliers.count]
-        words = "No outlier tokens: no second kind of norms stands apart in the features."
+        off = " with the denoiser off" if any(layer.denoised for layer in report.layers) else ""
+        words = f"No outlier tokens: no second kind of norms stands apart in the features{off}."
         if near:
             layer = max(near, key=lambda layer: layer.outliers.ratio)
             words = (
