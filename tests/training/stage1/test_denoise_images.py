@@ -1,5 +1,7 @@
 """Claims about the command for many images: what a pair holds, what becomes of broken files, what is refused."""
 
+import warnings
+
 import numpy as np
 import pytest
 import timm
@@ -112,6 +114,21 @@ def test_what_the_solver_warns_of_is_said_once_with_the_image(images, tmp_path, 
     assert run(images, tmp_path / "out", "--views", "5", "--limit", "3") == 0
     said = capsys.readouterr().err
     assert said.count("only 5 different crops") == 1 and "a/0.png: warning: only 5" in said
+
+
+def test_each_kind_of_warning_is_said_once_whatever_its_numbers(images, tmp_path, capsys, monkeypatch):
+    kinds = iter(
+        [f"{count} {word}" for count, word in enumerate(("crops", "crops", "sizes", "sizes", "crops", "views"))]
+    )
+
+    def warning(*arguments, **options):
+        warnings.warn(next(kinds), stacklevel=1)  # of one place in the code
+        return decompose(*arguments, **options)
+
+    monkeypatch.setattr(stage1_images, "decompose", warning)
+    assert run(images, tmp_path / "out") == 0
+    said = [line.split("warning: ")[1] for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    assert said == ["0 crops (said once)", "2 sizes (said once)", "5 views (said once)"]
 
 
 def test_an_unforeseen_error_stops_the_run_and_names_the_image(images, tmp_path, monkeypatch, capsys):
