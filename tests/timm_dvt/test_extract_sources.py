@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 import timm_dvt
 from tests.helpers.photographs import MODEL, write_pictures
 from timm_dvt.__main__ import main
+from timm_dvt.extraction import video
 
 OPTIONS = ["--model", MODEL, "--no-pretrained", "--size", "64"]
 
@@ -115,10 +117,54 @@ def test_a_video_gives_frames_in_order_and_a_video_of_their_colors(tmp_path):
     still = extract(tmp_path / "frame.png", tmp_path / "still", "--keep-aspect")["frame.png"].astype(float)
     apart = [float(np.linalg.norm(features[name] - still)) for name in features]
     assert abs(int(np.argmin(apart)) - 33) <= 1
-    with imageio.get_reader(tmp_path / "out" / "pictures.mp4") as video:
-        assert video.get_meta_data()["fps"] == 20 and sum(1 for _ in video) == 40
+    with imageio.get_reader(tmp_path / "out" / "pictures.mp4") as colors:
+        assert colors.get_meta_data()["fps"] == 20 and sum(1 for _ in colors) == 40
     xarray = pytest.importorskip("xarray")
     assert xarray.open_zarr(tmp_path / "out" / "features.zarr").features.shape == (40, 4, 4, 64)
+
+
+def write_of_variable_rate(path, count):
+    """A video that is dark in the second half, where a phone shows each frame three times as long; frame i is 6i."""
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    frames = b"".join(np.full((32, 32), 6 * i, np.uint8).tobytes() for i in range(count))
+    times = f"settb=1/90000,setpts='if(lt(N,{count // 2}),N,{count // 2}+3*(N-{count // 2}))*3000'"
+    given = "-f rawvideo -pix_fmt gray -s 32x32 -r 30 -i -".split()
+    for mode in (["-fps_mode", "passthrough"], ["-vsync", "0"]):  # which has the second name before ffmpeg 5.1
+        options = ["-vf", times, *mode, "-enc_time_base", "1/90000", "-pix_fmt", "yuv420p", "-g", "1"]
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *given, *options, str(path)]
+        if subprocess.run(command, input=frames, capture_output=True).returncode == 0:
+            return
+    pytest.skip("this ffmpeg writes no video of a variable rate")
+
+
+def test_of_a_video_of_variable_rate_each_frame_is_taken_once(tmp_path):
+    write_of_variable_rate(tmp_path / "dark.mp4", 40)
+    brightness = [float(frame.mean()) for frame in video.video_frames(tmp_path / "dark.mp4")]
+    np.testing.assert_allclose(brightness, 6.0 * np.arange(40), atol=3)
+    assert 40 / video.video_rate(tmp_path / "dark.mp4") == pytest.approx((20 + 3 * 20) / 30, rel=0.1)  # seconds
+
+
+def test_an_ffmpeg_that_knows_the_option_by_its_old_name_is_asked_by_it(tmp_path, monkeypatch):
+    imageio = pytest.importorskip("imageio.v2")
+    imageio.mimwrite(tmp_path / "clip.mp4", np.zeros((3, 32, 32, 3), np.uint8))
+    asked, get_reader = [], imageio.get_reader
+
+    def old(source, output_params=()):
+        asked.append(list(output_params))
+        if "-fps_mode" in output_params:
+            raise OSError("Could not load meta information\nUnrecognized option 'fps_mode'.")
+        return get_reader(source)
+
+    monkeypatch.setattr(imageio, "get_reader", old)
+    assert len(list(video.video_frames(tmp_path / "clip.mp4"))) == 3
+    assert asked[-1] == ["-vsync", "0"]
+
+
+def test_a_gif_which_ffmpeg_does_not_read_is_read(tmp_path):
+    pytest.importorskip("imageio.v2")
+    first, *rest = (Image.new("RGB", (32, 32), (40 * i, 0, 0)) for i in range(5))
+    first.save(tmp_path / "clip.gif", save_all=True, append_images=rest, duration=100)
+    assert [int(frame[0, 0, 0]) for frame in video.video_frames(tmp_path / "clip.gif")] == [0, 40, 80, 120, 160]
 
 
 def test_a_data_set_is_streamed(photographs, of_folder, tmp_path):

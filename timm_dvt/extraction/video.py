@@ -15,17 +15,15 @@ SUFFIXES = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm .wmv".split())
 
 
 def video_frames(source: str | Path) -> Iterator[np.ndarray]:
-    """The frames of a video file, (H, W, 3) uint8, one at a time.
+    """The frames of a video file, (H, W, 3) uint8, one at a time: those it holds, however long each is shown.
 
     Raises:
         UserError: it is none that can be read, or imageio is not installed.
     """
     try:
-        import imageio.v2
-
-        reader: Any = imageio.v2.get_reader(source)
+        reader = _reader(source)
     except ImportError:
-        raise UserError(f"{source} needs the package imageio: pip install imageio[ffmpeg]") from None
+        raise UserError(f"{source} needs the package imageio: pip install 'imageio[ffmpeg]'") from None
     except Exception as error:  # imageio's plugins each raise their own kinds
         said = printable((str(error).strip().splitlines() or [type(error).__name__])[-1])  # ffmpeg says much before
         raise UserError(f"{source} is no folder of frames and no video that can be read: {said}") from error
@@ -34,8 +32,24 @@ def video_frames(source: str | Path) -> Iterator[np.ndarray]:
             yield np.asarray(Image.fromarray(np.asarray(frame)).convert("RGB"))
 
 
+def _reader(source: str | Path) -> Any:
+    """A reader of imageio. Left alone, ffmpeg repeats and drops frames of a variable rate to make it a constant one."""
+    import imageio.v2
+
+    reader: Any = imageio.v2.get_reader(source)
+    if not type(reader).__module__.endswith(".ffmpeg"):  # the others, of GIF say, take no options of ffmpeg
+        return reader
+    reader.close()
+    try:
+        return imageio.v2.get_reader(source, output_params=["-fps_mode", "passthrough"])
+    except OSError as error:
+        if "Unrecognized option 'fps_mode'" not in str(error):
+            raise
+        return imageio.v2.get_reader(source, output_params=["-vsync", "0"])  # its name before ffmpeg 5.1
+
+
 def video_rate(source: str | Path, default: float = 10.0) -> float:
-    """Frames a second of a video file; the default where it does not say."""
+    """Frames a second of a video file, the mean of a variable rate; the default where it does not say."""
     import imageio.v2
 
     reader: Any = imageio.v2.get_reader(source)
