@@ -178,6 +178,16 @@ def test_a_data_set_is_streamed(photographs, of_folder, tmp_path):
     assert all(same(features[number], of_folder[name]) for number, name in zip(features, names))
 
 
+def test_images_of_a_data_set_are_named_by_their_rows_also_where_some_have_none(photographs, of_folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [str(photographs / name) if name else None for name in ("0000.png", None, "0002.png", "0004.png", None)]
+    data = datasets.Dataset.from_dict({"image": rows}, datasets.Features({"image": datasets.Image()}))
+    data.to_parquet(tmp_path / "set" / "train.parquet")
+    features = extract(f"hf:{tmp_path / 'set'}", tmp_path / "out")
+    assert list(features) == ["000000", "000002", "000003"] and same(features["000003"], of_folder["0004.png"])
+    assert features.errors == {"000001": "row 1 has no image", "000004": "row 4 has no image"}
+
+
 def test_of_a_data_set_that_says_its_length_the_disk_need_is_said_first(photographs, tmp_path, capsys):
     pytest.importorskip("datasets")
     picture = (photographs / "0000.png").read_bytes()

@@ -10,8 +10,8 @@ from timm_dvt.errors import UserError
 SCHEME = "hf:"
 
 
-def stream_images(name: str) -> Iterator[bytes]:
-    """The files of the images of a data set, which are not decoded here; rows without an image are left out.
+def stream_images(name: str) -> Iterator[bytes | None]:
+    """The files of the images of a data set, one a row, which are not decoded here; None of a row without an image.
 
     Args:
         name: hf:OWNER/NAME, hf:OWNER/NAME:SPLIT, :CONFIG or :CONFIG:SPLIT, or hf: and a folder that `datasets` reads.
@@ -38,6 +38,8 @@ def stream_images(name: str) -> Iterator[bytes]:
             elif image.get("path") is not None:  # of files on the Hub, also in a zip: hf://..., zip://...::hf://...
                 with fsspec.open(image["path"], "rb") as file:
                     yield file.read()
+            else:
+                yield None
     except Exception as error:  # the client, the network and the file formats each raise their own kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{name} cannot be read as a data set: {reason}") from error

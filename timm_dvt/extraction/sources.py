@@ -80,7 +80,7 @@ def open_source(where: str, out: Path) -> ImageSource:
     """The images that SOURCE stands for, without those below `out`. Raises UserError where there are none."""
     path = Path(where)
     if where.startswith(hub.SCHEME):
-        source = _stream({"source": where}, lambda: map(_decoder, hub.stream_images(where)))
+        source = _stream({"source": where}, lambda: (partial(_row, *row) for row in enumerate(hub.stream_images(where))))
         source.expected = hub.stream_length(where)
         return source
     if path.is_file() and path.suffix.lower() in video.SUFFIXES:
@@ -129,8 +129,10 @@ def _read(path: Path, record: Record) -> Image.Image:
     return decode_rgb(data)
 
 
-def _decoder(data: bytes) -> Read:
-    return partial(decode_rgb, data)
+def _row(number: int, data: bytes | None) -> Image.Image:
+    if data is None:  # it keeps its place, so that an image's name is the number of its row
+        raise ImageError(f"row {number} has no image")
+    return decode_rgb(data)
 
 
 def _frame(pixels: Any) -> Read:

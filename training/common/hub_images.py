@@ -34,7 +34,7 @@ def fetch_images(name: str, most: int, folder: Path) -> Path:
     with SharedFolder(notes) as shared, shared.claim("images", wait=True):
         missing: Iterator[bytes] = iter(())
         if not (done.exists() and folder.is_dir()):
-            stream = stream_images(name)
+            stream = (data for data in stream_images(name) if data is not None)
             first = next(stream, None)  # what cannot be read is told before the folder is the data set's
             if first is None:
                 raise UserError(f"{name} holds no images")
