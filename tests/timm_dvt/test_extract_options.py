@@ -91,6 +91,24 @@ def test_keep_aspect_gives_grids_of_the_images_shapes_nothing_distorted(extract,
         assert all(np.array_equal(other[name], features[name]) for name in features)
 
 
+def test_keep_aspect_refuses_what_it_would_cut_a_patch_or_more_off_and_says_which_size_keeps_it(
+    extract, tmp_path, capsys
+):
+    (tmp_path / "images").mkdir()
+    for width in (64, 78, 330):  # 78 x 16: of 4.9 patches 4 are kept
+        Image.new("RGB", (width, 16), "red").save(tmp_path / "images" / f"{width:03d}.png")
+    for _ in range(2):
+        features = extract("--keep-aspect", "--size", "64", "--no-pretrained", source=tmp_path / "images")
+        assert {name: features[name].shape for name in features} == {"064.png": (1, 4, 64), "078.png": (1, 4, 64)}
+        needed = "330 x 16 pixels are too narrow for --keep-aspect at --size 64: they take --size 320 or more"
+        assert features.errors["330.png"].startswith(needed)
+        assert "taken again" not in capsys.readouterr().out
+    narrow = extract("--keep-aspect", "--size", "320", "--no-pretrained", source=tmp_path / "images", folder="larger")
+    assert narrow["330.png"].shape == (1, 20, 64) and not narrow.errors
+    extract("--keep-aspect", "--size", "304", "--no-pretrained", source=tmp_path / "images", folder="smaller")
+    assert "they take --size 320" in capsys.readouterr().out
+
+
 def test_pca_keeps_the_components_of_one_stored_basis(extract):
     from sklearn.decomposition import PCA
 

@@ -30,11 +30,13 @@ def decoded(
 
 
 def _decode(shard: int, record: Record, read: Read, prepare: Callable[[Image.Image], torch.Tensor]) -> Decoded:
+    size: Record = {}
     try:
         image = read()
-        return shard, prepare(image), {**record, "height": image.height, "width": image.width}
+        size = {"height": image.height, "width": image.width}
+        return shard, prepare(image), {**record, **size}
     except ImageError as error:
-        return shard, None, {**record, "error": str(error)}
+        return shard, None, {**record, **size, "error": str(error)}  # of a known size, it is not tried anew
     except (OSError, MemoryError, ValueError) as error:  # Pillow's, of a shape that it cannot resize
         return shard, None, {**record, "error": f"cannot be resized: {error or type(error).__name__}"}
 

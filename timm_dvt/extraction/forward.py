@@ -15,7 +15,7 @@ from timm.data.transforms import str_to_pil_interp
 from timm.models.hiera import Hiera
 
 from timm_dvt.attach import Denoised
-from timm_dvt.errors import UserError
+from timm_dvt.errors import ImageError, UserError
 from timm_dvt.extraction.settings import ExtractSettings
 from timm_dvt.layouts import check_rgb, layout_or_refusal, meant_size
 from timm_dvt.loading import load_any_size, pick_device, weights_digest
@@ -79,7 +79,10 @@ class Extractor:
         }
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
-        """An RGB image as (3, h, w) uint8: as timm's own transform for evaluation, or of its own shape."""
+        """An RGB image as (3, h, w) uint8: as timm's own transform for evaluation, or of its own shape.
+
+        Raises ImageError for an image so narrow that of its own shape it would lose a patch or more of its length.
+        """
         if not self.settings.keep_aspect:
             width, height = image.size
             most = LONGEST * min(image.size)
@@ -87,10 +90,17 @@ class Extractor:
                 image = ImageOps.fit(image, (min(width, most), min(height, most)))
             return self._square(image)
         longer = max(image.size)
-        width, height = (
-            max(1, round(side / longer * limit / patch)) * patch
-            for side, limit, patch in zip(image.size, self.size[::-1], self.patch[::-1])
-        )
+        sides = [
+            side / longer * limit / patch for side, limit, patch in zip(image.size, self.size[::-1], self.patch[::-1])
+        ]
+        aspect = max(sides) / min(sides)
+        if min(sides) < 1 and aspect - max(sides) >= 1:  # a patch high, it is that much longer than the grid
+            needed = int(aspect) * max(self.patch)
+            raise ImageError(
+                f"{image.width} x {image.height} pixels are too narrow for --keep-aspect at --size {max(self.size)}: "
+                f"they take --size {needed} or more; or leave out --keep-aspect"
+            )
+        width, height = (max(1, round(side)) * patch for side, patch in zip(sides, self.patch[::-1]))
         fitted = ImageOps.fit(image, (width, height), self._method)
         return torch.from_numpy(np.array(fitted).transpose(2, 0, 1).copy())
 
