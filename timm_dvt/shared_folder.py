@@ -55,9 +55,9 @@ class OutputError(OSError):
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all, through a power cut too.
 
-    Missing folders are made. The temporary file `.NAME.tmp` lies beside the target and always has the same
-    name, so the next try overwrites what a killed process left of it. The caller holds the lock that makes it
-    the only writer.
+    Missing folders are made. The temporary file `.NAME.tmp`, or of a long name `.DIGEST.tmp`, lies beside the
+    target and always has the same name, so the next try overwrites what a killed process left of it. The caller
+    holds the lock that makes it the only writer.
 
     Raises:
         OutputError: no room, a quota, a file size limit, or any other failure to write. The file that was
@@ -71,9 +71,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         finally:
             os.close(descriptor)
 
+    name = os.fsencode(path.name)
+    kept = path.name if len(name) <= 250 else hashlib.sha256(name).hexdigest()  # a name has 255 bytes at the most
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, fill, path.with_name(f".{path.name}.tmp"))
+        write_whole(path, fill, path.with_name(f".{kept}.tmp"))
         _sync_folder(path.parent)
     except OSError as error:
         raise explain(error, path, len(data)) from error

@@ -103,3 +103,25 @@ def test_a_pytorch_data_set_gives_batches(photographs, tmp_path):
 def test_a_path_from_elsewhere_stays_within_the_folder():
     assert file_of("../../etc/x.jpg", ".npy") == "%2E%2E/%2E%2E/etc/x.jpg.npy"
     assert file_of("/etc/x.jpg", ".npy") == "%2Fetc/x.jpg.npy"
+
+
+def test_a_name_as_long_as_a_file_may_have_gives_files_that_are_found(tmp_path):
+    (tmp_path / "images" / "f" / ("f" * 255)).mkdir(parents=True)
+    names = ["x" + "é" * 125 + ".png", "x" + "é" * 124 + "ab.png", f"f/{'f' * 255}/a.png", "b" * 247 + ".png"]
+    for i, name in enumerate(names):
+        Image.new("RGB", (64, 64), (60 * i, 0, 0)).save(tmp_path / "images" / name)
+    assert extract(tmp_path / "images", tmp_path / "out", "--format", "npy", "--pictures") == 0
+    assert extract(tmp_path / "images", tmp_path / "zarr") == 0
+    features, wanted = (timm_dvt.open_features(tmp_path / folder) for folder in ("out", "zarr"))
+    assert list(features) == sorted(names) and not features.errors
+    for name in names:
+        np.testing.assert_array_equal(features[name], wanted[name])
+    assert len(list((tmp_path / "out" / "pictures").rglob("*.png"))) == 4
+
+
+@pytest.mark.parametrize("long", ["a" * 300, "é" * 300, "x" + "é" * 300])
+def test_names_too_long_for_a_file_are_cut_between_letters_and_stay_apart(long):
+    for file in (file_of(f"folder/{long}", ".npy"), file_of(f"{long}/b.png", ".npy"), file_of(f"/{long}", ".npy")):
+        longest = max(file.split("/"), key=len)
+        assert len(longest.encode()) in (254, 255) and longest.removeprefix("%2F").startswith(long[:100])
+    assert file_of(long + "1", ".npy") != file_of(long + "2", ".npy")

@@ -39,6 +39,13 @@ def test_a_claim_excludes_other_processes_and_dies_with_its_owner(tmp_path):
     owner.wait()
 
 
+@pytest.mark.parametrize("name", ["a" * 250, "a" * 251, "é" * 127])
+def test_a_file_may_have_a_name_as_long_as_the_file_system_takes(name, tmp_path):
+    for data in (b"first", b"second"):
+        write_atomically(tmp_path / name, data)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == b"second"
+
+
 @pytest.mark.slow
 def test_a_claim_is_given_back_when_its_block_ends(tmp_path):
     with SharedFolder(tmp_path) as folder:

@@ -2,7 +2,7 @@
 
     zarr          OUT/features.zarr, a group: VARIABLE (image, y, x, channel), a chunk an image, a shard a file
     safetensors   OUT/VARIABLE/000012.safetensors, a tensor an image, by the image's name
-    npy           OUT/VARIABLE/NAME.npy, a file an image
+    npy           OUT/VARIABLE/NAME.npy, a file an image (`file_of`)
     parquet       OUT/VARIABLE/000012.parquet, a row a patch (image, y, x, feature), a row group an image
 
 Class tokens have no y and x. An array of zarr has one shape for all images: with maps of different grids
@@ -13,6 +13,7 @@ there, 0 x 0, and are not in the other formats.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from timm_dvt.errors import UserError
 from timm_dvt.shared_folder import write_atomically
 
 ZARR = "features.zarr"
+NAME_BYTES = 255  # of a file's or a folder's name, at the most
 Record = dict[str, Any]  # of an image: name, height, width, rows, columns; or name, error
 
 
@@ -193,9 +195,22 @@ def _schema(layout: Layout, key: str) -> Any:
 
 
 def file_of(name: str, suffix: str) -> str:
-    """A file for an image of this name, below whatever folder: a path from elsewhere stays within it."""
+    """A file for an image of this name, below whatever folder: a path from elsewhere stays within it.
+
+    Of a part of the name that is longer than file systems take, the end is a digest.
+    """
     parts = ("%2E%2E" if part == ".." else part for part in name.split("/"))
-    return ("%2F" if name.startswith("/") else "") + "/".join(parts).lstrip("/") + suffix
+    *folders, last = (("%2F" if name.startswith("/") else "") + "/".join(parts).lstrip("/")).split("/")
+    return "/".join([*(_shortened(folder) for folder in folders), _shortened(last, suffix)])
+
+
+def _shortened(part: str, suffix: str = "") -> str:
+    """The part and its suffix, in no more bytes than file systems take; no letter is cut in two."""
+    whole = part.encode()
+    if len(whole) + len(suffix) <= NAME_BYTES:
+        return part + suffix
+    end = f"~{hashlib.sha256(whole).hexdigest()[:16]}{suffix}"
+    return whole[: NAME_BYTES - len(end)].decode(errors="ignore") + end
 
 
 WRITERS: dict[str, Callable[..., None]] = {

@@ -80,7 +80,9 @@ def open_source(where: str, out: Path) -> ImageSource:
     """The images that SOURCE stands for, without those below `out`. Raises UserError where there are none."""
     path = Path(where)
     if where.startswith(hub.SCHEME):
-        source = _stream({"source": where}, lambda: (partial(_row, *row) for row in enumerate(hub.stream_images(where))))
+        source = _stream(
+            {"source": where}, lambda: (partial(_row, *row) for row in enumerate(hub.stream_images(where)))
+        )
         source.expected = hub.stream_length(where)
         return source
     if path.is_file() and path.suffix.lower() in video.SUFFIXES:
