@@ -78,6 +78,31 @@ def test_files_that_were_changed_or_mended_are_taken_again(photographs, of_folde
     assert "others now" not in capsys.readouterr().out
 
 
+def test_a_folder_of_other_images_is_left_as_it_is_and_said_in_plain_words(photographs, tmp_path, capsys):
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for name in ("0000.png", "0002.png"):
+        shutil.copyfile(photographs / name, images / name)
+    extract(images, out)
+    before = (out / "settings.json").read_bytes()
+
+    def said(source):
+        assert main(["extract", str(source), "--out", str(out), *OPTIONS]) == 2
+        assert (out / "settings.json").read_bytes() == before
+        error = capsys.readouterr().err
+        assert f"the images are others than those that {out} was begun with" in error and "sha256" not in error
+        return error
+
+    (images / "0002.png").rename(images / "new.png")
+    assert "(2 images then, 2 images now; names or their order are others)" in said(images)
+    (images / "new.png").unlink()
+    assert "(2 images then, 1 image now)" in said(images)
+    pytest.importorskip("imageio.v2").mimwrite(tmp_path / "clip.mp4", np.zeros((3, 32, 32, 3), np.uint8))
+    assert f"then, clip.mp4 of {(tmp_path / 'clip.mp4').stat().st_size} bytes now" in said(tmp_path / "clip.mp4")
+    shutil.copyfile(photographs / "0002.png", images / "0002.png")
+    assert len(extract(images, out)) == 2
+
+
 def test_files_that_were_changed_and_have_their_size_still_are_taken_again(photographs, tmp_path, capsys):
     images = tmp_path / "images"
     images.mkdir()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,27 @@ def read_layout(folder: Path) -> tuple[dict[str, Any], Layout]:
         return settings, Layout(settings["shard"], settings["variables"], settings["dtype"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} is no folder of `timm-dvt extract`: it has no {SETTINGS} of one") from error
+
+
+def check_images(out: Path, identity: Mapping[str, Any]) -> None:
+    """Raise UserError where a folder was begun with other images. All else of its settings is `settle`'s to compare."""
+    try:
+        theirs = json.loads((out / SETTINGS).read_text())["images"]
+        then, now = map(_images, (theirs, identity))
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or none of an extraction
+        return
+    if theirs != identity:
+        other = "; names or their order are others" if then == now else ""
+        raise UserError(
+            f"the images are others than those that {out} was begun with ({then} then, {now} now{other}): give it those "
+            "again, or these another folder, all of them or a .txt list of the new ones"
+        )
+
+
+def _images(identity: Mapping[str, Any]) -> str:
+    if "count" in identity:
+        return f"{identity['count']} image{'s' * (identity['count'] != 1)}"
+    return identity["source"] + (f" of {identity['bytes']} bytes" if "bytes" in identity else "")
 
 
 def check_room(out: Path, each: int, count: int | None, done: int, say: Callable[[str], object]) -> None:

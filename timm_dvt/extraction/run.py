@@ -23,7 +23,7 @@ from timm_dvt.errors import UserError
 from timm_dvt.extraction import pictures
 from timm_dvt.extraction.basis import BASIS, SAMPLE, Basis
 from timm_dvt.extraction.decoding import Decoded, batches, decoded
-from timm_dvt.extraction.folder import ERRORS, INDEX, Index, check_room, shard_length
+from timm_dvt.extraction.folder import ERRORS, INDEX, Index, check_images, check_room, shard_length
 from timm_dvt.extraction.formats import WRITERS, Layout, Record, check_package, write_zarr_metadata
 from timm_dvt.extraction.forward import TOKEN, Extractor
 from timm_dvt.extraction.settings import ExtractSettings, check_settings
@@ -108,6 +108,7 @@ class _Extraction:
         self.default = [key for key in shapes if key != TOKEN][len(extractor.blocks) - 1]
         self.index = Index(self.out)
         done = sum(map(len, self.index.shards.values()))  # until it is settled, no error binds the folder to settings
+        check_images(self.out, source.identity)
         check_room(self.out, self.layout.image_bytes, source.count or source.expected, done, say)
         channels = min(shape[-1] for shape in extractor.shapes.values())
         if settings.pca and settings.pca > channels:
