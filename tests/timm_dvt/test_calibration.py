@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import timm_dvt
 from timm_dvt.__main__ import main
@@ -387,10 +387,14 @@ def test_a_folder_of_somebody_else_is_left_alone_and_one_of_its_own_is_calibrate
         )
 
 
-def test_without_images_the_picture_shows_the_packages_photographs(tmp_path, capsys):
+def test_without_images_the_picture_shows_the_packages_photographs(tmp_path, capsys, monkeypatch):
+    words, text = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **kw: words.append(a[2]) or text(*a, **kw))
     arguments = ["--model", "test_vit", "--no-pretrained", "--views", "32", "--out", str(tmp_path)]
     assert main(["calibrate", *arguments]) == 0
-    assert "32 views of blank and noise images" in capsys.readouterr().out and (tmp_path / "before_after.png").exists()
+    facts = "32 views of blank and noise images; estimated error of the map"
+    assert facts in capsys.readouterr().out and (tmp_path / "before_after.png").exists()
+    assert facts in " ".join(words)
 
 
 @pytest.mark.parametrize(

@@ -179,8 +179,7 @@ def picture(model: Any, photographs: Sequence[Image.Image], title: str) -> Image
         maps = reader(reader.normalized(pixels / 255)[None])
         off, on = (maps[reader.name_of(last, denoised)][0].cpu().numpy() for denoised in (False, True))
         shown.append(Shown(fitted, off, on, ("", "")))
-    lines = describe(model.denoisers()[last].calibration).split("; ", 1)
-    return draw(shown, title, lines)
+    return draw(shown, title, [describe(model.denoisers()[last].calibration)])
 
 
 def _to_show(images: Sequence[str] | None) -> Sequence[Any]:
