@@ -115,7 +115,9 @@ def test_a_full_disk_is_one_clear_line_and_the_same_command_continues(
 def test_what_the_disk_has_no_room_for_is_not_begun(photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(10_000))
     assert main(["extract", str(photographs), "--out", str(tmp_path), *OPTIONS]) == 2
-    assert "655 KB are needed and 10 KB are free" in capsys.readouterr().err
+    assert "655 KB are needed and 10 KB are free; take fewer images, --pca K or" in capsys.readouterr().err
+    assert main(["extract", str(photographs), "--out", str(tmp_path), *OPTIONS, "--dtype", "float32"]) == 2
+    assert "take fewer images, --dtype float16, --pca K or" in capsys.readouterr().err
     assert not (tmp_path / "index.jsonl").exists()
     assert main(["extract", str(photographs), "--out", str(tmp_path), *OPTIONS, "--pca", "1000"]) == 2
     monkeypatch.undo()

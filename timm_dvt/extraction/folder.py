@@ -102,18 +102,19 @@ def _images(identity: Mapping[str, Any]) -> str:
     return identity["source"] + (f" of {identity['bytes']} bytes" if "bytes" in identity else "")
 
 
-def check_room(out: Path, each: int, count: int | None, done: int, say: Callable[[str], object]) -> None:
-    """Say what the rest of `count` images of `each` bytes needs. Raises UserError where the disk has no such room."""
-    free = shutil.disk_usage(out).free
+def check_room(out: Path, layout: Layout, count: int | None, done: int, say: Callable[[str], object]) -> None:
+    """Say what the rest of `count` images needs. Raises UserError where the disk has no such room."""
+    each, free = layout.image_bytes, shutil.disk_usage(out).free
     if count is None:
         say(f"disk: {_amount(each)} an image, {_amount(free)} free")
         return
     need = max(0, count - done) * each
     say(f"disk: {count} images of {_amount(each)}, {_amount(need)} to be written; {_amount(free)} free")
     if need > free:
+        half = "" if layout.dtype == "float16" else "--dtype float16, "
         raise UserError(
             f"no room in {out}: {_amount(need)} are needed and {_amount(free)} are free; take fewer images, "
-            "--dtype float16, --pca K or a smaller --size"
+            f"{half}--pca K or a smaller --size"
         )
 
 

@@ -232,4 +232,4 @@ def check_package(name: str) -> None:
     """Raise UserError where the package is not installed by which a format is written."""
     package = _NEEDS.get(name)
     if package and find_spec(package) is None:
-        raise UserError(f"--format {name} needs the package {package}: pip install timm-dvt[extract]")
+        raise UserError(f"--format {name} needs the package {package}: pip install 'timm-dvt[extract]'")

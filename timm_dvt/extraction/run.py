@@ -109,7 +109,7 @@ class _Extraction:
         self.index = Index(self.out)
         done = sum(map(len, self.index.shards.values()))  # until it is settled, no error binds the folder to settings
         check_images(self.out, source.identity)
-        check_room(self.out, self.layout.image_bytes, source.count or source.expected, done, say)
+        check_room(self.out, self.layout, source.count or source.expected, done, say)
         channels = min(shape[-1] for shape in extractor.shapes.values())
         if settings.pca and settings.pca > channels:
             raise UserError(f"--pca {settings.pca}: features of {channels} channels have not so many components")
