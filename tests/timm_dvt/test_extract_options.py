@@ -105,8 +105,10 @@ def test_keep_aspect_refuses_what_it_would_cut_a_patch_or_more_off_and_says_whic
         assert "taken again" not in capsys.readouterr().out
     narrow = extract("--keep-aspect", "--size", "320", "--no-pretrained", source=tmp_path / "images", folder="larger")
     assert narrow["330.png"].shape == (1, 20, 64) and not narrow.errors
-    extract("--keep-aspect", "--size", "304", "--no-pretrained", source=tmp_path / "images", folder="smaller")
-    assert "they take --size 320" in capsys.readouterr().out
+    capsys.readouterr()
+    alone = tmp_path / "images" / "330.png"
+    assert extract("--keep-aspect", "--size", "304", "--no-pretrained", source=alone, folder="smaller") == 2
+    assert "none of the 1 images can be used (330.png: 330 x 16 pixels are too narrow" in capsys.readouterr().err
 
 
 def test_pca_keeps_the_components_of_one_stored_basis(extract):

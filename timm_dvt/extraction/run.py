@@ -289,7 +289,8 @@ class _Extraction:
                 pictures.write_video(self.out, self.source.video, self.basis, self.default, self.first)
         good = len(records) - len(errors)
         if whole and not good:
-            raise UserError(f"none of the {len(records)} images can be read: see {self.out / ERRORS}")
+            why = "{name}: {error}".format(**errors[0])
+            raise UserError(f"none of the {len(records)} images can be used ({why}): see {self.out / ERRORS}")
         for record in errors[:NAMED]:
             self.say(f"left out {record['name']}: {record['error']}")
         if errors:
