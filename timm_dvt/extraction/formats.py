@@ -232,4 +232,5 @@ def check_package(name: str) -> None:
     """Raise UserError where the package is not installed by which a format is written."""
     package = _NEEDS.get(name)
     if package and find_spec(package) is None:
-        raise UserError(f"--format {name} needs the package {package}: pip install 'timm-dvt[extract]'")
+        of_python = ", on Python 3.11 or newer" * (name == "zarr")
+        raise UserError(f"--format {name} needs the package {package}{of_python}: pip install 'timm-dvt[extract]'")
