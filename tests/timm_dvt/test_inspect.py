@@ -228,6 +228,14 @@ def test_a_mistake_is_told_in_a_line(case):
         call()
 
 
+def test_frames_of_one_video_are_told(caplog):
+    inspect(vit(), photographs(8), blocks=[-1], views=64)
+    assert not caplog.text
+    scene, *others = photographs(9)
+    inspect(vit(), [Image.blend(scene, other, 0.4) for other in others], blocks=[-1], views=64)
+    assert "the images look alike" in caplog.text
+
+
 # ---- the command
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from PIL import Image
 
-from timm_dvt.calibration.samples import Source, canvas, sources
+from timm_dvt.calibration.samples import Source, canvas, sources, warn_if_alike
 from timm_dvt.errors import InspectionError
 from timm_dvt.images import PHOTOGRAPHS, read_image
 
@@ -52,7 +52,7 @@ def _different(images: Source | Iterable[Source], most: int) -> list[Source]:
             different.append(image)
             seen.append(small)
     if len(different) >= LEAST_IMAGES:
-        return different
+        return warn_if_alike(different)
     found = f"images holds {len(candidates)} image" + "s" * (len(candidates) > 1)
     if len(candidates) == most:
         found = f"of images {most} were looked at, as each takes 8 of the views"
