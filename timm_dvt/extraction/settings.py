@@ -37,7 +37,7 @@ class ExtractSettings:
         None, "side of the square images that the model is given (default: its own)", least=1, metavar="PX"
     )
     keep_aspect: bool = option(
-        False, "longer side SIZE, nothing cut off but less than a patch: maps of different grids", action="store_true"
+        False, "longer side SIZE, cut off only what rounds to whole patches: maps of different grids", action="store_true"
     )
     dtype: str = option(
         "float16", "of the maps on disk; forward passes are in float32 (default: %(default)s)", choices=DTYPES
