@@ -38,7 +38,7 @@ class WeightsNotFoundError(UserError, RuntimeError):
 
 
 def too_little_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice: of torch a RuntimeError, that of a GPU too, of which only the words tell."""
+    """Whether memory ran out. torch raises a RuntimeError for that, on a GPU too, which only its text tells apart."""
     words = ("out of memory", "not enough memory", "can't allocate memory", "Storage size calculation overflowed")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 

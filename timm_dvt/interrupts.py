@@ -1,4 +1,4 @@
-"""What ends no command, and what does: Ctrl-C from its first instant, by one line and exit code 130; not printing."""
+"""Ctrl-C ends a command from its first instant, by a line and exit code 130; what cannot be printed ends none."""
 
 import os
 import re
@@ -50,7 +50,7 @@ def _leave() -> None:
 
 
 def let_print() -> None:
-    """Let a command go on where nobody hears it (`>&-`), or a sign cannot be printed, and becomes a ?."""
+    """Let a command go on where stdout is closed (`>&-`), or a character cannot be printed, and becomes a ?."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -143,7 +143,10 @@ def block_numbers(text: str) -> tuple[int, ...]:
 
 def block_list(text: str) -> str | tuple[int, ...]:
     """Numbers of blocks for argparse, or "all"."""
-    return text if text == "all" else block_numbers(text)
+    try:
+        return text if text == "all" else block_numbers(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor a list of blocks such as 0,5,11") from None
 
 
 class Blocks(argparse.Action):

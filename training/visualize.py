@@ -32,7 +32,7 @@ from timm_dvt.image_files import Source, decode_image, list_images, read_file
 from timm_dvt.loading import load_model, pick_device
 from timm_dvt.options import add_options, build
 from timm_dvt.viewer.colors import PALETTE
-from training.common.command import add_model_arguments, command_parser, complain, positive
+from training.common.command import add_model_arguments, command_parser, exit_code_of, positive
 from training.common.recipes import add_recipe
 from training.common.views import render_views, whole_view
 from training.figures.panels import Row, draw_positional, draw_stage1
@@ -52,19 +52,19 @@ MOST_ROWS = 100  # a taller picture opens nowhere
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = make_parser(argv).parse_args(argv)
-    try:
-        device = pick_device(args.device)
-        sources = [] if check(args).video else [source for where in args.images for source in list_images(where)]
-        model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
-        settings = build(RECIPES[args.recipe], args).settled(model)
-        if args.video:
-            return _video(args, model, settings)
-        draw = _positional if args.positional else _stage1
-        return draw(args, model, settings, sources[: args.limit])
-    except (UserError, OSError) as error:
-        return complain(2, error)
-    except KeyboardInterrupt:
-        return complain(130, "stopped; nothing was drawn.")
+    return exit_code_of(lambda: run(args), then="nothing was drawn.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """What the parsed arguments ask for. Raises UserError, OSError."""
+    device = pick_device(args.device)
+    sources = [] if check(args).video else [source for where in args.images for source in list_images(where)]
+    model = load_model(args.model, pretrained=args.pretrained, seed=args.seed).to(device)
+    settings = build(RECIPES[args.recipe], args).settled(model)
+    if args.video:
+        return _video(args, model, settings)
+    draw = _positional if args.positional else _stage1
+    return draw(args, model, settings, sources[: args.limit])
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:

@@ -1,5 +1,6 @@
 """Claims about what `timm-dvt extract` takes: an image, a list, a video, a streamed data set."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from PIL import Image
 import timm_dvt
 from tests.helpers.photographs import MODEL, write_pictures
 from timm_dvt.__main__ import main
+from timm_dvt.errors import UserError
 from timm_dvt.extraction import video
 
 OPTIONS = ["--model", MODEL, "--no-pretrained", "--size", "64"]
@@ -211,6 +213,12 @@ def test_images_of_a_data_set_are_named_by_their_rows_also_where_some_have_none(
     features = extract(f"hf:{tmp_path / 'set'}", tmp_path / "out")
     assert list(features) == ["000000", "000002", "000003"] and same(features["000003"], of_folder["0004.png"])
     assert features.errors == {"000001": "row 1 has no image", "000004": "row 4 has no image"}
+    settings = tmp_path / "out" / "settings.json"  # of a folder that named images by how many came before
+    said = json.loads(settings.read_text())
+    del said["images"]["names"]
+    settings.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="names or their order are others"):
+        timm_dvt.extract(f"hf:{tmp_path / 'set'}", "test_vit", str(tmp_path / "out"), pretrained=False)
 
 
 def test_of_a_data_set_that_says_its_length_the_disk_need_is_said_first(photographs, tmp_path, capsys):

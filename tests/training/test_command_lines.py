@@ -153,6 +153,8 @@ RANDOM = ["--model", "test_vit", "--no-pretrained"]
         ("timm_dvt.__main__", ["inspect", *RANDOM, "--views", str(10**15)]),
         ("timm_dvt.__main__", ["extract", str(PHOTOGRAPHS[0]), *RANDOM, "--out", "O", "--size", str(10**12)]),
         ("training.denoise_images", ["--images", str(PHOTOGRAPHS[0]), *RANDOM, "--out", "O", "--views", str(10**15)]),
+        ("training.visualize", [str(PHOTOGRAPHS[0]), *RANDOM, "--out", "o.png", "--views", str(10**15)]),
+        ("training.benchmark.__main__", ["denoiser", "--grid", str(10**8), "--pairs", "1"]),
     ],
 )
 def test_what_memory_does_not_suffice_for_is_one_line(name, words, capfd, monkeypatch, tmp_path):
@@ -168,6 +170,13 @@ def test_calibrate_says_how_many_views_it_needs_before_anything_is_done(capsys, 
     assert "at the most, 32 or more" in capsys.readouterr().out
     assert commands.main(["calibrate", "--model", "x", "--out", str(tmp_path / "out"), "--views", "31"]) == 2
     assert "views is 31" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_training_needs_is_what_its_extra_installs():
+    declared = configparser.ConfigParser()
+    declared.read("setup.cfg")
+    packages = re.findall(r"^[\w-]+", declared["options.extras_require"]["train"], re.MULTILINE)
+    assert list(training._NEEDED) == [{"scikit-learn": "sklearn"}.get(name, name) for name in packages]
 
 
 @pytest.mark.parametrize("name", ["training.stamps", "training.make_denoiser", "training.benchmark"])

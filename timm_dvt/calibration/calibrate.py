@@ -35,8 +35,7 @@ class Calibration:
         error: estimated error of the mean artifact map, as a fraction of the map. From fewer than 4 images it leaves
             out what those images have in common.
         components: directions projected out; 0 unless the method is "project".
-        share_before, share_after: estimated fraction of the variance within a view that position explains. Of blank and
-            noise images, if these were looked at.
+        share_before, share_after: estimated fraction of the variance within the views that position explains.
     """
 
     method: str
@@ -98,7 +97,8 @@ def calibrate(
     """
     layout = model.layout if isinstance(model, Denoised) else check_supported(model)
     check_arguments(method, views, tolerance, batch_size)
-    samples = None if images is None else warn_if_alike(sources(images, views // WINDOWS))
+    samples = None if images is None else sources(images, views // WINDOWS)
+    warn_if_alike(samples or [])
     if method == "leftover":
         _calibrate_leftover(model, samples, layers, views, tolerance, batch_size, blank_gate, progress)
         return _with_lengths(model, keep_length)

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +18,7 @@ Source = str | os.PathLike | Image.Image | torch.Tensor
 AREA = (0.5, 1.0)  # of the largest box of the canvas's shape that an image holds
 JUDGED = 32  # images by which it is judged whether they look alike
 FEWEST_JUDGED = 8  # of fewer, any two are alike by chance
-ALIKE = 0.2  # mean correlation of thumbnails: 0.00 to 0.13 of photographs, 0.17 to 0.75 of frames of one video
+ALIKE = 0.2  # mean correlation of thumbnails: up to 0.13 of photographs, 0.17 to 0.75 of frames of one video
 NOISE_CELLS = (2.0, 64.0)  # pixels, finest and coarsest
 _logger = logging.getLogger(__name__)
 
@@ -91,13 +91,13 @@ def _readable(items: Iterable[Source], left_out: list[UserError]) -> Iterator[So
         yield source
 
 
-def warn_if_alike(images: list[Source]) -> list[Source]:
+def warn_if_alike(images: Sequence[Source]) -> None:
     """Say so where images have much in common, as frames of one video have: that cannot be told from position.
 
-    Nor does the estimated error see it, which takes images for independent ones. Returns the images.
+    Nor does the estimated error see it, which takes images for independent ones.
     """
     if len(images) < FEWEST_JUDGED:
-        return images
+        return
     some = images[:: -(-len(images) // JUDGED)]
     small = torch.stack([canvas(image, (16, 16), place) for place, image in enumerate(some)])
     small = normalize((small - small.mean((2, 3), keepdim=True)).flatten(1), dim=1)
@@ -105,11 +105,10 @@ def warn_if_alike(images: list[Source]) -> list[Source]:
     alike = float((products.sum() - products.trace()) / (len(some) * (len(some) - 1)))
     if alike > ALIKE:
         _logger.warning(
-            "the images look alike (correlation %.2f; photographs of many kinds have 0.15 at most): what they have in "
+            "the images look alike (correlation %.2f; photographs of many kinds have 0.13 at most): what they have in "
             "common is taken for position, and the estimated error is too small; use images of many kinds",
             alike,
         )
-    return images
 
 
 def canvas(source: Source, size: tuple[int, int], visit: int) -> torch.Tensor:

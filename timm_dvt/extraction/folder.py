@@ -91,8 +91,8 @@ def check_images(out: Path, identity: Mapping[str, Any]) -> None:
     if theirs != identity:
         other = "; names or their order are others" if then == now else ""
         raise UserError(
-            f"the images are others than those that {out} was begun with ({then} then, {now} now{other}): give those "
-            "again, or another folder, for all of these or for a .txt list of the new ones"
+            f"the images are others than those that {out} was begun with ({then} then, {now} now{other}); give the "
+            "same images again, or another --out: for all of these, or for a .txt list of the new ones alone"
         )
 
 

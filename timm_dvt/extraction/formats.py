@@ -232,5 +232,8 @@ def check_package(name: str) -> None:
     """Raise UserError where the package is not installed by which a format is written."""
     package = _NEEDS.get(name)
     if package and find_spec(package) is None:
-        of_python = ", on Python 3.11 or newer" * (name == "zarr")
-        raise UserError(f"--format {name} needs the package {package}{of_python}: pip install 'timm-dvt[extract]'")
+        otherwise = "; on Python 3.10, which zarr does not support: --format npy, safetensors or parquet"
+        raise UserError(
+            f"--format {name} needs the package {package}: pip install 'timm-dvt[extract]'"
+            + otherwise * (name == "zarr")
+        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from timm_dvt.errors import UserError
 from timm_dvt.options import add_options, block_list, check, option, part
+from timm_dvt.weights.files import folder_path
 
 FORMATS = ("zarr", "safetensors", "npy", "parquet")
 DTYPES = ("float16", "float32")
@@ -31,13 +32,17 @@ class ExtractSettings:
     out: str
     states: tuple[str, ...] | None = None
     blocks: str | tuple[int, ...] | None = option(
-        None, "all, or blocks such as 5,11 or -1 (--blocks=-1), each final-normed (default: the last)", type=block_list
+        None,
+        "all, or blocks with commas, 5,11 or -1 (--blocks=-1), each final-normed (default: the last)",
+        type=block_list,
     )
     size: int | None = option(
         None, "side of the square images that the model is given (default: its own)", least=1, metavar="PX"
     )
     keep_aspect: bool = option(
-        False, "longer side SIZE, cut off only what rounds to whole patches: maps of different grids", action="store_true"
+        False,
+        "longer side SIZE, cut off only what rounds to whole patches: maps of different grids",
+        action="store_true",
     )
     dtype: str = option(
         "float16", "of the maps on disk; forward passes are in float32 (default: %(default)s)", choices=DTYPES
@@ -70,8 +75,7 @@ def check_settings(settings: ExtractSettings) -> None:
             f"model must be a name for timm.create_model, got a {type(settings.model).__name__}: save it by "
             "timm_dvt.save_pretrained(model, FOLDER), and name local-dir:FOLDER"
         )
-    if not settings.out:  # before anything slow
-        raise UserError('out must be a folder, got ""')
+    folder_path(settings.out)  # before anything slow
     if settings.states is not None and settings.states not in STATES.values():
         known = ", ".join(map(str, STATES.values()))
         raise UserError(f"states must be None or one of {known}, got {settings.states!r}")

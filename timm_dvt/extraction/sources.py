@@ -81,7 +81,8 @@ def open_source(where: str, out: Path) -> ImageSource:
     path = Path(where)
     if where.startswith(hub.SCHEME):
         source = _stream(
-            {"source": where}, lambda: (partial(_row, *row) for row in enumerate(hub.stream_images(where)))
+            {"source": where, "names": "rows"},
+            lambda: (partial(_row, *row) for row in enumerate(hub.stream_images(where))),
         )
         source.expected = hub.stream_length(where)
         return source

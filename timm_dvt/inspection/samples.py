@@ -52,7 +52,8 @@ def _different(images: Source | Iterable[Source], most: int) -> list[Source]:
             different.append(image)
             seen.append(small)
     if len(different) >= LEAST_IMAGES:
-        return warn_if_alike(different)
+        warn_if_alike(different)
+        return different
     found = f"images holds {len(candidates)} image" + "s" * (len(candidates) > 1)
     if len(candidates) == most:
         found = f"of images {most} were looked at, as each takes 8 of the views"

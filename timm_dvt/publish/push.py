@@ -188,7 +188,8 @@ def _gather(folder: Path, repo_id: str, temporary: Path) -> dict[str, Path]:
     else:
         text = str(_own_card(folder, repo_id, denoiser_only))
     text = re.sub(rf"\b{NAMESPACE}/[\w.-]+", repo_id, text.replace(f"{NOTE}\n\n", ""))
-    text = re.sub(r'"local-dir:[^"\n]+"', f'"hf-hub:{repo_id}"', text)  # as `training.make_denoiser` writes it
+    load = r'(?m)(^model = timm\.create_model\(")local-dir:[^"\n]+'  # as `training.make_denoiser` writes it
+    text = re.sub(load, rf"\g<1>hf-hub:{repo_id}", text)
     try:
         data = ModelCard(text).data
     except Exception as e:  # yaml's and the client's own

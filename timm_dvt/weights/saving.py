@@ -46,7 +46,8 @@ def save_pretrained(
 
     Raises:
         TypeError: the model has no denoiser (timm.models.save_for_hf saves a plain one).
-        ValueError: timm does not know the backbone by a name, or weights are no plain tensors.
+        ValueError: timm does not know the backbone by a name, weights are no plain tensors, or no file can hold an
+            argument that the backbone was made with.
     """
     if not isinstance(model, Denoised) or model.denoiser is None:
         raise UnsupportedModelError(
@@ -60,12 +61,10 @@ def save_pretrained(
         state = {key: tensor for key, tensor in state.items() if key.startswith("denoiser.")}
     metadata = {"format": "pt", "backbone": str(model.backbone_name), "timm_dvt": __version__, **_shapes(model)}
     tensors = _apart(state)
+    _check_kept(_arguments(model, model_args))
     folder = folder_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        _write_folder(folder, tensors, metadata, lambda path: _write_config(model, path, model_args or {}))
-    except (TypeError, ValueError) as e:  # json's and timm's: a class among the arguments, which no file can hold
-        raise UserError(f"{first_line(e)} Names can be kept: norm_layer='rmsnorm' instead of a class.") from e
+    _write_folder(folder, tensors, metadata, lambda path: _write_config(model, path, model_args or {}))
     published = get_pretrained_cfg(model.backbone_name)
     if denoiser_only and model.num_classes not in (0, published.num_classes if published else 0):
         warnings.warn(
@@ -101,19 +100,19 @@ def _problem(model: nn.Module, folder: Path, tensors: dict[str, torch.Tensor]) -
 def _different(model: nn.Module, sketch: nn.Module) -> list[str]:
     """Names of modules that compute something else with weights of the same shapes: heads, activations, epsilons.
 
-    What drops is not saved. Of a timm before 1.0.31 config.json does not know what a model was made with.
+    Of a timm before 1.0.31 config.json does not know what a model was made with.
     """
-    drops = (nn.Dropout, DropPath, nn.Identity)
-
-    def forms(of: nn.Module) -> dict[str, tuple]:
-        return {
-            name: (type(module).__name__, module.extra_repr(), getattr(module, "num_heads", None))
-            for name, module in of.named_modules()
-            if name and not isinstance(module, drops)
-        }
-
-    ours, theirs = forms(model), forms(sketch)
+    ours, theirs = ({name: _form(module) for name, module in of.named_modules()} for of in (model, sketch))
     return [name for name in ours if name in theirs and ours[name] != theirs[name]]
+
+
+def _form(module: nn.Module) -> tuple:
+    """What a module computes with its weights, as far as shapes do not tell. What drops is not saved."""
+    own = getattr(module, "num_heads", None), getattr(module, "eps", None)
+    holds = next(module.parameters(), None) is not None or next(module.children(), None) is not None
+    if holds or isinstance(module, (nn.Dropout, DropPath, nn.Identity)):
+        return own
+    return *own, type(module).__name__, module.extra_repr().replace("inplace=True", "")  # an activation
 
 
 def _write_folder(folder: Path, tensors: dict, metadata: dict[str, str], write_config: Write) -> Path:
@@ -162,6 +161,7 @@ def save_plain(model: nn.Module, folder: str | os.PathLike, name: str) -> Path:
         name: the model's timm name, ARCH or ARCH.TAG.
     """
     tensors, architecture = _apart(model.state_dict()), name.split(".")[0]
+    _check_kept(_arguments(model))
     folder = folder_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return _write_folder(
@@ -218,6 +218,18 @@ def _arguments(model: Any, more: dict | None = None) -> dict:
     now["img_size"] = list(input_size(model))
     known = {key: value for key, value in now.items() if isinstance(value, (int, str, list))}
     return kept | {key: value for key, value in known.items() if key in takes or key in kept}
+
+
+def _check_kept(arguments: dict) -> None:
+    """Raise UserError for an argument that no file can hold, such as a class."""
+    for name, value in arguments.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise UserError(
+                f"the model was made with {name}={value!r}, which no file can hold; make it with a name, as "
+                "norm_layer='rmsnorm', or pass model_args"
+            ) from None
 
 
 def _write(model: Any, path: Path, architecture: str, arguments: dict) -> None:

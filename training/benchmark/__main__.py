@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import training.benchmark as package
-from timm_dvt.errors import UserError
-from training.common.command import complain
+from training.common.command import exit_code_of
 
 
 def main(argv: list[str]) -> int:
@@ -23,10 +22,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("name", metavar="NAME", choices=sorted(benchmarks), help="one of those below")
     name = parser.parse_args(argv[:1]).name
-    try:
-        return importlib.import_module(f"{package.__name__}.{name}").main(argv[1:])
-    except UserError as error:
-        return complain(2, error)
+    return exit_code_of(
+        lambda: importlib.import_module(f"{package.__name__}.{name}").main(argv[1:]), then="nothing is kept."
+    )
 
 
 def _says(name: str) -> str:

@@ -64,11 +64,15 @@ class Diverged(ArithmeticError):
         )
 
 
-def exit_code_of(run: Callable[[], int | None], os_error: int = 2) -> int:
-    """What a command returns whose work can be continued: what `run` does, or for what stops it a line and its code.
+CONTINUES = "run the same command again to continue."
+
+
+def exit_code_of(run: Callable[[], int | None], os_error: int = 2, then: str = CONTINUES) -> int:
+    """What a command returns: what `run` does, or for what stops it a line and its code.
 
     1 the loss diverged, 2 what the person can put right, 3 the output folder cannot be written, 130 stopped by Ctrl-C,
-    141 by the end of a pipe, as a shell says it; `os_error` for other errors of the system.
+    141 by the end of a pipe, as a shell says it; `os_error` for other errors of the system. `then` is what to do when
+    it was stopped.
     """
     try:
         return run() or 0
@@ -77,10 +81,10 @@ def exit_code_of(run: Callable[[], int | None], os_error: int = 2) -> int:
     except UserError as error:
         return complain(2, error)
     except OutputError as error:
-        return complain(3, f"{error}\nOnce that is settled, run the same command again to continue.")
+        return complain(3, f"{error}\nOnce that is settled, {CONTINUES}")
     except BrokenPipeError:  # whoever read what this prints, `head` say, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return complain(141, "standard output was closed; run the same command again to continue.")
+        return complain(141, f"standard output was closed; {then}")
     except OSError as error:
         return complain(os_error, error)
     except (MemoryError, RuntimeError) as error:
@@ -88,7 +92,7 @@ def exit_code_of(run: Callable[[], int | None], os_error: int = 2) -> int:
             raise
         return complain(2, f"too little memory; smaller numbers take less ({first_line(error)})")
     except KeyboardInterrupt:
-        return complain(130, "stopped; run the same command again to continue.")
+        return complain(130, f"stopped; {then}")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
