@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from timm_dvt.errors import UserError, first_line, too_little_memory
+from timm_dvt.errors import UserError, memory_words, too_little_memory
 from timm_dvt.verbs import parser_for
 
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as e:
         if not too_little_memory(e):
             raise
-        print(f"error: too little memory; smaller numbers take less ({first_line(e)})", file=sys.stderr)
+        print(f"error: {memory_words(e)}", file=sys.stderr)
         return 2
     except OSError as e:  # a folder that is read-only, a disk that is full
         print(f"error: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)

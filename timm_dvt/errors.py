@@ -43,6 +43,11 @@ def too_little_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
+def memory_words(error: BaseException) -> str:
+    """What to say of an error of `too_little_memory`."""
+    return f"too little memory; smaller numbers take less ({first_line(error)})"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, of a length to print; and the next where it only leads to that."""
     first, *more = str(error).strip().splitlines() or [type(error).__name__]

@@ -18,7 +18,8 @@ Source = str | os.PathLike | Image.Image | torch.Tensor
 AREA = (0.5, 1.0)  # of the largest box of the canvas's shape that an image holds
 JUDGED = 32  # images by which it is judged whether they look alike
 FEWEST_JUDGED = 8  # of fewer, any two are alike by chance
-ALIKE = 0.2  # mean correlation of thumbnails: up to 0.13 of photographs, 0.17 to 0.75 of frames of one video
+CORRELATED = 0.2  # thumbnails, on average: photographs up to 0.13, frames of one video 0.17 to 0.75
+THUMBNAIL = (16, 16)
 NOISE_CELLS = (2.0, 64.0)  # pixels, finest and coarsest
 _logger = logging.getLogger(__name__)
 
@@ -99,11 +100,11 @@ def warn_if_alike(images: Sequence[Source]) -> None:
     if len(images) < FEWEST_JUDGED:
         return
     some = images[:: -(-len(images) // JUDGED)]
-    small = torch.stack([canvas(image, (16, 16), place) for place, image in enumerate(some)])
+    small = torch.stack([canvas(image, THUMBNAIL, place) for place, image in enumerate(some)])
     small = normalize((small - small.mean((2, 3), keepdim=True)).flatten(1), dim=1)
     products = small @ small.T
     alike = float((products.sum() - products.trace()) / (len(some) * (len(some) - 1)))
-    if alike > ALIKE:
+    if alike > CORRELATED:
         _logger.warning(
             "the images look alike (correlation %.2f; photographs of many kinds have 0.13 at most): what they have in "
             "common is taken for position, and the estimated error is too small; use images of many kinds",

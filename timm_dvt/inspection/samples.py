@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from PIL import Image
 
-from timm_dvt.calibration.samples import Source, canvas, sources, warn_if_alike
+from timm_dvt.calibration.samples import THUMBNAIL, Source, canvas, sources, warn_if_alike
 from timm_dvt.errors import InspectionError
 from timm_dvt.images import PHOTOGRAPHS, read_image
 
@@ -13,7 +13,6 @@ LEAST_IMAGES = 4
 LEAST_TRIED = 8  # half to calibrate on, half to judge by
 ONE_LEVEL = 1 / 255
 ALIKE = 0.03  # root mean square difference of thumbnails with values in [0, 1]
-THUMBNAIL = (16, 16)
 
 
 def photographs(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from timm_dvt.errors import UserError, first_line, too_little_memory
+from timm_dvt.errors import UserError, memory_words, too_little_memory
 from timm_dvt.options import at_least, refuse_empty
 from timm_dvt.shared_folder import OutputError
 
@@ -90,7 +90,7 @@ def exit_code_of(run: Callable[[], int | None], os_error: int = 2, then: str = C
     except (MemoryError, RuntimeError) as error:
         if not too_little_memory(error):
             raise
-        return complain(2, f"too little memory; smaller numbers take less ({first_line(error)})")
+        return complain(2, memory_words(error))
     except KeyboardInterrupt:
         return complain(130, f"stopped; {then}")
 
