@@ -14,6 +14,7 @@ from torch import nn
 from timm_dvt.denoised import Denoised, denoised_class
 from timm_dvt.denoiser import Denoiser, LayerDenoisers, combine
 from timm_dvt.errors import UnsupportedModelError, UserError
+from timm_dvt.flat import flat_below
 from timm_dvt.layouts import Layout, layout_of, unwrapping
 
 DenoisedVisionTransformer = denoised_class(VisionTransformer)
@@ -44,6 +45,7 @@ def add_denoiser(
     keep_length: bool = False,
     pos_embed_out: bool | Sequence[int] = False,
     blank_gate: bool = False,
+    flat_gate: bool = False,
 ) -> nn.Module:
     """Give a timm model a denoiser, in place, and return it. The denoiser is new: train or load it.
 
@@ -59,6 +61,7 @@ def add_denoiser(
             than the last only where class and patch tokens go through all blocks together.
         keep_length, pos_embed_out, blank_gate: give clean tokens the length of the raw ones; add a second position
             embedding to them; level images without content: see `timm_dvt.denoiser.Denoiser`.
+        flat_gate: level patches without texture, as of walls, too: see `timm_dvt.flat`.
 
     Raises:
         TypeError: the model does not give the patches of one grid (the message says why), or has a denoiser already.
@@ -77,6 +80,7 @@ def add_denoiser(
         keep_length=keep_length,
         pos_embed_out=pos_embed_out,
         blank_gate=blank_gate,
+        flat_gate=flat_gate,
     )
     return attach_denoiser(model, new, layout)
 
@@ -87,10 +91,12 @@ def new_denoisers(
     grid_size: int | tuple[int, int] | None = None,
     layers: Sequence[int] | None = None,
     pos_embed_out: bool | Sequence[int] = False,
+    flat_gate: bool = False,
     **options: Any,
 ) -> Denoiser | LayerDenoisers:
     """New denoisers for a model of this layout, on its device and of its dtype; `options` are those of `Denoiser`."""
     options["pos_embed_out"] = pos_embed_out if isinstance(pos_embed_out, bool) else to_2tuple(pos_embed_out)
+    options["flat_below"] = flat_below(model) if flat_gate else None
     grid = tuple(to_2tuple(layout.grid if grid_size is None else grid_size))
     weight = next(model.parameters())
     options |= {"device": weight.device, "dtype": weight.dtype}

@@ -71,7 +71,7 @@ def create(
 
     Args:
         denoiser: arguments of `add_denoiser`: grid_size, depth, num_heads, pos_embed, arch, layers, keep_length,
-            pos_embed_out, blank_gate.
+            pos_embed_out, blank_gate, flat_gate.
         kwargs: arguments of timm's model, as for the backbone.
     """
     if runtime := sorted({"device", "dtype"} & (pretrained_model_args or {}).keys()):

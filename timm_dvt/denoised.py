@@ -91,7 +91,7 @@ class Denoised(_Backbone):
         if self.denoise and self.denoises_final:
             grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
             prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
-            tokens = torch.cat([prefix, self._denoise(patches, grid)], dim=1)
+            tokens = torch.cat([prefix, self._denoise(patches, grid, x)], dim=1)
         return tokens
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -103,10 +103,12 @@ class Denoised(_Backbone):
             return x if pre_logits else self.head(x)
         return self._backbone_head(x, pre_logits=pre_logits)
 
-    def _denoise(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def _denoise(
+        self, patches: torch.Tensor, grid: tuple[int, int], images: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
         if self.norm_after_pool:
             patches = self.fc_norm(patches)
-        return self.denoiser(patches, grid)
+        return self.denoiser(patches, grid, images)
 
     def _cleaned(self, features: Any, given: dict[str, Any]) -> Any:
         """Final features in any of timm's forms with denoised patch tokens; `given` are the method's arguments."""
@@ -121,7 +123,7 @@ class Denoised(_Backbone):
         if packed.get("patch_coord") is not None:
             clean = denoise_packed(self._denoise, patches, packed["patch_coord"], packed.get("patch_valid"))
         else:
-            clean = self._denoise(patches, self.layout.grid_at(x.shape[2], x.shape[3], patches.shape[1]))
+            clean = self._denoise(patches, self.layout.grid_at(x.shape[2], x.shape[3], patches.shape[1]), x)
         return self.layout.replaced(features, clean, prefix)
 
     def prefix_tokens(self) -> int:
@@ -168,14 +170,14 @@ class Denoised(_Backbone):
         grid = self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
         patches: Any = None
         if final and features is None:
-            patches = self._denoise(maps[-1] if norm and not norm_here else self.norm(maps[-1]), grid)
+            patches = self._denoise(maps[-1] if norm and not norm_here else self.norm(maps[-1]), grid, x)
         elif final:
             prefix, patches = features[:, : self.num_prefix_tokens], features[:, self.num_prefix_tokens :]
-            patches = self._denoise(patches, grid)
+            patches = self._denoise(patches, grid, x)
             features = torch.cat([prefix, patches], dim=1)
         for place, block in enumerate(blocks):
             if block in inner:
-                maps[place] = denoisers[block](maps[place], grid)
+                maps[place] = denoisers[block](maps[place], grid, x)
         if norm_here:
             maps = [self.norm(m) for m in maps]
             prefixes = None if prefixes is None else [self.norm(p) for p in prefixes]

@@ -1,7 +1,7 @@
 """The denoiser of DVT's stage 2: a learned position embedding and transformer blocks behind a ViT's final norm."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from timm_dvt.architectures import ARCHITECTURES, initialize
 from timm_dvt.errors import UserError
+from timm_dvt.flat import flat_logits, level
 
 SHUT = -10.0  # the bias of a gate that finds no token blank: its sigmoid is 0.00005
 
@@ -41,6 +42,8 @@ class Denoiser(nn.Module):
         blank_gate: find the tokens of images without content and give them their mean, (1 - s) F + s mean(y), where s
             is the sigmoid of a linear map of each raw token. In a plain color nothing but position tells patches
             apart, and what is taken off photographs leaves a pattern of its own there. A new gate is shut.
+        flat_below: level patches without texture, too, wherever the images are given: `timm_dvt.flat`. How far cells of
+            a flat patch may be from a plane, in units of the model's input. A saved denoiser of this kind has this key.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Denoiser(nn.Module):
         keep_length: bool = False,
         pos_embed_out: bool | tuple[int, int] = False,
         blank_gate: bool = False,
+        flat_below: float | None = None,
         device=None,
         dtype=None,
     ):
@@ -94,6 +98,10 @@ class Denoiser(nn.Module):
         self.keep_length = False
         if keep_length:
             self.start_keeping_length()
+        self.flat_below: torch.Tensor | None
+        self.register_buffer("flat_below", None)
+        if flat_below is not None:
+            self.start_leveling(flat_below)
         self.init_weights()
 
     def start_keeping_length(self) -> None:
@@ -118,6 +126,11 @@ class Denoiser(nn.Module):
             self.blank_gate.bias.fill_(bias)
         self.blank_gate.requires_grad_(like.requires_grad)
 
+    def start_leveling(self, flat_below: float) -> None:
+        """From now on, give patches without texture what those like them have in common."""
+        like = next(self.parameters())
+        self.flat_below = torch.tensor(flat_below, dtype=like.dtype, device=like.device)
+
     def init_weights(self) -> None:
         """New weights; "static" and "project" start as the identity, a gate shut."""
         initialize(self.arch, self.blocks, self.pos_embed)
@@ -125,8 +138,14 @@ class Denoiser(nn.Module):
             nn.init.zeros_(self.blank_gate.weight)
             nn.init.constant_(self.blank_gate.bias, SHUT)
 
-    def forward(self, x: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, grid_size: tuple[int, int], images: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
         """Denoise patch tokens (B, H*W, C) of a grid (H, W); returns (B, H*W, C).
+
+        Args:
+            images: (B, channels, h, w), that the model was given. Without them, patches without texture are denoised
+                as others are.
 
         Raises:
             ValueError: the tokens do not fill the grid.
@@ -145,6 +164,8 @@ class Denoiser(nn.Module):
             weights = blank / blank.sum(1, keepdim=True).clamp(min=1e-6)
             mean = (weights * x.float()).sum(1, keepdim=True)
             clean = torch.lerp(clean.float(), mean.expand_as(clean), blank).to(x.dtype)
+        if self.flat_below is not None and images is not None:
+            clean = level(clean, flat_logits(images, grid_size, self.flat_below))
         return clean
 
     def _clean(self, x: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
@@ -249,11 +270,13 @@ class LayerDenoisers(nn.Module):
         self.layers = nn.ModuleDict({str(block): denoisers[block] for block in sorted(denoisers)})
         self.final = str(final)
 
-    def forward(self, x: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, grid_size: tuple[int, int], images: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
         """Denoise patch tokens (B, H*W, C) of the final features; returns (B, H*W, C)."""
         for block, denoiser in self.layers.items():
             if block == self.final:
-                x = denoiser(x, grid_size)
+                x = denoiser(x, grid_size, images)
         return x
 
     def fix_grid(self, grid_size: tuple[int, int]) -> None:

@@ -59,7 +59,7 @@ class OfImages(_Model):
                 if self.plain:  # a constant, so that of other models this is not compiled
                     grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
                     prefix, patches = features[:, : self.num_prefix_tokens], features[:, self.num_prefix_tokens :]
-                    return torch.cat([prefix, self._denoise(patches, grid)], dim=1)
+                    return torch.cat([prefix, self._denoise(patches, grid, x)], dim=1)
                 else:
                     raise RuntimeError("TorchScript knows this model's features only with the denoiser off.")
             else:

@@ -154,15 +154,16 @@ class LayerReader:
         for block, tokens in zip(self.blocks, maps):
             layers[f"block {block}"] = tokens.permute(0, 2, 3, 1)
             if block in self.denoisers and block != self.final:
-                layers[f"block {block}{DENOISED}"] = self._denoised(self.denoisers[block], layers[f"block {block}"])
+                raw = layers[f"block {block}"]
+                layers[f"block {block}{DENOISED}"] = self._denoised(self.denoisers[block], raw, inputs)
         final: Any = features["patches"] if isinstance(features, dict) else features
         _, patches = normed(model, final, self.layout)
         grid = self.layout.grid_at(inputs.shape[2], inputs.shape[3], patches.shape[1])
         layers[FEATURES] = patches.unflatten(1, grid)
         if self.final in self.denoisers:
-            layers[FEATURES + DENOISED] = self._denoised(self.denoisers[self.final], layers[FEATURES])
+            layers[FEATURES + DENOISED] = self._denoised(self.denoisers[self.final], layers[FEATURES], inputs)
         return layers
 
     @staticmethod
-    def _denoised(denoiser: Any, maps: torch.Tensor) -> torch.Tensor:
-        return denoiser(maps.flatten(1, 2), maps.shape[1:3]).unflatten(1, maps.shape[1:3])
+    def _denoised(denoiser: Any, maps: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        return denoiser(maps.flatten(1, 2), maps.shape[1:3], inputs).unflatten(1, maps.shape[1:3])

@@ -87,7 +87,7 @@ FOCUS = Variant(
     resolution=518,
     file=str(resources.files("timm_dvt") / "assets" / "focus" / "denoiser.safetensors"),
     license="apache-2.0",
-    denoiser={"keep_length": True, "pos_embed_out": (19, 19), "blank_gate": True},
+    denoiser={"keep_length": True, "pos_embed_out": (19, 19), "blank_gate": True, "flat_gate": True},
 )
 DEFAULT_MODEL = FOCUS.name  # of the demo and the page
 

@@ -155,7 +155,7 @@ def find_example(extractor: Extractor, files: Sequence[Path]) -> Example:
         if not counts(groups):
             continue
         raw = extractor.backbone(image[None])["raw"].cpu()
-        states = raw[0], extractor.denoise(raw)[0].cpu()
+        states = raw[0], extractor.denoise(raw, image[None])[0].cpu()
         off, on = (np.array(wrong_shares(state, groups)) for state in states)
         shares.append((off.mean(), on.mean()))
         first = int((off - on).argmax())

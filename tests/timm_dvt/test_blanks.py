@@ -5,10 +5,12 @@ import json
 import pytest
 import timm
 import torch
+from torch.nn.functional import interpolate
 
 import timm_dvt
 from timm_dvt.calibration.blanks import draw_blank, fit_gate
 from timm_dvt.denoiser import Denoiser
+from timm_dvt.image_files import load_image
 
 SIZES = [(518, 518), (280, 420)]
 
@@ -106,3 +108,26 @@ def test_the_shipped_denoiser_leaves_a_tenth_of_the_pattern_of_blank_images_at_m
         with shipped.denoising(False):
             off = shipped.forward_features((images[kind] - mean) / std)[0, 1:]
     assert spread(on) < 0.1 * spread(off)
+
+
+@pytest.mark.parametrize("size", [(280, 280), pytest.param((518, 784), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("noise", [0.0, 1.5])
+def test_the_shipped_denoiser_leaves_a_tenth_of_the_pattern_of_a_wall_beside_a_cat_and_the_cat_as_it_is(
+    shipped, size, noise
+):
+    photograph = interpolate(load_image("timm_dvt/assets/cat.jpg")[None], size, mode="bilinear", antialias=True)[0]
+    rows = size[0] // 14 // 2
+    shade = 0.7 - 0.1 * torch.linspace(0, 1, size[1])
+    drawn = shade + noise / 255 * torch.randn(3, 14 * rows, size[1], generator=torch.Generator().manual_seed(0))
+    photograph[:, : 14 * rows] = (255 * drawn).round() / 255  # 8 bits, as a file has
+    config = timm.data.resolve_model_data_config(shipped)
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    images = ((photograph - mean) / std)[None]
+    with torch.no_grad():
+        on = shipped.forward_features(images)[0, 1:].unflatten(0, (size[0] // 14, -1))
+        with shipped.denoising(False):
+            off = shipped.forward_features(images)[0, 1:].unflatten(0, (size[0] // 14, -1))
+        ungated = shipped.denoiser(off.flatten(0, 1)[None], off.shape[:2])[0].unflatten(0, off.shape[:2])
+    wall = slice(0, rows - 2)  # what is below shows in the rows of patches next to it
+    assert spread(on[wall].flatten(0, 1)) < 0.1 * spread(off[wall].flatten(0, 1))
+    assert (on - ungated)[rows:].norm(dim=-1).median() == 0  # the cat is as it was; behind it the picture is blurred

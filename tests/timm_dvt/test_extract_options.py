@@ -237,6 +237,26 @@ def test_maps_are_normed_where_timm_norms_behind_its_pool_too(kind, photographs,
     np.testing.assert_allclose(found, token.detach(), atol=2e-5)
 
 
+@pytest.mark.parametrize("states", [("on", "off"), ("on",)])
+def test_patches_without_texture_are_leveled_with_one_pass_of_the_backbone_too(states, tmp_path):
+    torch.manual_seed(0)
+    small = {"embed_dim": 64, "num_heads": 1, "depth": 2, "img_size": 64}
+    model = timm_dvt.add_denoiser(timm.create_model("vit_tiny_patch16_224", **small), flat_gate=True).eval()
+    name = f"local-dir:{timm_dvt.save_pretrained(model, tmp_path / 'model', model_args=small)}"
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    pixels[:, :48] = 99
+    Image.fromarray(pixels).save(tmp_path / "wall.png")
+    timm_dvt.extract(str(tmp_path / "wall.png"), name, str(tmp_path / "out"), states=states, dtype="float32")
+    inputs = create_transform(**resolve_model_data_config(timm.create_model(name)), is_training=False)(
+        Image.open(tmp_path / "wall.png")
+    )[None]
+    with torch.no_grad():
+        wanted = model.forward_features(inputs)[0, 1:].reshape(4, 4, -1)
+        model.denoiser.flat_below = None
+        assert np.abs(model.forward_features(inputs)[0, 1:].reshape(4, 4, -1) - wanted).max() > 0.05
+    np.testing.assert_allclose(timm_dvt.open_features(tmp_path / "out")["wall.png"], wanted, atol=2e-5)
+
+
 def test_a_folder_of_other_settings_is_refused_and_one_that_is_none_is_not_opened(extract, capsys, tmp_path):
     extract("--size", "64", "--no-pretrained")
     assert extract("--size", "48", "--no-pretrained") == 2

@@ -60,7 +60,9 @@ def test_timms_graph_net_of_the_blocks():
     assert all(map(torch.equal, ours, theirs))
 
 
-@pytest.mark.parametrize("options", [{}, {"arch": "conv3x3"}, {"pos_embed_out": (3, 3), "blank_gate": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"arch": "conv3x3"}, {"pos_embed_out": (3, 3), "blank_gate": True, "flat_gate": True}]
+)
 @torch.no_grad()
 def test_torchvisions_tracer_goes_through_a_denoiser(options):
     feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
@@ -68,4 +70,5 @@ def test_torchvisions_tracer_goes_through_a_denoiser(options):
     model = timm_dvt.add_denoiser(plain, keep_length=True, **options).eval()
     extractor = feature_extraction.create_feature_extractor(model, {"head": "logits"})
     images = torch.randn(2, 3, 64, 64)
+    images[0, :, :, :48] = 0.1  # three of four columns without texture
     assert torch.equal(extractor(images)["logits"], model(images))

@@ -64,6 +64,7 @@ def test_a_denoiser_without_a_gate_gets_one_for_blank_images(gated):
             spread.append(model.forward_features(gray)[0, 1:].std(0).norm())
     assert model.denoiser.calibration.views == 32
     assert (spread[0] < 0.01 * spread[1]) == gated == (model.denoiser.blank_gate is not None)
+    assert gated == (model.denoiser.flat_below is not None)
 
 
 def test_what_cannot_be_is_refused_and_leaves_the_denoiser_as_it_was(tmp_path):

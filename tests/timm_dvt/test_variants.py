@@ -64,7 +64,8 @@ def test_switching_off_gives_the_backbone_bit_for_bit(name, dtype):
 @pytest.mark.parametrize("name", DENOISED)
 @torch.no_grad()
 def test_switched_on_equals_the_recomputed_denoiser_on_the_backbones_tokens(name):
-    papers = {"keep_length": False, "pos_embed_out": False, "blank_gate": False}  # what FOCUS has beyond the paper's
+    # what FOCUS has beyond the paper's
+    papers = {"keep_length": False, "pos_embed_out": False, "blank_gate": False, "flat_gate": False}
     model, plain, images = pair(name, torch.float64, denoiser=papers)
     grid, prefix = (5, 4), plain.num_prefix_tokens
     want = reference.denoise(

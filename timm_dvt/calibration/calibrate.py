@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import to_2tuple
 from torch import nn
 
 from timm_dvt.attach import Denoised, attach_denoiser, blocks_of, check_supported, remove_denoiser
 from timm_dvt.calibration.blanks import draw_blank, fit_gate
+from timm_dvt.calibration.linear import outside, projecting_out, subtracting
 from timm_dvt.calibration.positions import Position
 from timm_dvt.calibration.samples import Source, canvas, sources, warn_if_alike
 from timm_dvt.calibration.views import WINDOWS, estimate_positions, read_blocks
 from timm_dvt.defaults import torch_defaults
 from timm_dvt.denoiser import Denoiser, combine, resample
 from timm_dvt.errors import CalibrationError
+from timm_dvt.flat import flat_below
 from timm_dvt.layouts import layout_of, meant_size
 from timm_dvt.reading import LayerReader
 
@@ -86,9 +87,11 @@ def calibrate(
         keep_length: bring each clean token to the length of the raw one, for what lives on lengths: of a DINOv2-S,
             object discovery (CorLoc) falls from 52.5 to 46.0 with a "static" map of 16 images, and with lengths kept
             stays at 52.5. "leftover" keeps lengths where the denoiser does already.
-        blank_gate: where `images` are given, know images without content and level them: the map of photographs leaves
-            a pattern of its own in a plain color. It takes 40 forward passes more. Where no linear map can tell the
-            two apart there is none. "leftover" gives one to a denoiser that has none, and keeps that of others.
+        blank_gate: where `images` are given, know what has no content and level it, where the map of photographs
+            leaves a pattern of its own: images of a plain color by their tokens, which takes 40 forward passes more
+            (where no linear map can tell the two apart there is no such gate), and walls and skies beside things by
+            their pixels (`timm_dvt.flat`). "leftover" gives gates to a denoiser that has none, and keeps those of
+            others.
         progress: show a bar with the error so far.
 
     Raises:
@@ -101,7 +104,7 @@ def calibrate(
     warn_if_alike(samples or [])
     if method == "leftover":
         _calibrate_leftover(model, samples, layers, views, tolerance, batch_size, blank_gate, progress)
-        return _with_lengths(model, keep_length)
+        return _finished(model, keep_length, blank_gate and samples is not None)
     has = _denoised_blocks(model)
     blocks = blocks_of(model, layout, has if layers is None else layers)
     inner = [block for block in blocks if block != layout.maps - 1]
@@ -125,7 +128,7 @@ def calibrate(
         attach_denoiser(model, combine(new, layout.maps - 1), layout)
     finally:
         model.train(training)
-    return _with_lengths(model, keep_length)
+    return _finished(model, keep_length, blank_gate and samples is not None)
 
 
 def check_arguments(
@@ -152,10 +155,13 @@ def _add_gates(new: dict[int, Denoiser], reader: LayerReader, raw: dict[int, str
             denoiser.start_gating(*gate)
 
 
-def _with_lengths(model: Any, keep: bool) -> nn.Module:
-    """The model, whose denoisers keep lengths from now on, if they are to."""
-    for denoiser in model.denoisers().values() if keep else ():
-        denoiser.start_keeping_length()
+def _finished(model: Any, keep_length: bool, level: bool) -> nn.Module:
+    """The model, whose denoisers keep lengths and level flat patches from now on, if they are to."""
+    for denoiser in model.denoisers().values():
+        if keep_length:
+            denoiser.start_keeping_length()
+        if level and denoiser.flat_below is None:
+            denoiser.start_leveling(flat_below(model))
     return model
 
 
@@ -214,14 +220,17 @@ def _size_of_denoiser(model: Any) -> tuple[int, int] | None:
 @contextmanager
 def _as_predicted(denoisers: Iterable[Denoiser]) -> Iterator[None]:
     """Denoisers whose tokens are those of their blocks alone, for a block of code."""
-    before = [(denoiser, denoiser.keep_length, denoiser.pos_embed_out, denoiser.blank_gate) for denoiser in denoisers]
+    off: Any = {"keep_length": False, "pos_embed_out": None, "blank_gate": None, "flat_below": None}
+    before = [(denoiser, {name: getattr(denoiser, name) for name in off}) for denoiser in denoisers]
     try:
-        for denoiser, *_ in before:
-            denoiser.keep_length, denoiser.pos_embed_out, denoiser.blank_gate = False, None, None
+        for denoiser, _ in before:
+            for name, value in off.items():
+                setattr(denoiser, name, value)
         yield
     finally:
-        for denoiser, keep_length, pos_embed_out, gate in before:
-            denoiser.keep_length, denoiser.pos_embed_out, denoiser.blank_gate = keep_length, pos_embed_out, gate
+        for denoiser, values in before:
+            for name, value in values.items():
+                setattr(denoiser, name, value)
 
 
 def _denoised_blocks(model: nn.Module) -> list[int] | None:
@@ -256,32 +265,7 @@ def _static(position: Position, blanks: Position) -> tuple[Denoiser, int, float]
 def _project(position: Position, blanks: Position) -> tuple[Denoiser, int, float]:
     basis = blanks.components()
     denoiser = projecting_out(basis, position.artifacts.shape[:2], position.mean)
-    return denoiser, basis.shape[1], position.share_after(_outside(basis))
-
-
-def subtracting(artifacts: torch.Tensor) -> Denoiser:
-    """F = y - G for a map G (H, W, C), at other grids resampled; float32, on the CPU."""
-    denoiser = Denoiser(artifacts.shape[-1], (artifacts.shape[0], artifacts.shape[1]), arch="static")
-    denoiser.load_state_dict({"pos_embed": -artifacts.flatten(0, 1)[None]})
-    return denoiser
-
-
-def projecting_out(basis: torch.Tensor, grid: int | tuple[int, int], mean: torch.Tensor | None = None) -> Denoiser:
-    """F = (I - U U^T) y for orthonormal directions U (C, r), r may be 0; float32, on the CPU.
-
-    Args:
-        grid: rows and columns of the maps, or one number for both.
-        mean: (C,), what is given back of it along U; default nothing.
-    """
-    denoiser = Denoiser(len(basis), to_2tuple(grid), arch="project")
-    bias = torch.zeros(len(basis)) if mean is None else basis @ basis.T @ mean
-    denoiser.load_state_dict({"blocks.0.weight": _outside(basis), "blocks.0.bias": bias})
-    return denoiser
-
-
-def _outside(basis: torch.Tensor) -> torch.Tensor:
-    """I - U U^T, (C, C)."""
-    return torch.eye(len(basis), dtype=basis.dtype) - basis @ basis.T
+    return denoiser, basis.shape[1], position.share_after(outside(basis))
 
 
 class Method(NamedTuple):

@@ -74,8 +74,8 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blank-gate",
         action=argparse.BooleanOptionalAction,
-        help="with images: know images without content, and level them (default: yes); "
-        "leftover keeps the gate of a denoiser that has one",
+        help="with images: know images without content and patches without texture, and level them (default: yes); "
+        "leftover keeps the gates of a denoiser that has them",
     )
     parser.add_argument(
         "--json", action="store_true", help="print what was found as JSON, and nothing else; progress goes to stderr"

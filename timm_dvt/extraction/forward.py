@@ -111,7 +111,8 @@ class Extractor:
         if self._once:  # raw maps are all that the denoiser needs
             maps, token = self._run(images)
             with torch.no_grad():
-                clean = self.model.denoiser(maps[0].flatten(1, 2), tuple(maps[0].shape[1:3])).reshape(maps[0].shape)
+                tokens, grid = maps[0].flatten(1, 2), tuple(maps[0].shape[1:3])
+                clean = self.model.denoiser(tokens, grid, self._normalized(images)).reshape(maps[0].shape)
             variables = {self._name(self.blocks[0]): clean, self._name(self.blocks[0]) + RAW: maps[0]}
             return variables if token is None else {**variables, TOKEN: token}
         for state in self.states:
@@ -126,7 +127,7 @@ class Extractor:
 
     @torch.no_grad()  # torch.compile and inference mode do not go together
     def _forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        inputs = (images.float() / 255 - self.mean) / self.std
+        inputs = self._normalized(images)
         if isinstance(self.model, Hiera):
             with torch.autocast(self.device.type, enabled=self.settings.autocast):
                 _, patches = normed(self.model, self.model.forward_features(inputs), self._layout)
@@ -146,6 +147,9 @@ class Extractor:
             maps = [self._normed_map(patches) if i < plain else patches for i, patches in enumerate(maps)]
             prefix = None if prefix is None else self._norm(prefix)
         return [patches.permute(0, 2, 3, 1).float() for patches in maps], prefix
+
+    def _normalized(self, images: torch.Tensor) -> torch.Tensor:
+        return (images.float() / 255 - self.mean) / self.std
 
     def _normed_map(self, patches: torch.Tensor) -> torch.Tensor:
         return self._norm(patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

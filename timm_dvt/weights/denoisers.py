@@ -20,7 +20,7 @@ from timm_dvt.layouts import unwrapping
 from timm_dvt.weights.checkpoints import Checkpoint, CheckpointError, Grid, State, check_state, read_checkpoint, some
 
 # What a denoiser of any architecture can have beside its own.
-EXTRAS = {"keeps_length", "pos_embed_out", "blank_gate.weight", "blank_gate.bias"}
+EXTRAS = {"keeps_length", "pos_embed_out", "blank_gate.weight", "blank_gate.bias", "flat_below"}
 
 
 def denoiser_for(
@@ -75,7 +75,8 @@ def _one_denoiser(state: State, new: Callable[..., Denoiser], grids: dict, path:
     if depth > 64:
         raise CheckpointError(f"{path}: block {depth - 1} of a denoiser is beyond reason; the file is damaged.")
     out = "pos_embed_out" in state and _out_grid(state["pos_embed_out"], grids["pos_embed_out"])
-    more = dict(keep_length="keeps_length" in state, blank_gate="blank_gate.weight" in state, pos_embed_out=out)
+    more: dict[str, Any] = dict(keep_length="keeps_length" in state, pos_embed_out=out)
+    more |= dict(blank_gate="blank_gate.weight" in state, flat_below=0.0 if "flat_below" in state else None)
     denoiser = new(grids["pos_embed"], depth=depth, arch=arch, **more)
     check_state(denoiser, state, path, prefix=prefix)
     dtype = next(iter(state.values())).dtype  # check_state has seen to it that it is a floating one

@@ -57,7 +57,7 @@ def check_denoiser(options: object, accepted_by: Callable) -> None:
     out = options.get("pos_embed_out", False)
     if not isinstance(out, bool):
         check_sizes({"grid_size": list(out) if isinstance(out, (list, tuple)) else out}, DENOISER_SIZES)
-    for name in ("pos_embed", "keep_length", "blank_gate"):
+    for name in ("pos_embed", "keep_length", "blank_gate", "flat_gate"):
         if not isinstance(options.get(name, True), bool):
             raise UserError(f"{name} is {str(options[name])[:100]!r}; it has to be True or False.")
     layers = options.get("layers")

@@ -202,6 +202,7 @@ def _write_config(model: Any, path: Path, model_args: dict) -> None:
             "arch": denoiser.arch,
             "keep_length": denoiser.keep_length,
             "blank_gate": denoiser.blank_gate is not None,
+            "flat_gate": denoiser.flat_below is not None,
             "pos_embed_out": denoiser.pos_embed_out is not None and list(denoiser.out_grid_size),
             **({} if list(denoisers) == [model.final_block] else {"layers": list(denoisers)}),
         },

@@ -122,7 +122,7 @@ def measure(
             tqdm.write(f"left out {source.shown}: {error}")
             continue
         raw = extractor.backbone(image[None].to(device))["raw"]
-        denoised = extractor.denoise(raw)
+        denoised = extractor.denoise(raw, image[None])
         groups = color_groups(image, extractor.reader.grid)
         for state, maps in (("raw", raw.cpu()), ("denoised", denoised.cpu())):
             statistics[state].add(maps)

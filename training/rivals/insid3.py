@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from timm_dvt.attach import attach_denoiser
-from timm_dvt.calibration.calibrate import projecting_out
+from timm_dvt.calibration.linear import projecting_out
 from training.rivals.sample import Sample
 
 SEGMENTATION, MATCHING = 500 / 1024, 20 / 768

@@ -8,7 +8,7 @@ and levels blank images.
 from typing import Any
 
 from timm_dvt.attach import attach_denoiser
-from timm_dvt.calibration.calibrate import subtracting
+from timm_dvt.calibration.linear import subtracting
 from training.rivals.sample import Sample
 
 

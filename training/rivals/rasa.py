@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from timm_dvt.attach import attach_denoiser
-from timm_dvt.calibration.calibrate import projecting_out
+from timm_dvt.calibration.linear import projecting_out
 from training.rivals.sample import Moments, Sample
 
 ROUNDS = 9

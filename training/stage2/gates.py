@@ -1,4 +1,7 @@
-"""A gate for trained denoisers, by which they know images without content: `timm_dvt.calibration.blanks`.
+"""Gates for trained denoisers, by which they know images without content, and patches without texture in others.
+
+The one looks at tokens (`timm_dvt.calibration.blanks`), the other, which is the same for all, at pixels
+(`timm_dvt.flat`).
 
 Blank images among those that a block learns from would teach it the same, one forward pass each. Trials with a
 DINOv2-S: after 300 steps with a quarter of blank images their tokens differ by their places 0.42 times as much as raw
@@ -14,6 +17,7 @@ from torch import nn
 
 from timm_dvt.calibration.blanks import draw_blank, fit_gate
 from timm_dvt.denoiser import Denoiser
+from timm_dvt.flat import flat_below
 from training.common.backbone import FeatureReader
 from training.pairs.reader import PairReader, PairSet
 
@@ -26,7 +30,9 @@ def add_gates(
     pairs: PairSet,
     make_reader: Callable[[PairSet, Sequence[str]], PairReader] = PairReader,
 ) -> None:
-    """Let denoisers know blank images from those of their pairs; says of which layers nothing tells the two apart.
+    """Let denoisers know blank images from those of their pairs, and flat patches from others.
+
+    Says of which layers nothing tells blank images apart.
 
     Args:
         denoisers: by layer of the pairs. model: the backbone that the pairs were made with, on its device.
@@ -45,6 +51,7 @@ def add_gates(
         for layer, features in reader.patch_features(images).items():
             blanks[layer].append(features.flatten(1, 2).cpu())
     for place, layer in enumerate(pairs.layers):
+        denoisers[layer].start_leveling(flat_below(model))
         gate = fit_gate(torch.cat(blanks[layer]), maps[:, place])
         if gate is None:
             print(

@@ -74,7 +74,9 @@ class Stage2Settings(TrainingSettings):
         "(default: no, as in the paper)",
     )
     blank_gate: bool = option(
-        True, "once trained, know images without content (plain colors, noise) and level them (default: yes)"
+        True,
+        "once trained, know images without content (plain colors, noise) and patches without texture (walls, skies), "
+        "and level them (default: yes)",
     )
     init: str | None = option(None, "start from a trained denoiser instead", metavar="FOLDER")
     val_fraction: float = option(0.05, "of the pairs, held out for the validation loss (default: %(default)s)")

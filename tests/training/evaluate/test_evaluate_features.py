@@ -1,15 +1,18 @@
 """Frozen features: the states are the model's own, and the cache is whole, keyed and resumed."""
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 import timm_dvt
 from tests.helpers import small_datasets
+from timm_dvt.reading import LayerReader
 from training.common.backbone import FeatureReader
 from training.evaluate.data.datasets import open_dataset
 from training.evaluate.detection import fast as detection
 from training.evaluate.features.cached import SHARD, Extractor, Features
+from training.evaluate.features.live import LiveFeatures
 from training.evaluate.position.blank import token_reader
 from training.evaluate.run import Run
 
@@ -101,6 +104,32 @@ def test_a_killed_extraction_goes_on_with_the_missing_shard(split, tmp_path):
     again = Features(extractor, split, tmp_path)
     again.extract()
     assert first.stat().st_mtime_ns == kept and torch.equal(again.maps([SHARD], "raw"), want)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@torch.no_grad()
+def test_patches_without_texture_are_leveled_wherever_features_are_read_as_the_model_does_it(cached, tmp_path):
+    torch.manual_seed(0)
+    twin = timm_dvt.add_denoiser(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2), flat_gate=True).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    pixels[:, :48] = 77
+    small_datasets.save(tmp_path / "val/images/0.png", pixels)
+    split = open_dataset("folder", tmp_path, "images")["val"]
+    extractor = Extractor(twin)
+    normed = (split.image(0)[None] - extractor.reader.mean) / extractor.reader.std
+    want = twin.forward_features(normed)[0, 1:]
+    features = Features(extractor, split, tmp_path / "cache" if cached else None)
+    features.extract()
+    read = {
+        "features": features.maps([0], "denoised")[0].flatten(0, 1),
+        "live": LiveFeatures(extractor)(normed, "denoised")[0].flatten(1, 2)[0],
+        "blank": token_reader(extractor, (64, 64))(split.image(0))["denoised"],
+        "inspect": LayerReader(twin, twin.layout, [0], 1, (64, 64))(normed)["features, denoised"][0].flatten(0, 1),
+    }
+    for name, tokens in read.items():
+        assert torch.allclose(tokens, want, atol=4e-3), name
+    twin.denoiser.flat_below = None
+    assert (twin.forward_features(normed)[0, 1:] - want).abs().max() > 0.05
 
 
 def test_the_key_changes_with_everything_that_matters(split):

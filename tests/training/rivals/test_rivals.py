@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.helpers import small_datasets
 from tests.helpers.small_datasets import small_vit
-from timm_dvt.calibration.calibrate import projecting_out
+from timm_dvt.calibration.linear import projecting_out
 from timm_dvt.calibration.samples import canvas
 from timm_dvt.loading import load_model
 from training.evaluate.position import share

@@ -153,8 +153,12 @@ def test_the_static_denoiser_subtracts_the_mean_of_the_training_pairs_artifacts(
         assert run(pairs, tmp_path / "out", "--arch", "static", "--val-fraction", "0") == 0
         assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) <= 1  # a run of no steps is no longer one
     mean = np.mean([make_maps(i)[5]["artifacts"].half().double().numpy() for i in range(12)], axis=0)
-    (value,) = denoiser_weights(tmp_path / "out").values()
-    np.testing.assert_allclose(value[0].numpy(), -mean.reshape(16, 64), atol=1e-6)
+    gated = denoiser_weights(tmp_path / "out")
+    assert sorted(gated) == ["denoiser.flat_below", "denoiser.pos_embed"]  # random tokens tell no blank images apart
+    np.testing.assert_allclose(gated["denoiser.pos_embed"][0].numpy(), -mean.reshape(16, 64), atol=1e-6)
+    assert run(pairs, tmp_path / "no", "--arch", "static", "--val-fraction", "0", "--no-blank-gate") == 0
+    (value,) = denoiser_weights(tmp_path / "no").values()
+    assert torch.equal(value, gated["denoiser.pos_embed"])
 
 
 def test_held_out_pairs_are_not_trained_on(tmp_path):

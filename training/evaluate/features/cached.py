@@ -55,6 +55,7 @@ class Extractor:
 
     Attributes:
         states: "raw" and, for a model with a denoiser, "denoised".
+        levels: whether the denoiser looks at images too, to level flat patches.
         reader: of the raw features of the last block.
         resized: whether images are of another size than the model is meant for.
         model: the model itself.
@@ -77,6 +78,7 @@ class Extractor:
         self.resized = input_size not in (None, meant)
         self.dtype = dtype
         self.denoiser = _last_denoiser(self.model)
+        self.levels = getattr(self.denoiser, "flat_below", None) is not None
         self.states = ("raw",) if self.denoiser is None else ("raw", "denoised")
 
     def resize(self, image: Tensor) -> Tensor:
@@ -94,13 +96,19 @@ class Extractor:
         return {"raw": raw, "prefix": prefix}
 
     @torch.no_grad()
-    def denoise(self, raw: Tensor) -> Tensor:
-        """Raw to denoised maps, (B, K, K, C) float32, on the model's device."""
+    def denoise(self, raw: Tensor, images: Tensor | None = None) -> Tensor:
+        """Raw to denoised maps, (B, K, K, C) float32, on the model's device.
+
+        Args:
+            images: (B, 3, S, S) in [0, 1], which a denoiser that `levels` looks at.
+        """
         assert self.denoiser is not None
         weight = next(self.denoiser.parameters())
         grid = (self.reader.grid, self.reader.grid)
+        if images is not None:
+            images = ((images.to(weight.device) - self.reader.mean) / self.reader.std).to(weight.dtype)
         tokens = raw.flatten(1, 2).to(weight.device, weight.dtype)
-        return self.denoiser(tokens, grid).float().unflatten(1, grid)
+        return self.denoiser(tokens, grid, images).float().unflatten(1, grid)
 
     def describe(self) -> dict[str, Any]:
         """All of the backbone that decides features."""
@@ -255,7 +263,8 @@ class Features:
         return {name: self._half(x, indices) for name, x in tokens.items()}
 
     def _denoise(self, raw: Tensor, indices: Sequence[int]) -> Tensor:
-        return self._half(self.extractor.denoise(raw), indices)
+        images = self.images(indices) if self.extractor.levels else None
+        return self._half(self.extractor.denoise(raw, images), indices)
 
     def _half(self, features: Tensor, indices: Sequence[int]) -> Tensor:
         half = features.half()

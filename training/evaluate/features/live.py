@@ -55,7 +55,7 @@ class LiveFeatures:
             prefix, tokens, grid = final_tokens(twin, images.to(weight.dtype), layout)
         if state == "denoised":
             assert self._extractor.denoiser is not None
-            tokens = self._extractor.denoiser(tokens.to(weight.dtype), grid)
+            tokens = self._extractor.denoiser(tokens.to(weight.dtype), grid, images.to(weight.dtype))
         classes = prefix[:, 0] if self.prefix else prefix.flatten(1)
         return tokens.float().unflatten(1, grid), classes.float()
 

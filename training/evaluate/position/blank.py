@@ -158,7 +158,7 @@ def token_reader(extractor: Extractor, size: tuple[int, int]) -> Callable[[Tenso
             _, raw, grid = final_tokens(model, inputs, layout)
         if extractor.denoiser is None:
             return {"raw": raw[0]}
-        return {"raw": raw[0], "denoised": extractor.denoiser(raw.to(weight.dtype), grid)[0]}
+        return {"raw": raw[0], "denoised": extractor.denoiser(raw.to(weight.dtype), grid, inputs)[0]}
 
     return read
 

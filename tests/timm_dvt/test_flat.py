@@ -1,0 +1,234 @@
+"""Patches without texture: found by their pixels as a least-squares plane finds them, and leveled among themselves."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import timm_dvt
+from timm_dvt.denoiser import Denoiser
+from timm_dvt.flat import BELOW, cell_means, flat_below, flat_logits, level
+
+GRID, PATCH = (5, 6), (14, 16)
+
+
+def wall(sigma: float = 0.0, seed: int = 0, grid=GRID, patch=PATCH) -> torch.Tensor:
+    """An image (3, h, w) in [0, 1], of 8 bits: texture, but for a shaded wall of noise `sigma` (of 255) on its left."""
+    draw = torch.Generator().manual_seed(seed)
+    height, width = grid[0] * patch[0], grid[1] * patch[1]
+    image = torch.rand(3, height, width, generator=draw)
+    columns = grid[1] // 2 * patch[1]
+    shade = 0.6 - 0.2 * torch.arange(columns) / width + 0.1 * torch.arange(height)[:, None] / height
+    image[:, :, :columns] = shade + sigma / 255 * torch.randn(3, height, columns, generator=draw)
+    return (image.clamp(0, 1) * 255).round() / 255
+
+
+def roughness_by_least_squares(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """What a plane leaves of each patch's 4 x 4 cells, mean of the channels, opened over 3 x 3: loops, in float64."""
+    rows, columns = image.shape[1] // grid[0], image.shape[2] // grid[1]
+    fine = image.repeat(4, 1).repeat(4, 2)  # four times the pixels: cells are whole ones
+    rough = np.zeros(grid)
+    place = np.arange(4.0)
+    plane = np.stack([np.ones(16), np.repeat(place, 4), np.tile(place, 4)], 1)
+    for i in range(grid[0]):
+        for j in range(grid[1]):
+            for channel in fine:
+                patch = channel[4 * i * rows : 4 * (i + 1) * rows, 4 * j * columns : 4 * (j + 1) * columns]
+                cells = patch.reshape(4, rows, 4, columns).mean((1, 3)).ravel()
+                rest = cells - plane @ np.linalg.lstsq(plane, cells, rcond=None)[0]
+                rough[i, j] += np.sqrt((rest**2).mean()) / len(fine)
+    around = [(di, dj) for di in (-1, 0, 1) for dj in (-1, 0, 1)]
+
+    def over(values, pick):
+        there = lambda i, j: 0 <= i < grid[0] and 0 <= j < grid[1]  # noqa: E731
+        return np.array(
+            [
+                [pick(values[i + a, j + b] for a, b in around if there(i + a, j + b)) for j in range(grid[1])]
+                for i in range(grid[0])
+            ]
+        )
+
+    return over(over(rough, max), min)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.0, 2.0])
+def test_roughness_is_what_a_least_squares_plane_leaves_of_the_cells(sigma):
+    image = wall(sigma)
+    want = roughness_by_least_squares(image.double().numpy(), GRID)
+    logits = flat_logits(image[None], GRID, torch.tensor(BELOW))[0].reshape(GRID)
+    expected = np.maximum(8 * (1 - want / BELOW), -30)
+    assert np.abs(logits.numpy() - expected).max() < 1e-3
+    assert (logits[:, :3] > 0).all() and (logits[:, 3:] == -30).all()  # walls with noise of two levels, too
+
+
+def test_one_flat_patch_among_textured_ones_is_content():
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 70, 84)
+    image[:, :, 28:42, 28:42] = 0.5  # one patch
+    assert (flat_logits(image, (5, 6), torch.tensor(BELOW)) == -30).all()
+    image[:, :, :42, :42] = 0.5  # three by three of them
+    assert (flat_logits(image, (5, 6), torch.tensor(BELOW)).reshape(5, 6)[:3, :3] == 8).all()
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 4, 14, 16, 32])
+def test_cells_are_means_over_equal_parts_of_a_side(pixels):
+    weights = cell_means(pixels)
+    fine = np.repeat(np.random.default_rng(0).random(pixels), 4)
+    assert np.allclose(weights.numpy() @ fine[::4], fine.reshape(4, pixels).mean(1), atol=1e-6)
+
+
+def test_leveling_is_two_rounds_of_a_mean_of_flat_tokens_like_each():
+    torch.manual_seed(0)
+    tokens, logits = torch.randn(2, 9, 8) * 0.2 + torch.randn(8), torch.randn(2, 9) * 4
+    for given, logit, leveled in zip(tokens.double().numpy(), logits.double().numpy(), level(tokens, logits)):
+        flat = 1 / (1 + np.exp(-logit))
+        want = given
+        for _ in range(2):
+            unit = want / np.linalg.norm(want, axis=1, keepdims=True)
+            weights = np.array([[np.exp(40 * (u @ v - 1)) * s for v, s in zip(unit, flat)] for u in unit])
+            mean = weights @ want / weights.sum(1, keepdims=True)
+            want = want + flat[:, None] * (mean - want)
+        assert np.abs(leveled.numpy() - want).max() < 1e-5
+
+
+def model_with_gate(name: str = "test_vit", **options):
+    torch.manual_seed(0)
+    model = timm.create_model(name, dynamic_img_size=True)
+    return timm_dvt.add_denoiser(model, flat_gate=True, **options).eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": [3, -1]}, {"arch": "static"}])
+@torch.no_grad()
+def test_every_method_levels_walls_and_leaves_the_rest_to_the_bit(options):
+    model = model_with_gate(**options)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    images = ((wall(1.0, grid=(10, 10), patch=(16, 16)) - mean) / std)[None]
+    on_wall = (torch.arange(100) % 10 < 5)[None]
+    denoisers = model.denoisers().values()
+
+    def features():
+        final, maps = model.forward_intermediates(images, indices=[3, 5], output_fmt="NLC")
+        return model.forward_features(images)[:, 1:], final[:, 1:], *maps[0 if "layers" in options else 1 :]
+
+    gated = features()
+    below = [denoiser.flat_below for denoiser in denoisers]
+    assert below == [torch.tensor(flat_below(model))] * len(below)
+    for denoiser in denoisers:
+        denoiser.flat_below = None
+    for leveled, as_before in zip(gated, features(), strict=True):
+        assert torch.equal(leveled[~on_wall], as_before[~on_wall])
+        want = level(as_before, flat_logits(images, (10, 10), torch.tensor(flat_below(model))))
+        assert torch.equal(leveled, want) and (leveled - as_before)[on_wall].abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_finds_the_same_walls(dtype):
+    image = (wall(1.0)[None] - 0.45) / 0.225
+    below = torch.tensor(BELOW / 0.225)
+    want, logits = (flat_logits(image.to(d), GRID, below.to(d)) for d in (torch.float32, dtype))
+    assert ((want > 0) == (logits > 0)).all() and logits.dtype == torch.float32
+    tokens = torch.randn(1, 30, 8).to(dtype)
+    assert (level(tokens, logits) - level(tokens.float(), want)).abs().max() < 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        there = flat_logits(image, GRID, below)
+        assert ((want > 0) == (there > 0)).all()
+        assert (level(tokens.float(), there) - level(tokens.float(), want)).abs().max() < 0.1
+
+
+def test_gradients_reach_tokens_and_images_and_are_finite():
+    model = model_with_gate()
+    images = torch.zeros(1, 3, 160, 160, requires_grad=True)  # as flat as can be
+    model.forward_features(images).square().sum().backward()
+    assert images.grad is not None and bool(images.grad.isfinite().all()) and bool(images.grad.any())
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@torch.no_grad()
+def test_images_of_other_channels_are_leveled_too(channels):
+    model = timm_dvt.add_denoiser(timm.create_model("test_vit", in_chans=channels), flat_gate=True).eval()
+    tokens = model.forward_features(torch.full((1, channels, 160, 160), 0.3))[0, 1:]
+    assert (tokens - tokens.mean(0)).abs().max() < 1e-3
+
+
+def test_it_is_saved_and_loaded_with_its_denoiser_and_old_files_have_none(tmp_path):
+    model = model_with_gate(blank_gate=True)
+    model.denoiser.flat_below.fill_(0.02)
+    timm_dvt.save_pretrained(model, tmp_path / "with")
+    assert json.loads((tmp_path / "with/config.json").read_text())["model_args"]["denoiser"]["flat_gate"] is True
+    again: Denoiser = timm.create_model(f"local-dir:{tmp_path / 'with'}", pretrained=True).denoiser
+    assert again.flat_below == torch.tensor(0.02)
+    model.denoiser.flat_below = None
+    timm_dvt.save_pretrained(model, tmp_path / "without")
+    loaded = timm_dvt.load_denoiser(model_with_gate(), tmp_path / "without")
+    assert loaded.denoiser.flat_below is None
+    assert timm_dvt.load_denoiser(loaded, tmp_path / "with").denoiser.flat_below == torch.tensor(0.02)
+
+
+def tokens_and_images(size: tuple[int, int] = (80, 64)):
+    """A model whose forward_features levels, as a module of its own, and images with a wall for it."""
+
+    class Tokens(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            plain = timm.create_model("vit_tiny_patch16_224", img_size=64, dynamic_img_size=True, depth=1)
+            self.model = timm_dvt.add_denoiser(plain, flat_gate=True)
+
+        def forward(self, images):
+            return self.model.forward_features(images)
+
+    module = Tokens().eval()
+    return module, batch_of(size)
+
+
+def batch_of(size: tuple[int, int]) -> torch.Tensor:
+    grid = (size[0] // 16, size[1] // 16)
+    return torch.stack([wall(1.0, seed, grid, (16, 16)) for seed in (0, 1)]) * 4 - 2
+
+
+@torch.no_grad()
+def check_same(there, module, images) -> None:
+    """What was made of a module levels as it does, which is not what it gives without."""
+    want, below = module(images), module.model.denoiser.flat_below
+    assert torch.allclose(there(images), want, atol=1e-4)
+    module.model.denoiser.flat_below = None
+    assert (module(images) - want).abs().max() > 0.05
+    module.model.denoiser.flat_below = below
+
+
+def test_torchscript_scripts_and_traces_it():
+    module, images = tokens_and_images()
+    check_same(torch.jit.script(module.model).forward_features, module, images)
+    check_same(torch.jit.trace(module, images, check_trace=False), module, images)
+
+
+def test_an_export_at_one_size_levels_at_others():
+    if not hasattr(timm.layers, "is_exporting"):
+        pytest.skip("this timm's own position embeddings keep to one size")
+    module, images = tokens_and_images()
+    height, width = (16 * torch.export.Dim(side, min=2, max=20) for side in ("rows", "columns"))
+    program = torch.export.export(module, (images,), dynamic_shapes={"images": {2: height, 3: width}})
+    for size in ((80, 64), (64, 64), (96, 112)):
+        check_same(program.module(), module, batch_of(size))
+
+
+def test_the_tracing_onnx_exporter_takes_it(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    module, images = tokens_and_images((64, 64))
+    torch.onnx.export(module, (images,), tmp_path / "model.onnx", dynamo=False, input_names=["images"])
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    check_same(lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), module, images)
+
+
+@pytest.mark.slow
+def test_compilers_and_the_other_onnx_exporter_take_it(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    module, images = tokens_and_images((64, 64))
+    check_same(torch.compile(module, backend="aot_eager"), module, images)
+    torch.onnx.export(module, (images,), tmp_path / "model.onnx", dynamo=True, input_names=["images"])
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    check_same(lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), module, images)
