@@ -16,6 +16,7 @@ from timm_dvt.errors import UserError
 from timm_dvt.flat import flat_logits, level
 
 SHUT = -10.0  # the bias of a gate that finds no token blank: its sigmoid is 0.00005
+torch.fx.wrap("level")  # as `check_filled` below
 
 
 @register_notrace_module  # torch.fx cannot follow decisions on a traced size; for it a denoiser is one step

@@ -187,7 +187,8 @@ def tokens_and_images(size: tuple[int, int] = (80, 64)):
 
 def batch_of(size: tuple[int, int]) -> torch.Tensor:
     grid = (size[0] // 16, size[1] // 16)
-    return torch.stack([wall(1.0, seed, grid, (16, 16)) for seed in (0, 1)]) * 4 - 2
+    walls = [wall(1.0, seed, grid, (16, 16)) for seed in (0, 1)]
+    return torch.stack([*walls, torch.rand(3, *size)]) * 4 - 2  # and one without
 
 
 @torch.no_grad()

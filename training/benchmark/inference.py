@@ -1,7 +1,7 @@
 """What the denoiser costs at inference, as ratios within one run.
 
 python -m training.benchmark inference
-python -m training.benchmark inference --blank-gate      with the gate that trained and calibrated denoisers have
+python -m training.benchmark inference --blank-gate      with the gates that trained and calibrated denoisers have
 python -m training.benchmark inference --arch static     what timm_dvt.calibrate makes
 python -m training.benchmark inference --device cuda --dtype bfloat16 --compile --batch-sizes 1 32
 """
@@ -228,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
         "--rounds", type=positive, default=15, help="forwards of each arrangement (default: %(default)s)"
     )
     parser.add_argument("--arch", choices=ARCHITECTURES, default="block", help="of the denoiser (default: %(default)s)")
-    parser.add_argument("--blank-gate", action="store_true", help="level images without content, too")
+    parser.add_argument("--blank-gate", action="store_true", help="level what has no content, too")
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of weights and images (default: %(default)s)"
@@ -258,7 +258,7 @@ def main(argv: Sequence[str]) -> int:
         print("\nimport\n" + HEAD, comparisons[-1].line(), sep="\n", flush=True)
     for name in args.models:
         torch.manual_seed(0)
-        denoiser = {"arch": args.arch, "blank_gate": args.blank_gate}
+        denoiser = {"arch": args.arch, "blank_gate": args.blank_gate, "flat_gate": args.blank_gate}
         model: Any = timm.create_model(name, num_classes=0, denoiser=denoiser).eval().to(device, dtype)
         calls = arrangements(name, model)
         for size in args.size or [VARIANTS[name].resolution]:
