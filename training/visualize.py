@@ -83,6 +83,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError("--fps is of a video; leave it out, or name one by --video")
     if args.video:
         check_suffix(args.video)
+        if args.layers and len(args.layers) > 1:
+            raise UserError(f"--video shows one block, and --layers names {len(args.layers)}")
         if len(args.images) != 1:
             raise UserError(f"--video takes one folder of frames or one video file, got {len(args.images)}")
     return args

@@ -232,6 +232,7 @@ def test_a_model_with_a_denoiser_draws_its_own_output_and_raw_features_beside_it
         (["--positional", "--resolution", "9"], "--resolution and --clusters are of pictures of stage 1"),
         (["--video", "out.gif", "--clusters", "3"], "--resolution and --clusters are of pictures of stage 1"),
         (["--fps", "5"], "--fps is of a video"),
+        (["--video", "out.gif", "--layers", "0", "1"], "--video shows one block, and --layers names 2"),
         (["--stride", "17"], "stride must be from 1"),
     ],
 )
