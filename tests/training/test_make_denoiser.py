@@ -64,6 +64,7 @@ def test_the_folder_loads_and_its_denoiser_can_be_switched(made):
     plain.set_input_size(img_size=(64, 64))
     with torch.no_grad():
         assert torch.equal(off, plain.forward_features(x)) and not torch.equal(on, off)
+    assert model.denoiser.flat_below is not None  # calibration keeps what training gave
 
 
 def test_what_the_denoiser_leaves_of_position_is_taken_off_unless_it_shall_stay(images, made, tmp_path):
