@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from timm_dvt.architectures import ARCHITECTURES, initialize
 from timm_dvt.errors import UserError
-from timm_dvt.flat import flat_logits, level
+from timm_dvt.flat import flat_patches, level
 
 SHUT = -10.0  # the bias of a gate that finds no token blank: its sigmoid is 0.00005
-torch.fx.wrap("level")  # as `check_filled` below
+torch.fx.wrap("flat_patches")  # both as `check_filled` below
+torch.fx.wrap("level")
 
 
 @register_notrace_module  # torch.fx cannot follow decisions on a traced size; for it a denoiser is one step
@@ -43,8 +44,8 @@ class Denoiser(nn.Module):
         blank_gate: find the tokens of images without content and give them their mean, (1 - s) F + s mean(y), where s
             is the sigmoid of a linear map of each raw token. In a plain color nothing but position tells patches
             apart, and what is taken off photographs leaves a pattern of its own there. A new gate is shut.
-        flat_below: level patches without texture, too, wherever the images are given: `timm_dvt.flat`. How far cells of
-            a flat patch may be from a plane, in units of the model's input. A saved denoiser of this kind has this key.
+        flat_below: level flat patches, too, wherever the images are given: `timm_dvt.flat`. How far a flat patch may be
+            from a plane, in units of the model's input. A saved denoiser has this key; set to None, it levels none.
     """
 
     def __init__(
@@ -99,7 +100,6 @@ class Denoiser(nn.Module):
         self.keep_length = False
         if keep_length:
             self.start_keeping_length()
-        self.flat_below: torch.Tensor | None
         self.register_buffer("flat_below", None)
         if flat_below is not None:
             self.start_leveling(flat_below)
@@ -128,9 +128,10 @@ class Denoiser(nn.Module):
         self.blank_gate.requires_grad_(like.requires_grad)
 
     def start_leveling(self, flat_below: float) -> None:
-        """From now on, give patches without texture what those like them have in common."""
+        """From now on, give flat patches what those like them have in common."""
         like = next(self.parameters())
         self.flat_below = torch.tensor(flat_below, dtype=like.dtype, device=like.device)
+        self._flat_below = flat_below
 
     def init_weights(self) -> None:
         """New weights; "static" and "project" start as the identity, a gate shut."""
@@ -138,6 +139,8 @@ class Denoiser(nn.Module):
         if self.blank_gate is not None:
             nn.init.zeros_(self.blank_gate.weight)
             nn.init.constant_(self.blank_gate.bias, SHUT)
+        if self.flat_below is not None:
+            self.flat_below.fill_(self._flat_below)  # where the module was made on the meta device
 
     def forward(
         self, x: torch.Tensor, grid_size: tuple[int, int], images: Optional[torch.Tensor] = None
@@ -145,8 +148,7 @@ class Denoiser(nn.Module):
         """Denoise patch tokens (B, H*W, C) of a grid (H, W); returns (B, H*W, C).
 
         Args:
-            images: (B, channels, h, w), that the model was given. Without them, patches without texture are denoised
-                as others are.
+            images: (B, channels, h, w), that the model was given. Without them no flat patches are leveled.
 
         Raises:
             ValueError: the tokens do not fill the grid.
@@ -166,7 +168,8 @@ class Denoiser(nn.Module):
             mean = (weights * x.float()).sum(1, keepdim=True)
             clean = torch.lerp(clean.float(), mean.expand_as(clean), blank).to(x.dtype)
         if self.flat_below is not None and images is not None:
-            clean = level(clean, flat_logits(images, grid_size, self.flat_below))
+            logits, colors = flat_patches(images, grid_size, self.flat_below)
+            clean = level(clean, logits, colors)
         return clean
 
     def _clean(self, x: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Patches without texture, as of walls and skies: known by their pixels, and given what those like them have in common.
+"""Flat patches, those without texture, as of walls and skies: known by their pixels, and leveled among themselves.
 
 Beside things, a wall's tokens keep the pattern of their places, which no denoiser of tokens takes off: artifacts are
 others there than in photographs, and a block cannot tell a wall from what looks like it. Its pixels can.
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
-from torch.nn.functional import max_pool2d, normalize, scaled_dot_product_attention, softplus
+from torch.nn.functional import max_pool2d, normalize, pad, softplus
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 BELOW = 0.6 / 255  # of an image in [0, 1]: what a plane leaves of a flat patch's cells
 LEAST = -30.0  # a logit that leaves a token as it is to the bit, and that half precision can hold
@@ -17,34 +18,52 @@ LEAST = -30.0  # a logit that leaves a token as it is to the bit, and that half 
 
 def flat_below(model: Any) -> float:
     """`BELOW` in units of a timm model's input, whose channels are scaled nearly alike."""
-    return BELOW / fmean(resolve_model_data_config(model)["std"])
+    std = resolve_model_data_config(model)["std"] if getattr(model, "in_chans", 3) == 3 else [0.25]  # as LayerReader
+    return BELOW / fmean(std)
 
 
-def flat_logits(images: torch.Tensor, grid_size: tuple[int, int], below: torch.Tensor) -> torch.Tensor:
-    """Logits (B, H*W) of patches: above 0 where the 4 x 4 cells of a patch are less than `below` from a plane.
+def flat_patches(
+    images: torch.Tensor, grid_size: tuple[int, int], below: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, H*W), above 0 for patches without texture, and colors (B, H*W, channels) of all.
 
-    Cells average the noise of a camera out. Of a group of 3 x 3 patches all have to be flat: a single one among
-    textured ones, as of a car, is content.
+    A patch is flat whose 4 x 4 cells are less than `below` from a plane, and whose pixels are less than ten times that
+    from their cell: cells average the noise of a camera out. Of 3 x 3 patches all have to be flat, fewer at a border: a
+    single one among textured ones, as of a car, is content.
 
     Args:
         images: (B, channels, h, w), as the model takes them.
         grid_size: H and W.
         below: root mean square, in units of the images; the mean of the channels counts.
+
+    Returns:
+        Logits; and colors in such units that those that differ by 0.35, of 1 from black to white, are 1 apart.
     """
-    rows, columns = images.shape[2] // grid_size[0], images.shape[3] // grid_size[1]
-    used = images.detach()[:, :, : grid_size[0] * rows, : grid_size[1] * columns].float() / below.float().clamp(
-        min=1e-6
-    )
-    patches = used.reshape(used.shape[0], used.shape[1], grid_size[0], rows, grid_size[1], columns)
+    rows, columns = patch_side(images.shape[2], grid_size[0]), patch_side(images.shape[3], grid_size[1])
+    height, width = grid_size[0] * rows, grid_size[1] * columns
+    used = images.detach().float() / below.float()
+    if height != images.shape[2] or width != images.shape[3]:
+        used = pad(used, (0, width - images.shape[3], 0, height - images.shape[2]))  # or cut off
+    patches = used.reshape(used.shape[0], used.shape[1], grid_size[0], rows, grid_size[1], columns).transpose(3, 4)
+    colors = patches.mean((-2, -1), keepdim=True)
     # Less their mean before they are multiplied: half precision, where autocast takes it, would round colors.
-    patches = (patches - patches.mean((3, 5), keepdim=True)).transpose(3, 4)
+    patches = patches - colors
     cells = (cell_means(rows).to(patches) @ patches @ cell_means(columns).to(patches).T).float()
+    grain = (patches.square().mean((-2, -1)) - cells.square().mean((-2, -1))).clamp(min=0).sqrt()
     place = torch.arange(4, device=cells.device, dtype=cells.dtype) - 1.5
     for slope in (place, place[:, None]):
         cells = cells - (cells * slope).sum((-2, -1), keepdim=True) / (4 * place.square().sum()) * slope
-    roughness = cells.square().mean((-2, -1)).sqrt().mean(1, keepdim=True)
+    roughness = torch.maximum(cells.square().mean((-2, -1)).sqrt(), grain / 10).mean(1, keepdim=True)
     roughness = -max_pool2d(-max_pool2d(roughness, 3, 1, 1), 3, 1, 1)
-    return (8 * (1 - roughness)).clamp(min=-30).flatten(1)  # LEAST; TorchScript knows no globals
+    logits = (8 * (1 - roughness)).clamp(min=-30).flatten(1)  # LEAST; TorchScript knows no globals
+    units = 0.6 / 255 / 0.35 / used.shape[1] ** 0.5  # of BELOW
+    return logits, colors[..., 0, 0].flatten(2).transpose(1, 2) * units
+
+
+def patch_side(pixels: int, count: int) -> int:
+    """Pixels of a patch, of which so many make a side; the last one may be padded, or a rest left over."""
+    side = pixels // count
+    return side if side * count == pixels else side + side % 2  # patches have even sides
 
 
 def cell_means(pixels: int) -> torch.Tensor:
@@ -54,29 +73,39 @@ def cell_means(pixels: int) -> torch.Tensor:
     return shared.clamp(min=0) * (4 / pixels)
 
 
-def level(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, N, C), where flat with the mean of the flat ones like them: weights exp(40 (cosine - 1)), twice.
+def level(tokens: torch.Tensor, logits: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, N, C), where flat with the mean of the flat ones like them, twice; others as they are.
+
+    Weights are exp(40 (cosine - 1) - d^2), d the distance of the colors: things drawn in plain colors stay apart.
 
     Args:
-        logits: (B, N), of `flat_logits`.
+        logits, colors: of `flat_patches`.
     """
-    if not torch.jit.is_scripting() and tokens.device.type == "cpu":
-        if not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
-            # Photographs have few flat patches, and those of the others take no part.
-            leveled = tokens.clone()
-            for image, all_logits in enumerate(logits):
-                flat = (all_logits > LEAST).nonzero()[:, 0]
-                leveled[image, flat] = _level(tokens[image, flat][None], all_logits[flat][None])[0]
-            return leveled
-    return _level(tokens, logits)
+    if torch.jit.is_scripting() or not _looks_at_values(tokens):
+        return _level(tokens, logits, colors)
+    # Photographs have few flat patches, and those of the others take no part.
+    leveled = tokens.clone()
+    for image, there in enumerate(logits > LEAST):
+        flat = there.nonzero()[:, 0]
+        parts = (part[image, flat][None] for part in (tokens, logits, colors))
+        leveled[image, flat] = _level(*parts)[0]
+    return leveled
 
 
-def _level(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    # As attention of one head, whose kernels need not hold the weights of all pairs of tokens at once.
-    leveled, flat = tokens.float()[:, None], logits.sigmoid()[:, None, :, None]
-    among = -softplus(-logits)[:, None, None]  # the sigmoid's logarithm, finite in every runtime
+def _level(tokens: torch.Tensor, logits: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
+    leveled, flat = tokens.float(), logits.sigmoid()[..., None]
+    among = -softplus(-logits) - colors.square().sum(-1)  # the sigmoid's logarithm, finite in every runtime
     for _ in range(2):
-        unit = normalize(leveled, dim=-1)
-        mean = scaled_dot_product_attention(unit, unit, leveled, among, scale=40.0)
-        leveled = torch.lerp(leveled, mean.to(leveled.dtype), flat)
-    return leveled[:, 0].to(tokens.dtype)
+        near = torch.cat([normalize(leveled, dim=-1) * 40**0.5, colors * 2**0.5], -1)
+        weights = (near @ near.transpose(1, 2) + among[:, None]).softmax(-1)
+        leveled = torch.lerp(leveled, (weights @ leveled).to(leveled.dtype), flat)
+    return torch.where(logits[..., None] > -30, leveled.to(tokens.dtype), tokens)
+
+
+@torch.jit.unused
+def _looks_at_values(tokens: torch.Tensor) -> bool:
+    """Whether code may depend on what a tensor holds, and may wait for it: on the CPU, and where nothing is traced."""
+    if type(tokens) is not torch.Tensor or tokens.device.type != "cpu":
+        return False
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or _len_torch_dispatch_stack()
+    return not traced and not torch._C._functorch.is_functorch_wrapped_tensor(tokens)

@@ -231,6 +231,16 @@ def test_an_opened_image_is_what_its_file_is(kind, tmp_path):
     assert torch.equal(canvas(Image.open(file), (64, 96), 3), canvas(file, (64, 96), 3))
 
 
+@pytest.mark.parametrize(("shown", "gate", "levels"), [(8, True, True), (8, False, False), (0, True, False)])
+@pytest.mark.parametrize("method", ["static", "project"])
+def test_flat_patches_are_leveled_where_images_are_given_and_gates_are_wanted(shown, gate, levels, method):
+    images = photographs(shown) if shown else None
+    model = timm_dvt.calibrate(vit(), images, method=method, views=64, blank_gate=gate)
+    std = np.mean(timm.data.resolve_model_data_config(model)["std"])
+    below = model.denoiser.flat_below
+    assert float(below) == pytest.approx(0.6 / 255 / std) if levels else below is None
+
+
 def test_images_that_look_alike_are_told(caplog):
     draw = np.random.default_rng(1)
     scene = draw.uniform(0, 1, (3, 96, 96)).astype(np.float32)

@@ -65,6 +65,10 @@ def test_a_denoiser_without_a_gate_gets_one_for_blank_images(gated):
     assert model.denoiser.calibration.views == 32
     assert (spread[0] < 0.01 * spread[1]) == gated == (model.denoiser.blank_gate is not None)
     assert gated == (model.denoiser.flat_below is not None)
+    if gated:
+        model.denoiser.flat_below.fill_(0.125)
+        calibrate(model, "timm_dvt/assets", method="leftover", views=32)
+        assert model.denoiser.flat_below == 0.125  # it keeps the gates that there are
 
 
 def test_what_cannot_be_is_refused_and_leaves_the_denoiser_as_it_was(tmp_path):

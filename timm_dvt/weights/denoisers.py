@@ -76,12 +76,19 @@ def _one_denoiser(state: State, new: Callable[..., Denoiser], grids: dict, path:
         raise CheckpointError(f"{path}: block {depth - 1} of a denoiser is beyond reason; the file is damaged.")
     out = "pos_embed_out" in state and _out_grid(state["pos_embed_out"], grids["pos_embed_out"])
     more: dict[str, Any] = dict(keep_length="keeps_length" in state, pos_embed_out=out)
-    more |= dict(blank_gate="blank_gate.weight" in state, flat_below=0.0 if "flat_below" in state else None)
+    more |= dict(blank_gate="blank_gate.weight" in state, flat_below=_number(state.get("flat_below")))
     denoiser = new(grids["pos_embed"], depth=depth, arch=arch, **more)
     check_state(denoiser, state, path, prefix=prefix)
     dtype = next(iter(state.values())).dtype  # check_state has seen to it that it is a floating one
     denoiser.to_empty(device="cpu").to(dtype).load_state_dict(state)
+    if denoiser.flat_below is not None and not 0 < denoiser.flat_below < math.inf:
+        raise CheckpointError(f"{path}: {prefix}flat_below is {float(denoiser.flat_below)}; it must be above 0.")
     return denoiser
+
+
+def _number(value: torch.Tensor | None) -> float | None:
+    """What a tensor of one number holds; `check_state` refuses others."""
+    return None if value is None else float(value) if value.ndim == 0 else 0.0
 
 
 def _out_grid(embedding: torch.Tensor, expected: Grid) -> Grid:

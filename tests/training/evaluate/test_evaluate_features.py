@@ -44,7 +44,7 @@ def test_states_are_the_models_own_in_one_pass(name):
     images = torch.rand(2, 3, size, size)
     extractor = Extractor(twin, size)
     found = extractor.backbone(images)
-    found["denoised"] = extractor.denoise(found["raw"])
+    found["denoised"] = extractor.denoise(found["raw"], images)
     normed = (images - extractor.reader.mean) / extractor.reader.std
     twin.set_input_size(img_size=size)
     for state, on in (("denoised", True), ("raw", False)):
@@ -73,7 +73,7 @@ def test_every_class_has_its_states_whatever_embeds_its_patches(name, few):
     extractor = Extractor(twin)
     reader = extractor.reader
     assert reader.input_size == 224 and reader.patch * reader.grid == 224
-    assert extractor.denoise(torch.empty(1, reader.grid, reader.grid, reader.channels)).is_meta
+    assert extractor.denoise(torch.empty(1, reader.grid, reader.grid, reader.channels), None).is_meta
     read = token_reader(extractor, (224, 224))  # of the pages that make_denoiser writes
     assert {len(tokens) for tokens in read(torch.rand(3, 224, 224)).values()} == {reader.grid**2}
 
@@ -85,7 +85,7 @@ def test_the_backbone_runs_once_over_an_image(split, tmp_path):
     for key in features.keys.values():
         assert len(list((tmp_path / "cache" / key).glob("*.safetensors"))) == 2
     direct = extractor.backbone(features.images([3, SHARD + 1]))
-    direct["denoised"] = extractor.denoise(direct["raw"])
+    direct["denoised"] = extractor.denoise(direct["raw"], None)
     again = Features(extractor, split, tmp_path / "cache")
     extractor.backbone = extractor.denoise = None  # from here on only the cache can answer
     for state in ("raw", "denoised"):
@@ -160,7 +160,7 @@ def test_another_denoiser_of_the_same_backbone_finds_its_features_done(split, tm
     before_extract = features.maps([4], "denoised")
     features.extract()
     assert torch.equal(features.maps([4], "denoised"), before_extract)
-    assert torch.equal(before_extract, extractor.denoise(features.maps([4], "raw")).half().float())
+    assert torch.equal(before_extract, extractor.denoise(features.maps([4], "raw"), None).half().float())
 
 
 def test_a_full_disk_is_found_out_before_the_work(split, tmp_path, monkeypatch):

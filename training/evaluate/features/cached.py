@@ -1,7 +1,7 @@
 """Frozen features of a split: the backbone runs over an image once, whatever reads the features afterwards.
 
 One forward pass gives the raw patch tokens (final norm applied) and the class token; the denoiser makes the denoised
-ones of the raw ones. On disk they lie in half precision, `SHARD` images a safetensors file:
+ones of the raw ones and, where it levels flat patches, of the images. On disk they lie in half precision, `SHARD` images a safetensors file:
 
     CACHE/KEY/settings.json             what the key was made from, for people
     CACHE/KEY/000003.safetensors        the backbone's: "raw" (n, K, K, C), "prefix" (n, prefix, C)
@@ -96,11 +96,11 @@ class Extractor:
         return {"raw": raw, "prefix": prefix}
 
     @torch.no_grad()
-    def denoise(self, raw: Tensor, images: Tensor | None = None) -> Tensor:
+    def denoise(self, raw: Tensor, images: Tensor | None) -> Tensor:
         """Raw to denoised maps, (B, K, K, C) float32, on the model's device.
 
         Args:
-            images: (B, 3, S, S) in [0, 1], which a denoiser that `levels` looks at.
+            images: (B, 3, S, S) in [0, 1]; None only for a denoiser that does not look at them (`levels`).
         """
         assert self.denoiser is not None
         weight = next(self.denoiser.parameters())
