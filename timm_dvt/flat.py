@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
-from torch.nn.functional import max_pool2d, normalize, pad, softplus
+from timm.layers import use_fused_attn
+from torch.nn.functional import max_pool2d, normalize, pad, scaled_dot_product_attention, softplus
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 BELOW = 0.6 / 255  # of an image in [0, 1]: what a plane leaves of a flat patch's cells
@@ -97,9 +98,20 @@ def _level(tokens: torch.Tensor, logits: torch.Tensor, colors: torch.Tensor) -> 
     among = -softplus(-logits) - colors.square().sum(-1)  # the sigmoid's logarithm, finite in every runtime
     for _ in range(2):
         near = torch.cat([normalize(leveled, dim=-1) * 40**0.5, colors * 2**0.5], -1)
-        weights = (near @ near.transpose(1, 2) + among[:, None]).softmax(-1)
-        leveled = torch.lerp(leveled, (weights @ leveled).to(leveled.dtype), flat)
+        if torch.jit.is_scripting() or _fused(tokens):  # whose kernels do not hold the weights of all pairs at once
+            query, value = near[:, None], pad(leveled, (0, colors.shape[-1]))[:, None]
+            mean = scaled_dot_product_attention(query, query, value, among[:, None, None], scale=1.0)
+            mean = mean[:, 0, :, : tokens.shape[-1]]
+        else:
+            mean = (near @ near.transpose(1, 2) + among[:, None]).softmax(-1) @ leveled
+        leveled = torch.lerp(leveled, mean.to(leveled.dtype), flat)
     return torch.where(logits[..., None] > -30, leveled.to(tokens.dtype), tokens)
+
+
+@torch.jit.unused
+def _fused(tokens: torch.Tensor) -> bool:
+    """Whether fused kernels are wanted, by timm's switch, and can be: vmap and jvp know none."""
+    return bool(use_fused_attn()) and not torch._C._functorch.is_functorch_wrapped_tensor(tokens)
 
 
 @torch.jit.unused

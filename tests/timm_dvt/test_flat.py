@@ -113,6 +113,12 @@ def test_leveling_is_two_rounds_of_a_mean_of_flat_tokens_like_each_of_its_color(
     found = level(tokens, logits, colors)
     assert torch.equal(found[:, 0], tokens[:, 0])
     torch.testing.assert_close(_level(tokens, logits, colors), found)  # as where nothing may look at values
+    timm.layers.set_fused_attn(False)
+    try:
+        torch.testing.assert_close(_level(tokens, logits, colors), found)
+        torch.func.jvp(lambda x: level(x, logits, colors), (tokens,), (tokens,))  # what no fused kernel can
+    finally:
+        timm.layers.set_fused_attn(True)
     parts = (part.double().numpy() for part in (tokens, logits, colors))
     for given, logit, color, leveled in zip(*parts, found):
         flat = 1 / (1 + np.exp(-logit))

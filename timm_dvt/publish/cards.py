@@ -131,6 +131,7 @@ def card(
         denoiser_only=denoiser_only,
         denoiser=describe(known),
         blocks=_blocks(known),
+        levels=bool(describe(known)) and any(d.flat_below is not None for d in known.denoisers().values()),
         final=not describe(known) or known.final_block in known.denoisers(),
         resolution=variant.resolution,
         tokens=layout.prefix + grid**2,

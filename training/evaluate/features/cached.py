@@ -1,7 +1,8 @@
 """Frozen features of a split: the backbone runs over an image once, whatever reads the features afterwards.
 
 One forward pass gives the raw patch tokens (final norm applied) and the class token; the denoiser makes the denoised
-ones of the raw ones and, where it levels flat patches, of the images. On disk they lie in half precision, `SHARD` images a safetensors file:
+ones of the raw ones and, where it levels flat patches, of the images. On disk they lie in half precision, `SHARD`
+images a safetensors file:
 
     CACHE/KEY/settings.json             what the key was made from, for people
     CACHE/KEY/000003.safetensors        the backbone's: "raw" (n, K, K, C), "prefix" (n, prefix, C)
