@@ -71,7 +71,7 @@ def test_no_command_imports_a_command():
 # Of the plug-in: a flat core, and rooms that stand on it. A module may import those of its own floor and of lower ones.
 PLUG_IN = (
     {"errors", "options", "version", "verbs", "interrupts", "bars", "tables", "defaults", "timm_private"},
-    {"images", "image_files", "layouts", "variants", "architectures", "denoiser"},
+    {"images", "image_files", "layouts", "variants", "architectures", "flat", "denoiser"},
     {"feature_methods", "denoised", "attach", "reading", "families"},
     {"weights"},
     {"building", "registry", "loading", "shared_folder"},
