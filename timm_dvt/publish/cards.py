@@ -105,6 +105,7 @@ def card(
     """
     known: Any = model if model is not None else timm.create_model(variant.name, device="meta")
     layout: Any = getattr(known, "layout", None) or layout_of(known)
+    described = describe(known)
     patch = layout.img_size[0] // layout.grid[0]
     grid = meant_size(known)[0] // patch
     base = RELATIVE if variant.name == FOCUS.name else getattr(get_pretrained_cfg(variant.backbone), "hf_hub_id", None)
@@ -129,10 +130,10 @@ def card(
         trained_on=images,
         distilled=variant.distilled,
         denoiser_only=denoiser_only,
-        denoiser=describe(known),
+        denoiser=described,
         blocks=_blocks(known),
-        levels=bool(describe(known)) and any(d.flat_below is not None for d in known.denoisers().values()),
-        final=not describe(known) or known.final_block in known.denoisers(),
+        levels=bool(described) and any(d.flat_below is not None for d in known.denoisers().values()),
+        final=not described or known.final_block in known.denoisers(),
         resolution=variant.resolution,
         tokens=layout.prefix + grid**2,
         dim=layout.channels,

@@ -124,6 +124,11 @@ class FeatureReader:
         """
         return self.tokens(images)[1]
 
+    def normalized(self, images: Tensor) -> Tensor:
+        """Images (B, 3, h, w) in [0, 1] as the model takes them: on its device, of its dtype."""
+        dtype = next(self._model.parameters()).dtype
+        return ((images.to(self.device, torch.float32) - self.mean) / self.std).to(dtype)
+
     @torch.no_grad()
     def tokens(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """Prefix tokens (class and registers) of the last block read, and patch tokens as `patch_features`.
@@ -134,13 +139,13 @@ class FeatureReader:
         if images.ndim != 4 or images.shape[-2:] != (self.input_size, self.input_size):
             raise UserError(f"images must be (B, 3, {self.input_size}, {self.input_size}), got {tuple(images.shape)}")
         weight = next(self._model.parameters())
-        images = (images.to(self.device, torch.float32) - self.mean) / self.std
+        images = self.normalized(images)
         with autocasting(weight, self.dtype):
             if self._whole:
-                prefix, patches, grid = final_tokens(self._model, images.to(weight.dtype), self.layout)
+                prefix, patches, grid = final_tokens(self._model, images, self.layout)
                 return prefix.float(), {self.depth - 1: patches.float().unflatten(1, grid)}
             tokens = self._model.forward_intermediates(
-                images.to(weight.dtype),
+                images,
                 indices=list(self.layers),
                 return_prefix_tokens=True,
                 stop_early=True,

@@ -106,10 +106,9 @@ class Extractor:
         assert self.denoiser is not None
         weight = next(self.denoiser.parameters())
         grid = (self.reader.grid, self.reader.grid)
-        if images is not None:
-            images = ((images.to(weight.device) - self.reader.mean) / self.reader.std).to(weight.dtype)
+        inputs = None if images is None else self.reader.normalized(images)
         tokens = raw.flatten(1, 2).to(weight.device, weight.dtype)
-        return self.denoiser(tokens, grid, images).float().unflatten(1, grid)
+        return self.denoiser(tokens, grid, inputs).float().unflatten(1, grid)
 
     def describe(self) -> dict[str, Any]:
         """All of the backbone that decides features."""
@@ -217,9 +216,10 @@ class Features:
                 for start in range(0, len(indices), self.batch_size):
                     batch = indices[start : start + self.batch_size]
                     if state == "raw":
-                        parts.append(self._backbone(batch))
+                        parts.append(self._backbone(self.images(batch), batch))
                     else:
-                        parts.append({state: self._denoise(self._cached("raw", batch), batch)})
+                        images = self.images(batch) if self.extractor.levels else None
+                        parts.append({state: self._denoise(self._cached("raw", batch), images, batch)})
                     bar.update(len(batch))
                 tensors = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
                 write_whole(self._shard(state, shard), partial(save_file, tensors))
@@ -233,12 +233,14 @@ class Features:
         stored = {name: self._cached(name, indices).to(device).float() for name in names if self._is_cached(name)}
         if len(stored) == len(names):
             return stored
-        computed = (
-            stored if self._is_cached("raw") else {name: x.float() for name, x in self._backbone(indices).items()}
-        )
+        images, computed = None, stored
+        if self.extractor.levels or not self._is_cached("raw"):
+            images = self.images(indices)
+        if images is not None and not self._is_cached("raw"):
+            computed = {name: x.float() for name, x in self._backbone(images, indices).items()}
         if "denoised" in names and "denoised" not in stored:
             raw = computed["raw"] if "raw" in computed else self._cached("raw", indices)
-            computed["denoised"] = self._denoise(raw, indices).float()
+            computed["denoised"] = self._denoise(raw, images, indices).float()
         return {name: computed[name] for name in names}
 
     def _is_cached(self, name: str) -> bool:
@@ -259,12 +261,11 @@ class Features:
             return resident[list(indices)]
         return torch.stack([self._open(name, i // SHARD).get_slice(name)[i % SHARD] for i in indices])
 
-    def _backbone(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        tokens = self.extractor.backbone(self.images(indices))
+    def _backbone(self, images: Tensor, indices: Sequence[int]) -> dict[str, Tensor]:
+        tokens = self.extractor.backbone(images)
         return {name: self._half(x, indices) for name, x in tokens.items()}
 
-    def _denoise(self, raw: Tensor, indices: Sequence[int]) -> Tensor:
-        images = self.images(indices) if self.extractor.levels else None
+    def _denoise(self, raw: Tensor, images: Tensor | None, indices: Sequence[int]) -> Tensor:
         return self._half(self.extractor.denoise(raw, images), indices)
 
     def _half(self, features: Tensor, indices: Sequence[int]) -> Tensor:

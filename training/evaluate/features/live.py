@@ -51,11 +51,12 @@ class LiveFeatures:
         images = pad(images.to(self.device, torch.float32), patch_padding((height, width), self.patch))
         twin, layout = self._twin((images.shape[-2], images.shape[-1]), final_norm or state == "denoised")
         weight = next(twin.parameters())
+        images = images.to(weight.dtype)
         with autocasting(weight, self._extractor.reader.dtype):
-            prefix, tokens, grid = final_tokens(twin, images.to(weight.dtype), layout)
+            prefix, tokens, grid = final_tokens(twin, images, layout)
         if state == "denoised":
             assert self._extractor.denoiser is not None
-            tokens = self._extractor.denoiser(tokens.to(weight.dtype), grid, images.to(weight.dtype))
+            tokens = self._extractor.denoiser(tokens.to(weight.dtype), grid, images)
         classes = prefix[:, 0] if self.prefix else prefix.flatten(1)
         return tokens.float().unflatten(1, grid), classes.float()
 

@@ -148,12 +148,11 @@ def token_reader(extractor: Extractor, size: tuple[int, int]) -> Callable[[Tenso
     """image (3, h, w) of this size -> {state: patch tokens (N, C)}, of all states of the extractor."""
     model = raw_copy(extractor.model)
     layout = fit_to(model, size)
-    mean, std = extractor.reader.mean, extractor.reader.std
     weight = next(model.parameters())
 
     @torch.no_grad()
     def read(image: Tensor) -> dict[str, Tensor]:
-        inputs = ((image[None].to(weight.device) - mean) / std).to(weight.dtype)
+        inputs = extractor.reader.normalized(image[None])
         with autocasting(weight, extractor.reader.dtype):
             _, raw, grid = final_tokens(model, inputs, layout)
         if extractor.denoiser is None:
