@@ -111,7 +111,8 @@ def _level(tokens: torch.Tensor, logits: torch.Tensor, colors: torch.Tensor) -> 
 @torch.jit.unused
 def _fused(tokens: torch.Tensor) -> bool:
     """Whether fused kernels are wanted, by timm's switch, and can be: vmap and jvp know none."""
-    return bool(use_fused_attn()) and not torch._C._functorch.is_functorch_wrapped_tensor(tokens)
+    compiling = torch.compiler.is_compiling()  # which would break its graph at the next question
+    return bool(use_fused_attn()) and (compiling or not torch._C._functorch.is_functorch_wrapped_tensor(tokens))
 
 
 @torch.jit.unused

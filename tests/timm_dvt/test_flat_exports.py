@@ -81,7 +81,7 @@ def test_the_tracing_onnx_exporter_takes_it(tmp_path):
 def test_compilers_and_the_other_onnx_exporter_take_it(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     module, images = tokens_and_images((64, 64))
-    check_same(torch.compile(module, backend="aot_eager"), module, images)
+    check_same(torch.compile(module, backend="aot_eager", fullgraph=True), module, images)
     torch.onnx.export(module, (images,), tmp_path / "model.onnx", dynamo=True, input_names=["images"])
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     check_same(lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), module, images)

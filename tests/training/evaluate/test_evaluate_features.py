@@ -106,6 +106,29 @@ def test_a_killed_extraction_goes_on_with_the_missing_shard(split, tmp_path):
     assert first.stat().st_mtime_ns == kept and torch.equal(again.maps([SHARD], "raw"), want)
 
 
+@pytest.mark.parametrize("flat_gate", [True, False])
+@pytest.mark.parametrize("filled_at", [1, 2])
+def test_a_cache_that_another_process_fills_while_one_reads_changes_nothing(flat_gate, filled_at, split, tmp_path):
+    twin = model()
+    twin.denoiser.flat_below = torch.tensor(0.01) if flat_gate else None
+    extractor, asked = Extractor(twin), []
+    features, other = (Features(extractor, split, tmp_path) for _ in range(2))
+    want = Features(extractor, split, None).class_tokens([1])
+    missing = features._missing
+
+    def then_filled(state):
+        found = missing(state)
+        asked.append(state)
+        if len(asked) == filled_at:
+            other.extract()
+        return found
+
+    features._missing = then_filled
+    both = features.maps([1], "artifacts"), features.class_tokens([1])
+    assert torch.allclose(both[0], Features(extractor, split, None).maps([1], "artifacts"), atol=4e-3)
+    assert torch.allclose(both[1], want, atol=4e-3)
+
+
 @pytest.mark.parametrize("cached", [True, False])
 @torch.no_grad()
 def test_patches_without_texture_are_leveled_wherever_features_are_read_as_the_model_does_it(cached, tmp_path):

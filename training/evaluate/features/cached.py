@@ -230,21 +230,21 @@ class Features:
     def _read(self, indices: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
         """Of "raw", "prefix" and "denoised" those named, float32, on the model's device: of the cache, or computed."""
         device = self.extractor.reader.device
-        stored = {name: self._cached(name, indices).to(device).float() for name in names if self._is_cached(name)}
+        cached = {state for state in self.extractor.states if self._is_cached(state)}  # asked once: others fill it, too
+        cached |= {"prefix"} if "raw" in cached else set()
+        stored = {name: self._cached(name, indices).to(device).float() for name in names if name in cached}
         if len(stored) == len(names):
             return stored
-        images, computed = None, stored
-        if self.extractor.levels or not self._is_cached("raw"):
-            images = self.images(indices)
-        if images is not None and not self._is_cached("raw"):
-            computed = {name: x.float() for name, x in self._backbone(images, indices).items()}
+        images = self.images(indices) if self.extractor.levels or "raw" not in cached else None
+        computed = stored
+        if images is not None and "raw" not in cached:
+            computed = stored | {name: x.float() for name, x in self._backbone(images, indices).items()}
         if "denoised" in names and "denoised" not in stored:
             raw = computed["raw"] if "raw" in computed else self._cached("raw", indices)
             computed["denoised"] = self._denoise(raw, images, indices).float()
         return {name: computed[name] for name in names}
 
-    def _is_cached(self, name: str) -> bool:
-        state = "raw" if name == "prefix" else name
+    def _is_cached(self, state: str) -> bool:
         if self.cache is not None and state not in self._complete and not self._missing(state):
             self._complete.add(state)
         return state in self._complete
