@@ -26,12 +26,18 @@ import torch
 from safetensors.torch import load_file
 
 from timm_dvt.bars import tqdm
-from training.evaluate.features import cached
 
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(
-    ["training.make_denoiser", "training.distill", "training.evaluate.__main__", "timm_dvt.extraction.command"]
+    [
+        "training.make_denoiser",
+        "training.distill",
+        "training.evaluate.__main__",
+        "training.reproduce",
+        "timm_dvt.extraction.command",
+    ]
 )
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 class Python:
@@ -43,8 +49,7 @@ class Python:
 
     def __init__(self, *words: str, **environment: str) -> None:
         (out, out_end), (err, err_end) = os.pipe(), os.pipe()
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        with mock.patch.dict(os.environ, threads | environment):
+        with mock.patch.dict(os.environ, ONE_THREAD | environment):
             given = (words, dict(os.environ), os.getcwd(), _Handed(out_end), _Handed(err_end))
             self._process = WARM.Process(target=_python, args=given)
             self._process.start()
@@ -136,13 +141,33 @@ def in_this_process(command: list[str], stdout: int, stderr: BinaryIO, **more: A
     return SimpleNamespace(returncode=code, stdout=said.getvalue().encode())
 
 
+def reproducing(words: list[str]) -> Any:
+    """Start `training.reproduce WORDS`, whose commands run in its own process, with one thread; returns the process.
+
+    It is no fork of this one: where a test before has compiled a model, autograd refuses to work in forks.
+    """
+    process = WARM.Process(target=_reproduce, args=(words,))
+    with mock.patch.dict(os.environ, ONE_THREAD):
+        process.start()
+    return process
+
+
+def _reproduce(words: list[str]) -> None:
+    from training import reproduce
+    from training.reproduction import jobs
+
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # the usual one is shared: killed with it, a fork keeps it
+    with mock.patch.object(jobs.subprocess, "run", in_this_process):
+        sys.exit(reproduce.main(words))
+
+
 def forked(work: Callable[[], object]) -> int:
     """Start a process that does this work at once, since what is imported here is so there too; returns its id."""
     child = os.fork()
     if not child:
         code = 1
-        cached._READERS = ThreadPoolExecutor(1)  # threads do not come along
-        tqdm.set_lock(threading.RLock())  # the usual one is shared: killed with it, a fork keeps it
+        tqdm.set_lock(threading.RLock())  # as above
         try:
             work()
             code = 0

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -220,17 +219,19 @@ def test_killed_and_continued_in_two_processes_it_gives_what_an_uninterrupted_ru
 
     for turn in range(10):
         had = parts()
-        children = [processes.forked(partial(main, command["broken"])) for _ in range(2)]
+        children = [processes.reproducing(command["broken"]) for _ in range(2)]
         until = time.monotonic() + whole
         while turn % 2 and parts() == had and time.monotonic() < until:  # every other time something was done
             time.sleep(0.01)
         time.sleep(moments.uniform(0, whole / 40))
         for child in children:
-            os.kill(child, signal.SIGKILL)
-            killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+            child.kill()
+            child.join()
+            killed += child.exitcode == -signal.SIGKILL
     begun = parts()
-    for child in [processes.forked(partial(main, command["broken"])) for _ in range(2)]:
-        assert os.waitpid(child, 0)[1] == 0
+    for child in [processes.reproducing(command["broken"]) for _ in range(2)]:
+        child.join()
+        assert child.exitcode == 0
     assert killed > 10 and begun
     assert len(numbers(broken)) == 5 and numbers(broken) == numbers(tmp_path / "whole")
     assert (broken / "RESULTS.md").read_text() == (tmp_path / "whole" / "RESULTS.md").read_text()
