@@ -61,7 +61,7 @@ def add_denoiser(
             than the last only where class and patch tokens go through all blocks together.
         keep_length, pos_embed_out, blank_gate: give clean tokens the length of the raw ones; add a second position
             embedding to them; level images without content: see `timm_dvt.denoiser.Denoiser`.
-        flat_gate: level flat patches, as of walls, too: see `timm_dvt.flat`. Packed ones (NaFlex) are not.
+        flat_gate: level flat patches, as of walls, too: see `timm_dvt.flat`.
 
     Raises:
         TypeError: the model does not give the patches of one grid (the message says why), or has a denoiser already.

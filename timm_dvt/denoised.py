@@ -17,7 +17,7 @@ from torch import nn
 
 from timm_dvt.denoiser import Denoiser, LayerDenoisers
 from timm_dvt.errors import UserError
-from timm_dvt.feature_methods import Intermediates, denoise_packed, methods_for, repack, unpack
+from timm_dvt.feature_methods import Intermediates, denoise_packed, methods_for, packed_pixels, repack, unpack
 from timm_dvt.timm_private import feature_take_indices
 
 # A type checker cannot know the timm class that stands behind `Denoised`, nor what attributes it has.
@@ -121,7 +121,8 @@ class Denoised(_Backbone):
         prefix = self.prefix_tokens()
         patches = self.layout.patches(features, prefix)
         if packed.get("patch_coord") is not None:
-            clean = denoise_packed(self._denoise, patches, packed["patch_coord"], packed.get("patch_valid"))
+            pixels = packed_pixels(x["patches"] if packed is x else x, self.embeds)
+            clean = denoise_packed(self._denoise, patches, pixels, packed["patch_coord"], packed.get("patch_valid"))
         else:
             clean = self._denoise(patches, self.layout.grid_at(x.shape[2], x.shape[3], patches.shape[1]), x)
         return self.layout.replaced(features, clean, prefix)

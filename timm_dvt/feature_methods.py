@@ -126,17 +126,30 @@ def repack(output: Intermediates, features: torch.Tensor | None, maps: list, pre
     return maps if features is None else (features, maps)
 
 
+def packed_pixels(patches: torch.Tensor, embeds: Any) -> torch.Tensor:
+    """Packed patches as NaFlex embeds them, flat or not, as pixels (B, N, channels, p, q)."""
+    rows, columns = embeds.patch_size
+    channels_last = getattr(embeds, "channels_last", True)  # the only order before timm 1.0.31
+    if patches.ndim == 3 and channels_last:
+        patches = patches.unflatten(2, (rows, columns, -1))
+    elif patches.ndim == 3:
+        patches = patches.unflatten(2, (-1, rows, columns))
+    return patches.permute(0, 1, 4, 2, 3) if channels_last else patches
+
+
 def denoise_packed(
-    denoiser: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
+    denoiser: Callable[[torch.Tensor, tuple[int, int], torch.Tensor], torch.Tensor],
     patches: torch.Tensor,
+    pixels: torch.Tensor,
     coordinates: torch.Tensor,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Denoise packed patches (NaFlex: images of any aspect ratio in one batch), each image's on a grid of its own.
 
     Args:
-        denoiser: of tokens (B, H*W, C) of a grid (H, W).
+        denoiser: of tokens (B, H*W, C) of a grid (H, W), and the images (B, channels, H*p, W*q) that they are of.
         patches: tokens (B, N, C), in any order.
+        pixels: (B, N, channels, p, q), of each.
         coordinates: (B, N, 2), row and column of each.
         valid: (B, N), False for padding, which is handed back as it is; default where no coordinate is negative.
 
@@ -159,5 +172,6 @@ def denoise_packed(
     for grid, members in places.items():
         images = torch.tensor([image for image, _ in members], device=patches.device)[:, None]
         order = torch.stack([kept for _, kept in members])
-        clean[images, order] = denoiser(patches[images, order], grid).to(clean.dtype)
+        whole = pixels[images, order].unflatten(1, grid).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        clean[images, order] = denoiser(patches[images, order], grid, whole).to(clean.dtype)
     return clean

@@ -7,7 +7,7 @@ import timm
 import torch
 
 import timm_dvt
-from timm_dvt.feature_methods import denoise_packed
+from timm_dvt.feature_methods import denoise_packed, packed_pixels
 
 ARGUMENTS = {"depth": 2, "embed_dim": 64, "num_heads": 1}
 GRIDS = ((4, 6), (5, 3), (4, 6))
@@ -15,11 +15,13 @@ PATCH = 16
 
 
 def build(name: str, **arguments):
-    model = timm_dvt.add_denoiser(timm.create_model(name, **ARGUMENTS, **arguments).eval(), grid_size=(4, 4))
+    backbone = timm.create_model(name, **ARGUMENTS, **arguments).eval()
+    model = timm_dvt.add_denoiser(backbone, grid_size=(4, 4), flat_gate=True)
     with torch.no_grad():
         for parameter in model.denoiser.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     images = [torch.randn(1, 3, rows * PATCH, columns * PATCH) for rows, columns in GRIDS]
+    images[2][..., : 3 * PATCH] = torch.linspace(0.5, 0.6, 3 * PATCH)  # a wall on its left
     return model, images
 
 
@@ -62,6 +64,28 @@ def test_packed_patches_give_what_each_image_alone_gives(name):
     (maps,) = intermediates(model, batch, indices=1, intermediates_only=True)
     torch.testing.assert_close(maps, features["patches"][:, prefix:])
 
+    leveled = features["patches"]
+    model.denoiser.flat_below = None
+    changed = (model.forward_features(**batch)["patches"] - leveled).abs().amax(-1)[:, prefix:] > 1e-3
+    wall = (batch["patch_coord"][2, :, 1] < 3) & batch["patch_valid"][2]
+    assert not changed[:2].any() and torch.equal(changed[2], wall)
+
+
+@torch.no_grad()
+def test_pixels_of_packed_patches_are_known_in_every_form_that_timm_takes():
+    model, images = build("naflexvit_base_patch16_gap", enable_patch_interpolator=True)
+    batch = packed(images)
+    flat = model.forward_features(**batch)["patches"]
+    shaped = {**batch, "patches": batch["patches"].unflatten(2, (PATCH, PATCH, 3))}
+    torch.testing.assert_close(model.forward_features(**shaped)["patches"], flat)
+    if not hasattr(model.embeds, "channels_last"):
+        pytest.skip(f"timm {timm.__version__} knows pixels with their channels last alone")
+    model.embeds.channels_last = False
+    channels_first = shaped["patches"].permute(0, 1, 4, 2, 3)
+    for patches in (channels_first, channels_first.flatten(2)):
+        pixels = packed_pixels(patches, model.embeds)
+        assert torch.equal(pixels[2, 7], images[2][0, :, PATCH : 2 * PATCH, PATCH : 2 * PATCH])
+
 
 @pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "naflexvit_base_patch16_siglip"])
 @torch.no_grad()
@@ -85,13 +109,16 @@ def test_patches_are_placed_by_their_coordinates_in_whatever_order_they_come():
     order, tokens = torch.randperm(15), torch.randn(1, 15, 8)
     seen = []
 
-    def denoiser(patches, grid):
-        seen.append((patches, grid))
+    def denoiser(patches, grid, images):
+        seen.append((patches, grid, images))
         return -patches
 
-    assert torch.equal(denoise_packed(denoiser, tokens[:, order], coordinates[:, order]), -tokens[:, order])
-    ((patches, grid),) = seen
-    assert grid == (3, 5) and torch.equal(patches, tokens)
+    image = torch.randn(1, 3, 3 * 2, 5 * 4)
+    pixels = image.reshape(1, 3, 3, 2, 5, 4).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # patches of 2 x 4
+    clean = denoise_packed(denoiser, tokens[:, order], pixels[:, order], coordinates[:, order])
+    assert torch.equal(clean, -tokens[:, order])
+    ((patches, grid, whole),) = seen
+    assert grid == (3, 5) and torch.equal(patches, tokens) and torch.equal(whole, image)
 
 
 @torch.no_grad()
