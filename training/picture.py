@@ -33,7 +33,7 @@ from timm_dvt.variants import DEFAULT_MODEL
 from timm_dvt.viewer.demo import load_denoised
 from timm_dvt.weights.files import write_whole
 from training.common.command import command_parser, complain
-from training.evaluate.features.cached import Extractor
+from training.evaluate.features.extractor import Extractor
 from training.evaluate.segmentation.one_sided import (
     color_groups,
     counts,

@@ -30,7 +30,7 @@ from training.common.command import (
     positive,
 )
 from training.evaluate.data.datasets import DATASETS, kinds_of
-from training.evaluate.features.cached import Extractor
+from training.evaluate.features.extractor import Extractor
 from training.evaluate.features.pairs import input_size_of
 from training.evaluate.results import OF_FEATURES
 from training.evaluate.runner import Request, evaluate, open_splits, try_splits

@@ -19,7 +19,7 @@ from timm_dvt.shared_folder import write_atomically
 from timm_dvt.version import REPOSITORY
 from timm_dvt.viewer.colors import map_correlation
 from timm_dvt.viewer.panel import Shown, draw
-from training.evaluate.features.cached import Extractor
+from training.evaluate.features.extractor import Extractor
 from training.evaluate.position.blank import COLORS, spread, token_reader
 from training.evaluate.position.share import PositionStatistics
 from training.evaluate.segmentation.one_sided import color_groups, counts, wrong_shares

@@ -18,7 +18,8 @@ from timm_dvt.options import option
 from timm_dvt.version import __version__
 from training.evaluate.data.datasets import DATASETS, open_dataset
 from training.evaluate.data.splits import Split
-from training.evaluate.features.cached import Extractor, Features
+from training.evaluate.features.cached import Features
+from training.evaluate.features.extractor import Extractor
 from training.evaluate.features.pairs import SAME, STATES, pair_data
 from training.evaluate.run import Run
 from training.evaluate.tables import summarize, write_json

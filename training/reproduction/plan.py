@@ -25,7 +25,7 @@ from timm_dvt.options import build
 from training.common.models import load_backbone
 from training.evaluate.__main__ import make_parser
 from training.evaluate.data.datasets import named, reason
-from training.evaluate.features.cached import Extractor
+from training.evaluate.features.extractor import Extractor
 from training.evaluate.features.pairs import STATES
 from training.evaluate.runner import Request, evaluate, open_splits
 from training.evaluate.tasks import load_task, task_settings

@@ -35,7 +35,7 @@ from training.common.backbone import DTYPES
 from training.common.command import add_model_arguments, command_parser, positive
 from training.evaluate.data.datasets import DATASETS
 from training.evaluate.data.splits import Split
-from training.evaluate.features.cached import Extractor
+from training.evaluate.features.extractor import Extractor
 from training.evaluate.results import labels, place_of
 from training.evaluate.runner import Request, evaluate, open_splits
 from training.evaluate.tasks import TASKS

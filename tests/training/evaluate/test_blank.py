@@ -11,7 +11,8 @@ from torch import nn
 import timm_dvt
 from tests.helpers import small_datasets
 from training.evaluate.data.datasets import open_dataset
-from training.evaluate.features.cached import Extractor, Features
+from training.evaluate.features.cached import Features
+from training.evaluate.features.extractor import Extractor
 from training.evaluate.position import blank
 from training.evaluate.run import Run
 

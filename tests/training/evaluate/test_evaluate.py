@@ -17,7 +17,8 @@ from tests.helpers import processes, small_datasets
 from training.evaluate.__main__ import main
 from training.evaluate.data.datasets import DATASETS, open_dataset
 from training.evaluate.detection import fast as detection
-from training.evaluate.features.cached import Extractor, Features
+from training.evaluate.features.cached import Features
+from training.evaluate.features.extractor import Extractor
 from training.evaluate.results import read_rows
 from training.evaluate.tasks import TASKS, load_task, tasks_of
 

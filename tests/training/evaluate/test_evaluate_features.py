@@ -11,7 +11,8 @@ from timm_dvt.reading import LayerReader
 from training.common.backbone import FeatureReader
 from training.evaluate.data.datasets import open_dataset
 from training.evaluate.detection import fast as detection
-from training.evaluate.features.cached import SHARD, Extractor, Features
+from training.evaluate.features.cached import SHARD, Features
+from training.evaluate.features.extractor import Extractor
 from training.evaluate.features.live import LiveFeatures
 from training.evaluate.position.blank import token_reader
 from training.evaluate.run import Run

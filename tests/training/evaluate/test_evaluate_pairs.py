@@ -12,7 +12,7 @@ from timm_dvt.image_files import Fingerprint, Source, read_file
 from training import denoise_images
 from training.evaluate.__main__ import main
 from training.evaluate.data.datasets import open_dataset
-from training.evaluate.features.cached import Extractor
+from training.evaluate.features.extractor import Extractor
 from training.evaluate.features.pairs import STATES, PairFeatures
 from training.evaluate.position import mic
 from training.evaluate.position import share as position

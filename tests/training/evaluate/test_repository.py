@@ -13,7 +13,7 @@ from tests.helpers import small_datasets
 from training.evaluate.depth import repository as depth
 from training.evaluate.detection import repository as detection
 from training.evaluate.detection.detector import MapDetector
-from training.evaluate.features.cached import Extractor
+from training.evaluate.features.extractor import Extractor
 from training.evaluate.features.live import LiveFeatures
 from training.evaluate.probe import Validations
 from training.evaluate.run import Run

@@ -11,7 +11,7 @@ from torchvision.utils import save_image
 import timm_dvt
 from tests.helpers import small_datasets
 from tests.helpers.small_datasets import small_vit
-from training.evaluate.features.cached import Extractor
+from training.evaluate.features.extractor import Extractor
 from training.rivals import registers
 from training.rivals.__main__ import main
 

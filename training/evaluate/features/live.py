@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from timm_dvt.layouts import Layout
 from timm_dvt.reading import final_tokens, fit_to
 from training.common.backbone import autocasting, raw_copy
-from training.evaluate.features.cached import Extractor
+from training.evaluate.features.extractor import Extractor
 from training.evaluate.segmentation.windows import patch_padding
 
 

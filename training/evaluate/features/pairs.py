@@ -26,7 +26,7 @@ from torch import Tensor
 from timm_dvt.errors import UserError
 from timm_dvt.image_files import read_file
 from training.evaluate.data.splits import Split
-from training.evaluate.features.cached import Extractor
+from training.evaluate.features.extractor import Extractor
 from training.pairs.folder import read_index, read_pair, read_settings
 from training.pairs.mixtures import MIXTURES
 

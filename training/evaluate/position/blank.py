@@ -31,7 +31,8 @@ from timm_dvt.errors import UserError
 from timm_dvt.layouts import KNOWN
 from timm_dvt.reading import final_tokens, fit_to
 from training.common.backbone import autocasting, raw_copy
-from training.evaluate.features.cached import Extractor, Features
+from training.evaluate.features.cached import Features
+from training.evaluate.features.extractor import Extractor
 from training.evaluate.run import Run
 
 KIND = "images"
