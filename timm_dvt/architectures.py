@@ -24,11 +24,12 @@ class Architecture:
     Attributes:
         build: (channels, heads, blocks, {"device", "dtype"}) -> what maps tokens (B, H*W, C), or maps (B, C, H, W).
         owns: whether a denoiser's state dict, without what any architecture can have beside its own, is of this one. Of
-            each state dict this is true of one row at the most.
+            each state dict this is true of one row at the most: of new weights, no other row's may be true.
         kind: what a card says that there is of it; {s} is an s where there are several.
         pos_embed: has a learned position embedding, added to the tokens before `build`'s.
         on_maps: takes maps (B, C, H, W).
         deep: can have several blocks.
+        branches: layers of each block with whose weights at zero it is the identity; stage 2 starts so (`--start static`).
         trains: has something to learn by steps; if not, stage 2 takes the mean artifact map as it is.
         identity: starts as the identity.
     """
@@ -39,6 +40,7 @@ class Architecture:
     pos_embed: bool = False
     on_maps: bool = False
     deep: bool = False
+    branches: tuple[str, ...] = ()
     trains: bool = True
     identity: bool = False
 
@@ -75,21 +77,26 @@ def _is_convolutions(size: int, state: State) -> bool:
     )
 
 
+_ATTENTION = "blocks.0.attn.qkv.weight"  # by which a transformer block is known
+_BRANCHES = ("attn.proj", "mlp.fc2")
+
 ARCHITECTURES = {
     # Paper, Tab. 6 d: F = block(y + PE), the denoiser of Eq. 11.
     "block": Architecture(
         _blocks,
-        lambda state: "pos_embed" in state and len(state) > 1 and not _layers(state),
+        lambda state: "pos_embed" in state and _ATTENTION in state,
         "transformer block{s}",
         pos_embed=True,
         deep=True,
+        branches=_BRANCHES,
     ),
     # Tab. 6 e.
     "block-no-pe": Architecture(
         _blocks,
-        lambda state: "pos_embed" not in state and not _layers(state),
+        lambda state: "pos_embed" not in state and _ATTENTION in state,
         "transformer block{s} without position embedding",
         deep=True,
+        branches=_BRANCHES,
     ),
     # Tab. 6 b.
     "conv1x1": Architecture(

@@ -22,7 +22,7 @@ CHUNK = 16  # pairs in memory at once while a mean is taken
 
 
 def start_as_static(denoisers: dict[int, Denoiser], reader: PairReader, target: Target) -> None:
-    """Let transformer blocks start as the best fixed map: PE = mean of target - raw, the blocks the identity.
+    """Let blocks that can be the identity start as the best fixed map: PE = mean of target - raw.
 
     At a learning rate of 2e-4 no entry of the position embedding moves by more than 2e-4 a step, half that on the
     average of a cosine: a short run would be over before the artifacts, whose size is that of the features, are
@@ -40,8 +40,8 @@ def start_as_static(denoisers: dict[int, Denoiser], reader: PairReader, target: 
             if denoiser.pos_embed is not None:
                 denoiser.pos_embed.copy_(correction)
             for block in denoiser.blocks:
-                for last in (block.attn.proj, block.mlp.fc2):  # what the two residual branches add
-                    nn.init.zeros_(last.weight)
+                for branch in ARCHITECTURES[denoiser.arch].branches:
+                    nn.init.zeros_(block.get_submodule(branch).weight)
 
 
 def find_content(reader: PairReader, target: Target) -> Content:

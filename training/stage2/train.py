@@ -40,11 +40,14 @@ class Stage2Settings(TrainingSettings):
 
     arch: str = option(
         "block",
-        "the paper's block with position embedding (default), its ablations (Tab. 6) and baselines: "
-        + "; ".join(f"{name}, {row.kind.format(s='')}" for name, row in ARCHITECTURES.items()),
+        "the denoiser to train: "
+        + "; ".join(f"{name}, {row.kind.format(s='')}" for name, row in ARCHITECTURES.items())
+        + " (default: the paper's %(default)s)",
         choices=list(ARCHITECTURES),
     )
-    blocks: int = option(1, "transformer blocks (default: the paper's %(default)s)", least=1)
+    blocks: int = option(
+        1, "how many, where the architecture can have several (default: the paper's %(default)s)", least=1
+    )
     target: str = option(
         "F",
         "what to predict: the paper's F, F at the length of raw - G, raw - G, or the mean of the first and the last "
@@ -178,7 +181,9 @@ class Stage2Training(FolderTraining):
         settings = self.settings
         if not first and settings.init is not None:
             load_init(self.denoisers, settings.init, self.reader.pairs, self.backbone)
-        elif not first and settings.start == "static" and ARCHITECTURES[settings.arch].deep and self.processes.first:
+        elif (
+            not first and settings.start == "static" and ARCHITECTURES[settings.arch].branches and self.processes.first
+        ):
             start_as_static(self.denoisers, self.reader, self.target)
         # A GPU is sent what the files hold and makes float32 of it faster than a CPU does.
         on_cpu = self.device.type == "cpu"

@@ -12,6 +12,7 @@ from PIL import Image
 from tests.helpers.pair_folders import change_pair, make_maps, pair_path, write_pairs
 from tests.helpers.processes import same, weights
 from tests.helpers.stage2_runs import denoiser_weights, run
+from timm_dvt.architectures import ARCHITECTURES
 from training.loop.distance import norm_distance as distance
 from training.loop.optimization import make_adamw
 from training.loop.order import positions
@@ -187,7 +188,7 @@ def test_crops_are_learned_from_unless_whole_images_alone_are_asked_for(tmp_path
     assert not same(weights(tmp_path / "d"), c)
 
 
-@pytest.mark.parametrize("arch", ["block", "conv3x3"])
+@pytest.mark.parametrize("arch", [name for name, row in ARCHITECTURES.items() if row.trains])
 def test_several_layers_together_are_trained_as_each_alone(arch, tmp_path):
     pairs = write_pairs(tmp_path / "pairs", layers=(2, 5))
     assert run(pairs, tmp_path / "both", "--steps", "4", "--arch", arch) == 0
