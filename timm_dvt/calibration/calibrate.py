@@ -35,7 +35,7 @@ class Calibration:
         views: forward passes.
         error: estimated error of the mean artifact map, as a fraction of the map. From fewer than 4 images it leaves
             out what those images have in common.
-        components: directions projected out; 0 unless the method is "project".
+        components: directions projected out; 0 of methods that take none out.
         share_before, share_after: estimated fraction of the variance within the views that position explains.
     """
 
@@ -102,7 +102,7 @@ def calibrate(
     check_arguments(method, views, tolerance, batch_size)
     samples = None if images is None else sources(images, views // WINDOWS)
     warn_if_alike(samples or [])
-    if method == "leftover":
+    if METHODS[method].make is None:
         _calibrate_leftover(model, samples, layers, views, tolerance, batch_size, blank_gate, progress)
         return _finished(model, keep_length, blank_gate and samples is not None)
     has = _denoised_blocks(model)
@@ -114,7 +114,7 @@ def calibrate(
         raw = {block: reader.name_of(block) for block in blocks}
         # In images content hides the directions of position: the one that a DINOv2-S shows first holds 27% of what
         # varies in its features, where six found on blank images hold 4.5%. So images only tell the mean token.
-        twice = method == "project" and samples is not None
+        twice = METHODS[method].blanks and samples is not None
         most = views // 2 if twice else views
         count, positions = estimate_positions(reader, raw, samples, most, tolerance, progress)
         basis = estimate_positions(reader, raw, None, most, tolerance, progress)[1] if twice else positions
@@ -269,16 +269,26 @@ def _project(position: Position, blanks: Position) -> tuple[Denoiser, int, float
 
 
 class Method(NamedTuple):
-    """A row of `METHODS`: `make` gives, of position as images and as blank images show it, the denoiser, how many
-    directions it projects out and the share of variance that position explains after; None where there is one already.
+    """A row of `METHODS`.
+
+    Attributes:
+        help: of the command line.
+        make: of position as images and as blank images show it, the denoiser, how many directions it projects out, and
+            the share of variance that position explains after; None keeps the denoiser that there is ("leftover").
+        found: what a report says that it took; {n} is the number of directions, {s} an s where there are several.
+        blanks: whether half of the views are of blank images, where images are given.
     """
 
     help: str
     make: Callable[[Position, Position], tuple[Denoiser, int, float]] | None
+    found: str = "the mean artifact map"
+    blanks: bool = False
 
 
 METHODS = {
     "static": Method("subtract the mean artifact map", _static),
-    "project": Method("take out the directions in which position shows", _project),
+    "project": Method(
+        "take out the directions in which position shows", _project, "{n} direction{s} projected out", blanks=True
+    ),
     "leftover": Method("keep the model's denoiser, subtract the mean map that it leaves", None),
 }

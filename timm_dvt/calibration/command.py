@@ -127,8 +127,8 @@ def run(args: argparse.Namespace) -> Path:
     for block in sorted(of_blocks)[:-1]:
         say(f"block {block}: {describe(of_blocks[block])}")
     if max(calibration.error for calibration in of_blocks.values()) > 0.5:
-        # Whether more images would not be looked at; those of "project" share the views with blank ones.
-        spent = facts.images * WINDOWS * (2 if args.method == "project" else 1) >= args.views
+        # Whether more images would not be looked at.
+        spent = facts.images * WINDOWS * (2 if METHODS[args.method].blanks else 1) >= args.views
         wanted = "views (--views)" if spent else "images"
         say(f"note: little is known of the artifacts; use {f'more {wanted}' if args.images else 'images (--images)'}")
     written = ["config.json", "model.safetensors", FACTS]
@@ -156,11 +156,10 @@ def run(args: argparse.Namespace) -> Path:
 def describe(facts: Calibration) -> str:
     """The facts in a sentence or two."""
     looked_at = f"{facts.images} image{'s' * (facts.images != 1)}" if facts.images else "blank and noise images"
-    if facts.images and facts.method == "project":
+    method = METHODS[facts.method]
+    if facts.images and method.blanks:
         looked_at += " and of blank ones"
-    what = "the mean artifact map"
-    if facts.method == "project":
-        what = f"{facts.components} direction{'s' * (facts.components != 1)} projected out"
+    what = method.found.format(n=facts.components, s="s" * (facts.components != 1))
     return (
         f"{what}, from {facts.views} views of {looked_at}; estimated error of the map {facts.error:.0%}. Position "
         f"explains {facts.share_before:.2%} of the variance within these views before, {facts.share_after:.2%} after."

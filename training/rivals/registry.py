@@ -15,7 +15,7 @@ def _calibrate(model: Any, sample: Sample, method: str) -> str:
     calibrate(model, sample.images, method=method, views=sample.views, batch_size=sample.batch_size, progress=True)
     denoisers = model.denoisers()
     facts = denoisers[max(denoisers)].calibration
-    directions = f"{facts.components} directions, " if method == "project" else ""
+    directions = f"{facts.components} directions, " if facts.components else ""
     return f"{directions}{facts.views} views of {facts.images} images"
 
 
