@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from timm_dvt.publish.cards import publishable
 from timm_dvt.verbs import parser_for
 from timm_dvt.version import REPOSITORY
 
@@ -68,6 +69,13 @@ def test_each_command_that_the_readme_marks_is_run_before_a_change_lands():
     script = (ROOT / ".ci" / "run").read_text()
     assert {"demo", "tests"} <= set(marked) and all(f"{name}=$(readme_command {name})\n" in script for name in marked)
     assert all(f'eval "${name}' in script for name in marked)
+
+
+def test_the_readme_counts_the_variants_that_have_weights():
+    variants = publishable()
+    backbones = {variant.backbone for variant in variants}
+    text = " ".join(PAGES["README.md"].split())
+    assert f"{len(variants)} variants of {len(backbones)} backbones have weights" in text
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -245,7 +245,8 @@ class Denoised(_Backbone):
     # ---- timm's habits
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        super().set_grad_checkpointing(enable)
+        if hasattr(self._backbone_class, "set_grad_checkpointing"):  # timm's classes have it, a person's may not
+            super().set_grad_checkpointing(enable)
         for module in self.modules():  # also of a denoiser that an adapter wraps
             if isinstance(module, Denoiser):
                 module.grad_checkpointing = enable

@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(BACKBONES),
         metavar="NAME",
-        help="backbones (default: the twelve that the authors published); of others there is nothing to compare with",
+        help="backbones (default: all that the authors published); of others there is nothing to compare with",
     )
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="(default: all)")
     parser.add_argument(

@@ -86,7 +86,7 @@ def test_defaults_are_the_denoisers_resolution_and_any_input_size(name):
     assert model.dynamic_img_size and model.patch_embed.img_size == tuple(base.input_size[1:])
     assert hasattr(model, "set_denoise") != variant.distilled
     if not variant.distilled:
-        side = 37 if variant.resolution == 518 else 32
+        side = variant.resolution // model.patch_embed.patch_size[0]
         assert model.denoiser.pos_embed.shape == (1, side * side, model.embed_dim)
         assert len(model.blocks) == len(timm.create_model(variant.backbone, device="meta").blocks)
 

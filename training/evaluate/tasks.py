@@ -3,7 +3,7 @@
 A task is a module with
 
     KIND                what annotation it needs: a kind of data/datasets.py
-    Settings            a frozen dataclass: the paper's protocol
+    Settings            a frozen dataclass: the paper's protocol; numbers that may be 0 are named in `ZERO` below
     SMALL               the same, sized for datasets that are `small` and two cores (may be left out)
     STATES              which of "raw", "denoised", "artifacts" it is for; those that the model has are run
     PAIRS               True if --pairs says something for it (may be left out)
@@ -11,8 +11,8 @@ A task is a module with
                         all that begin with it, and a sentence for who has not read the paper
     run(data, settings, run) -> {name: number}
 
-where `data` is {part: Features} of the parts that a data set has for KIND ("train", "val", ...), and `run` a `Run`.
-Numbers called mIoU, CorLoc, ... are percentages.
+where `data` is {part: Features} of the parts that a data set has for KIND ("train", "val", ...), and `run` a `Run`. Data
+in which it finds nothing raise a `UserError`. Numbers called mIoU, CorLoc, ... are percentages.
 """
 
 from __future__ import annotations
