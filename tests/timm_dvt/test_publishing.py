@@ -266,8 +266,8 @@ def test_the_card_of_ones_own_denoisers_says_which_blocks_have_one_and_nothing_p
         folder = timm_dvt.save_pretrained(model, tmp_path / f"of {len(layers)}", model_args=thin)
         assert pushing.push(str(folder), "me/own")
         card = (account.folder / "me/own/README.md").read_text()
-        assert said in card and "denoisers stand behind the blocks" in card
-        assert "of the last block are denoised" not in card and "behind the final norm" not in card
+        assert said in card and "denoisers are appended to the blocks" in card
+        assert "of the last block are denoised" not in card and "after the final norm" not in card
     text = str(card_of(VARIANTS[name], own=True))
     assert "trained on" not in text.split("## Use")[0] and "published at" not in text and "## Results" not in text
     assert "trained on" in str(card_of(VARIANTS[name])).split("## Use")[0]
