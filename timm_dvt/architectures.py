@@ -29,7 +29,7 @@ class Architecture:
         pos_embed: has a learned position embedding, added to the tokens before `build`'s.
         on_maps: takes maps (B, C, H, W).
         deep: can have several blocks.
-        branches: layers of each block with whose weights at zero it is the identity; stage 2 starts so (`--start static`).
+        branches: layers of each block; with their weights at zero it is the identity, as stage 2 starts it (`--start`).
         trains: has something to learn by steps; if not, stage 2 takes the mean artifact map as it is.
         identity: starts as the identity.
     """

@@ -195,7 +195,7 @@ class Denoised(_Backbone):
         given = {name: value for name, value in given.items() if name in takes or value}
         wanted = self.final_block in feature_take_indices(self.final_block + 1, given.get("indices"))[0]
         only = given.get("intermediates_only", False)
-        stops = given.get("stop_early", takes["stop_early"].default)
+        stops = given.get("stop_early", takes["stop_early"].default if "stop_early" in takes else False)
         if not (self.denoise and self.denoises_final) or (not wanted and (only or stops)):
             return forward(**given)
         output = forward(**{**given, "intermediates_only": False})

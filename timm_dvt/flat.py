@@ -1,7 +1,7 @@
 """Flat patches, those without texture, as of walls and skies: known by their pixels, and leveled among themselves.
 
-Beside things, a wall's tokens keep the pattern of their places, which no denoiser of tokens takes off: artifacts are
-others there than in photographs, and a block cannot tell a wall from what looks like it. Its pixels can.
+Beside objects, the tokens of a wall keep the pattern of their places, which no denoiser of tokens removes: artifacts
+differ there from those in photographs, and a block cannot tell a wall from what looks like one. Its pixels can.
 """
 
 from statistics import fmean

@@ -98,7 +98,7 @@ def layout_of(model: nn.Module, size: tuple[int, int] | None = None) -> Layout:
     if lacking or not isinstance(getattr(model, "feature_info", None), list):
         refuse(model, f"it has no {' and no '.join(lacking or ['feature_info'])}")
     steps = ", ".join(str(step) for step in sorted({info["reduction"] for info in known.feature_info}))
-    pyramid = f"its maps have several resolutions (a patch of {steps} pixels) and its features are no tokens"
+    pyramid = f"its maps have several resolutions (a patch of {steps} pixels) and its features are not tokens"
     if "," in steps and getattr(model, "output_fmt", None) == "NHWC":
         refuse(model, pyramid)
     sketch = _without_weights(model)

@@ -7,7 +7,7 @@
 
 DIR holds the data sets as DIR/voc, DIR/ade20k, DIR/nyu, DIR/coco and DIR/imagefolder (ImageNet), each in its standard
 layout (python -m training.evaluate TASK --dataset NAME --data DIR says which), or is itself one of them. Each number is
-that of a python -m training.evaluate, which is printed. What cannot be run is told, and the rest goes on. Kill it
+that of a python -m training.evaluate, which is printed. What cannot be run is reported, and the rest continues. Kill it
 whenever you like, and run the same command again to continue. Where annotations in DIR were corrected, delete OUT/jobs
 first: what they do not change is not computed again. OUT/reproduction.html is the page, OUT/RESULTS.md the table;
 python -m training.report OUT/results draws Fig. 7.
@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(BACKBONES),
         metavar="NAME",
-        help="backbones (default: all that the authors published); of others there is nothing to compare with",
+        help="backbones (default: all that the authors published); for others nothing was published",
     )
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="(default: all)")
     parser.add_argument(

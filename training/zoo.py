@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 8 -m training.zoo ...                     # each process takes other models
     python -m training.zoo --images photos --out zoo --push ORG         # says what it would publish; --no-dry-run does
 
-What is there is not made again, and what cannot be made is told and left out. Kill it whenever you like, and run the
-same command again to continue. OUT/NAME is what make_denoiser gives, timm.create_model("local-dir:OUT/NAME",
+What is there is not made again, and what cannot be made is reported and left out. Kill it whenever you like, and run
+the same command again to continue. OUT/NAME is what make_denoiser gives, timm.create_model("local-dir:OUT/NAME",
 pretrained=True) loads it, OUT/logs has what was said. It is published as ORG/NAME, with dvt appended to the tag.
 
 Exit code: 0 all are there; 1 some are not; 2 the command is wrong; 3 OUT cannot be written; 130 stopped by Ctrl-C.

@@ -72,7 +72,7 @@ def test_files_that_were_changed_or_mended_are_taken_again(photographs, of_folde
     (images / "0000.png").write_bytes(broken)
     shutil.copyfile(photographs / "0004.png", images / "0002.png")
     again = extract(images, tmp_path / "out")
-    assert "taken again: 1 shard with images that are others now" in capsys.readouterr().out
+    assert "taken again: 1 shard with images that have changed" in capsys.readouterr().out
     assert list(again) == list(of_folder) and same(again["0000.png"], of_folder["0000.png"])
     assert same(again["0002.png"], of_folder["0004.png"]) and not same(again["0002.png"], of_folder["0002.png"])
     assert (tmp_path / "out" / "errors.jsonl").read_text() == ""
@@ -92,11 +92,11 @@ def test_a_folder_of_other_images_is_left_as_it_is_and_said_in_plain_words(photo
         assert main(["extract", str(source), "--out", str(out), *OPTIONS]) == 2
         assert (out / "settings.json").read_bytes() == before
         error = capsys.readouterr().err
-        assert f"the images are others than those that {out} was begun with" in error and "sha256" not in error
+        assert f"the images are not those that {out} was begun with" in error and "sha256" not in error
         return error
 
     (images / "0002.png").rename(images / "new.png")
-    assert "(2 images then, 2 images now; names or their order are others)" in said(images)
+    assert "(2 images then, 2 images now; names or their order differ)" in said(images)
     (images / "new.png").unlink()
     assert "(2 images then, 1 image now)" in said(images)
     pytest.importorskip("imageio.v2").mimwrite(tmp_path / "clip.mp4", np.zeros((3, 32, 32, 3), np.uint8))
@@ -217,7 +217,7 @@ def test_images_of_a_data_set_are_named_by_their_rows_also_where_some_have_none(
     said = json.loads(settings.read_text())
     del said["images"]["names"]
     settings.write_text(json.dumps(said))
-    with pytest.raises(UserError, match="names or their order are others"):
+    with pytest.raises(UserError, match="names or their order differ"):
         timm_dvt.extract(f"hf:{tmp_path / 'set'}", "test_vit", str(tmp_path / "out"), pretrained=False)
 
 

@@ -179,3 +179,33 @@ def test_every_class_of_timm_works_or_is_refused_with_the_reason(tmp_path):
 @pytest.mark.sweep
 def test_also_the_classes_that_have_no_small_model(tmp_path):
     sweep(tmp_path, most=float("inf"))
+
+
+class Own(nn.Module):
+    """No more than what a denoiser needs: neither timm's switches nor its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 16, 16)
+        self.num_features = 8
+        self.feature_info = [{"module": "embed", "num_chs": 8, "reduction": 16}]
+
+    def forward_features(self, x):
+        return self.embed(x).flatten(2).transpose(1, 2)
+
+    def forward_intermediates(self, x, indices=None, output_fmt="NCHW", intermediates_only=False):
+        maps = self.embed(x)
+        return [maps] if intermediates_only else (maps.flatten(2).transpose(1, 2), [maps])
+
+
+@torch.no_grad()
+def test_a_class_of_ones_own_can_have_a_denoiser():
+    model, images = Own(), torch.randn(2, 3, 224, 224)
+    raw = model.forward_features(images)
+    timm_dvt.add_denoiser(model)
+    model.set_grad_checkpointing()
+    assert model.denoiser.grad_checkpointing and not torch.allclose(model.forward_features(images), raw)
+    (maps,) = model.forward_intermediates(images, intermediates_only=True)
+    assert torch.equal(maps.flatten(2).transpose(1, 2), model.forward_features(images))
+    model.set_denoise(False)
+    assert torch.equal(model.forward_features(images), raw)

@@ -67,17 +67,16 @@ def calibrate(
     Random windows of the images, also mirrored and upside down, go through the model at the size it is meant for, on
     its device, and are summed up; memory does not grow with their number. What windows of one image share is content
     and cancels, what all windows have at the same place is the artifact map (`calibration.positions`). What was found
-    is told by `model.denoiser.calibration`, a `Calibration`; with several layers, by
-    `model.denoisers()[block].calibration`.
+    is in `model.denoiser.calibration`, a `Calibration`; with several layers, in `model.denoisers()[block].calibration`.
 
     Args:
         model: any model that `add_denoiser` takes. A denoiser that it has already is replaced, but by "leftover".
         images: a folder, paths, PIL images, or RGB tensors (3, h, w) or (B, 3, h, w) in [0, 1] or uint8, alone or in an
-            iterable. None: blank and noise images, which take no data but show only a part of the artifacts.
+            iterable. None: blank and noise images, which need no data but show only a part of the artifacts.
         method: "static" subtracts the mean artifact map, (H, W, C), at other grids resampled as a position embedding.
             "project" takes the directions out of the tokens in which places differ by more than noise: a (C, C) matrix
             for any grid, which leaves all other directions as they are. The directions are those of blank images, and
-            `images` tell the mean token, which is kept. Neither has to be calibrated anew for another grid.
+            `images` tell the mean token, which is kept. Neither has to be calibrated again for another grid.
             "leftover" keeps the denoiser that the model has, and subtracts the mean map of what that leaves: a trained
             block predicts F from what places have in common too. Before lengths are kept, where they are.
         layers: blocks to be denoised, as for `add_denoiser`; default the last one, or those that have a denoiser.

@@ -73,7 +73,7 @@ def _of_folder(folder: Path, left_out: list[UserError]) -> Iterator[Source]:
     names = sorted(image_names(folder))
     if not names:
         raise CalibrationError(
-            f"{folder}: no image in this folder or below it; files are told by suffixes such as .jpg."
+            f"{folder}: no image in this folder or below it; images are recognized by suffixes such as .jpg."
         )
     order = np.random.default_rng(0).permutation(len(names))
     return _readable((folder / names[place] for place in order), left_out)

@@ -36,7 +36,7 @@ def _decode(shard: int, record: Record, read: Read, prepare: Callable[[Image.Ima
         size = {"height": image.height, "width": image.width}
         return shard, prepare(image), {**record, **size}
     except ImageError as error:
-        return shard, None, {**record, **size, "error": str(error)}  # of a known size, it is not tried anew
+        return shard, None, {**record, **size, "error": str(error)}  # of a known size, it is not tried again
     except (OSError, MemoryError, ValueError) as error:  # Pillow's, of a shape that it cannot resize
         return shard, None, {**record, "error": f"cannot be resized: {error or type(error).__name__}"}
 

@@ -89,9 +89,9 @@ def check_images(out: Path, identity: Mapping[str, Any]) -> None:
     except (OSError, ValueError, KeyError, TypeError):  # there is none, or none of an extraction
         return
     if theirs != identity:
-        other = "; names or their order are others" if then == now else ""
+        other = "; names or their order differ" if then == now else ""
         raise UserError(
-            f"the images are others than those that {out} was begun with ({then} then, {now} now{other}); give the "
+            f"the images are not those that {out} was begun with ({then} then, {now} now{other}); give the "
             "same images again, or another --out: for all of these, or for a .txt list of the new ones alone"
         )
 

@@ -135,7 +135,7 @@ class _Extraction:
         """The whole extraction; returns the folder."""
         if changed := self.index.forget(self.source.changed(self.index.shards, self.layout.length)):
             shards = f"{changed} shard{'s' * (changed > 1)}"
-            self.say(f"taken again: {shards} with images that are others now, or could not be read before")
+            self.say(f"taken again: {shards} with images that have changed, or could not be read before")
         self.basis = self._basis()
         try:
             self._shards()

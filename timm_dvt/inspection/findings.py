@@ -1,4 +1,4 @@
-"""What an inspection means, in sentences for who never read the paper, and what to do about it."""
+"""What an inspection means, in sentences for readers who have not read the paper, and what to do about it."""
 
 import re
 from collections.abc import Iterator

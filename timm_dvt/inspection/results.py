@@ -131,7 +131,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence or two for who never read the paper, and the commands that follow from it.
+    """A sentence or two for readers who have not read the paper, and the commands that follow from it.
 
     Attributes:
         kind: "nothing", "position", "outliers", "blank", "random weights", "note".

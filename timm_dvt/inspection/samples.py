@@ -59,7 +59,7 @@ def _different(images: Source | Iterable[Source], most: int) -> list[Source]:
     if len(candidates) > len(different):
         found += f", and only {len(different)} of them show{'s' * (len(different) == 1)} what no other does"
     raise InspectionError(
-        f"{found}. What a model adds at a place is told by what different images have in common there: "
+        f"{found}. What a model adds at a place is found from what different images have in common there: "
         f"give {LEAST_IMAGES} or more of different scenes, better 16, or none (parts of two photographs that come with "
         "the package)."
     )

@@ -54,7 +54,7 @@ def fetch(
             Path(name).unlink(missing_ok=True)
         raise WeightsNotFoundError(
             f"{repo}/{filename} in the cache is not what the Hub has (its hash differs from "
-            f"{printable(os.path.basename(blob))[:64]}); it was deleted, so run this again to fetch it anew."
+            f"{printable(os.path.basename(blob))[:64]}); it was deleted, so run this again to fetch a new copy."
         )
     return path
 

@@ -129,7 +129,7 @@ def numbers_of(task: str) -> dict[str, str]:
 
 
 def meaning(task: str) -> str:
-    """What its numbers mean, for who has not read the paper; "" if it does not say."""
+    """What its numbers mean, for readers who have not read the paper; "" if it does not say."""
     return getattr(load_task(task), "MEANING", "") if task in TASKS else ""
 
 

@@ -8,11 +8,11 @@ A task is a module with
     STATES              which of "raw", "denoised", "artifacts" it is for; those that the model has are run
     PAIRS               True if --pairs says something for it (may be left out)
     NUMBERS, MEANING    what training.report shows of it: {number: heading}, where a name that ends in "/" stands for
-                        all that begin with it, and a sentence for who has not read the paper
+                        all that begin with it, and a sentence for readers who have not read the paper
     run(data, settings, run) -> {name: number}
 
-where `data` is {part: Features} of the parts that a data set has for KIND ("train", "val", ...), and `run` a `Run`. Data
-in which it finds nothing raise a `UserError`. Numbers called mIoU, CorLoc, ... are percentages.
+where `data` is {part: Features} of the parts that a data set has for KIND ("train", "val", ...), and `run` a `Run`.
+Data in which it finds nothing raise a `UserError`. Numbers called mIoU, CorLoc, ... are percentages.
 """
 
 from __future__ import annotations

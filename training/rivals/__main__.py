@@ -11,7 +11,7 @@ what is our choice stands at the head of training/rivals/ROW.py.
 
 OUT/models/ROW is what a row learned, a folder that timm.create_model("local-dir:...") and training.evaluate load (but
 registers, which change the inside of the backbone); OUT/results what training.evaluate writes; OUT/rivals.md and
-rivals.json the table, written anew with each row. Kill it whenever you like, and run the same command again: what was
+rivals.json the table, rewritten after each row. Kill it whenever you like, and run the same command again: what was
 learned or evaluated is not done again.
 
 Exit code: 0 done; 1 a probe diverged; 2 the command, the model or the data is wrong; 3 OUT cannot be
