@@ -22,7 +22,7 @@ torch.fx.wrap("level")
 
 @register_notrace_module  # torch.fx cannot follow decisions on a traced size; for it a denoiser is one step
 class Denoiser(nn.Module):
-    """Predicts clean patch tokens from raw ones: F = blocks(y + PE) (paper 4.3, Eq. 11).
+    """Predicts clean patch tokens from raw ones: F = blocks(y + PE) (paper, Eq. 11).
 
     Args:
         dim: channels C of the tokens.
@@ -36,16 +36,14 @@ class Denoiser(nn.Module):
             embedding alone, F = y + PE: for PE = -G, the artifact field subtracted; "project" an affine map of each
             token, F = W y + b: for W = I - U U^T, the directions U of position projected out.
         keep_length: bring each clean token to the length of the raw one. A regression shrinks what it is unsure of, so
-            lengths of predictions tell where crops disagreed instead of what stands out. A saved denoiser of this kind
-            has one key more, `keeps_length`.
+            lengths of predictions tell where crops disagreed instead of what stands out. Saved as `keeps_length`.
         pos_embed_out: add a second position embedding to the clean tokens, F = blocks(y + PE) + PE_out: for
             PE_out = -G of its predictions, what still shows of position in them (`timm_dvt.calibrate`, "leftover").
             True for one of `grid_size`, or rows and columns of its own: such a rest can be smooth.
-        blank_gate: find the tokens of images without content and give them their mean, (1 - s) F + s mean(y), where s
-            is the sigmoid of a linear map of each raw token. In a plain color nothing but position tells patches
-            apart, and what is taken off photographs leaves a pattern of its own there. A new gate is shut.
-        flat_below: level flat patches, too, wherever the images are given: `timm_dvt.flat`. How far a flat patch may be
-            from a plane, in units of the model's input. A saved denoiser has this key; set to None, it levels none.
+        blank_gate: give the tokens of images without content their mean, (1 - s) F + s mean(y), s the sigmoid of a
+            linear map of each raw token, times `alike` of an image that is looked at (`timm_dvt.flat`). New, it is shut.
+        flat_below: how far a flat patch, which is leveled where the images are given (`timm_dvt.flat`), may be from a
+            plane, in units of the model's input. A saved denoiser has this key; set to None, it levels none.
     """
 
     def __init__(
@@ -70,7 +68,7 @@ class Denoiser(nn.Module):
             raise UserError(f"arch is {arch!r}; it must be one of {', '.join(ARCHITECTURES)}")
         for name, grid in (("grid_size", grid_size), ("pos_embed_out", pos_embed_out)):
             if not isinstance(grid, bool) and (len(grid) != 2 or min(grid) < 1):
-                raise UserError(f"{name} is {tuple(grid)}; a position embedding has at least one row and one column")
+                raise UserError(f"{name} is {tuple(grid)}; a position embedding has one row and one column at least")
         if depth < 1:
             raise UserError(f"depth is {depth}; a denoiser has at least one block")
         self.arch = "block-no-pe" if arch == "block" and not pos_embed else arch
@@ -85,8 +83,7 @@ class Denoiser(nn.Module):
         self.grid_size = self.learned_grid = (int(grid_size[0]), int(grid_size[1]))  # `fix_grid` changes the former
         self.grad_checkpointing = False
         self.calibration: Any = None  # what `timm_dvt.calibrate` found, of one that it made
-        # Where the backbone's final norm is pruned away, it lives on here: the denoiser was trained on normed tokens.
-        self.norm: nn.Module = nn.Identity()
+        self.norm: nn.Module = nn.Identity()  # the backbone's final one, where that is pruned away
         self.pos_embed: nn.Parameter | None = None
         if row.pos_embed:
             self.pos_embed = nn.Parameter(torch.empty(1, self.grid_size[0] * self.grid_size[1], dim, **factory))
@@ -108,8 +105,7 @@ class Denoiser(nn.Module):
     def start_keeping_length(self) -> None:
         """From now on, bring each clean token to the length of the raw one."""
         self.keep_length = True
-        like = next(self.parameters())
-        # A key in the state dict, by which a saved denoiser is known again.
+        like = next(self.parameters())  # a key in the state dict, by which a saved denoiser is known again
         self.register_buffer("keeps_length", torch.ones((), dtype=like.dtype, device=like.device))
 
     def start_adding(self, pos_embed_out: torch.Tensor) -> None:
@@ -155,21 +151,25 @@ class Denoiser(nn.Module):
         """
         check_filled(x, grid_size)
         x = self.norm(x)
+        flat: Optional[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = None
+        if self.flat_below is not None and images is not None:
+            flat = flat_patches(images, grid_size, self.flat_below)
         clean = self._clean(x, grid_size)
         if self.pos_embed_out is not None:
             clean = clean + resample(self.pos_embed_out, self.out_grid_size, grid_size)
         if self.keep_length:
-            # In float32: the square of a token's length can be beyond half precision.
+            # In float32: the square of a length can be beyond half precision.
             lengths = [torch.linalg.vector_norm(y.float(), dim=-1, keepdim=True) for y in (x, clean)]
             clean = (clean.float() * (lengths[0] / lengths[1].clamp(min=1e-6))).to(x.dtype)
         if self.blank_gate is not None:
             blank = self.blank_gate(x).float().sigmoid()
+            if flat is not None:  # tokens alone take a page of text for blank
+                blank = blank * flat[2][:, None, None]
             weights = blank / blank.sum(1, keepdim=True).clamp(min=1e-6)
             mean = (weights * x.float()).sum(1, keepdim=True)
             clean = torch.lerp(clean.float(), mean.expand_as(clean), blank).to(x.dtype)
-        if self.flat_below is not None and images is not None:
-            logits, colors = flat_patches(images, grid_size, self.flat_below)
-            clean = level(clean, logits, colors)
+        if flat is not None:
+            clean = level(clean, flat[0], flat[1])
         return clean
 
     def _clean(self, x: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
@@ -194,8 +194,8 @@ class Denoiser(nn.Module):
     def fix_grid(self, grid_size: tuple[int, int]) -> None:
         """Resample the position embeddings to a grid (H, W) for good; at it, nothing is resampled in forward any more.
 
-        For images of one size, and for exporters that cannot resample. Other grids still work, resampled from this one.
-        The embeddings become new parameters, which an optimizer made before does not know.
+        For images of one size, and for exporters that cannot resample. Other grids still work, resampled from this one;
+        an optimizer made before does not know the new parameters.
         """
         rows, columns = int(grid_size[0]), int(grid_size[1])
         for name, grid in (("pos_embed", self.grid_size), ("pos_embed_out", self.out_grid_size)):
@@ -221,7 +221,7 @@ def check_filled(x: torch.Tensor, grid_size: tuple[int, int]) -> None:
 def resample(pos_embed: torch.Tensor, old_grid: tuple[int, int], grid_size: tuple[int, int]) -> torch.Tensor:
     """A position embedding (1, h*w, C) of a grid of its own at another one, as timm resamples a backbone's.
 
-    Nothing is kept: it takes 0.3% of a forward of one image of a ViT-S/14 at 518 px, less of any larger model or batch.
+    Nothing is kept: it takes 0.3% of a forward of one image of a ViT-S/14 at 518 px.
     """
     if not _is_symbolic(grid_size) and grid_size[0] == old_grid[0] and grid_size[1] == old_grid[1]:
         return pos_embed
@@ -291,10 +291,10 @@ class LayerDenoisers(nn.Module):
 
 
 def combine(denoisers: dict[int, Denoiser], final: int) -> Denoiser | LayerDenoisers:
-    """What a model holds for these denoisers by block: the one of the last block alone needs no numbers."""
+    """What a model holds for these denoisers by block."""
     return denoisers[final] if set(denoisers) == {final} else LayerDenoisers(denoisers, final)
 
 
 def default_num_heads(dim: int) -> int:
-    """DVT's `C // 64` heads; for a C that this does not divide, the largest smaller count that does."""
+    """DVT's `C // 64` heads, or the largest smaller count that divides C."""
     return next(heads for heads in range(max(dim // 64, 1), 0, -1) if dim % heads == 0)

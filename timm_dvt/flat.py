@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 BELOW = 0.6 / 255  # of an image in [0, 1]: what a plane leaves of a flat patch's cells
 LEAST = -30.0  # a logit that leaves a token as it is to the bit, and that half precision can hold
+BITS = 13  # of the number of a group; in more than 8,192 patches two may share one
 
 
 def flat_below(model: Any) -> float:
@@ -25,8 +26,8 @@ def flat_below(model: Any) -> float:
 
 def flat_patches(
     images: torch.Tensor, grid_size: tuple[int, int], below: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, H*W), above 0 for patches without texture, and colors (B, H*W, channels) of all.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which patches have no texture, what tells them apart, and whether an image has the same texture all over.
 
     A patch is flat whose 4 x 4 cells are less than `below` from a plane, and whose pixels are less than ten times that
     from their cell: cells average the noise of a camera out. Of 3 x 3 patches all have to be flat, fewer at a border: a
@@ -38,7 +39,10 @@ def flat_patches(
         below: root mean square, in units of the images; the mean of the channels counts.
 
     Returns:
-        Logits; and colors in such units that those that differ by 0.35, of 1 from black to white, are 1 apart.
+        Logits (B, H*W), above 0 for flat patches; marks (B, H*W, channels + `BITS`), colors in such units that those
+        that differ by 0.12, of 1 from black to white, are 1 apart, and behind them the number of the group of flat
+        neighbors that a patch is in, so that other groups are far; and (B,), 1 for images of one color or
+        of nothing but noise, 0 for those of which a part has another texture, as a page with text on it has.
     """
     rows, columns = patch_side(images.shape[2], grid_size[0]), patch_side(images.shape[3], grid_size[1])
     height, width = grid_size[0] * rows, grid_size[1] * columns
@@ -50,15 +54,50 @@ def flat_patches(
     # Less their mean before they are multiplied: half precision, where autocast takes it, would round colors.
     patches = patches - colors
     cells = (cell_means(rows).to(patches) @ patches @ cell_means(columns).to(patches).T).float()
-    grain = (patches.square().mean((-2, -1)) - cells.square().mean((-2, -1))).clamp(min=0).sqrt()
+    variance = patches.square().mean((-2, -1))
+    grain = (variance - cells.square().mean((-2, -1))).clamp(min=0).sqrt()
     place = torch.arange(4, device=cells.device, dtype=cells.dtype) - 1.5
     for slope in (place, place[:, None]):
         cells = cells - (cells * slope).sum((-2, -1), keepdim=True) / (4 * place.square().sum()) * slope
     roughness = torch.maximum(cells.square().mean((-2, -1)).sqrt(), grain / 10).mean(1, keepdim=True)
     roughness = -max_pool2d(-max_pool2d(roughness, 3, 1, 1), 3, 1, 1)
-    logits = (8 * (1 - roughness)).clamp(min=-30).flatten(1)  # LEAST; TorchScript knows no globals
-    units = 0.6 / 255 / 0.35 / used.shape[1] ** 0.5  # of BELOW
-    return logits, colors[..., 0, 0].flatten(2).transpose(1, 2) * units
+    logits = (8 * (1 - roughness)).clamp(min=-30)  # LEAST; TorchScript knows no globals
+    units = 0.6 / 255 / 0.12 / used.shape[1] ** 0.5  # of BELOW
+    colors = colors[..., 0, 0] * units
+    marks = torch.cat([colors, group_numbers(logits > -30, colors)], 1).flatten(2).transpose(1, 2)
+    # Of noise, half a level of it at least, the deviation within patches is nearly the same in all of them.
+    texture = (variance.mean(1).sqrt() + 0.5 / 0.6).log().flatten(1)
+    alike = (100 * (0.24 - texture.std(1, unbiased=False))).sigmoid()
+    return logits.flatten(1), marks, alike
+
+
+def group_numbers(flat: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
+    """Binary numbers (B, 13, H, W), with digits that make others far, of the groups of flat patches (B, 1, H, W).
+
+    Two patches are in one group if a path of flat neighbors, up, down, left or right, leads from one to the other in
+    twelve straight lines or fewer, without a step in the colors (B, channels, H, W) of 1 or more. Times a root of 2, as in `level`, digits are exact in half precision, too.
+    """
+    rows, columns = flat.shape[2], flat.shape[3]
+    numbers = torch.arange(rows * columns, device=flat.device, dtype=torch.float32).reshape(1, 1, rows, columns)
+    numbers = torch.where(flat, numbers, -1.0)
+    across, down = _runs(flat, colors), _runs(flat.transpose(2, 3), colors.transpose(2, 3))
+    for _ in range(6):
+        numbers = _largest_of_runs(numbers, flat, across)
+        numbers = _largest_of_runs(numbers.transpose(2, 3), flat.transpose(2, 3), down).transpose(2, 3)
+    digits = 2.0 ** torch.arange(13, device=flat.device).reshape(13, 1, 1)  # BITS
+    return ((numbers.clamp(min=0) / digits).floor() % 2 - 0.5) * 32**0.5
+
+
+def _runs(flat: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
+    """Numbers of the runs of flat patches (B, 1, ..., N) along the last dimension."""
+    steps = (colors[..., 1:] - colors[..., :-1]).square().sum(1, keepdim=True) >= 1
+    return (~flat | pad(steps, (1, 0))).long().cumsum(-1)
+
+
+def _largest_of_runs(numbers: torch.Tensor, flat: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:
+    """Along the last dimension, the largest number of each run of flat patches, at all of its places."""
+    same = (runs[..., None] == runs[..., None, :]) & flat[..., None, :]
+    return torch.where(flat, torch.where(same, numbers[..., None, :], -1.0).amax(-1), numbers)
 
 
 def patch_side(pixels: int, count: int) -> int:
@@ -74,32 +113,33 @@ def cell_means(pixels: int) -> torch.Tensor:
     return shared.clamp(min=0) * (4 / pixels)
 
 
-def level(tokens: torch.Tensor, logits: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
+def level(tokens: torch.Tensor, logits: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
     """Tokens (B, N, C), where flat with the mean of the flat ones like them, twice; others as they are.
 
-    Weights are exp(40 (cosine - 1) - d^2), d the distance of the colors: things drawn in plain colors stay apart.
+    Weights are exp(40 (cosine - 1) - d^2), d the distance of the marks: what is drawn in other plain colors, or has an
+    outline around it, stays apart.
 
     Args:
-        logits, colors: of `flat_patches`.
+        logits, marks: of `flat_patches`.
     """
     if torch.jit.is_scripting() or not _looks_at_values(tokens):
-        return _level(tokens, logits, colors)
+        return _level(tokens, logits, marks)
     # Photographs have few flat patches, and those of the others take no part.
     leveled = tokens.clone()
     for image, there in enumerate(logits > LEAST):
         flat = there.nonzero()[:, 0]
-        parts = (part[image, flat][None] for part in (tokens, logits, colors))
+        parts = (part[image, flat][None] for part in (tokens, logits, marks))
         leveled[image, flat] = _level(*parts)[0]
     return leveled
 
 
-def _level(tokens: torch.Tensor, logits: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
+def _level(tokens: torch.Tensor, logits: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
     leveled, flat = tokens.float(), logits.sigmoid()[..., None]
-    among = -softplus(-logits) - colors.square().sum(-1)  # the sigmoid's logarithm, finite in every runtime
+    among = -softplus(-logits) - marks.square().sum(-1)  # the sigmoid's logarithm, finite in every runtime
     for _ in range(2):
-        near = torch.cat([normalize(leveled, dim=-1) * 40**0.5, colors * 2**0.5], -1)
+        near = torch.cat([normalize(leveled, dim=-1) * 40**0.5, marks * 2**0.5], -1)
         if torch.jit.is_scripting() or _fused(tokens):  # whose kernels do not hold the weights of all pairs at once
-            query, value = near[:, None], pad(leveled, (0, colors.shape[-1]))[:, None]
+            query, value = near[:, None], pad(leveled, (0, marks.shape[-1]))[:, None]
             mean = scaled_dot_product_attention(query, query, value, among[:, None, None], scale=1.0)
             mean = mean[:, 0, :, : tokens.shape[-1]]
         else:

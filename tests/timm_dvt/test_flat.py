@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image, ImageDraw
 
 import timm_dvt
 from tests.helpers.walls import GRID, PATCH, wall
+from timm_dvt.calibration.blanks import draw_blank
 from timm_dvt.denoiser import Denoiser
-from timm_dvt.flat import BELOW, _level, cell_means, flat_patches, level, patch_side
+from timm_dvt.flat import BELOW, _level, cell_means, flat_patches, group_numbers, level, patch_side
+from timm_dvt.image_files import load_image
 
 
 def roughness_by_least_squares(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -47,12 +50,12 @@ def roughness_by_least_squares(image: np.ndarray, grid: tuple[int, int]) -> np.n
 def test_roughness_is_what_a_least_squares_plane_leaves_of_the_cells(sigma):
     image = wall(sigma)
     want = roughness_by_least_squares(image.double().numpy(), GRID)
-    logits, colors = (part[0] for part in flat_patches(image[None], GRID, torch.tensor(BELOW)))
+    logits, marks, _ = (part[0] for part in flat_patches(image[None], GRID, torch.tensor(BELOW)))
     logits = logits.reshape(GRID)
     expected = np.maximum(8 * (1 - want / BELOW), -30)
     assert np.abs(logits.numpy() - expected).max() < 1e-3
     means = image.double().numpy().reshape(3, GRID[0], PATCH[0], GRID[1], PATCH[1]).mean((2, 4)).reshape(3, -1).T
-    np.testing.assert_allclose(colors.numpy(), means / 0.35 / 3**0.5, atol=1e-5)
+    np.testing.assert_allclose(marks[:, :3].numpy(), means / 0.12 / 3**0.5, atol=1e-5)
     assert (logits[:, :3] > 0).all() and (logits[:, 3:] == -30).all()  # walls with noise of two levels, too
 
 
@@ -94,26 +97,26 @@ def test_cells_are_means_over_equal_parts_of_a_side(pixels):
     assert np.allclose(weights.numpy() @ fine[::4], fine.reshape(4, pixels).mean(1), atol=1e-6)
 
 
-def test_leveling_is_two_rounds_of_a_mean_of_flat_tokens_like_each_of_its_color():
+def test_leveling_is_two_rounds_of_a_mean_of_flat_tokens_like_each_of_its_mark():
     torch.manual_seed(0)
-    tokens, logits, colors = torch.randn(2, 9, 8) * 0.2 + torch.randn(8), torch.randn(2, 9) * 4, torch.randn(2, 9, 3)
+    tokens, logits, marks = torch.randn(2, 9, 8) * 0.2 + torch.randn(8), torch.randn(2, 9) * 4, torch.randn(2, 9, 3)
     logits[:, 0] = -30
-    found = level(tokens, logits, colors)
+    found = level(tokens, logits, marks)
     assert torch.equal(found[:, 0], tokens[:, 0])
-    torch.testing.assert_close(_level(tokens, logits, colors), found)  # as where nothing may look at values
+    torch.testing.assert_close(_level(tokens, logits, marks), found)  # as where nothing may look at values
     timm.layers.set_fused_attn(False)
     try:
-        torch.testing.assert_close(_level(tokens, logits, colors), found)
-        torch.func.jvp(lambda x: level(x, logits, colors), (tokens,), (tokens,))  # what no fused kernel can
+        torch.testing.assert_close(_level(tokens, logits, marks), found)
+        torch.func.jvp(lambda x: level(x, logits, marks), (tokens,), (tokens,))  # what no fused kernel can
     finally:
         timm.layers.set_fused_attn(True)
-    parts = (part.double().numpy() for part in (tokens, logits, colors))
-    for given, logit, color, leveled in zip(*parts, found):
+    parts = (part.double().numpy() for part in (tokens, logits, marks))
+    for given, logit, mark, leveled in zip(*parts, found):
         flat = 1 / (1 + np.exp(-logit))
         want = given
         for _ in range(2):
             unit = want / np.linalg.norm(want, axis=1, keepdims=True)
-            alike = np.exp(40 * (unit @ unit.T - 1) - ((color[:, None] - color) ** 2).sum(-1))
+            alike = np.exp(40 * (unit @ unit.T - 1) - ((mark[:, None] - mark) ** 2).sum(-1))
             weights = alike * flat
             mean = weights @ want / weights.sum(1, keepdims=True)
             want = want + flat[:, None] * (mean - want)
@@ -146,7 +149,7 @@ def test_every_method_levels_walls_and_leaves_the_rest_to_the_bit(options):
         denoiser.flat_below = None
     for leveled, as_before in zip(gated, features(), strict=True):
         assert torch.equal(leveled[~on_wall], as_before[~on_wall])
-        want = level(as_before, *flat_patches(images, (10, 10), below[0]))
+        want = level(as_before, *flat_patches(images, (10, 10), below[0])[:2])
         assert torch.equal(leveled, want) and (leveled - as_before)[on_wall].abs().mean() > 0.01
 
 
@@ -158,12 +161,12 @@ def test_half_precision_finds_the_same_walls(dtype):
     want, found = (flat_patches(image.to(d), GRID, below.to(d)) for d in (torch.float32, dtype))
     assert ((want[0] > 0) == (found[0] > 0)).all() and found[0].dtype == torch.float32
     tokens = torch.randn(1, 30, 8).to(dtype)
-    leveled = level(tokens.float(), *want)
-    assert (level(tokens, *found) - leveled).abs().max() < 0.1
+    leveled = level(tokens.float(), *want[:2])
+    assert (level(tokens, *found[:2]) - leveled).abs().max() < 0.1
     with torch.autocast("cpu", torch.bfloat16):
         found = flat_patches(image, GRID, below)
         assert ((want[0] > 0) == (found[0] > 0)).all()
-        assert (level(tokens.float(), *found) - leveled).abs().max() < 0.1
+        assert (level(tokens.float(), *found[:2]) - leveled).abs().max() < 0.1
 
 
 def test_gradients_reach_tokens_and_images_and_are_finite():
@@ -186,13 +189,94 @@ def test_things_drawn_in_plain_colors_stay_apart():
     image = torch.full((1, 3, 112, 112), 0.5)
     image[:, :, :, :56] = torch.tensor([0.8, 0.1, 0.1]).view(3, 1, 1)
     image[:, :, :, 56:] = torch.tensor([0.1, 0.1, 0.8]).view(3, 1, 1)
-    logits, colors = flat_patches(image, (8, 8), torch.tensor(BELOW))
+    logits, marks, _ = flat_patches(image, (8, 8), torch.tensor(BELOW))
     tokens = torch.randn(1, 1, 64).expand(1, 64, 64) + 0.05 * torch.randn(1, 64, 64)  # cosines of 0.997
     red = torch.arange(64) % 8 < 4
     tokens = tokens + 0.1 * red[None, :, None] * torch.randn(64)
-    leveled = level(tokens, logits, colors)[0]
+    leveled = level(tokens, logits, marks)[0]
     apart, apart_before = ((each[red].mean(0) - each[~red].mean(0)).norm() for each in (leveled, tokens[0]))
-    assert apart > 0.7 * apart_before and leveled[red].std(0).norm() < 0.2 * tokens[0][red].std(0).norm()
+    assert apart > 0.99 * apart_before and leveled[red].std(0).norm() < 0.2 * tokens[0][red].std(0).norm()
+
+
+def test_groups_are_those_that_scipy_labels():
+    from scipy import ndimage  # seconds to import
+
+    torch.manual_seed(0)
+    flat = torch.rand(2, 1, 37, 30) < torch.tensor([0.97, 0.85]).view(2, 1, 1, 1)
+    flat[1, 0, 10:25, 5:20] = False
+    flat[1, 0, 12:22, 7:18] = True  # one within a ring
+    flat[1, 0, 11, 6] = True  # and one that touches it at a corner alone
+    numbers = (group_numbers(flat, torch.zeros(2, 3, 37, 30)) * 2**0.5).round()
+    assert set(numbers.unique().tolist()) == {-4, 4}
+    for mask, found in zip(flat[:, 0].numpy(), numbers.permute(0, 2, 3, 1)):
+        labels, count = ndimage.label(mask)
+        pairs = {(label, tuple(digits.tolist())) for label, digits in zip(labels[mask], found[torch.from_numpy(mask)])}
+        assert len(pairs) == count == len({digits for _, digits in pairs})
+
+
+def test_what_has_an_outline_stays_apart_from_a_background_of_its_color():
+    image = torch.ones(1, 3, 140, 140)
+    image[:, :, 28:112, 28:112] = 0.0
+    image[:, :, 42:98, 42:98] = 1.0  # white, four patches wide, in a black frame
+    logits, marks, _ = flat_patches(image, (10, 10), torch.tensor(BELOW))
+    inside = torch.zeros(10, 10, dtype=torch.bool)
+    inside[3:7, 3:7] = True
+    white = (logits[0] > 0).reshape(10, 10)
+    assert white[inside].all()
+    tokens = torch.randn(64).expand(1, 100, 64) + 0.1 * inside.flatten()[None, :, None] * torch.randn(
+        64
+    )  # cosine 0.995
+    leveled = level(tokens, logits, marks)[0].unflatten(0, (10, 10))
+    torch.testing.assert_close(leveled, tokens[0].unflatten(0, (10, 10)), atol=1e-4, rtol=1e-4)
+
+
+def page(size: int) -> torch.Tensor:
+    """Lines of text, as gray as print on a screen, with margins: an image (3, size, size) in [0, 1]."""
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
+    for y in range(size // 8, 7 * size // 8, 16):
+        draw.text((size // 8, y), "the tokens of a page are near those of paper " * 2, fill=(80, 80, 80))
+    draw.rectangle((7 * size // 8, 0, size, size), fill="white")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+def alike(image: torch.Tensor, patch: int = 14) -> float:
+    return float(flat_patches(image[None], (image.shape[1] // patch, image.shape[2] // patch), torch.tensor(BELOW))[2])
+
+
+@pytest.mark.parametrize("patch", [8, 14, 16, 32])
+def test_blank_images_have_the_same_texture_all_over_and_others_have_not(patch):
+    size = 12 * patch
+    blanks = [
+        torch.full((3, size, size), 0.3),
+        torch.rand(3, size, size),
+        torch.linspace(0.2, 0.7, size).expand(3, size, size),
+    ]
+    blanks += [draw_blank(3, (size, size), seed) for seed in range(24)]
+    assert min(alike(blank, patch) for blank in blanks) > 0.9
+    cat = load_image("timm_dvt/assets/cat.jpg")
+    others = [
+        page(size),
+        cat[:, :size, :size],
+        0.12 * cat[:, :size, :size] + 0.7,
+        wall(1.0, grid=(12, 12), patch=(patch,) * 2),
+    ]
+    assert max(alike(other, patch) for other in others) < 0.01
+
+
+@pytest.mark.parametrize("size", [280, pytest.param(518, marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_the_shipped_denoiser_takes_no_page_of_text_for_blank(size):
+    model = timm.create_model("vit_small_patch14_dinov2.focus_dvt", pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    images = ((page(size) - mean) / std)[None]
+    on = model.forward_features(images)[0, 1:]
+    model.set_denoise(False)
+    off = model.forward_features(images)[0, 1:]
+    text = (page(size).unflatten(2, (-1, 14)).unflatten(1, (-1, 14)).amin((0, 2, 4)) < 0.5).flatten()
+    apart, apart_before = ((each[text].mean(0) - each[~text].mean(0)).norm() for each in (on, off))
+    assert apart > 0.8 * apart_before
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 0.0, -1.0])
@@ -230,7 +314,7 @@ def test_other_classes_level_too(name):
         model.layout.patches(each["patches"] if isinstance(each, dict) else each, model.prefix_tokens())
         for each in (leveled, as_before)
     )
-    assert torch.equal(leveled, level(as_before, *flat_patches(image, model.layout.grid, below)))
+    assert torch.equal(leveled, level(as_before, *flat_patches(image, model.layout.grid, below)[:2]))
     assert (leveled - as_before).abs().max() > 0.05
 
 
