@@ -41,7 +41,7 @@ class Denoiser(nn.Module):
             PE_out = -G of its predictions, what still shows of position in them (`timm_dvt.calibrate`, "leftover").
             True for one of `grid_size`, or rows and columns of its own: such a rest can be smooth.
         blank_gate: give the tokens of images without content their mean, (1 - s) F + s mean(y), s the sigmoid of a
-            linear map of each raw token, times `alike` of an image that is looked at (`timm_dvt.flat`). New, it is shut.
+            linear map of each raw token, times `alike` of an image that is known (`timm_dvt.flat`). New, it is shut.
         flat_below: how far a flat patch, which is leveled where the images are given (`timm_dvt.flat`), may be from a
             plane, in units of the model's input. A saved denoiser has this key; set to None, it levels none.
     """

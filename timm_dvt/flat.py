@@ -40,7 +40,7 @@ def flat_patches(
 
     Returns:
         Logits (B, H*W), above 0 for flat patches; marks (B, H*W, channels + `BITS`), colors in such units that those
-        that differ by 0.12, of 1 from black to white, are 1 apart, and behind them the number of the group of flat
+        that differ by 0.35, of 1 from black to white, are 1 apart, and behind them the number of the group of flat
         neighbors that a patch is in, so that other groups are far; and (B,), 1 for images of one color or
         of nothing but noise, 0 for those of which a part has another texture, as a page with text on it has.
     """
@@ -54,19 +54,19 @@ def flat_patches(
     # Less their mean before they are multiplied: half precision, where autocast takes it, would round colors.
     patches = patches - colors
     cells = (cell_means(rows).to(patches) @ patches @ cell_means(columns).to(patches).T).float()
-    variance = patches.square().mean((-2, -1))
-    grain = (variance - cells.square().mean((-2, -1))).clamp(min=0).sqrt()
+    grain = (patches.square().mean((-2, -1)) - cells.square().mean((-2, -1))).clamp(min=0).sqrt()
     place = torch.arange(4, device=cells.device, dtype=cells.dtype) - 1.5
     for slope in (place, place[:, None]):
         cells = cells - (cells * slope).sum((-2, -1), keepdim=True) / (4 * place.square().sum()) * slope
-    roughness = torch.maximum(cells.square().mean((-2, -1)).sqrt(), grain / 10).mean(1, keepdim=True)
+    bumps = cells.square().mean((-2, -1)).sqrt()
+    roughness = torch.maximum(bumps, grain / 10).mean(1, keepdim=True)
     roughness = -max_pool2d(-max_pool2d(roughness, 3, 1, 1), 3, 1, 1)
     logits = (8 * (1 - roughness)).clamp(min=-30)  # LEAST; TorchScript knows no globals
-    units = 0.6 / 255 / 0.12 / used.shape[1] ** 0.5  # of BELOW
+    units = 0.6 / 255 / 0.35 / used.shape[1] ** 0.5  # of BELOW
     colors = colors[..., 0, 0] * units
     marks = torch.cat([colors, group_numbers(logits > -30, colors)], 1).flatten(2).transpose(1, 2)
-    # Of noise, half a level of it at least, the deviation within patches is nearly the same in all of them.
-    texture = (variance.mean(1).sqrt() + 0.5 / 0.6).log().flatten(1)
+    # In noise, half a level of it at least, it is nearly the same in all patches.
+    texture = (torch.hypot(bumps, grain).mean(1) + 0.5 / 0.6).log().flatten(1)
     alike = (100 * (0.24 - texture.std(1, unbiased=False))).sigmoid()
     return logits.flatten(1), marks, alike
 
@@ -75,7 +75,8 @@ def group_numbers(flat: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
     """Binary numbers (B, 13, H, W), with digits that make others far, of the groups of flat patches (B, 1, H, W).
 
     Two patches are in one group if a path of flat neighbors, up, down, left or right, leads from one to the other in
-    twelve straight lines or fewer, without a step in the colors (B, channels, H, W) of 1 or more. Times a root of 2, as in `level`, digits are exact in half precision, too.
+    twelve straight lines or fewer, without a step in the colors (B, channels, H, W) of 1 or more. Times a root of 2, as
+    in `level`, digits are exact in half precision, too.
     """
     rows, columns = flat.shape[2], flat.shape[3]
     numbers = torch.arange(rows * columns, device=flat.device, dtype=torch.float32).reshape(1, 1, rows, columns)
