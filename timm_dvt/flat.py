@@ -58,15 +58,15 @@ def flat_patches(
     place = torch.arange(4, device=cells.device, dtype=cells.dtype) - 1.5
     for slope in (place, place[:, None]):
         cells = cells - (cells * slope).sum((-2, -1), keepdim=True) / (4 * place.square().sum()) * slope
-    bumps = cells.square().mean((-2, -1)).sqrt()
-    roughness = torch.maximum(bumps, grain / 10).mean(1, keepdim=True)
+    bumps = cells.square().mean((-2, -1))
+    roughness = torch.maximum(bumps.sqrt(), grain / 10).mean(1, keepdim=True)
     roughness = -max_pool2d(-max_pool2d(roughness, 3, 1, 1), 3, 1, 1)
     logits = (8 * (1 - roughness)).clamp(min=-30)  # LEAST; TorchScript knows no globals
     units = 0.6 / 255 / 0.35 / used.shape[1] ** 0.5  # of BELOW
     colors = colors[..., 0, 0] * units
     marks = torch.cat([colors, group_numbers(logits > -30, colors)], 1).flatten(2).transpose(1, 2)
     # In noise, half a level of it at least, it is nearly the same in all patches.
-    texture = (torch.hypot(bumps, grain).mean(1) + 0.5 / 0.6).log().flatten(1)
+    texture = ((bumps + grain.square()).sqrt().mean(1) + 0.5 / 0.6).log().flatten(1)
     alike = (100 * (0.24 - texture.std(1, unbiased=False))).sigmoid()
     return logits.flatten(1), marks, alike
 
