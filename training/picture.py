@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         report = timm_dvt.inspect(model, files, blocks=[-1], views=8 * args.number, progress=True)
         off, on, maps = report.layer(denoised=False), report.layer(denoised=True), report.pictures
         captions = (
-            ("A plain gray wall", f"pattern left: {on.flat.pattern.value / off.flat.pattern.value:.2%}"),
+            ("A plain gray wall", f"pattern left: {max(0, on.flat.pattern.value / off.flat.pattern.value):.2%}"),
             ("The mean of many photographs", f"position explains {off.share.value:.1%}, then {on.share.value:.1%}"),
         )
         pairs = (maps.flat[off.name], maps.flat[on.name]), (maps.means[off.name], maps.means[on.name])
