@@ -65,7 +65,7 @@ def flat_patches(
     units = 0.6 / 255 / 0.35 / used.shape[1] ** 0.5  # of BELOW
     colors = colors[..., 0, 0] * units
     marks = torch.cat([colors, group_numbers(logits > -30, colors)], 1).flatten(2).transpose(1, 2)
-    # In noise, half a level of it at least, it is nearly the same in all patches.
+    # What a plane leaves of a patch, and half a level, is nearly the same in all patches of a color or of noise.
     texture = ((bumps + grain.square()).sqrt().mean(1) + 0.5 / 0.6).log().flatten(1)
     alike = (100 * (0.24 - texture.std(1, unbiased=False))).sigmoid()
     return logits.flatten(1), marks, alike

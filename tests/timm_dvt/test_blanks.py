@@ -3,14 +3,18 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image, ImageDraw
 from torch.nn.functional import interpolate
 
 import timm_dvt
+from tests.helpers.walls import wall
 from timm_dvt.calibration.blanks import draw_blank, fit_gate
 from timm_dvt.denoiser import Denoiser
+from timm_dvt.flat import BELOW, flat_patches
 from timm_dvt.image_files import load_image
 
 SIZES = [(518, 518), (280, 420)]
@@ -83,6 +87,13 @@ def test_in_half_precision_the_mean_of_many_tokens_does_not_overflow():
         assert torch.equal(denoiser(tokens, (60, 60)), tokens)
 
 
+def inputs(model, images: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, h, w) in [0, 1] as the model takes them."""
+    config = timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return (images - mean) / std
+
+
 @pytest.fixture(scope="module")
 def shipped():
     pytest.importorskip("onnx")
@@ -102,12 +113,11 @@ def test_the_shipped_denoiser_leaves_a_tenth_of_the_pattern_of_blank_images_at_m
         "black": torch.zeros(1, 3, *size),
         "noise": torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(3)),
     }
-    config = timm.data.resolve_model_data_config(shipped)
-    mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    image = inputs(shipped, images[kind])
     with torch.no_grad():
-        on = shipped.forward_features((images[kind] - mean) / std)[0, 1:]
+        on = shipped.forward_features(image)[0, 1:]
         with shipped.denoising(False):
-            off = shipped.forward_features((images[kind] - mean) / std)[0, 1:]
+            off = shipped.forward_features(image)[0, 1:]
     assert spread(on) < 0.1 * spread(off)
 
 
@@ -121,9 +131,7 @@ def test_the_shipped_denoiser_leaves_a_tenth_of_the_pattern_of_a_wall_beside_a_c
     shade = 0.7 - 0.1 * torch.linspace(0, 1, size[1])
     drawn = shade + noise / 255 * torch.randn(3, 14 * rows, size[1], generator=torch.Generator().manual_seed(0))
     photograph[:, : 14 * rows] = (255 * drawn).round() / 255  # 8 bits, as a file has
-    config = timm.data.resolve_model_data_config(shipped)
-    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
-    images = ((photograph - mean) / std)[None]
+    images = inputs(shipped, photograph[None])
     with torch.no_grad():
         on = shipped.forward_features(images)[0, 1:].unflatten(0, (size[0] // 14, -1))
         with shipped.denoising(False):
@@ -134,3 +142,49 @@ def test_the_shipped_denoiser_leaves_a_tenth_of_the_pattern_of_a_wall_beside_a_c
     wall = slice(0, rows - 2)  # what is below shows in the rows of patches next to it
     assert spread(on[wall].flatten(0, 1)) < 0.1 * spread(off[wall].flatten(0, 1))
     assert (on - ungated)[rows:].norm(dim=-1).median() == 0  # the cat is as it was; behind it the picture is blurred
+
+
+def page(size: int) -> torch.Tensor:
+    """Lines of text, as gray as print on a screen, with margins: an image (3, size, size) in [0, 1]."""
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
+    for y in range(size // 8, 7 * size // 8, 16):
+        draw.text((size // 8, y), "the tokens of a page are near those of paper " * 2, fill=(80, 80, 80))
+    draw.rectangle((7 * size // 8, 0, size, size), fill="white")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+def alike(image: torch.Tensor, patch: int = 14) -> float:
+    return float(flat_patches(image[None], (image.shape[1] // patch, image.shape[2] // patch), torch.tensor(BELOW))[2])
+
+
+@pytest.mark.parametrize("patch", [8, 14, 16, 32])
+def test_blank_images_have_the_same_texture_all_over_and_others_have_not(patch):
+    size = 12 * patch
+    blanks = [
+        torch.full((3, size, size), 0.3),
+        torch.rand(3, size, size),
+        torch.linspace(0.2, 0.7, size).expand(3, size, size),
+    ]
+    blanks += [draw_blank(3, (size, size), seed) for seed in range(24)]
+    assert min(alike(blank, patch) for blank in blanks) > 0.9
+    cat = load_image("timm_dvt/assets/cat.jpg")
+    others = [
+        page(size),
+        cat[:, :size, :size],
+        0.12 * cat[:, :size, :size] + 0.7,
+        wall(1.0, grid=(12, 12), patch=(patch,) * 2),
+    ]
+    assert max(alike(other, patch) for other in others) < 0.01
+
+
+@pytest.mark.parametrize("size", [280, pytest.param(518, marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_the_shipped_denoiser_takes_no_page_of_text_for_blank(shipped, size):
+    images = inputs(shipped, page(size)[None])
+    on = shipped.forward_features(images)[0, 1:]
+    with shipped.denoising(False):
+        off = shipped.forward_features(images)[0, 1:]
+    text = (page(size).unflatten(2, (-1, 14)).unflatten(1, (-1, 14)).amin((0, 2, 4)) < 0.5).flatten()
+    apart, apart_before = ((each[text].mean(0) - each[~text].mean(0)).norm() for each in (on, off))
+    assert apart > 0.8 * apart_before

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from timm_dvt.attach import Denoised
+from timm_dvt.layouts import meant_size
 from timm_dvt.loading import weights_digest
 from timm_dvt.version import __version__
-from timm_dvt.weights.saving import meant_size
 from training.common.backbone import FeatureReader
 
 
